@@ -1,0 +1,1 @@
+"""Task suites and the engine that steps them. Knows neither torch nor the learner."""
