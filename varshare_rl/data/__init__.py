@@ -1,1 +1,1 @@
-"""TODO."""
+"""Experience: replay, rollouts, running statistics and episode counts, task-major throughout."""

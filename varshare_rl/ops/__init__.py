@@ -1,1 +1,1 @@
-"""TODO."""
+"""Pure tensor functions: Gaussians, squashed and categorical policies, advantages and losses."""

@@ -1,0 +1,184 @@
+"""The vector engine for suites whose tasks are single environments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+
+from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
+from envs.suite import FloatArray, State, Step, SuiteError
+from envs.workers import RESET, STATE, STEP, WorkerPool, can_use_workers
+
+#: A worker is worth its synchronisation (about 0.1 ms a step) when it has at least this much to do.
+_MIN_WORK_SECONDS = 5e-4
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use: affinity, hyper-threads and a cgroup quota considered."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in allowed:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.add(path.read_text() if path.exists() else str(cpu))
+    cores = len(siblings)
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, int(limit) // int(period)))
+    return max(1, cores)
+
+
+def choose_workers(workers: int, num_slots: int, step_seconds: float) -> int:
+    """How many processes to use.
+
+    ``workers = 0`` means one per physical core, as long as each has enough to do; ``step_seconds`` is what
+    one step of one environment costs, roughly. ``workers = 1`` means in this process. Results do not depend
+    on it.
+    """
+    if workers < 0:
+        raise SuiteError(f"workers={workers} is not possible: 0 means automatic, 1 in process, n processes")
+    if not can_use_workers():
+        return 1
+    if workers == 0:
+        workers = min(physical_cores(), int(num_slots * step_seconds / _MIN_WORK_SECONDS))
+    return max(1, min(workers, num_slots))
+
+
+class SlotEngine:
+    """Steps one environment per slot, in this process or in workers (``envs.suite.VectorEngine``).
+
+    Episode ``j`` of a slot depends on the seed, the task, the slot and ``j`` alone (see
+    ``EngineSpec.episode``), never on the number of workers.
+    """
+
+    def __init__(
+        self,
+        factory: TaskEnvFactory,
+        *,
+        num_tasks: int,
+        envs_per_task: int,
+        observation_size: int,
+        action_space: gymnasium.spaces.Box | gymnasium.spaces.Discrete,
+        seed: int,
+        evaluation: bool,
+        workers: int,
+        step_seconds: float,
+    ) -> None:
+        if envs_per_task < 1:
+            raise SuiteError(f"envs_per_task={envs_per_task} is not possible: it must be at least 1")
+        if seed < 0:
+            raise SuiteError(f"seed={seed} is not possible: it must be 0 or more")
+        box = isinstance(action_space, gymnasium.spaces.Box)
+        self.num_tasks = num_tasks
+        self.envs_per_task = envs_per_task
+        self.spec = EngineSpec(
+            num_tasks=num_tasks,
+            envs_per_task=envs_per_task,
+            observation_size=observation_size,
+            action_shape=tuple(action_space.shape or ()),
+            action_dtype="float32" if box else "int64",
+            seed=seed,
+            evaluation=evaluation,
+        )
+        self.workers = choose_workers(workers, self.spec.num_slots, step_seconds)
+        self._pool: WorkerPool | None = None
+        self._chunk: Chunk | None = None
+        if self.workers > 1:
+            self._pool = WorkerPool(factory, self.spec, self.workers)
+            self._buffers = self._pool.buffers
+        else:
+            self._buffers = Buffers.over(self.spec, bytearray(Buffers.size(self.spec)))
+            self._chunk = Chunk(factory, self.spec, 0, self.spec.num_slots, self._buffers)
+        grid = (num_tasks, envs_per_task)
+        self._task_id = np.broadcast_to(np.arange(num_tasks, dtype=np.int64)[:, None], grid)
+        self._started = False
+
+    def reset(self) -> FloatArray:
+        """See ``VectorEngine.reset``."""
+        if self._pool is not None:
+            self._pool.command(RESET)
+        else:
+            self._require_chunk().reset()
+        self._started = True
+        return self._grid(self._buffers.obs)
+
+    def step(self, actions: npt.NDArray[Any]) -> Step:
+        """See ``VectorEngine.step``. Raises ValueError for a wrong shape, RuntimeError before ``reset``."""
+        if not self._started:
+            raise RuntimeError("step before reset: call reset or load_state first")
+        expected = (self.num_tasks, self.envs_per_task, *self.spec.action_shape)
+        if actions.shape != expected:
+            raise ValueError(f"actions have shape {actions.shape}; this engine takes {expected}")
+        buffers = self._buffers
+        buffers.actions[...] = actions.reshape(buffers.actions.shape)
+        if self._pool is not None:
+            self._pool.command(STEP)
+        else:
+            self._require_chunk().step()
+        flags = self._grid(buffers.flags)
+        return Step(
+            obs=self._grid(buffers.obs),
+            next_obs=self._grid(buffers.next_obs),
+            reward=self._grid(buffers.reward),
+            terminated=flags[..., 0],
+            truncated=flags[..., 1],
+            success=flags[..., 2],
+            task_id=self._task_id.copy(),
+        )
+
+    def state(self) -> State:
+        """See ``VectorEngine.state``: per slot the number of its episode and the actions since its start."""
+        if not self._started:
+            raise RuntimeError("state before reset: call reset or load_state first")
+        if self._pool is not None:
+            slots = [state for part in self._pool.command(STATE) for state in part]
+        else:
+            slots = self._require_chunk().state()
+        return {**self._identity(), "slots": slots}
+
+    def load_state(self, state: State) -> FloatArray:
+        """See ``VectorEngine.load_state``; replays the actions of every slot's current episode."""
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise SuiteError(
+                    f"the saved environment state has {name} {state[name]}, this engine {value}: resume with "
+                    "the settings of the saved run"
+                )
+        if self._pool is not None:
+            self._pool.load(state["slots"])
+        else:
+            self._require_chunk().load_state(state["slots"])
+        self._started = True
+        return self._grid(self._buffers.obs)
+
+    def close(self) -> None:
+        """See ``VectorEngine.close``."""
+        self._started = False
+        if self._pool is not None:
+            self._pool.close()
+        if self._chunk is not None:
+            self._chunk.close()
+            self._chunk = None
+
+    def _identity(self) -> State:
+        spec = self.spec
+        return {
+            "num_tasks": spec.num_tasks,
+            "envs_per_task": spec.envs_per_task,
+            "seed": spec.seed,
+            "evaluation": spec.evaluation,
+        }
+
+    def _require_chunk(self) -> Chunk:
+        if self._chunk is None:
+            raise RuntimeError("this engine is closed: make a new one")
+        return self._chunk
+
+    def _grid(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return array.reshape(self.num_tasks, self.envs_per_task, *array.shape[1:]).copy()

@@ -1,0 +1,97 @@
+"""What the loop asks of an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.optim.elbo import Elbo
+from varshare_rl.types import Metrics, Transition, Tree
+
+#: Builds a task network from its input and output size.
+NetworkFactory = Callable[[int, int], nn.Module]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an algorithm must know of the tasks, and where it computes."""
+
+    num_tasks: int
+    envs_per_task: int
+    obs_size: int
+    action_size: int  # dimensions of a Box, choices of a Discrete space
+    discrete: bool
+    action_mask: Tensor  # [T, A] bool
+    device: torch.device
+
+    @property
+    def task_ids(self) -> Tensor:
+        """All task ids in order, on the CPU."""
+        return torch.arange(self.num_tasks)
+
+
+class Algorithm(Protocol):
+    """Acts, takes in transitions, and updates when it is ready. The loop knows no more than this."""
+
+    updates: int  # gradient updates so far
+    weight_draws: str  # when weights are drawn while acting, in words for the log
+
+    def act(self, obs: Tensor) -> Tensor:
+        """Exploratory actions for ``obs [T, E, F]``: ``[T, E, A]``, or ``[T, E]`` int64."""
+
+    def observe(self, transition: Transition) -> None:
+        """Take in the outcome of the last :meth:`act`."""
+
+    def ready(self) -> bool:
+        """Whether an update is due."""
+
+    def update(self) -> Metrics:
+        """One update (for PPO: all epochs on one rollout); returns scalars to log."""
+
+    def act_greedily(self, obs: Tensor) -> Tensor:
+        """Deterministic actions on the posterior mean, for evaluation; same shapes as :meth:`act`."""
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """The networks that are trained, by name."""
+
+    def policy_state(self) -> Tree:
+        """What :meth:`act_greedily` needs."""
+
+    def load_policy_state(self, state: Tree) -> None:
+        """Put back what :meth:`policy_state` gave."""
+
+    def state(self) -> Tree:
+        """Everything needed to go on bit for bit, except torch's global random state."""
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave."""
+
+
+def build_actor(
+    problem: Problem,
+    make_network: NetworkFactory,
+    log_std_range: tuple[float, float],
+    initial_log_std: float,
+) -> TanhGaussianActor | CategoricalActor:
+    """The policy that fits the action space, on the problem's device."""
+    actor: TanhGaussianActor | CategoricalActor
+    if problem.discrete:
+        actor = CategoricalActor(make_network(problem.obs_size, problem.action_size), problem.action_mask)
+    else:
+        network = make_network(problem.obs_size, 2 * problem.action_size)
+        actor = TanhGaussianActor(network, problem.action_mask, log_std_range, initial_log_std)
+    return actor.to(problem.device)
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What every algorithm is built from besides its own options."""
+
+    problem: Problem
+    make_network: NetworkFactory
+    elbo: Elbo

@@ -1,0 +1,235 @@
+"""Proximal policy optimisation (Schulman et al. 2017), everything per task."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.algorithms.base import Learner, build_actor
+from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
+from varshare_rl.data.rollout import Rollout, RolloutStep
+from varshare_rl.nn.actor import Sample
+from varshare_rl.nn.critic import ValueNetwork
+from varshare_rl.nn.stochastic import hold_noise, load_noise_state, noise_state, posterior_mean
+from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss, squared_error
+from varshare_rl.ops.returns import gae
+from varshare_rl.optim.step import LossStep
+from varshare_rl.types import Metrics, Transition, Tree
+
+
+@dataclass
+class PPOOptions:
+    """Options of ``algorithm=ppo``. Sizes are per task."""
+
+    name: str = "ppo"
+    rollout_transitions_per_task: int = 1024
+    epochs: int = 10
+    minibatches: int = 8
+    learning_rate: float = 3e-4
+    critic_learning_rate: float = 3e-4
+    discount: float = 0.99
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    entropy_weight: float = 0.005
+    target_kl: float | None = 0.05  # stop the rollout's updates when the mean policy KL passes it
+    max_grad_norm: float = 0.5
+    initial_log_std: float = 0.0
+    min_log_std: float = -5.0
+    max_log_std: float = 1.0
+    normalize_observations: bool = True
+    normalize_rewards: bool = True
+
+
+class PPO:
+    """PPO on ``[T, S, E]`` rollouts.
+
+    The actor's weight noise is held for a rollout and its updates, so the ratio is 1 before the first step.
+    The critic draws fresh noise at each minibatch; advantages use its posterior mean.
+
+    Args:
+        options: see :class:`PPOOptions`.
+        learner: the problem, the network factory and the ELBO.
+    """
+
+    weight_draws = "actor: one draw per rollout, held for its updates; critic: one draw per minibatch"
+
+    def __init__(self, options: PPOOptions, learner: Learner) -> None:
+        problem = learner.problem
+        self.options, self.problem, self.elbo = options, problem, learner.elbo
+        self.task_ids = problem.task_ids
+        log_std_range = (options.min_log_std, options.max_log_std)
+        self.actor = build_actor(problem, learner.make_network, log_std_range, options.initial_log_std)
+        self.critic = ValueNetwork(learner.make_network(problem.obs_size, 1)).to(problem.device)
+        self.actor_step = LossStep(
+            list(self.actor.parameters()), options.learning_rate, options.max_grad_norm, epsilon=1e-5
+        )
+        self.critic_step = LossStep(
+            list(self.critic.parameters()), options.critic_learning_rate, options.max_grad_norm, epsilon=1e-5
+        )
+        self.normalizer = ObservationNormalizer(
+            problem.num_tasks, problem.obs_size, options.normalize_observations
+        ).to(problem.device)
+        self.reward_normalizer = RewardNormalizer(
+            problem.num_tasks, options.discount, options.normalize_rewards
+        ).to(problem.device)
+        self.rollout = Rollout(-(-options.rollout_transitions_per_task // problem.envs_per_task))
+        self.updates = 0
+        self._acted: tuple[Tensor, Sample] | None = None
+        hold_noise(self.actor)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Sample actions with the rollout's weights."""
+        obs = self.normalizer(obs)
+        sample = self.actor(obs, self.task_ids).sample()
+        self._acted = (obs, sample)
+        return sample.action
+
+    @torch.no_grad()
+    def observe(self, transition: Transition) -> None:
+        """Store the step; observation statistics move only between rollouts' steps, before the next act."""
+        if self._acted is None:
+            raise RuntimeError("observe() was called without act() before it")
+        obs, sample = self._acted
+        self.reward_normalizer.update(transition.reward, transition.terminated | transition.truncated)
+        self.rollout.add(
+            RolloutStep(
+                obs,
+                sample.raw,
+                sample.log_prob,
+                self.reward_normalizer(transition.reward),
+                transition.terminated,
+                transition.truncated,
+                self.normalizer(transition.next_obs),
+            )
+        )
+        self.normalizer.update(transition.obs)
+        self._acted = None
+
+    def ready(self) -> bool:
+        """A rollout is full."""
+        return self.rollout.full
+
+    def update(self) -> Metrics:
+        """All epochs on the rollout, then a new draw of the actor's weights."""
+        data = self._training_data()
+        transitions = data["obs"].shape[1]
+        size = max(transitions // self.options.minibatches, 1)
+        sums: dict[str, list[Tensor]] = defaultdict(list)
+        for _ in range(self.options.epochs):
+            order = torch.randperm(transitions, device=data["obs"].device)
+            stopped = False
+            for start in range(0, transitions - size + 1, size):
+                rows = order[start : start + size]
+                batch = {name: value.index_select(1, rows) for name, value in data.items()}
+                for name, value in self._update_minibatch(batch, transitions).items():
+                    sums[name].append(value)
+                target = self.options.target_kl
+                if target is not None and float(sums["approximate_kl"][-1]) > target:
+                    stopped = True
+                    break
+            if stopped:
+                break
+        self.rollout.clear()
+        hold_noise(self.actor)
+        metrics = {f"loss/{name}": float(torch.stack(values).mean()) for name, values in sums.items()}
+        metrics["loss/minibatches"] = float(len(sums["policy"]))
+        metrics["loss/explained_variance"] = float(data["explained_variance"].mean())
+        return metrics
+
+    @torch.no_grad()
+    def _training_data(self) -> dict[str, Tensor]:
+        """Flatten the rollout to ``[T, S * E, ...]`` and add advantages and value targets."""
+        rollout = self.rollout
+        with posterior_mean(self.critic):
+            value, next_value = (
+                self.critic(rollout[name].flatten(1, 2), self.task_ids).view_as(rollout["reward"])
+                for name in ("obs", "next_obs")
+            )
+        advantage = gae(
+            rollout["reward"], value, next_value, rollout["terminated"], rollout["truncated"],
+            self.options.discount, self.options.gae_lambda,
+        )  # fmt: skip
+        target = advantage + value
+        unexplained = advantage.flatten(1).var(1) / target.flatten(1).var(1).clamp_min(1e-8)
+        data = {
+            "obs": rollout["obs"],
+            "raw_action": rollout["raw_action"],
+            "log_prob": rollout["log_prob"],
+            "advantage": normalize_per_task(advantage),
+            "target": target,
+            "explained_variance": (1.0 - unexplained)[:, None, None].expand_as(target),
+        }
+        return {name: field.flatten(1, 2) for name, field in data.items()}
+
+    def _update_minibatch(self, batch: dict[str, Tensor], transitions: int) -> dict[str, Tensor]:
+        """One step of actor and critic on a minibatch ``[T, M]``; ``transitions`` is the ELBO's ``n_i``."""
+        distribution = self.actor(batch["obs"], self.task_ids)
+        log_prob = distribution.log_prob(batch["raw_action"])
+        policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], self.options.clip)
+        entropy = distribution.entropy().mean(-1)
+        actor_losses = policy.loss - self.options.entropy_weight * entropy
+        actor_norm = self.actor_step(actor_losses + self.elbo.penalty(self.actor, transitions))
+
+        value_loss = squared_error(self.critic(batch["obs"], self.task_ids), batch["target"])
+        critic_norm = self.critic_step(value_loss + self.elbo.penalty(self.critic, transitions))
+        self.updates += 1
+        return {
+            "policy": policy.loss.detach().mean(),
+            "value": value_loss.detach().mean(),
+            "entropy": entropy.detach().mean(),
+            "approximate_kl": policy.approximate_kl.mean(),
+            "clip_fraction": policy.clip_fraction.mean(),
+            "actor_grad_norm": actor_norm,
+            "critic_grad_norm": critic_norm,
+        }
+
+    @torch.no_grad()
+    def act_greedily(self, obs: Tensor) -> Tensor:
+        """The mode of the policy on the posterior mean."""
+        with posterior_mean(self.actor):
+            return self.actor(self.normalizer(obs), self.task_ids).mode()
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """Actor and critic."""
+        return {"actor": self.actor, "critic": self.critic}
+
+    def policy_state(self) -> Tree:
+        """Actor, critic and normalisers."""
+        return {
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "normalizer": self.normalizer.state_dict(),
+        }
+
+    def load_policy_state(self, state: Tree) -> None:
+        """Put back what :meth:`policy_state` gave."""
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.normalizer.load_state_dict(state["normalizer"])
+
+    def state(self) -> Tree:
+        """Networks, optimisers, normalisers, held noise, the unfinished rollout and counters."""
+        return {
+            **self.policy_state(),
+            "reward_normalizer": self.reward_normalizer.state_dict(),
+            "actor_optimizer": self.actor_step.optimizer.state_dict(),
+            "critic_optimizer": self.critic_step.optimizer.state_dict(),
+            "actor_noise": noise_state(self.actor),
+            "rollout": self.rollout.state(),
+            "updates": self.updates,
+        }
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave."""
+        self.load_policy_state(state)
+        self.reward_normalizer.returns = state["reward_normalizer"]["returns"].to(self.problem.device)
+        self.reward_normalizer.load_state_dict(state["reward_normalizer"])
+        self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
+        load_noise_state(self.actor, state["actor_noise"])
+        self.rollout.load_state(state["rollout"], self.problem.device)
+        self.updates = state["updates"]

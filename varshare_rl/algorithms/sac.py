@@ -1,0 +1,226 @@
+"""Soft actor-critic (Haarnoja et al. 2018), everything per task."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.algorithms.base import Learner, build_actor
+from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
+from varshare_rl.data.replay import Replay, ReplayBatch
+from varshare_rl.nn.critic import TwinQ
+from varshare_rl.nn.stochastic import posterior_mean
+from varshare_rl.ops.losses import squared_error
+from varshare_rl.ops.returns import td_target
+from varshare_rl.optim.step import LossStep
+from varshare_rl.types import Metrics, Transition, Tree, UserError
+
+
+@dataclass
+class SACOptions:
+    """Options of ``algorithm=sac``. Sizes are per task."""
+
+    name: str = "sac"
+    replay_capacity_per_task: int = 100_000
+    batch_per_task: int = 128
+    start_transitions_per_task: int = 1_000  # uniformly random actions before learning starts
+    updates_per_vector_step: float = 1.0
+    learning_rate: float = 3e-4
+    critic_learning_rate: float = 3e-4
+    entropy_learning_rate: float = 3e-4
+    discount: float = 0.99
+    target_rate: float = 0.005
+    initial_entropy_coefficient: float = 1.0
+    target_entropy_per_dimension: float = -1.0
+    max_grad_norm: float = 1.0
+    normalize_observations: bool = False
+    normalize_rewards: bool = False
+
+
+class SAC:
+    """SAC with twin critics and an entropy coefficient per task.
+
+    Weights are drawn anew at each vector step and each forward pass of an update; target critics use
+    their posterior means.
+
+    Args:
+        options: see :class:`SACOptions`.
+        learner: the problem, the network factory and the ELBO.
+
+    Raises:
+        UserError: the actions are discrete.
+    """
+
+    weight_draws = "actor: one draw per vector step and per update; critics: one per update; targets: mean"
+
+    def __init__(self, options: SACOptions, learner: Learner) -> None:
+        problem = learner.problem
+        if problem.discrete:
+            raise UserError("algorithm=sac needs Box actions, and this suite's are Discrete; use algorithm=ppo")
+        self.options, self.problem, self.elbo = options, problem, learner.elbo
+        self.task_ids = problem.task_ids
+        self.actor = build_actor(problem, learner.make_network, (-20.0, 2.0), 0.0)
+        input_size = problem.obs_size + problem.action_size
+        self.critic = TwinQ(lambda: learner.make_network(input_size, 1)).to(problem.device)
+        self.target_critic = deepcopy(self.critic).requires_grad_(False).eval()
+        log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
+        self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
+        dimensions = problem.action_mask.to(problem.device).sum(1).float()
+        self.target_entropy = options.target_entropy_per_dimension * dimensions  # [T]
+        self.actor_step = LossStep(
+            list(self.actor.parameters()), options.learning_rate, options.max_grad_norm
+        )
+        self.critic_step = LossStep(
+            list(self.critic.parameters()), options.critic_learning_rate, options.max_grad_norm
+        )
+        self.entropy_step = LossStep([self.log_alpha], options.entropy_learning_rate, 0.0)
+        self.normalizer = ObservationNormalizer(
+            problem.num_tasks, problem.obs_size, options.normalize_observations
+        ).to(problem.device)
+        self.reward_normalizer = RewardNormalizer(
+            problem.num_tasks, options.discount, options.normalize_rewards
+        ).to(problem.device)
+        self.replay = Replay(
+            problem.num_tasks, options.replay_capacity_per_task, problem.obs_size, problem.action_size,
+            problem.device,
+        )  # fmt: skip
+        self.updates = 0
+        self.transitions_per_task = 0
+        self.updates_due = 0.0
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """Uniformly random actions at first, then samples of the policy."""
+        if self.transitions_per_task < self.options.start_transitions_per_task:
+            shape = (*obs.shape[:2], self.problem.action_size)
+            uniform = torch.rand(shape, device=obs.device) * 2.0 - 1.0
+            return uniform * self.problem.action_mask.to(obs.device).unsqueeze(1)
+        return self.actor(self.normalizer(obs), self.task_ids).sample().action
+
+    @torch.no_grad()
+    def observe(self, transition: Transition) -> None:
+        """Store the step as it is; normalisation happens when a batch is drawn."""
+        self.replay.add(transition)
+        self.normalizer.update(transition.obs)
+        self.reward_normalizer.update(transition.reward, transition.terminated | transition.truncated)
+        self.transitions_per_task += transition.reward.shape[1]
+        if self.transitions_per_task >= self.options.start_transitions_per_task:
+            self.updates_due += self.options.updates_per_vector_step
+
+    def ready(self) -> bool:
+        """An update is due."""
+        return self.updates_due >= 1.0
+
+    def update(self) -> Metrics:
+        """One step of critics, actor, entropy coefficients and targets."""
+        batch = self._normalized(self.replay.sample(self.options.batch_per_task))
+        transitions = len(self.replay)
+        critic_loss, value, critic_norm = self._update_critic(batch, transitions)
+        actor_loss, log_prob, actor_norm = self._update_actor(batch, transitions)
+        self.entropy_step(-self.log_alpha * (log_prob + self.target_entropy))
+        with torch.no_grad():
+            pairs = (list(self.target_critic.parameters()), list(self.critic.parameters()))
+            torch._foreach_lerp_(*pairs, self.options.target_rate)
+        self.updates += 1
+        self.updates_due -= 1.0
+        return {
+            "loss/critic": float(critic_loss),
+            "loss/actor": float(actor_loss),
+            "loss/value": float(value),
+            "loss/entropy": -float(log_prob.mean()),
+            "loss/entropy_coefficient": float(self.log_alpha.detach().exp().mean()),
+            "loss/actor_grad_norm": float(actor_norm),
+            "loss/critic_grad_norm": float(critic_norm),
+        }
+
+    @torch.no_grad()
+    def _normalized(self, batch: ReplayBatch) -> ReplayBatch:
+        return ReplayBatch(
+            self.normalizer(batch.obs),
+            batch.action,
+            self.reward_normalizer(batch.reward),
+            batch.terminated,
+            self.normalizer(batch.next_obs),
+        )
+
+    def _update_critic(self, batch: ReplayBatch, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
+        alpha = self.log_alpha.detach().exp().unsqueeze(1)  # [T, 1]
+        with torch.no_grad():
+            following = self.actor(batch.next_obs, self.task_ids).sample()
+            next_q = self.target_critic(batch.next_obs, following.action, self.task_ids).amin(0)
+            next_value = next_q - alpha * following.log_prob
+            target = td_target(batch.reward, next_value, batch.terminated, self.options.discount)
+        q = self.critic(batch.obs, batch.action, self.task_ids)  # [2, T, B]
+        losses = squared_error(q[0], target) + squared_error(q[1], target)
+        norm = self.critic_step(losses + self.elbo.penalty(self.critic, transitions))
+        return losses.detach().mean(), q.detach().mean(), norm
+
+    def _update_actor(self, batch: ReplayBatch, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the loss, the log-probability per task ``[T]`` and the gradient norm."""
+        alpha = self.log_alpha.detach().exp().unsqueeze(1)
+        sample = self.actor(batch.obs, self.task_ids).sample()
+        self.critic.requires_grad_(False)  # the critics are a fixed function here: skip their weight gradients
+        q = self.critic(batch.obs, sample.action, self.task_ids).amin(0)
+        self.critic.requires_grad_(True)
+        losses = (alpha * sample.log_prob - q).mean(-1)
+        norm = self.actor_step(losses + self.elbo.penalty(self.actor, transitions))
+        return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm
+
+    @torch.no_grad()
+    def act_greedily(self, obs: Tensor) -> Tensor:
+        """The mode of the policy on the posterior mean."""
+        with posterior_mean(self.actor):
+            return self.actor(self.normalizer(obs), self.task_ids).mode()
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """Actor and twin critics."""
+        return {"actor": self.actor, "critic": self.critic}
+
+    def policy_state(self) -> Tree:
+        """Actor, critics and normaliser."""
+        return {
+            "actor": self.actor.state_dict(),
+            "critic": self.critic.state_dict(),
+            "normalizer": self.normalizer.state_dict(),
+        }
+
+    def load_policy_state(self, state: Tree) -> None:
+        """Put back what :meth:`policy_state` gave."""
+        self.actor.load_state_dict(state["actor"])
+        self.critic.load_state_dict(state["critic"])
+        self.normalizer.load_state_dict(state["normalizer"])
+
+    def state(self) -> Tree:
+        """Networks, targets, optimisers, normalisers, replay and counters."""
+        return {
+            **self.policy_state(),
+            "target_critic": self.target_critic.state_dict(),
+            "log_alpha": self.log_alpha.detach(),
+            "reward_normalizer": self.reward_normalizer.state_dict(),
+            "actor_optimizer": self.actor_step.optimizer.state_dict(),
+            "critic_optimizer": self.critic_step.optimizer.state_dict(),
+            "entropy_optimizer": self.entropy_step.optimizer.state_dict(),
+            "replay": self.replay.state(),
+            "updates": self.updates,
+            "transitions_per_task": self.transitions_per_task,
+            "updates_due": self.updates_due,
+        }
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave."""
+        self.load_policy_state(state)
+        self.target_critic.load_state_dict(state["target_critic"])
+        with torch.no_grad():
+            self.log_alpha.copy_(state["log_alpha"])
+        self.reward_normalizer.returns = state["reward_normalizer"]["returns"].to(self.problem.device)
+        self.reward_normalizer.load_state_dict(state["reward_normalizer"])
+        self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
+        self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
+        self.entropy_step.optimizer.load_state_dict(state["entropy_optimizer"])
+        self.replay.load_state(state["replay"])
+        self.updates = state["updates"]
+        self.transitions_per_task = state["transitions_per_task"]
+        self.updates_due = state["updates_due"]

@@ -1,0 +1,50 @@
+"""One network per task and nothing shared: the single-task oracle, in one batched module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn.initial import linear_parameters
+from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.options import ArchitectureOptions, Posterior
+from varshare_rl.nn.task_rows import TaskIds, task_rows
+
+
+class IndependentLayer(nn.Module):
+    """Linear layer with a weight ``[T, G, F]`` and a bias ``[T, G]`` of its own for every task."""
+
+    per_task_parameters = ("weights", "biases")
+
+    def __init__(self, in_features: int, out_features: int, num_tasks: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.num_tasks = in_features, out_features, num_tasks
+        self.weights, biases = linear_parameters(in_features, out_features, bias=True, copies=(num_tasks,))
+        assert biases is not None
+        self.biases = biases
+
+    def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
+        """Apply each row's own task's network; layouts and errors as in ``VarShareLoRALayer.forward``."""
+        rows = task_rows(x, task_id, self.num_tasks)
+        weights = rows.select(self.weights).transpose(1, 2)
+        return rows.restore(torch.baddbmm(rows.select(self.biases).unsqueeze(1), rows.x, weights))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}"
+
+
+@dataclass
+class Independent(ArchitectureOptions):
+    """``network=independent``: one network per task."""
+
+    name: str = "independent"
+
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
+        """An MLP of batched per-task layers."""
+
+        def layer(inputs: int, outputs: int) -> nn.Module:
+            return IndependentLayer(inputs, outputs, num_tasks)
+
+        return TaskMLP([in_features, *self.hidden, out_features], layer, self.activation)

@@ -1,0 +1,39 @@
+"""What all architectures have in common."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import nn
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "elu": nn.ELU}
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Settings of the per-task posteriors; architectures without one ignore them."""
+
+    prior_scale: float = 1.0
+    estimator: str = "weight"
+    temperature: float = 1.0
+
+
+@dataclass
+class ArchitectureOptions:
+    """Options of every architecture: the sizes of the hidden layers and their activation."""
+
+    name: str = "???"
+    hidden: list[int] = field(default_factory=lambda: [64, 64])
+    activation: str = "tanh"
+
+
+class Architecture(Protocol):
+    """Builds networks ``network(x [T, B, F], task_ids [T]) -> [T, B, G]`` for a number of tasks."""
+
+    name: str
+    hidden: list[int]
+    activation: str
+
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network from ``in_features`` to ``out_features``; its linear layers include the head."""

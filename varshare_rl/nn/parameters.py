@@ -1,0 +1,58 @@
+"""Counting parameters and nats of whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn.stochastic import stochastic_layers
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Numbers of parameters of an agent for ``T`` tasks.
+
+    Attributes:
+        stored: all trained parameters, ``shared + T * per_task``.
+        active_per_task: those that one task's forward pass on the posterior mean uses: the shared ones and
+            the task's own, without the spreads (``rho``).
+        shared: parameters of all tasks together.
+        per_task: parameters that belong to one task alone, spreads included.
+    """
+
+    stored: int
+    active_per_task: int
+    shared: int
+    per_task: int
+
+    def as_dict(self) -> dict[str, int]:
+        """The four numbers by name."""
+        return asdict(self)
+
+
+def count_parameters(modules: Iterable[nn.Module], num_tasks: int) -> ParameterCount:
+    """Count what ``modules`` train; layers name their stacked parameters in ``per_task_parameters``."""
+    shared = per_task = spread = 0
+    for module in modules:
+        for layer in module.modules():
+            own = getattr(layer, "per_task_parameters", ())
+            for name, parameter in layer.named_parameters(recurse=False):
+                if name not in own:
+                    shared += parameter.numel()
+                    continue
+                per_task += parameter.numel() // num_tasks
+                if name in getattr(layer, "spread_parameters", ()):
+                    spread += parameter.numel() // num_tasks
+    return ParameterCount(shared + num_tasks * per_task, shared + per_task - spread, shared, per_task)
+
+
+def total_kl(module: nn.Module, num_tasks: int) -> Tensor:
+    """Sum of the layers' divergences from their priors, ``[T]`` nats; zeros without a stochastic layer."""
+    layers = [layer.kl() for _, layer in stochastic_layers(module)]
+    if layers:
+        return torch.stack(layers).sum(0)
+    like = next(module.parameters())
+    return like.new_zeros(num_tasks)

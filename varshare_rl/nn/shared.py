@@ -1,0 +1,55 @@
+"""One network for all tasks, told the task by a one-hot input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varshare_rl.nn.initial import linear_parameters
+from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.options import ArchitectureOptions, Posterior
+from varshare_rl.nn.task_rows import TaskIds, task_rows
+
+
+class SharedLayer(nn.Module):
+    """Linear layer with the same weight for every task; the task id is accepted and ignored.
+
+    With ``one_hot_tasks > 0`` the layer acts on the input with a one-hot code of the task appended. The
+    code is never built: its product with the last columns of ``theta`` is a column of ``theta``.
+    """
+
+    def __init__(self, in_features: int, out_features: int, one_hot_tasks: int = 0) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.one_hot_tasks = one_hot_tasks
+        self.theta, self.bias = linear_parameters(in_features + one_hot_tasks, out_features, bias=True)
+
+    def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
+        """``x [..., F]`` in any layout to ``[..., G]``."""
+        if self.one_hot_tasks == 0:
+            return F.linear(x, self.theta, self.bias)
+        rows = task_rows(x, task_id, self.one_hot_tasks)
+        offset = rows.select(self.theta[:, self.in_features :].t() + self.bias)  # [K, G]
+        return rows.restore(F.linear(rows.x, self.theta[:, : self.in_features]) + offset.unsqueeze(1))
+
+    def extra_repr(self) -> str:
+        hot = f", one_hot_tasks={self.one_hot_tasks}" if self.one_hot_tasks else ""
+        return f"in_features={self.in_features}, out_features={self.out_features}{hot}"
+
+
+@dataclass
+class Shared(ArchitectureOptions):
+    """``network=shared``: all weights shared, the task given as a one-hot input."""
+
+    name: str = "shared"
+
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
+        """An MLP of shared layers, the first of which sees the one-hot task."""
+        one_hot = [num_tasks] + [0] * len(self.hidden)  # how many one-hot inputs each layer has
+
+        def layer(inputs: int, outputs: int) -> nn.Module:
+            return SharedLayer(inputs, outputs, one_hot.pop(0))
+
+        return TaskMLP([in_features, *self.hidden, out_features], layer, self.activation)

@@ -1,0 +1,100 @@
+"""One place that understands the three ways to say which row of a batch belongs to which task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+#: One id for everything, ids ``[T]`` for task-major ``[T, B, F]``, or ids ``[N]`` for flat ``[N, F]``.
+TaskIds = int | Tensor
+
+
+@lru_cache(maxsize=256)
+def all_tasks(num_tasks: int) -> Tensor:
+    """The ids ``0 .. num_tasks - 1``. Ids live on the CPU: they index, they are not data."""
+    return torch.arange(num_tasks)
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """A batch brought to task-major form.
+
+    ``x: [K, B, F]`` belongs to the tasks ``ids: [K]``; ``ids`` is None when they are all tasks in order, so
+    that stacked parameters are used as they are. ``positions`` says where the rows of a flat batch went.
+    """
+
+    x: Tensor
+    ids: Tensor | None
+    shape: torch.Size
+    positions: tuple[Tensor, Tensor] | None = None
+
+    def select(self, stacked: Tensor) -> Tensor:
+        """Rows of a stacked per-task tensor for the tasks of this batch: ``[T, ...]`` to ``[K, ...]``."""
+        if self.ids is None:
+            return stacked
+        return stacked.index_select(0, self.ids.to(stacked.device, non_blocking=True))
+
+    def restore(self, y: Tensor) -> Tensor:
+        """Bring an output ``[K, B, G]`` back to the layout the caller used."""
+        if self.positions is not None:
+            return y[self.positions]
+        return y if y.shape[:-1] == self.shape[:-1] else y.reshape(*self.shape[:-1], y.shape[-1])
+
+
+def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int) -> TaskRows:
+    """Bring ``x`` to task-major form.
+
+    Args:
+        x: ``[T, B, F]`` with ids ``[T]``; ``[N, F]`` with ids ``[N]``, each row with its own task; or any
+            ``[..., F]`` with one id.
+        task_ids: an int, or an integer tensor (best on the CPU: a CUDA tensor is copied to check it).
+        num_tasks: how many tasks there are.
+
+    Raises:
+        IndexError: an id is not one of the ``num_tasks`` tasks; the message names it.
+        ValueError: the shapes of ``x`` and ``task_ids`` do not fit each other.
+    """
+    if isinstance(task_ids, int):
+        task_ids = torch.tensor(task_ids)
+    ids = task_ids.cpu()
+    if ids.dtype in (torch.bool, torch.float16, torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"task ids have dtype {ids.dtype}; they must be integers")
+    if ids.dim() == 0:
+        _check(ids.reshape(1), num_tasks)
+        alone = None if num_tasks == 1 else ids.reshape(1)
+        return TaskRows(x.reshape(1, -1, x.shape[-1]), alone, x.shape)
+    if ids.dim() != 1 or x.dim() not in (2, 3) or x.shape[0] != ids.shape[0]:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not fit task ids of shape {tuple(ids.shape)}; "
+            "give [T, B, F] with [T], [N, F] with [N], or one id"
+        )
+    if x.dim() == 3:
+        if torch.equal(ids, all_tasks(num_tasks)):
+            return TaskRows(x, None, x.shape)
+        _check(ids, num_tasks)
+        return TaskRows(x, ids, x.shape)
+    _check(ids, num_tasks)
+    return _group(x, ids)
+
+
+def _check(ids: Tensor, num_tasks: int) -> None:
+    outside = (ids < 0) | (ids >= num_tasks)
+    if bool(outside.any()):
+        given = int(ids[outside][0])
+        raise IndexError(f"unknown task id {given}: this network has {num_tasks} tasks (0 to {num_tasks - 1})")
+
+
+def _group(x: Tensor, ids: Tensor) -> TaskRows:
+    """Sort the rows of a flat batch by task into ``[K, B_max, F]``, padded with zeros."""
+    tasks, block, counts = torch.unique(ids, return_inverse=True, return_counts=True)
+    order = torch.argsort(block, stable=True)
+    starts = counts.cumsum(0) - counts
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order)) - starts[block[order]]
+    positions = (block.to(x.device), place.to(x.device))
+    most = int(counts.max()) if len(counts) else 0
+    padded = x.new_zeros(len(tasks), most, x.shape[-1]).index_put(positions, x)
+    return TaskRows(padded, tasks, x.shape, positions)

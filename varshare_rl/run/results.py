@@ -1,0 +1,119 @@
+"""The result of a run: its numbers, and the conditions under which they hold."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import varshare_rl
+
+PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "metaworld")
+PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
+SOURCES = ("varshare_rl", "envs", "configs")  # what a result depends on
+
+
+def conditions(
+    suite_conditions: Mapping[str, Any], seed: int, device: torch.device | str = "cpu"
+) -> dict[str, Any]:
+    """Return what a result must say of how it came about; the suite's own entries are added to it.
+
+    ``git_commit`` and ``git_dirty`` are those of the project's folder, None where it is not a clone.
+    """
+    device = torch.device(device)
+    versions = {"python": platform.python_version(), "varshare_rl": varshare_rl.__version__}
+    versions |= {name: version for name in PACKAGES if (version := _version(name)) is not None}
+    commit, dirty = _git(PROJECT)
+    return {
+        **versions,
+        "seed": seed,
+        "device": str(device),
+        "device_name": _device_name(device),
+        "threads": torch.get_num_threads(),
+        "cpu_count": os.cpu_count(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        **suite_conditions,
+    }
+
+
+def summary(
+    *,
+    tasks: Mapping[str, Mapping[str, float | None]],
+    transitions: int,
+    updates: int,
+    seconds: float,
+    parameters: Mapping[str, int],
+    conditions: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the content of ``summary.json`` and ``evaluation.json``.
+
+    ``tasks[name]`` holds ``return`` (mean over episodes), ``success`` (at any step of an episode),
+    ``success_final`` (at its last step) and ``kl`` (nats). The successes are None in a suite that has none,
+    ``kl`` where the network has no posterior. ``transitions`` (all tasks together), ``updates`` (gradient
+    steps) and ``seconds`` are those of the training. ``parameters`` counts ``stored, active_per_task,
+    shared, per_task``. Raises KeyError if one of these is missing.
+    """
+    names = ("success", "success_final", "return", "kl")
+    return {
+        "mean_success": _mean([row["success"] for row in tasks.values()]),
+        "mean_success_final": _mean([row["success_final"] for row in tasks.values()]),
+        "mean_return": _mean([row["return"] for row in tasks.values()]),
+        "tasks": {task: {name: row[name] for name in names} for task, row in tasks.items()},
+        "transitions": transitions,
+        "updates": updates,
+        "seconds": round(seconds, 3),
+        "transitions_per_second": round(transitions / seconds, 3) if seconds > 0 else None,
+        "parameters": {
+            name: parameters[name] for name in ("stored", "active_per_task", "shared", "per_task")
+        },
+        "conditions": dict(conditions),
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:  # platform.processor() says no more than the architecture on Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or platform.machine())
+
+
+def _git(folder: Path) -> tuple[str | None, bool | None]:
+    """Return the commit of a clone and whether its sources differ from it; (None, None) for no clone."""
+    # Only a tracked package counts: an installed one may lie inside the repository of something else.
+    if _git_output(folder, "ls-files", "--error-unmatch", "varshare_rl/__init__.py") is None:
+        return None, None
+    commit = _git_output(folder, "rev-parse", "--verify", "HEAD")
+    status = _git_output(folder, "status", "--porcelain", "--", *SOURCES)
+    return commit, None if commit is None or status is None else bool(status)
+
+
+def _git_output(folder: Path, *arguments: str) -> str | None:
+    command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
