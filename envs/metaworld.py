@@ -22,7 +22,8 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.types import Task
 
 from envs.engine import SlotEngine
-from envs.slots import Array, Episode
+from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
+from envs.slots import Array, Episode, TaskEnv
 from envs.suite import BoolArray, SuiteError
 
 _OBSERVATION_SIZE = 39
@@ -59,6 +60,8 @@ class MetaWorldOptions:
     goals_per_task: int = 50
     #: Seed of the fixed goals; the same as ``seed`` of the package's benchmarks.
     goal_seed: int = 0
+    #: Quicker environments with the same results, bit for bit (v2 rewards only); see ``envs.metaworld_fast``.
+    fast: bool = True
 
 
 def task_list(options: MetaWorldOptions) -> tuple[str, ...]:
@@ -88,28 +91,30 @@ def task_list(options: MetaWorldOptions) -> tuple[str, ...]:
 
 @lru_cache(maxsize=8)
 def make_goals(
-    names: tuple[str, ...], seed: int, goals_per_task: int, one_stream: bool
+    names: tuple[str, ...], seed: int, goals_per_task: int, one_stream: bool, fast: bool = False
 ) -> tuple[npt.NDArray[np.float64], ...]:
     """The fixed goals of each task, ``[goals, size]``, the same that the package draws with this seed.
 
     ``one_stream`` draws all tasks one after the other from one seeded stream, as ``metaworld.MT10(seed)``
     does; otherwise task ``k`` starts its own stream from ``seed + k``, as the package's custom list of tasks
     does. The package simulates the arm at every draw, which the goals do not depend on; here it is left out.
+    ``fast`` compiles models where ``envs.metaworld_fast`` finds them again.
     """
+    classes = environment_classes() if fast else ALL_V3_ENVIRONMENTS
     saved = np.random.get_state()  # noqa: NPY002 (the package draws from the global stream)
     try:
         goals = []
         for k, name in enumerate(names):
             if k == 0 or not one_stream:
                 np.random.seed(seed if one_stream else seed + k)  # noqa: NPY002
-            goals.append(_draw_goals(name, goals_per_task))
+            goals.append(_draw_goals(classes[name], goals_per_task))
     finally:
         np.random.set_state(saved)  # noqa: NPY002
     return tuple(goals)
 
 
-def _draw_goals(name: str, count: int) -> npt.NDArray[np.float64]:
-    env: Any = ALL_V3_ENVIRONMENTS[name]()
+def _draw_goals(cls: Any, count: int) -> npt.NDArray[np.float64]:
+    env = cls()
     env._freeze_rand_vec = False
     env._set_task_called = True
     env.do_simulation = lambda *_: None
@@ -140,11 +145,7 @@ class MetaWorldEnv:
         self._tasks = as_tasks(name, goals)
 
     def reset(self, episode: Episode) -> Array:
-        if episode.sweep is None:
-            goal = int(np.random.default_rng(episode.seed).integers(len(self._tasks)))
-        else:
-            goal = episode.sweep % len(self._tasks)
-        self._env.set_task(self._tasks[goal])
+        self._env.set_task(self._tasks[episode.choose(len(self._tasks))])
         observation: Array = self._env.reset()[0]
         return observation
 
@@ -164,8 +165,11 @@ class MetaWorldFactory:
     goals: tuple[npt.NDArray[np.float64], ...]
     reward_version: str
     horizon: int
+    fast: bool
 
-    def __call__(self, task: int) -> MetaWorldEnv:
+    def __call__(self, task: int) -> TaskEnv:
+        if self.fast:
+            return FastMetaWorldEnv(self.names[task], self.goals[task], self.horizon)
         return MetaWorldEnv(self.names[task], self.goals[task], self.reward_version, self.horizon)
 
 
@@ -185,6 +189,7 @@ class MetaWorldSuite:
         self.name = options.benchmark or options.name
         self.options = options
         self.horizon = options.horizon
+        self.fast = options.fast and version == "v2" and is_supported()
         self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
         self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
         self.action_mask: BoolArray = np.ones((len(self.task_names), _ACTION_SIZE), dtype=np.bool_)
@@ -209,12 +214,14 @@ class MetaWorldSuite:
         """The fixed goals, one array ``[goals_per_task, size]`` per task."""
         options = self.options
         one_stream = options.benchmark in _ONE_STREAM
-        return make_goals(self.task_names, options.goal_seed, options.goals_per_task, one_stream)
+        return make_goals(self.task_names, options.goal_seed, options.goals_per_task, one_stream, self.fast)
 
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> SlotEngine:
         """See ``Suite.make_engine``; evaluation episode ``k`` of a task has goal ``k % goals_per_task``."""
         options = self.options
-        factory = MetaWorldFactory(self.task_names, self.goals, options.reward_function_version, self.horizon)
+        factory = MetaWorldFactory(
+            self.task_names, self.goals, options.reward_function_version, self.horizon, self.fast
+        )
         return SlotEngine(
             factory,
             num_tasks=len(self.task_names),

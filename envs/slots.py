@@ -26,6 +26,12 @@ class Episode:
     #: Position in the evaluation sweep of the task (0, 1, ...); None in training.
     sweep: int | None
 
+    def choose(self, count: int) -> int:
+        """One of ``count`` fixed choices (goals): in turn in the evaluation sweep, at random in training."""
+        if self.sweep is not None:
+            return self.sweep % count
+        return int(np.random.default_rng(self.seed).integers(count))
+
     def integer_seed(self) -> int:
         """A 32-bit seed, for interfaces that take an integer."""
         return int(self.seed.generate_state(1)[0])

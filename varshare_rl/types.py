@@ -13,6 +13,9 @@ Tree = dict[str, Any]
 #: Scalars to log, by metric name.
 Metrics = dict[str, float]
 
+#: The same as an update leaves them: 0-d tensors are read only when they are logged.
+Scalars = dict[str, Tensor | float]
+
 
 class UserError(ValueError):
     """The user asked for something that cannot be. The message is one line: what was given, what is

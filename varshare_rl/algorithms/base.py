@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.optim.elbo import Elbo
-from varshare_rl.types import Metrics, Transition, Tree
+from varshare_rl.types import Scalars, Transition, Tree
 
 #: Builds a task network from its input and output size.
 NetworkFactory = Callable[[int, int], nn.Module]
@@ -50,7 +50,7 @@ class Algorithm(Protocol):
     def ready(self) -> bool:
         """Whether an update is due."""
 
-    def update(self) -> Metrics:
+    def update(self) -> Scalars:
         """One update (for PPO: all epochs on one rollout); returns scalars to log."""
 
     def act_greedily(self, obs: Tensor) -> Tensor:

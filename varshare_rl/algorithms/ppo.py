@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +16,7 @@ from varshare_rl.nn.stochastic import hold_noise, load_noise_state, noise_state,
 from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss, squared_error
 from varshare_rl.ops.returns import gae
 from varshare_rl.optim.step import LossStep
-from varshare_rl.types import Metrics, Transition, Tree
+from varshare_rl.types import Scalars, Transition, Tree
 
 
 @dataclass
@@ -113,36 +112,23 @@ class PPO:
         """A rollout is full."""
         return self.rollout.full
 
-    def update(self) -> Metrics:
+    def update(self) -> Scalars:
         """All epochs on the rollout, then a new draw of the actor's weights."""
-        data = self._training_data()
-        transitions = data["obs"].shape[1]
-        size = max(transitions // self.options.minibatches, 1)
-        sums: dict[str, list[Tensor]] = defaultdict(list)
-        for _ in range(self.options.epochs):
-            order = torch.randperm(transitions, device=data["obs"].device)
-            stopped = False
-            for start in range(0, transitions - size + 1, size):
-                rows = order[start : start + size]
-                batch = {name: value.index_select(1, rows) for name, value in data.items()}
-                for name, value in self._update_minibatch(batch, transitions).items():
-                    sums[name].append(value)
-                target = self.options.target_kl
-                if target is not None and float(sums["approximate_kl"][-1]) > target:
-                    stopped = True
-                    break
-            if stopped:
-                break
+        data, explained_variance = self._training_data()
+        minibatches = self._update_epochs(data)
         self.rollout.clear()
         hold_noise(self.actor)
-        metrics = {f"loss/{name}": float(torch.stack(values).mean()) for name, values in sums.items()}
-        metrics["loss/minibatches"] = float(len(sums["policy"]))
-        metrics["loss/explained_variance"] = float(data["explained_variance"].mean())
+        metrics: Scalars = {
+            f"loss/{name}": torch.stack([minibatch[name] for minibatch in minibatches]).mean()
+            for name in minibatches[0]
+        }
+        metrics["loss/explained_variance"] = explained_variance
+        metrics["loss/minibatches"] = float(len(minibatches))
         return metrics
 
     @torch.no_grad()
-    def _training_data(self) -> dict[str, Tensor]:
-        """Flatten the rollout to ``[T, S * E, ...]`` and add advantages and value targets."""
+    def _training_data(self) -> tuple[dict[str, Tensor], Tensor]:
+        """The rollout as ``[T, S * E, ...]`` with advantages and value targets; the explained variance."""
         rollout = self.rollout
         with posterior_mean(self.critic):
             value, next_value = (
@@ -154,16 +140,27 @@ class PPO:
             self.options.discount, self.options.gae_lambda,
         )  # fmt: skip
         target = advantage + value
+        data = {name: rollout[name].flatten(1, 2) for name in ("obs", "raw_action", "log_prob")}
+        data["advantage"] = normalize_per_task(advantage).flatten(1, 2)
+        data["target"] = target.flatten(1, 2)
         unexplained = advantage.flatten(1).var(1) / target.flatten(1).var(1).clamp_min(1e-8)
-        data = {
-            "obs": rollout["obs"],
-            "raw_action": rollout["raw_action"],
-            "log_prob": rollout["log_prob"],
-            "advantage": normalize_per_task(advantage),
-            "target": target,
-            "explained_variance": (1.0 - unexplained)[:, None, None].expand_as(target),
-        }
-        return {name: field.flatten(1, 2) for name, field in data.items()}
+        return data, (1.0 - unexplained).mean()
+
+    def _update_epochs(self, data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        """Steps on shuffled minibatches until the epochs are done or the policy has moved far enough."""
+        transitions = data["obs"].shape[1]
+        size = max(transitions // self.options.minibatches, 1)
+        done: list[dict[str, Tensor]] = []
+        for _ in range(self.options.epochs):
+            order = torch.randperm(transitions, device=data["obs"].device)
+            for start in range(0, transitions - size + 1, size):
+                rows = order[start : start + size]
+                batch = {name: value.index_select(1, rows) for name, value in data.items()}
+                done.append(self._update_minibatch(batch, transitions))
+                target = self.options.target_kl
+                if target is not None and float(done[-1]["approximate_kl"]) > target:
+                    return done
+        return done
 
     def _update_minibatch(self, batch: dict[str, Tensor], transitions: int) -> dict[str, Tensor]:
         """One step of actor and critic on a minibatch ``[T, M]``; ``transitions`` is the ELBO's ``n_i``."""

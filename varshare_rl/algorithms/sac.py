@@ -16,7 +16,7 @@ from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.ops.losses import squared_error
 from varshare_rl.ops.returns import td_target
 from varshare_rl.optim.step import LossStep
-from varshare_rl.types import Metrics, Transition, Tree, UserError
+from varshare_rl.types import Scalars, Transition, Tree, UserError
 
 
 @dataclass
@@ -114,7 +114,7 @@ class SAC:
         """An update is due."""
         return self.updates_due >= 1.0
 
-    def update(self) -> Metrics:
+    def update(self) -> Scalars:
         """One step of critics, actor, entropy coefficients and targets."""
         batch = self._normalized(self.replay.sample(self.options.batch_per_task))
         transitions = len(self.replay)
@@ -127,13 +127,13 @@ class SAC:
         self.updates += 1
         self.updates_due -= 1.0
         return {
-            "loss/critic": float(critic_loss),
-            "loss/actor": float(actor_loss),
-            "loss/value": float(value),
-            "loss/entropy": -float(log_prob.mean()),
-            "loss/entropy_coefficient": float(self.log_alpha.detach().exp().mean()),
-            "loss/actor_grad_norm": float(actor_norm),
-            "loss/critic_grad_norm": float(critic_norm),
+            "loss/critic": critic_loss,
+            "loss/actor": actor_loss,
+            "loss/value": value,
+            "loss/entropy": -log_prob.mean(),
+            "loss/entropy_coefficient": self.log_alpha.detach().exp().mean(),
+            "loss/actor_grad_norm": actor_norm,
+            "loss/critic_grad_norm": critic_norm,
         }
 
     @torch.no_grad()

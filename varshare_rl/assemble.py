@@ -1,0 +1,118 @@
+"""Assembles a run from its configuration: the only place that knows which component is which."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import gymnasium
+import torch
+from torch import nn
+
+from envs.cartpole import CartPoleOptions, CartPoleSuite
+from envs.gymnasium_suite import GymnasiumOptions, GymnasiumSuite
+from envs.lunarlander import LunarLanderOptions, LunarLanderSuite
+from envs.metaworld import MetaWorldOptions, MetaWorldSuite
+from envs.pointmass import PointMassOptions, PointMassSuite
+from envs.suite import Suite
+from varshare_rl.algorithms.base import Algorithm, Learner, Problem
+from varshare_rl.algorithms.ppo import PPO, PPOOptions
+from varshare_rl.algorithms.sac import SAC, SACOptions
+from varshare_rl.config import Device, TrainConfig
+from varshare_rl.nn.options import ACTIVATIONS, Architecture
+from varshare_rl.nn.parameters import ParameterCount, count_parameters
+from varshare_rl.nn.varshare_lora import ESTIMATORS
+from varshare_rl.optim.elbo import Elbo
+from varshare_rl.run.console import Console
+from varshare_rl.run.loop import LoopOptions, Run
+from varshare_rl.run.seeding import seed_everything
+from varshare_rl.run.tracker import Tracker
+from varshare_rl.types import UserError
+
+SUITES: dict[type, Callable[[Any], Suite]] = {
+    PointMassOptions: PointMassSuite,
+    CartPoleOptions: CartPoleSuite,
+    LunarLanderOptions: LunarLanderSuite,
+    GymnasiumOptions: GymnasiumSuite,
+    MetaWorldOptions: MetaWorldSuite,
+}
+ALGORITHMS: dict[type, Callable[[Any, Learner], Algorithm]] = {PPOOptions: PPO, SACOptions: SAC}
+
+
+def choose_device(device: Device) -> torch.device:
+    """The device asked for; ``auto`` is CUDA if there is any. Raises UserError if it is not there."""
+    available = torch.cuda.is_available()
+    if device is Device.cuda and not available:
+        raise UserError("device=cuda was asked for, and torch sees no CUDA device; use device=cpu or auto")
+    use_cuda = device is Device.cuda or (device is Device.auto and available)
+    return torch.device("cuda" if use_cuda else "cpu")
+
+
+def build_suite(config: TrainConfig) -> Suite:
+    """The suite of ``config.env``. Raises envs.suite.SuiteError for an impossible choice."""
+    return SUITES[type(config.env)](config.env)
+
+
+def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> Algorithm:
+    """The algorithm with fresh networks, drawn from torch's global generator."""
+    problem = build_problem(suite, config.env.envs_per_task, device)
+    architecture = cast(Architecture, config.network)
+    if architecture.activation not in ACTIVATIONS:
+        allowed = ", ".join(ACTIVATIONS)
+        raise UserError(f"unknown network.activation {architecture.activation!r}; choose {allowed}")
+    posterior = config.elbo.posterior()
+    if posterior.estimator not in ESTIMATORS:
+        raise UserError(f"unknown elbo.estimator {posterior.estimator!r}; choose {', '.join(ESTIMATORS)}")
+
+    def make_network(in_features: int, out_features: int) -> nn.Module:
+        return architecture.build(in_features, out_features, problem.num_tasks, posterior)
+
+    learner = Learner(problem, make_network, Elbo(config.elbo, problem.num_tasks))
+    return ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
+
+
+def build_problem(suite: Suite, envs_per_task: int, device: torch.device) -> Problem:
+    """What the algorithm has to know of the suite."""
+    actions = suite.action_space
+    discrete = isinstance(actions, gymnasium.spaces.Discrete)
+    return Problem(
+        num_tasks=len(suite.task_names),
+        envs_per_task=envs_per_task,
+        obs_size=math.prod(suite.observation_space.shape),
+        action_size=int(actions.n) if isinstance(actions, gymnasium.spaces.Discrete) else actions.shape[0],
+        discrete=discrete,
+        action_mask=torch.from_numpy(suite.action_mask),
+        device=device,
+    )
+
+
+def parameter_count(algorithm: Algorithm, num_tasks: int) -> ParameterCount:
+    """Parameters of everything the algorithm trains."""
+    return count_parameters(algorithm.trained_modules().values(), num_tasks)
+
+
+def build_run(config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int | None = None) -> Run:
+    """All parts of a training run: seeds, networks, engine, logs. The engine starts to get ready at once."""
+    device = choose_device(config.device)
+    seed_everything(config.seed)
+    algorithm = build_algorithm(config, suite, device)
+    options = LoopOptions(
+        total_transitions=config.total_transitions,
+        evaluate_every=config.evaluate.every,
+        evaluate_episodes=config.evaluate.episodes,
+        checkpoint_every=config.checkpoint.every,
+        log_every=config.log.every,
+    )
+    return Run(
+        suite=suite,
+        engine=suite.make_engine(config.env.envs_per_task, config.seed),
+        algorithm=algorithm,
+        tracker=Tracker(run_dir, resumed_at),
+        console=Console(config.total_transitions, quiet=config.log.quiet),
+        run_dir=run_dir,
+        seed=config.seed,
+        device=device,
+        options=options,
+    )

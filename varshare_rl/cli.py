@@ -1,0 +1,57 @@
+"""What the commands have in common: composing the configuration, and errors in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from envs.suite import SuiteError
+from varshare_rl.types import UserError
+
+
+def config_folder() -> Path:
+    """Where the YAML files are: inside the package when installed from a wheel, beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"the configs folder is missing beside {package}; install the package again")
+
+
+def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
+    """Compose ``configs/<name>.yaml`` with the command line and call ``main`` with it.
+
+    What the user got wrong is one line on stderr and exit code 2.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(main)()
+    except (UserError, SuiteError) as error:
+        fail(str(error))
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(_explain(error))
+
+
+def fail(message: str) -> NoReturn:
+    """Print one line and end with code 2."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _explain(error: Exception) -> str:
+    """Hydra's message without its technical lines; a refused value or name is in the innermost error."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        lines += [line.strip() for line in str(cause).splitlines()]
+    technical = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
+    kept = [line for line in lines if line and not line.startswith(technical)]
+    return " ".join(dict.fromkeys(kept))

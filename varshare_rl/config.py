@@ -1,0 +1,153 @@
+"""The typed configuration of a training run, and how it is read from files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from envs.cartpole import CartPoleOptions
+from envs.gymnasium_suite import GymnasiumOptions
+from envs.lunarlander import LunarLanderOptions
+from envs.metaworld import MetaWorldOptions
+from envs.pointmass import PointMassOptions
+from varshare_rl.algorithms.ppo import PPOOptions
+from varshare_rl.algorithms.sac import SACOptions
+from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.optim.elbo import ElboOptions
+from varshare_rl.types import UserError
+
+
+class Device(Enum):
+    """Where to compute; ``auto`` takes CUDA if there is any."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass
+class EvaluateOptions:
+    """``every`` so many transitions (all tasks; 0: only at the end), ``episodes`` of every task."""
+
+    every: int = 200_000
+    episodes: int = 5
+
+
+@dataclass
+class CheckpointOptions:
+    """``every`` so many transitions (all tasks; 0: only at the end)."""
+
+    every: int = 500_000
+
+
+@dataclass
+class LogOptions:
+    """``every`` so many transitions (all tasks) a line of metrics; ``quiet``: nothing on screen."""
+
+    every: int = 10_000
+    quiet: bool = False
+
+
+@dataclass
+class TrainConfig:
+    """One training run. ``env``, ``algorithm`` and ``network`` hold the options of the chosen component."""
+
+    env: Any = MISSING
+    algorithm: Any = MISSING
+    network: Any = MISSING
+    elbo: ElboOptions = field(default_factory=ElboOptions)
+    total_transitions: int = 1_000_000  # all tasks together
+    seed: int = 0
+    device: Device = Device.auto
+    run_dir: str | None = None  # default: runs/<suite>_<algorithm>_<network>_s<seed>_<time>
+    resume: str | None = None  # a run folder to go on with
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+
+
+#: The options of every component that can be chosen, by config group and name.
+COMPONENTS: dict[str, dict[str, type]] = {
+    "env": {
+        "pointmass": PointMassOptions,
+        "cartpole": CartPoleOptions,
+        "lunarlander": LunarLanderOptions,
+        "gymnasium": GymnasiumOptions,
+        "metaworld": MetaWorldOptions,
+    },
+    "algorithm": {"ppo": PPOOptions, "sac": SACOptions},
+    "network": {
+        "varshare_lora": VarShareLoRA,
+        "varshare": VarShare,
+        "shared": Shared,
+        "independent": Independent,
+    },
+}
+
+
+def register_schemas() -> None:
+    """Make the typed options known to Hydra, as ``<group>/<name>_schema``."""
+    store = ConfigStore.instance()
+    store.store(name="train_schema", node=TrainConfig)
+    for group, options in COMPONENTS.items():
+        for name, node in options.items():
+            store.store(group=group, name=f"{name}_schema", node=node, package=group)
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Read the ``config.yaml`` of a run folder.
+
+    Raises:
+        UserError: the file is missing or is not a configuration of this version.
+    """
+    if not path.is_file():
+        raise UserError(f"no config.yaml in {path.parent}; give the folder of a run (runs/<name>)")
+    try:
+        stored = OmegaConf.load(path)
+        config = OmegaConf.structured(TrainConfig)
+        for group, options in COMPONENTS.items():
+            config[group] = OmegaConf.structured(options[stored[group]["name"]])
+        return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
+    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error
+
+
+def check_config(config: TrainConfig) -> None:
+    """Refuse impossible numbers before anything is built.
+
+    Raises:
+        UserError: names the option, its value, and what is allowed.
+    """
+    limits: list[tuple[str, float, float]] = [
+        ("total_transitions", config.total_transitions, 1),
+        ("seed", config.seed, 0),
+        ("evaluate.every", config.evaluate.every, 0),
+        ("evaluate.episodes", config.evaluate.episodes, 1),
+        ("checkpoint.every", config.checkpoint.every, 0),
+        ("log.every", config.log.every, 0),
+        ("env.envs_per_task", config.env.envs_per_task, 1),
+        ("elbo.kl_weight", config.elbo.kl_weight, 0),
+        ("elbo.temperature", config.elbo.temperature, 0),
+        *((f"network.hidden[{index}]", size, 1) for index, size in enumerate(config.network.hidden)),
+    ]
+    for name in ("rank",):
+        if hasattr(config.network, name):
+            limits.append((f"network.{name}", getattr(config.network, name), 1))
+    for name, least in (
+        ("rollout_transitions_per_task", 2), ("epochs", 1), ("minibatches", 1), ("batch_per_task", 1),
+        ("replay_capacity_per_task", 1), ("start_transitions_per_task", 1), ("updates_per_vector_step", 0),
+    ):  # fmt: skip
+        if hasattr(config.algorithm, name):
+            limits.append((f"algorithm.{name}", getattr(config.algorithm, name), least))
+    for name, value, least in limits:
+        if not value >= least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    if not config.elbo.prior_scale > 0:
+        raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")

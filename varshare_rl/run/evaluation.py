@@ -1,0 +1,99 @@
+"""Evaluation: deterministic actions on the posterior mean, a fixed number of episodes per task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from envs.suite import Suite, VectorEngine
+from varshare_rl.algorithms.base import Algorithm
+from varshare_rl.nn.parameters import total_kl
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over a task's episodes, by task name.
+
+    Attributes:
+        tasks: ``{name: {success, success_final, return, episode_steps, kl}}``; the successes are None in a
+            suite that has none. ``success`` is 1 for an episode in which any step succeeded, ``success_final``
+            looks at its last step only; ``kl`` is the nats of all networks, None without posteriors.
+    """
+
+    tasks: dict[str, dict[str, float | None]]
+
+    def mean(self, name: str) -> float | None:
+        """Mean over tasks, or None where a task has no such number."""
+        values = [row[name] for row in self.tasks.values()]
+        known = [value for value in values if value is not None]
+        return float(np.mean(known)) if len(known) == len(values) else None
+
+    @property
+    def score(self) -> float:
+        """What "best" means: mean success where there is one, and mean return."""
+        success, mean_return = self.mean("success"), self.mean("return")
+        assert mean_return is not None
+        return mean_return if success is None else success
+
+    def metrics(self) -> dict[str, float]:
+        """``eval/<task>/<name>`` and ``eval/mean_<name>``, and ``kl/<task>``."""
+        metrics: dict[str, float] = {}
+        for task, row in self.tasks.items():
+            for name, value in row.items():
+                if value is not None:
+                    metrics[f"kl/{task}" if name == "kl" else f"eval/{task}/{name}"] = value
+        for name in ("success", "success_final", "return", "episode_steps"):
+            mean = self.mean(name)
+            if mean is not None:
+                metrics[f"eval/mean_{name}"] = mean
+        return metrics
+
+
+def task_nats(modules: dict[str, nn.Module], num_tasks: int) -> npt.NDArray[np.float64] | None:
+    """Nats per task over all ``modules``, ``[T]``; None if nothing is stochastic."""
+    with torch.no_grad():
+        total = sum(total_kl(module, num_tasks).double().cpu() for module in modules.values())
+    if not isinstance(total, torch.Tensor) or not bool(total.any()):
+        return None
+    nats: npt.NDArray[np.float64] = total.numpy()
+    return nats
+
+
+def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes: int) -> Evaluation:
+    """Run ``episodes`` episodes of every task, always from the same starts.
+
+    Episode ``j`` of slot ``e`` is episode ``j * E + e`` of its task; slots step on until every task has its
+    episodes, and what comes after is not counted, so short episodes are not favoured.
+    """
+    num_tasks, envs = engine.num_tasks, engine.envs_per_task
+    device = next(next(iter(algorithm.trained_modules().values())).parameters()).device
+    totals = {name: np.zeros((num_tasks, episodes)) for name in ("return", "episode_steps")}
+    flags = {name: np.zeros((num_tasks, episodes), dtype=bool) for name in ("success", "success_final")}
+    episode = np.tile(np.arange(envs), (num_tasks, 1))  # the episode that each slot is in, [T, E]
+    task = np.arange(num_tasks)[:, None].repeat(envs, 1)
+    obs = engine.reset()
+    while (episode < episodes).any():
+        actions = algorithm.act_greedily(torch.from_numpy(obs).to(device)).cpu().numpy()
+        step = engine.step(actions)
+        obs = step.obs
+        open_slots = episode < episodes
+        where = (task[open_slots], episode[open_slots])
+        totals["return"][where] += step.reward[open_slots]
+        totals["episode_steps"][where] += 1
+        flags["success"][where] |= step.success[open_slots]
+        flags["success_final"][where] = step.success[open_slots]
+        episode[step.terminated | step.truncated] += envs
+    nats = task_nats(algorithm.trained_modules(), num_tasks)
+    tasks: dict[str, dict[str, float | None]] = {}
+    for index, name in enumerate(suite.task_names):
+        row: dict[str, Any] = {key: float(value[index].mean()) for key, value in totals.items()}
+        for key, value in flags.items():
+            row[key] = float(value[index].mean()) if suite.has_success else None
+        row["kl"] = None if nats is None else float(nats[index])
+        tasks[name] = row
+    return Evaluation(tasks)

@@ -1,0 +1,222 @@
+"""The loop: act, step, store, update, log, evaluate, save. One for all algorithms and suites."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from envs.suite import Suite, VectorEngine
+from varshare_rl.algorithms.base import Algorithm
+from varshare_rl.data.episodes import EpisodeStatistics
+from varshare_rl.run.checkpoint import save_checkpoint
+from varshare_rl.run.console import Console
+from varshare_rl.run.evaluation import Evaluation, evaluate
+from varshare_rl.run.seeding import load_rng_state, rng_state
+from varshare_rl.run.tracker import Tracker
+from varshare_rl.types import Metrics, Scalars, Transition, Tree
+
+
+@dataclass
+class LoopOptions:
+    """Counts are transitions of all tasks together; 0 switches the thing off."""
+
+    total_transitions: int
+    evaluate_every: int
+    evaluate_episodes: int
+    checkpoint_every: int
+    log_every: int
+
+
+class Interrupted(Exception):
+    """Training was asked to stop by a signal and has saved its state."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+@dataclass
+class Run:
+    """A training run: its parts, and how far it has come."""
+
+    suite: Suite
+    engine: VectorEngine
+    algorithm: Algorithm
+    tracker: Tracker
+    console: Console
+    run_dir: Path
+    seed: int
+    device: torch.device
+    options: LoopOptions
+    transitions: int = 0
+    best_score: float | None = None
+    evaluation: Evaluation | None = None
+    evaluated_at: int = -1
+    scalars: Scalars = field(default_factory=dict)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
+        self.evaluation_engine: VectorEngine | None = None
+
+    def train(self) -> Evaluation:
+        """Run to the end and return the last evaluation.
+
+        Raises:
+            Interrupted: a signal came; the state has been saved.
+        """
+        with self.console, interruptible() as interrupted:
+            self.console.progress(self.transitions, {})
+            obs = self._to_device(self._observation)
+            while self.transitions < self.options.total_transitions:
+                obs = self._vector_step(obs)
+                while self.algorithm.ready():
+                    with self._timed("update"):
+                        self.scalars = self.algorithm.update()
+                self._after_step()
+                if interrupted:
+                    self.save("last")
+                    raise Interrupted(interrupted[0])
+            if self.evaluated_at != self.transitions:
+                self._evaluate()
+            self.save("last")
+        assert self.evaluation is not None
+        return self.evaluation
+
+    def start(self) -> None:
+        """Reset the environments; done by :meth:`load_state` when a run goes on."""
+        self._observation = self.engine.reset()
+
+    def close(self) -> None:
+        """Free engines and close the logs."""
+        self.engine.close()
+        if self.evaluation_engine is not None:
+            self.evaluation_engine.close()
+        self.tracker.close()
+
+    def _vector_step(self, obs: torch.Tensor) -> torch.Tensor:
+        with self._timed("act"):
+            action = self.algorithm.act(obs)
+            host_action = action.cpu().numpy()
+        with self._timed("engine"):
+            step = self.engine.step(host_action)
+        self.episodes.add(step.reward, step.success, step.terminated | step.truncated)
+        tensors = (step.reward, step.terminated, step.truncated, step.next_obs)
+        self.algorithm.observe(Transition(obs, action, *(self._to_device(x) for x in tensors)))
+        self._transitions_before = self.transitions
+        self.transitions += step.reward.size
+        return self._to_device(step.obs)
+
+    def _after_step(self) -> None:
+        """Log, evaluate and save where their counts have come round."""
+        if self._due(self.options.log_every):
+            self._log()
+        if self._due(self.options.evaluate_every):
+            self._evaluate()
+        if self._due(self.options.checkpoint_every):
+            self.save("last")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.transitions // every > self._transitions_before // every
+
+    def _log(self) -> None:
+        metrics: Metrics = {name: float(value) for name, value in self.scalars.items()}
+        metrics |= self.episodes.metrics(self.suite.has_success)
+        metrics["time/transitions_per_second"] = self.console.transitions_per_second
+        metrics["time/updates"] = float(self.algorithm.updates)
+        total = sum(self.phase_seconds.values())
+        for name, seconds in self.phase_seconds.items():
+            metrics[f"time/share_{name}"] = seconds / total
+        self.tracker.log(metrics, self.transitions)
+        self.console.progress(self.transitions, self._headline(metrics))
+
+    def _headline(self, metrics: Metrics) -> Metrics:
+        name = "train/mean_success" if self.suite.has_success else "train/mean_return"
+        return {name.removeprefix("train/mean_"): metrics[name]} if name in metrics else {}
+
+    def _evaluate(self) -> None:
+        if self.evaluation_engine is None:
+            envs = min(self.options.evaluate_episodes, self.engine.envs_per_task)
+            self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
+        with self._timed("evaluate"):
+            result = evaluate(
+                self.algorithm, self.suite, self.evaluation_engine, self.options.evaluate_episodes
+            )
+        self.evaluation, self.evaluated_at = result, self.transitions
+        self.tracker.log(result.metrics(), self.transitions)
+        self.console.table(f"evaluation at {self.transitions:,} transitions", result.tasks)
+        if self.best_score is None or result.score > self.best_score:
+            self.best_score = result.score
+            self.save("best")
+
+    def save(self, kind: str) -> Path:
+        """Write a checkpoint: ``last`` holds everything needed to go on, ``best`` the policy."""
+        counters: Tree = {
+            "transitions": self.transitions,
+            "updates": self.algorithm.updates,
+            "seconds": self.tracker.seconds,
+        }
+        rest = self.state() if kind == "last" else {"algorithm": self.algorithm.policy_state()}
+        return save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
+
+    def state(self) -> Tree:
+        """Everything needed to go on bit for bit, besides the counters."""
+        return {
+            "best_score": self.best_score,
+            "evaluation": None if self.evaluation is None else self.evaluation.tasks,
+            "evaluated_at": self.evaluated_at,
+            "phase_seconds": self.phase_seconds,
+            "algorithm": self.algorithm.state(),
+            "engine": self.engine.state(),
+            "episodes": self.episodes.state(),
+            "random": rng_state(),
+        }
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`save` wrote as ``last``."""
+        self.transitions = state["transitions"]
+        self.best_score = state["best_score"]
+        self.evaluated_at = state["evaluated_at"]
+        self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
+        self.phase_seconds = state["phase_seconds"]
+        self.algorithm.load_state(state["algorithm"])
+        self._observation = self.engine.load_state(state["engine"])
+        self.episodes.load_state(state["episodes"])
+        load_rng_state(state["random"])
+
+    def _to_device(self, array: Any) -> torch.Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM in the list instead of dying; a second one acts at once."""
+    received: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in signals:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number in signals:
+            signal.signal(number, before[number])

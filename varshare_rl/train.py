@@ -1,0 +1,161 @@
+"""``python -m varshare_rl.train env=mt10``: train one agent on many tasks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from envs.suite import Suite
+from varshare_rl.assemble import build_run, build_suite, choose_device, parameter_count
+from varshare_rl.cli import run_command
+from varshare_rl.config import TrainConfig, check_config, load_config, register_schemas
+from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.evaluation import Evaluation
+from varshare_rl.run.files import write_atomically, write_json
+from varshare_rl.run.loop import Interrupted, Run
+from varshare_rl.run.results import conditions, summary
+from varshare_rl.types import Tree, UserError
+
+#: What may be changed when a run goes on.
+RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.")
+
+
+def main(composed: DictConfig) -> None:
+    """Train as configured; called by Hydra, once per job of a sweep."""
+    config = cast(TrainConfig, OmegaConf.to_object(composed))
+    if config.resume is not None:
+        resume(config, Path(config.resume))
+        return
+    check_config(config)
+    suite = build_suite(config)
+    run_dir = new_run_dir(config, suite)
+    run = build_run(config, suite, run_dir)
+    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    train(config, run, None)
+
+
+def resume(composed: DictConfig | TrainConfig, run_dir: Path) -> None:
+    """Go on with the run in ``run_dir``; the command line may change what :data:`RESUMABLE` names."""
+    if not run_dir.is_dir():
+        raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
+    overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
+    refused = [item for item in overrides if not item.startswith(RESUMABLE)]
+    if refused:
+        allowed = ", ".join(name.rstrip(".") for name in RESUMABLE)
+        raise UserError(f"{refused[0]} cannot be changed when a run is resumed; only {allowed} can")
+    stored = OmegaConf.structured(load_config(run_dir / "config.yaml"))
+    config = cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(stored, OmegaConf.from_dotlist(overrides))))
+    check_config(config)
+    state = load_checkpoint(find_checkpoint(run_dir))
+    if state["transitions"] >= config.total_transitions:
+        raise UserError(
+            f"{run_dir} has done {state['transitions']} of {config.total_transitions} transitions already; "
+            "give a larger total_transitions"
+        )
+    run = build_run(config, build_suite(config), run_dir, resumed_at=state["transitions"])
+    train(config, run, state)
+
+
+def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
+    """Run the loop and write the results; on a signal, say how to go on and end."""
+    describe(config, run)
+    try:
+        if state is None:
+            run.start()
+        else:
+            run.load_state(state)
+        evaluation = run.train()
+        result = write_summary(config, run, evaluation)
+        run.tracker.hparams(flat_options(config), final_metrics(result))
+        run.console.message(f"done: {run.run_dir / 'summary.json'}")
+    except Interrupted as stop:
+        run.console.message(
+            f"stopped by {stop} at {run.transitions:,} transitions, all saved; go on with:\n"
+            f"    python -m varshare_rl.train resume={run.run_dir}"
+        )
+        raise SystemExit(stop.exit_code) from None
+    finally:
+        run.close()
+
+
+def write_summary(config: TrainConfig, run: Run, evaluation: Evaluation) -> dict[str, Any]:
+    """Write ``summary.json`` and return what is in it."""
+    result = summary(
+        tasks=evaluation.tasks,
+        transitions=run.transitions,
+        updates=run.algorithm.updates,
+        seconds=run.tracker.seconds,
+        parameters=parameter_count(run.algorithm, len(run.suite.task_names)).as_dict(),
+        conditions=conditions(run.suite.conditions, config.seed, run.device),
+    )
+    write_json(run.run_dir / "summary.json", result)
+    return result
+
+
+def describe(config: TrainConfig, run: Run) -> None:
+    """Show what is about to be trained."""
+    tasks = run.suite.task_names
+    count = parameter_count(run.algorithm, len(tasks))
+    shown = ", ".join(tasks[:10]) + (", ..." if len(tasks) > 10 else "")
+    run.console.describe(
+        f"{run.suite.name} · {config.algorithm.name} · {config.network.name}",
+        {
+            "run folder": str(run.run_dir),
+            "tasks": f"{len(tasks)} ({shown}), {config.env.envs_per_task} environments each",
+            "parameters": f"{count.stored:,} stored, {count.active_per_task:,} active per task, "
+            f"{count.shared:,} shared, {count.per_task:,} per task",
+            "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value})",
+            "weight draws": run.algorithm.weight_draws,
+            "device": str(run.device),
+            "transitions": f"{config.total_transitions:,} in total",
+        },
+    )
+
+
+def new_run_dir(config: TrainConfig, suite: Suite) -> Path:
+    """The folder of a new run: ``run_dir``, or a name made from the choices; jobs of a sweep share one."""
+    choose_device(config.device)
+    if config.run_dir is not None:
+        path = Path(config.run_dir)
+    elif HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        job = HydraConfig.get()
+        path = Path(job.sweep.dir) / (job.job.override_dirname.replace("/", "_") or str(job.job.num))
+    else:
+        parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
+        path = Path("runs") / f"{'_'.join(parts)}_{time.strftime('%Y%m%d-%H%M%S')}"
+    if (path / "metrics.jsonl").exists() or (path / "config.yaml").exists():
+        raise UserError(f"{path} holds a run already; go on with resume={path}, or give another run_dir")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """All options by dotted name, for TensorBoard's HParams tab."""
+    flat: dict[str, bool | int | float | str] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, entry in value.items():
+                add(f"{prefix}.{name}" if prefix else name, entry)
+        else:
+            flat[prefix] = value if isinstance(value, bool | int | float) else str(getattr(value, "value", value))
+
+    add("", asdict(config))
+    return flat
+
+
+def final_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """The final numbers that the HParams tab compares runs by."""
+    chosen = {"eval/mean_success": "mean_success", "eval/mean_return": "mean_return"}
+    return {tag: result[name] for tag, name in chosen.items() if result[name] is not None}
+
+
+if __name__ == "__main__":
+    register_schemas()
+    run_command("train", main)
