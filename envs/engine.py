@@ -14,8 +14,8 @@ from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import FloatArray, State, Step, SuiteError
 from envs.workers import RESET, STATE, STEP, WorkerPool, can_use_workers
 
-#: A worker is worth its synchronisation (about 0.1 ms a step) when it has at least this much to do.
-_MIN_WORK_SECONDS = 5e-4
+#: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
+_MIN_WORK_SECONDS = 2e-4
 
 
 def physical_cores() -> int:

@@ -82,9 +82,7 @@ class GymnasiumEnv:
         space = self._space
         if isinstance(space, Discrete):
             if not 0 <= action < space.n:
-                raise ValueError(
-                    f"action {action} does not exist here: this task has actions 0 to {space.n - 1}"
-                )
+                raise ValueError(f"action {action} does not exist here: this task has actions 0 to {space.n - 1}")
             return space.start + int(action)
         own = np.clip(action[: self._half.size], -1.0, 1.0)
         return (self._centre + self._half * own).astype(space.dtype)
@@ -156,9 +154,7 @@ class GymnasiumSuite:
             kinds = ", ".join(
                 f"{i} ({'Discrete' if s.discrete else 'Box'})" for i, s in zip(ids, sizes, strict=True)
             )
-            raise SuiteError(
-                f"Discrete and Box actions cannot be mixed in one suite: {kinds}; run them apart"
-            )
+            raise SuiteError(f"Discrete and Box actions cannot be mixed in one suite: {kinds}; run them apart")
         self.name = options.name
         self.options = options
         self.task_names = names or _distinct(ids)
@@ -169,7 +165,7 @@ class GymnasiumSuite:
             Discrete(most) if sizes[0].discrete else Box(-1.0, 1.0, (most,), np.float32)
         )
         longest = max(size.observation for size in sizes)
-        self.observation_space = Box(-np.inf, np.inf, (longest,), np.float32)
+        self.observation_space: Box = Box(-np.inf, np.inf, (longest,), np.float32)
         self.factory = GymnasiumFactory(ids, kwargs, tuple(size.horizon for size in sizes), longest)
 
     @property

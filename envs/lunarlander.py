@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
+from gymnasium.spaces import Box, Discrete
 
 from envs.engine import SlotEngine
 from envs.gymnasium_suite import GymnasiumFactory, GymnasiumOptions, GymnasiumSuite
@@ -95,8 +96,8 @@ class LunarLanderSuite:
         self.name = options.name
         self.options = options
         self.task_names = names
-        self.observation_space = self._inner.observation_space
-        self.action_space = self._inner.action_space
+        self.observation_space: Box = self._inner.observation_space
+        self.action_space: Box | Discrete = self._inner.action_space
         self.action_mask = self._inner.action_mask
         self.horizon = self._inner.horizon
 

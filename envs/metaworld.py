@@ -18,6 +18,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import numpy.typing as npt
+from gymnasium.spaces import Box, Discrete
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.types import Task
 
@@ -29,7 +30,7 @@ from envs.suite import BoolArray, SuiteError
 _OBSERVATION_SIZE = 39
 _ACTION_SIZE = 4
 #: One step of one environment, roughly.
-_STEP_SECONDS = 3e-4
+_STEP_SECONDS = 1e-4
 
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "mt3": ("reach-v3", "push-v3", "pick-place-v3"),
@@ -69,9 +70,7 @@ def task_list(options: MetaWorldOptions) -> tuple[str, ...]:
     names, benchmark = tuple(options.tasks), options.benchmark
     if benchmark is not None and benchmark != "mt1":
         if benchmark not in BENCHMARKS:
-            raise SuiteError(
-                f"unknown Meta-World benchmark {benchmark!r}: choose mt1, {', '.join(BENCHMARKS)}"
-            )
+            raise SuiteError(f"unknown Meta-World benchmark {benchmark!r}: choose mt1, {', '.join(BENCHMARKS)}")
         if names:
             raise SuiteError(f"benchmark {benchmark} has its own tasks: leave tasks empty or benchmark null")
         return BENCHMARKS[benchmark]
@@ -190,8 +189,8 @@ class MetaWorldSuite:
         self.options = options
         self.horizon = options.horizon
         self.fast = options.fast and version == "v2" and is_supported()
-        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
-        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
+        self.observation_space: Box = Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
+        self.action_space: Box | Discrete = Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
         self.action_mask: BoolArray = np.ones((len(self.task_names), _ACTION_SIZE), dtype=np.bool_)
 
     @property

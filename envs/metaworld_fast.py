@@ -9,14 +9,13 @@ imports stays untouched. Nothing here is specific to a task:
 - the observation is written into one array;
 - ``mj_rnePostConstraint`` is left out, and placing sites before ``mj_forward``, which places them again;
 - the state after a reset is remembered per goal and put back (a reset depends on its goal alone);
-- models are compiled once per process and copied.
+- a model is compiled once per process; its environments take turns in it.
 
 Checked against metaworld 3.1.1 with the v2 rewards, all 50 tasks.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib
 import importlib.metadata
@@ -136,13 +135,40 @@ class _NamedData:
         return getattr(self._data, name)
 
 
-# --- methods of the private copy (named as in the package) --------------------------------------------------
+class _SharedModel:
+    """A compiled model (20 MB) for all environments of this process that use its file.
 
-_compiled = functools.cache(mujoco.MjModel.from_xml_path)
+    Resets move bodies and sites in the model, so an environment puts its own places in before it works.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.model = mujoco.MjModel.from_xml_path(path)
+        self.places = self.copy_places()  # as compiled
+        self._user: object = None
+
+    def copy_places(self) -> tuple[Array, Array]:
+        return self.model.body_pos.copy(), self.model.site_pos.copy()
+
+    def take(self, user: object, places: tuple[Array, Array]) -> None:
+        """Put ``places`` in unless ``user`` was the last to take the model."""
+        if self._user is not user:
+            self.put(user, places)
+
+    def put(self, user: object, places: tuple[Array, Array]) -> None:
+        self._user = user
+        self.model.body_pos[:], self.model.site_pos[:] = places
+
+
+_shared_model = functools.cache(_SharedModel)
+
+
+# --- methods of the private copy (named as in the package) --------------------------------------------------
 
 
 def _initialize_simulation(self: Any) -> tuple[Any, Any]:
-    model = copy.copy(_compiled(self.fullpath))
+    self.shared_model = _shared_model(self.fullpath)
+    self.shared_model.put(self, self.shared_model.places)
+    model = self.shared_model.model
     size = model.vis.global_
     size.offwidth, size.offheight = max(size.offwidth, self.width), max(size.offheight, self.height)
     self.real_data = mujoco.MjData(model)
@@ -214,8 +240,7 @@ class _Snapshot:
 
     obs: Array
     state: Array
-    body_pos: Array
-    site_pos: Array
+    places: tuple[Array, Array]
     attributes: dict[str, Any]
 
 
@@ -247,6 +272,8 @@ class FastMetaWorldEnv:
     def __init__(self, name: str, goals: npt.NDArray[np.float64], horizon: int) -> None:
         self._name, self._goals, self._horizon = name, goals, horizon
         self._env = env = environment_classes()[name](reward_function_version="v2")
+        self._model = env.shared_model
+        self._places = self._model.places
         env.max_path_length = horizon
         env._set_task_called = True
         env._freeze_rand_vec = True
@@ -265,6 +292,7 @@ class FastMetaWorldEnv:
         return _snapshots[key].obs
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, bool]:
+        self._model.take(self, self._places)
         obs, reward, terminated, truncated, info = self._env.step(action)
         return obs, float(reward), terminated, truncated, info["success"] == 1.0
 
@@ -273,20 +301,21 @@ class FastMetaWorldEnv:
 
     def _reset_by_simulation(self, goal: Array) -> _Snapshot:
         env = self._env
+        self._model.put(self, self._model.places)
         env._last_rand_vec = goal.copy()
         env.data = env.real_data  # resets hand it to MuJoCo's functions
         obs = env.reset()[0]
         env.data = self._named_data
         self._was_reset = True
+        self._places = self._model.copy_places()
         state = np.empty(mujoco.mj_stateSize(env.model, _STATE))
         mujoco.mj_getState(env.model, env.real_data, state, _STATE)
-        places = env.model.body_pos.copy(), env.model.site_pos.copy()
-        return _Snapshot(obs, state, *places, _attributes(env))
+        return _Snapshot(obs, state, self._places, _attributes(env))
 
     def _put_back(self, snapshot: _Snapshot) -> None:
         env = self._env
         mujoco.mj_setState(env.model, env.real_data, snapshot.state, _STATE)
-        env.model.body_pos[:] = snapshot.body_pos
-        env.model.site_pos[:] = snapshot.site_pos
+        self._places = snapshot.places
+        self._model.put(self, self._places)
         for name, value in snapshot.attributes.items():
             vars(env)[name] = value.copy() if isinstance(value, np.ndarray) else value

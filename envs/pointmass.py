@@ -156,6 +156,4 @@ class PointMassSuite:
 
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> BatchedEngine:
         """An engine of ``T x envs_per_task`` slots; cheap."""
-        return BatchedEngine(
-            PointMassDynamics(self.task_names, self.horizon), envs_per_task, seed, evaluation
-        )
+        return BatchedEngine(PointMassDynamics(self.task_names, self.horizon), envs_per_task, seed, evaluation)

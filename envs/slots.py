@@ -188,9 +188,7 @@ class Slot:
 class Chunk:
     """A contiguous range of slots, stepped one after the other in one process."""
 
-    def __init__(
-        self, factory: TaskEnvFactory, spec: EngineSpec, start: int, stop: int, buffers: Buffers
-    ) -> None:
+    def __init__(self, factory: TaskEnvFactory, spec: EngineSpec, start: int, stop: int, buffers: Buffers) -> None:
         self.buffers = buffers
         self.slots = [Slot(factory(i // spec.envs_per_task), spec, i) for i in range(start, stop)]
 

@@ -26,8 +26,9 @@ from typing import Any
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import State, SuiteError
 
+# A message is one of these bytes, and for some of them a pickled value after it.
 RESET, STEP, STATE, LOAD = b"r", b"s", b"g", b"l"
-_DONE, _VALUE, _REFUSED, _FAILED = b"d", b"v", b"e", b"f"
+_DONE, _REFUSED, _FAILED = b"d", b"e", b"f"
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from envs.workers import main; main()"
 
@@ -62,11 +63,15 @@ class WorkerPool:
             self.close = weakref.finalize(self, _shut_down, self._processes, self._connections)
             edges = [spec.num_slots * k // count for k in range(count + 1)]
             self._ranges = list(itertools.pairwise(edges))
-            for start, stop in self._ranges:
-                self._start(payload, start, stop, file.fileno())
+            for _ in self._ranges:
+                self._start(file.fileno())
+        with contextlib.suppress(OSError):  # a worker that died at once is reported at the first receive
+            for connection, (start, stop) in zip(self._connections, self._ranges, strict=True):
+                connection.send_bytes(payload)
+                connection.send((start, stop))
         self._pending = [1] * count  # every worker reports once when its environments are built
 
-    def _start(self, payload: bytes, start: int, stop: int, memory: int) -> None:
+    def _start(self, memory: int) -> None:
         ours, theirs = Pipe()
         command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno()), str(memory)]
         with theirs:
@@ -79,52 +84,44 @@ class WorkerPool:
             )
         self._processes.append(process)
         self._connections.append(ours)
-        with contextlib.suppress(OSError):  # a worker that died at once is reported at the first receive
-            ours.send_bytes(payload)
-            ours.send((start, stop))
 
     def command(self, code: bytes) -> list[Any]:
         """Give all workers the same command and wait for them; returns what each one answered."""
-        self._send(lambda connection, _: connection.send_bytes(code))
-        return self._receive()
+        return self._exchange([code] * len(self._connections))
 
     def load(self, states: list[State]) -> None:
         """Give each worker the states of its slots."""
+        self._exchange([LOAD + pickle.dumps(states[start:stop]) for start, stop in self._ranges])
 
-        def send(connection: Connection[Any, Any], worker: int) -> None:
-            start, stop = self._ranges[worker]
-            connection.send_bytes(LOAD)
-            connection.send(states[start:stop])
-
-        self._send(send)
-        self._receive()
-
-    def _send(self, send: Any) -> None:
+    def _exchange(self, messages: list[bytes]) -> list[Any]:
+        if not self.close.alive:
+            raise RuntimeError("this engine is closed: make a new one")
         # An interrupt (Ctrl-C) may have cut an earlier wait short: its answers come first. At the start these
         # are the reports that the environments are built.
         self._receive()
-        for worker, connection in enumerate(self._connections):
+        for worker, message in enumerate(messages):
             self._pending[worker] += 1
             try:
-                send(connection, worker)
+                self._connections[worker].send_bytes(message)
             except OSError:
                 self._raise_dead(worker)
+        return self._receive()
 
     def _receive(self) -> list[Any]:
         answers: list[Any] = [None] * len(self._connections)
         for worker, connection in enumerate(self._connections):
             while self._pending[worker]:
                 try:
-                    code = connection.recv_bytes()
-                    answers[worker] = connection.recv() if code != _DONE else None
+                    message = connection.recv_bytes()
                 except (EOFError, OSError):
                     self._raise_dead(worker)
                 self._pending[worker] -= 1
-                if code == _REFUSED:
+                answers[worker] = pickle.loads(message[1:]) if len(message) > 1 else None
+                if not message.startswith(_DONE):
                     self.close()
+                if message.startswith(_REFUSED):
                     raise SuiteError(answers[worker])
-                if code == _FAILED:
-                    self.close()
+                if message.startswith(_FAILED):
                     raise WorkerError(f"environment worker {worker} failed:\n{answers[worker]}")
         return answers
 
@@ -165,28 +162,33 @@ def main() -> None:
             start, stop = connection.recv()
             memory = mmap.mmap(int(sys.argv[3]), Buffers.size(spec))
             chunk = Chunk(factory, spec, start, stop, Buffers.over(spec, memory))
-            connection.send_bytes(_DONE)
-            while True:
-                _obey(chunk, connection.recv_bytes(), connection)
-        except (EOFError, OSError):
-            raise
-        except SuiteError as error:
-            connection.send_bytes(_REFUSED)
-            connection.send(str(error))
-        except Exception:
-            connection.send_bytes(_FAILED)
-            connection.send(traceback.format_exc())
+        except Exception as error:
+            connection.send_bytes(_report(error))
+            return
+        connection.send_bytes(_DONE)
+        while True:
+            message = connection.recv_bytes()
+            try:
+                answer = _DONE + _obey(chunk, message)
+            except Exception as error:
+                answer = _report(error)
+            connection.send_bytes(answer)
 
 
-def _obey(chunk: Chunk, code: bytes, connection: Connection[Any, Any]) -> None:
+def _obey(chunk: Chunk, message: bytes) -> bytes:
+    code = message[:1]
     if code == STATE:
-        connection.send_bytes(_VALUE)
-        connection.send(chunk.state())
-        return
+        return pickle.dumps(chunk.state())
     if code == STEP:
         chunk.step()
     elif code == RESET:
         chunk.reset()
     elif code == LOAD:
-        chunk.load_state(connection.recv())
-    connection.send_bytes(_DONE)
+        chunk.load_state(pickle.loads(message[1:]))
+    return b""
+
+
+def _report(error: Exception) -> bytes:
+    if isinstance(error, SuiteError):
+        return _REFUSED + pickle.dumps(str(error))
+    return _FAILED + pickle.dumps("".join(traceback.format_exception(error)))

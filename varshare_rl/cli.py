@@ -52,6 +52,12 @@ def _explain(error: Exception) -> str:
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         lines += [line.strip() for line in str(cause).splitlines()]
-    technical = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
+    technical = (
+        "full_key:",
+        "object_type=",
+        "reference_type=",
+        "To append to your config",
+        "Set the environment",
+    )
     kept = [line for line in lines if line and not line.startswith(technical)]
     return " ".join(dict.fromkeys(kept))

@@ -109,7 +109,7 @@ def load_config(path: Path) -> TrainConfig:
     if not path.is_file():
         raise UserError(f"no config.yaml in {path.parent}; give the folder of a run (runs/<name>)")
     try:
-        stored = OmegaConf.load(path)
+        stored: Any = OmegaConf.load(path)
         config = OmegaConf.structured(TrainConfig)
         for group, options in COMPONENTS.items():
             config[group] = OmegaConf.structured(options[stored[group]["name"]])
@@ -117,6 +117,22 @@ def load_config(path: Path) -> TrainConfig:
     except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error
+
+
+#: The least value of options that some components of a group have.
+LEAST: dict[str, dict[str, int]] = {
+    "network": {"rank": 1},
+    "algorithm": {
+        "rollout_transitions_per_task": 2,
+        "epochs": 1,
+        "minibatches": 1,
+        "batch_per_task": 1,
+        "replay_capacity_per_task": 1,
+        "start_transitions_per_task": 1,
+        "updates_per_vector_step": 0,
+        "learning_rate": 0,
+    },
+}
 
 
 def check_config(config: TrainConfig) -> None:
@@ -137,17 +153,15 @@ def check_config(config: TrainConfig) -> None:
         ("elbo.temperature", config.elbo.temperature, 0),
         *((f"network.hidden[{index}]", size, 1) for index, size in enumerate(config.network.hidden)),
     ]
-    for name in ("rank",):
-        if hasattr(config.network, name):
-            limits.append((f"network.{name}", getattr(config.network, name), 1))
-    for name, least in (
-        ("rollout_transitions_per_task", 2), ("epochs", 1), ("minibatches", 1), ("batch_per_task", 1),
-        ("replay_capacity_per_task", 1), ("start_transitions_per_task", 1), ("updates_per_vector_step", 0),
-    ):  # fmt: skip
-        if hasattr(config.algorithm, name):
-            limits.append((f"algorithm.{name}", getattr(config.algorithm, name), least))
-    for name, value, least in limits:
-        if not value >= least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
+    for group, smallest in LEAST.items():
+        options = getattr(config, group)
+        limits += [
+            (f"{group}.{name}", getattr(options, name), least)
+            for name, least in smallest.items()
+            if hasattr(options, name)
+        ]
+    for name, value, least_allowed in limits:
+        if not value >= least_allowed:
+            raise UserError(f"{name} is {value}; it must be at least {least_allowed}")
     if not config.elbo.prior_scale > 0:
         raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")

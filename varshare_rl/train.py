@@ -50,7 +50,8 @@ def resume(composed: DictConfig | TrainConfig, run_dir: Path) -> None:
         allowed = ", ".join(name.rstrip(".") for name in RESUMABLE)
         raise UserError(f"{refused[0]} cannot be changed when a run is resumed; only {allowed} can")
     stored = OmegaConf.structured(load_config(run_dir / "config.yaml"))
-    config = cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(stored, OmegaConf.from_dotlist(overrides))))
+    merged = OmegaConf.merge(stored, OmegaConf.from_dotlist(overrides))
+    config = cast(TrainConfig, OmegaConf.to_object(merged))
     check_config(config)
     state = load_checkpoint(find_checkpoint(run_dir))
     if state["transitions"] >= config.total_transitions:
@@ -144,7 +145,8 @@ def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
             for name, entry in value.items():
                 add(f"{prefix}.{name}" if prefix else name, entry)
         else:
-            flat[prefix] = value if isinstance(value, bool | int | float) else str(getattr(value, "value", value))
+            plain = getattr(value, "value", value)  # an enum by its value
+            flat[prefix] = plain if isinstance(plain, bool | int | float) else str(plain)
 
     add("", asdict(config))
     return flat

@@ -83,7 +83,7 @@ class PPO:
     def act(self, obs: Tensor) -> Tensor:
         """Sample actions with the rollout's weights."""
         obs = self.normalizer(obs)
-        sample = self.actor(obs, self.task_ids).sample()
+        sample: Sample = self.actor(obs, self.task_ids).sample()
         self._acted = (obs, sample)
         return sample.action
 
@@ -188,7 +188,8 @@ class PPO:
     def act_greedily(self, obs: Tensor) -> Tensor:
         """The mode of the policy on the posterior mean."""
         with posterior_mean(self.actor):
-            return self.actor(self.normalizer(obs), self.task_ids).mode()
+            action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
+        return action
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and critic."""

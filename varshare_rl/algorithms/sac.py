@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.base import Learner, build_actor
 from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
 from varshare_rl.data.replay import Replay, ReplayBatch
+from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.ops.losses import squared_error
@@ -70,9 +71,7 @@ class SAC:
         self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
         dimensions = problem.action_mask.to(problem.device).sum(1).float()
         self.target_entropy = options.target_entropy_per_dimension * dimensions  # [T]
-        self.actor_step = LossStep(
-            list(self.actor.parameters()), options.learning_rate, options.max_grad_norm
-        )
+        self.actor_step = LossStep(list(self.actor.parameters()), options.learning_rate, options.max_grad_norm)
         self.critic_step = LossStep(
             list(self.critic.parameters()), options.critic_learning_rate, options.max_grad_norm
         )
@@ -98,7 +97,8 @@ class SAC:
             shape = (*obs.shape[:2], self.problem.action_size)
             uniform = torch.rand(shape, device=obs.device) * 2.0 - 1.0
             return uniform * self.problem.action_mask.to(obs.device).unsqueeze(1)
-        return self.actor(self.normalizer(obs), self.task_ids).sample().action
+        sample: Sample = self.actor(self.normalizer(obs), self.task_ids).sample()
+        return sample.action
 
     @torch.no_grad()
     def observe(self, transition: Transition) -> None:
@@ -122,8 +122,9 @@ class SAC:
         actor_loss, log_prob, actor_norm = self._update_actor(batch, transitions)
         self.entropy_step(-self.log_alpha * (log_prob + self.target_entropy))
         with torch.no_grad():
-            pairs = (list(self.target_critic.parameters()), list(self.critic.parameters()))
-            torch._foreach_lerp_(*pairs, self.options.target_rate)
+            targets: list[Tensor] = list(self.target_critic.parameters())
+            sources: list[Tensor] = list(self.critic.parameters())
+            torch._foreach_lerp_(targets, sources, self.options.target_rate)
         self.updates += 1
         self.updates_due -= 1.0
         return {
@@ -173,7 +174,8 @@ class SAC:
     def act_greedily(self, obs: Tensor) -> Tensor:
         """The mode of the policy on the posterior mean."""
         with posterior_mean(self.actor):
-            return self.actor(self.normalizer(obs), self.task_ids).mode()
+            action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
+        return action
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and twin critics."""

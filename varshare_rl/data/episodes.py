@@ -47,15 +47,13 @@ class EpisodeStatistics:
         self.running_steps[done] = 0
 
     def metrics(self, with_success: bool) -> Metrics:
-        """``train/<task>/return``, ``success`` and ``episode_steps`` of tasks with a finished episode, and means."""
+        """``train/<task>/{return,success,episode_steps}`` of tasks with a finished episode, and their means."""
         kinds = {"return": self.returns, "episode_steps": self.lengths}
         if with_success:
             kinds["success"] = self.successes
         metrics: Metrics = {}
         for kind, windows in kinds.items():
-            means = {
-                name: float(np.mean(w)) for name, w in zip(self.task_names, windows, strict=True) if w
-            }
+            means = {name: float(np.mean(w)) for name, w in zip(self.task_names, windows, strict=True) if w}
             metrics.update({f"train/{name}/{kind}": mean for name, mean in means.items()})
             if means:
                 metrics[f"train/mean_{kind}"] = float(np.mean(list(means.values())))

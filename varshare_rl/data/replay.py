@@ -72,7 +72,7 @@ class Replay:
         shape = (self.num_tasks, batch_per_task)
         index = torch.randint(self.filled, shape, device=self.rows.device) + self.offsets
         rows = self.rows.view(-1, self.rows.shape[-1]).index_select(0, index.view(-1)).view(*shape, -1)
-        obs, action, reward, terminated, next_obs = rows.split(self.sizes, dim=-1)
+        obs, action, reward, terminated, next_obs = torch.split(rows, self.sizes, dim=-1)
         return ReplayBatch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)
 
     def state(self) -> Tree:

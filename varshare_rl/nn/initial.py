@@ -44,9 +44,7 @@ def unstack_tasks(module: nn.Module, names: Sequence[str], task_ids: Sequence[in
     """
     unknown = [task for task in task_ids if not 0 <= task < num_tasks]
     if unknown:
-        raise IndexError(
-            f"unknown task id {unknown[0]}: this network has {num_tasks} tasks (0 to {num_tasks - 1})"
-        )
+        raise IndexError(f"unknown task id {unknown[0]}: this network has {num_tasks} tasks (0 to {num_tasks - 1})")
     keep = torch.tensor([task for task in range(num_tasks) if task not in set(task_ids)], dtype=torch.int64)
     if len(keep) == 0:
         raise ValueError(f"removing tasks {list(task_ids)} would leave none of {num_tasks}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -28,7 +29,7 @@ class TaskMLP(nn.Module):
         temperature: float = 1.0,
     ) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(layer(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(sizes))
         self.activation = ACTIVATIONS[activation]()
         self.temperature = temperature
 

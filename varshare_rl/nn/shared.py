@@ -24,7 +24,9 @@ class SharedLayer(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.one_hot_tasks = one_hot_tasks
-        self.theta, self.bias = linear_parameters(in_features + one_hot_tasks, out_features, bias=True)
+        self.theta, bias = linear_parameters(in_features + one_hot_tasks, out_features, bias=True)
+        assert bias is not None
+        self.bias = bias
 
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """``x [..., F]`` in any layout to ``[..., G]``."""

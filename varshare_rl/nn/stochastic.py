@@ -47,9 +47,7 @@ def release_noise(module: nn.Module) -> None:
 
 def noise_state(module: nn.Module) -> dict[str, list[Tensor] | None]:
     """Held noise by layer name, for a checkpoint."""
-    return {
-        name: None if layer.noise is None else list(layer.noise) for name, layer in stochastic_layers(module)
-    }
+    return {name: None if layer.noise is None else list(layer.noise) for name, layer in stochastic_layers(module)}
 
 
 def load_noise_state(module: nn.Module, state: dict[str, list[Tensor] | None]) -> None:

@@ -63,12 +63,10 @@ class VarShareLayer(nn.Module):
         """Apply each row's own task's weights; layouts and errors as in ``VarShareLoRALayer.forward``."""
         rows = task_rows(x, task_id, self.num_tasks)
         sampling = self.training and temperature > 0
-        residual = self.mus
+        residual: Tensor = self.mus
         if sampling and self.noise is not None:
             residual = torch.addcmul(self.mus, softplus_sigma(self.rhos, temperature), self.noise[0])
-        y = torch.baddbmm(
-            F.linear(rows.x, self.theta, self.bias), rows.x, rows.select(residual).transpose(1, 2)
-        )
+        y = torch.baddbmm(F.linear(rows.x, self.theta, self.bias), rows.x, rows.select(residual).transpose(1, 2))
         if sampling and self.noise is None:
             variance = rows.select(softplus_sigma(self.rhos, temperature).square())
             spread = torch.bmm(rows.x.square(), variance.transpose(1, 2))

@@ -34,7 +34,7 @@ class LossStep:
     def __call__(self, losses: Tensor) -> Tensor:
         """Step on the mean of ``losses [T]``; returns the norm of the gradient before clipping."""
         self.optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
+        torch.autograd.backward(losses.mean())
         bound = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
         norm = nn.utils.clip_grad_norm_(self.parameters, bound, foreach=True)
         self.optimizer.step()

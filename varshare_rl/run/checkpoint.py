@@ -217,9 +217,7 @@ def _encode(node: Any, path: tuple[str, ...], tensors: dict[str, torch.Tensor]) 
     if isinstance(node, dict):
         if all(isinstance(key, str) for key in node) and not any(key.startswith("$") for key in node):
             return {key: _encode(item, (*path, key), tensors) for key, item in node.items()}
-        pairs = [
-            [_encode_key(key, path), _encode(item, (*path, str(key)), tensors)] for key, item in node.items()
-        ]
+        pairs = [[_encode_key(key, path), _encode(item, (*path, str(key)), tensors)] for key, item in node.items()]
         return {"$items": pairs}
     if isinstance(node, list | tuple):
         items = [_encode(item, (*path, str(index)), tensors) for index, item in enumerate(node)]
@@ -258,9 +256,7 @@ def _from_numpy(array: np.ndarray[Any, Any], path: tuple[str, ...]) -> torch.Ten
     try:
         return torch.from_numpy(np.require(array, requirements=["C", "W"]))
     except (TypeError, ValueError) as error:
-        raise TypeError(
-            f"a checkpoint cannot hold an array of {array.dtype} (at {'.'.join(path)!r})"
-        ) from error
+        raise TypeError(f"a checkpoint cannot hold an array of {array.dtype} (at {'.'.join(path)!r})") from error
 
 
 def _storable(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

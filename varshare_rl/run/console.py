@@ -108,9 +108,7 @@ class Console:
             table.add_row(Text(name), *cells)
         if len(rows) > 1:
             table.add_section()
-            table.add_row(
-                Text("mean"), *[_cell(mean, style) for mean, style in zip(means, formats, strict=True)]
-            )
+            table.add_row(Text("mean"), *[_cell(mean, style) for mean, style in zip(means, formats, strict=True)])
         self._rich.print(table)
 
     def describe(self, title: str, entries: Mapping[str, str]) -> None:

@@ -103,14 +103,15 @@ class Run:
         self.tracker.close()
 
     def _vector_step(self, obs: torch.Tensor) -> torch.Tensor:
-        with self._timed("act"):
+        with self._timed("act"), one_thread():
             action = self.algorithm.act(obs)
             host_action = action.cpu().numpy()
         with self._timed("engine"):
             step = self.engine.step(host_action)
         self.episodes.add(step.reward, step.success, step.terminated | step.truncated)
         tensors = (step.reward, step.terminated, step.truncated, step.next_obs)
-        self.algorithm.observe(Transition(obs, action, *(self._to_device(x) for x in tensors)))
+        with self._timed("observe"), one_thread():
+            self.algorithm.observe(Transition(obs, action, *(self._to_device(x) for x in tensors)))
         self._transitions_before = self.transitions
         self.transitions += step.reward.size
         return self._to_device(step.obs)
@@ -146,10 +147,8 @@ class Run:
         if self.evaluation_engine is None:
             envs = min(self.options.evaluate_episodes, self.engine.envs_per_task)
             self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
-        with self._timed("evaluate"):
-            result = evaluate(
-                self.algorithm, self.suite, self.evaluation_engine, self.options.evaluate_episodes
-            )
+        with self._timed("evaluate"), one_thread():
+            result = evaluate(self.algorithm, self.suite, self.evaluation_engine, self.options.evaluate_episodes)
         self.evaluation, self.evaluated_at = result, self.transitions
         self.tracker.log(result.metrics(), self.transitions)
         self.console.table(f"evaluation at {self.transitions:,} transitions", result.tasks)
@@ -200,6 +199,21 @@ class Run:
         begin = time.perf_counter()
         yield
         self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + time.perf_counter() - begin
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes with one thread.
+
+    The small products of acting gain nothing from more, and a thread that waits for another one that the
+    environment workers have pushed off its core waits for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -70,9 +70,7 @@ def summary(
         "updates": updates,
         "seconds": round(seconds, 3),
         "transitions_per_second": round(transitions / seconds, 3) if seconds > 0 else None,
-        "parameters": {
-            name: parameters[name] for name in ("stored", "active_per_task", "shared", "per_task")
-        },
+        "parameters": {name: parameters[name] for name in ("stored", "active_per_task", "shared", "per_task")},
         "conditions": dict(conditions),
     }
 

@@ -74,9 +74,7 @@ class Tracker:
         here belong to this run.
         """
         # torch writes a bool as a number, which the tab shows as 0 or 1
-        values = {
-            key: str(value).lower() if isinstance(value, bool) else value for key, value in hparams.items()
-        }
+        values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in hparams.items()}
         finals = {name: float(value) for name, value in metrics.items()}
         for name in finals.keys() - self._latest_names:
             self._writer.add_scalar(name, finals[name], self._latest_step)

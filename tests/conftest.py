@@ -1,0 +1,69 @@
+"""What all tests share: one thread, fixed seeds, and the commands called in this process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import chdir
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.core.config_store import ConfigStore
+
+from varshare_rl import evaluate, train
+from varshare_rl.cli import run_command
+from varshare_rl.config import register_schemas
+
+# Small matrices: a second thread costs more than it brings, and tests run side by side.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@dataclass
+class Outcome:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Outcome]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder that is the current one, so that nothing is written elsewhere."""
+    with chdir(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture
+def command(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Outcome]:
+    """``command("train", "env=pointmass", ...)``: an entry point with these arguments, in this process."""
+
+    def call(name: str, *arguments: str) -> Outcome:
+        monkeypatch.setattr(sys, "argv", [f"varshare_rl.{name}", *arguments])
+        if name == "train":
+            register_schemas()
+        else:
+            ConfigStore.instance().store(name="evaluate_schema", node=evaluate.EvaluateConfig)
+        code: int | str | None = 0
+        try:
+            run_command(name, {"train": train.main, "evaluate": evaluate.main}[name])
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        assert isinstance(code, int)
+        return Outcome(code, captured.out, captured.err)
+
+    return call
+

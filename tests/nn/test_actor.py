@@ -1,0 +1,113 @@
+"""Policies and critics: distributions, masks and shapes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn import Posterior, Shared, VarShareLoRA
+from varshare_rl.nn.actor import Categorical, CategoricalActor, TanhGaussianActor, TanhNormal
+from varshare_rl.nn.critic import TwinQ, ValueNetwork
+
+
+class Fixed(nn.Module):
+    """Gives the same output rows whatever the input."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor, task_ids: Tensor) -> Tensor:
+        return self.output.expand(*x.shape[:-1], -1)
+
+
+def test_gaussian_actor_splits_offsets_and_clamps() -> None:
+    output = torch.tensor([0.5, -0.5, 0.3, -30.0])
+    actor = TanhGaussianActor(Fixed(output), torch.ones(2, 2, dtype=torch.bool), (-5.0, 1.0), 0.2)
+    distribution = actor(torch.zeros(2, 3, 1), torch.arange(2))
+    assert distribution.mean[1, 2].tolist() == [0.5, -0.5]
+    assert distribution.log_std[0, 1].tolist() == pytest.approx([0.5, -5.0])
+    torch.testing.assert_close(distribution.mode(), torch.tanh(output[:2]).expand(2, 3, 2))
+    high = TanhGaussianActor(Fixed(torch.tensor([0.0, 9.0])), torch.ones(1, 1).bool(), (-5.0, 1.0))
+    assert high(torch.zeros(1, 1, 1), torch.arange(1)).log_std.item() == 1.0
+
+
+def test_gaussian_sample_agrees_with_its_log_prob() -> None:
+    mean, log_std = torch.randn(2, 2, 500, 3, dtype=torch.float64)
+    distribution = TanhNormal(mean, log_std, torch.ones(2, 1, 3).double())
+    sample = distribution.sample()
+    torch.testing.assert_close(sample.action, torch.tanh(sample.raw))
+    torch.testing.assert_close(sample.log_prob, distribution.log_prob(sample.raw))
+    standard = (sample.raw - mean) / log_std.exp()
+    assert standard.mean().abs() < 0.1
+    assert abs(float(standard.std()) - 1) < 0.1
+
+
+def test_gaussian_entropy_is_an_unbiased_estimate() -> None:
+    """Against the integral of -p log p over the action, with p = N(raw) / (1 - action^2)."""
+    mean, std = 0.4, 0.7
+    grid = torch.linspace(-8, 8, 100_001, dtype=torch.float64)
+    density = torch.exp(-0.5 * ((grid - mean) / std) ** 2) / (std * math.sqrt(2 * math.pi))
+    log_det = 2 * (math.log(2) - grid - nn.functional.softplus(-2 * grid))
+    exact = torch.trapezoid(density * (log_det - density.log()), grid)
+    shape = (1, 200_000, 1)
+    distribution = TanhNormal(
+        torch.full(shape, mean), torch.full(shape, math.log(std)), torch.ones(1, 1, 1)
+    )
+    samples = distribution.entropy()
+    assert float(samples.mean()) == pytest.approx(float(exact), abs=4 * float(samples.std()) / 200_000**0.5)
+
+
+def test_gaussian_entropy_has_a_gradient_and_masked_dimensions_have_none() -> None:
+    mean, log_std = torch.zeros(1, 50, 2, requires_grad=True), torch.zeros(1, 50, 2, requires_grad=True)
+    TanhNormal(mean, log_std, torch.tensor([[[1.0, 0.0]]])).entropy().mean().backward()
+    assert mean.grad is not None
+    assert log_std.grad is not None
+    assert (log_std.grad[..., 0] != 0).all()
+    assert (log_std.grad[..., 1] == 0).all()
+    assert (mean.grad[..., 1] == 0).all()
+
+
+def test_masked_action_dimensions_are_zero() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    actor = TanhGaussianActor(Fixed(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])), mask)
+    distribution = actor(torch.zeros(2, 4, 1), torch.arange(2))
+    for action in (distribution.sample().action, distribution.mode()):
+        assert torch.equal(action != 0, mask.unsqueeze(1).expand(2, 4, 3))
+
+
+def test_categorical_draws_with_its_probabilities_and_never_outside_the_mask() -> None:
+    logits = torch.tensor([0.0, 1.0, -1.0, 3.0])
+    mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    distribution = CategoricalActor(Fixed(logits), mask)(torch.zeros(2, 40_000, 1), torch.arange(2))
+    sample = distribution.sample()
+    assert sample.action.dtype == torch.int64
+    assert torch.equal(sample.action, sample.raw)
+    assert distribution.mode()[:, 0].tolist() == [1, 3]
+    for task, size in ((0, 3), (1, 4)):
+        expected = torch.softmax(logits[:size], 0)
+        frequency = torch.bincount(sample.action[task], minlength=4) / 40_000
+        assert (frequency[:size] - expected).abs().max() < 0.01
+        torch.testing.assert_close(sample.log_prob[task].exp(), expected[sample.action[task]])
+    assert (sample.action[0] < 3).all()
+
+
+def test_categorical_entropy_of_equal_choices() -> None:
+    distribution = Categorical(torch.log_softmax(torch.zeros(1, 2, 4), -1))
+    torch.testing.assert_close(distribution.entropy(), torch.full((1, 2), math.log(4.0)))
+
+
+def test_value_and_twin_critics() -> None:
+    options = VarShareLoRA(hidden=[8])
+    value = ValueNetwork(options.build(5, 1, 3, Posterior()))
+    assert value(torch.zeros(3, 4, 5), torch.arange(3)).shape == (3, 4)
+    critic = TwinQ(lambda: Shared(hidden=[8]).build(7, 1, 3, Posterior()))
+    obs, action = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
+    q = critic(obs, action, torch.arange(3))
+    assert q.shape == (2, 3, 4)
+    assert (q[0] != q[1]).all()  # two networks with their own starts
+    assert not torch.equal(critic(obs, -action, torch.arange(3)), q)
+    assert not torch.equal(critic(-obs, action, torch.arange(3)), q)

@@ -1,0 +1,219 @@
+"""One table of architectures against one list of invariants. A new architecture is one more row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from naive import scramble, weight_of
+from torch import Tensor, nn
+
+from varshare_rl.nn import Architecture, Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
+from varshare_rl.nn.stochastic import hold_noise, stochastic_layers
+
+IN, OUT, TASKS, BATCH = 5, 3, 4, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """An architecture with hidden layers of 7 and 6, and what is true of it."""
+
+    make: Callable[[], Architecture]
+    stochastic: bool
+    count: ParameterCount  # by hand
+
+
+# Layers 5 -> 7 -> 6 -> 3: weights 35 + 42 + 18 = 95, biases 7 + 6 + 3 = 16, together 111.
+CASES = {
+    # one-hot: 4 more columns of 7
+    "shared": Case(lambda: Shared(hidden=[7, 6]), False, ParameterCount(139, 139, 139, 0)),
+    "independent": Case(lambda: Independent(hidden=[7, 6]), False, ParameterCount(444, 111, 0, 111)),
+    # mus and rhos of 95 weights each
+    "varshare": Case(
+        lambda: VarShare(hidden=[7, 6]), True, ParameterCount(111 + 4 * 190, 111 + 95, 111, 190)
+    ),
+    # rank 2: factors of 2 * (5 + 7) + 2 * (7 + 6) + 2 * (6 + 3) = 68
+    "varshare_lora": Case(
+        lambda: VarShareLoRA(hidden=[7, 6], rank=2, alpha=3.0), True, ParameterCount(111 + 4 * 136, 111 + 68, 111, 136)
+    ),
+}  # fmt: skip
+STOCHASTIC = [name for name, case in CASES.items() if case.stochastic]
+
+
+def build(name: str, tasks: int = TASKS, **posterior: float) -> nn.Module:
+    return CASES[name].make().build(IN, OUT, tasks, Posterior(**posterior))  # type: ignore[arg-type]
+
+
+def scrambled(name: str) -> nn.Module:
+    network = build(name).double()
+    scramble(network)
+    hold_noise(network)
+    return network
+
+
+@pytest.fixture(params=list(CASES))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def network(name: str) -> nn.Module:
+    return scrambled(name)
+
+
+def inputs() -> tuple[Tensor, Tensor]:
+    return torch.randn(TASKS, BATCH, IN, dtype=torch.float64), torch.arange(TASKS)
+
+
+def own_parameters(network: nn.Module) -> dict[str, Tensor]:
+    """The stacked per-task parameters by dotted name."""
+    return {
+        f"{prefix}.{name}": layer.get_parameter(name)
+        for prefix, layer in network.named_modules()
+        for name in getattr(layer, "per_task_parameters", ())
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batched_equals_one_task_at_a_time(network: nn.Module, training: bool) -> None:
+    network.train(training)
+    x, ids = inputs()
+    together = network(x, ids)
+    assert together.shape == (TASKS, BATCH, OUT)
+    alone = torch.stack([network(x[task], task) for task in range(TASKS)])
+    torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
+    flat = network(x.flatten(0, 1), ids.repeat_interleave(BATCH))
+    torch.testing.assert_close(together, flat.view_as(together), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_equals_a_plain_network_per_task(network: nn.Module, training: bool) -> None:
+    network.train(training)
+    x, ids = inputs()
+    for task in range(TASKS):
+        y = x[task]
+        for index, layer in enumerate(network.layers):  # type: ignore[arg-type]
+            weight, bias = weight_of(layer, task)
+            y = nn.functional.linear(y if index == 0 else torch.tanh(y), weight, bias)
+        torch.testing.assert_close(network(x, ids)[task], y, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_permuting_tasks_permutes_outputs(network: nn.Module, training: bool) -> None:
+    network.train(training)
+    x, ids = inputs()
+    order = torch.tensor([2, 0, 3, 1])
+    torch.testing.assert_close(network(x[order], ids[order]), network(x, ids)[order], rtol=1e-12, atol=1e-12)
+
+
+def test_tasks_differ(network: nn.Module) -> None:
+    """Guards the tests above: a network blind to its task would pass most of them."""
+    x, ids = inputs()
+    y = network.eval()(x[:1].expand_as(x), ids)
+    for task in range(1, TASKS):
+        assert (y[task] - y[0]).abs().max() > 1e-3
+
+
+def test_no_gradient_crosses_to_another_task(network: nn.Module) -> None:
+    x, ids = inputs()
+    for task in range(TASKS):
+        network.zero_grad()
+        network(x, ids)[task].square().sum().backward()
+        for name, parameter in own_parameters(network).items():
+            assert parameter.grad is not None
+            touched = parameter.grad.flatten(1).abs().sum(1) > 0
+            assert touched.tolist() == [index == task for index in range(TASKS)], name
+
+
+def test_every_parameter_gets_a_gradient(network: nn.Module) -> None:
+    x, ids = inputs()
+    network(x, ids).square().sum().backward()
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_fresh_adapters_are_the_shared_network(name: str) -> None:
+    network = build(name).eval()
+    x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
+    plain = Shared(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
+    with torch.no_grad():
+        for ours, theirs in zip(plain.layers, network.layers, strict=True):
+            ours.theta.zero_()  # the columns of the one-hot task
+            ours.theta[:, : ours.in_features] = theirs.theta
+            ours.bias.copy_(theirs.bias)
+    torch.testing.assert_close(network(x, ids), plain(x, ids), rtol=0, atol=1e-6)
+
+
+def test_kl_is_per_task_and_never_negative(name: str, network: nn.Module) -> None:
+    kl = total_kl(network, TASKS)
+    assert kl.shape == (TASKS,)
+    assert (kl > 0).all() if CASES[name].stochastic else (kl == 0).all()
+    layers = [layer.kl() for _, layer in stochastic_layers(network)]
+    assert len(layers) == (3 if CASES[name].stochastic else 0)  # heads included
+    if layers:
+        torch.testing.assert_close(kl, layers[0] + layers[1] + layers[2])
+
+
+def test_kl_is_zero_exactly_at_the_prior(name: str) -> None:
+    network = build(name, prior_scale=0.3).double()
+    with torch.no_grad():
+        for key, parameter in own_parameters(network).items():
+            is_rho = key.rsplit(".", 1)[1].startswith("rho")
+            parameter.fill_(float(torch.tensor(0.3).double().expm1().log()) if is_rho else 0.0)
+    zeros = torch.zeros(TASKS, dtype=torch.float64)
+    torch.testing.assert_close(total_kl(network, TASKS), zeros, rtol=0, atol=1e-12)
+
+
+def test_state_dict_round_trip(name: str, network: nn.Module) -> None:
+    other = build(name).double()
+    other.load_state_dict(network.state_dict())
+    x, ids = inputs()
+    assert torch.equal(other.eval()(x, ids), network.eval()(x, ids))
+    assert torch.equal(total_kl(other, TASKS), total_kl(network, TASKS))
+
+
+def test_parameter_counts_by_hand(name: str) -> None:
+    network = build(name)
+    count = count_parameters([network], TASKS)
+    assert count == CASES[name].count
+    assert count.stored == sum(parameter.numel() for parameter in network.parameters())
+    assert count.as_dict().keys() == {"stored", "active_per_task", "shared", "per_task"}
+    assert count_parameters([network, network], TASKS).stored == 2 * count.stored
+
+
+def test_unknown_id_is_an_error_that_names_it(network: nn.Module) -> None:
+    x, _ = inputs()
+    with pytest.raises(IndexError, match=r"^unknown task id 4: this network has 4 tasks \(0 to 3\)$"):
+        network(x, torch.tensor([0, 1, 2, 4]))
+
+
+def test_one_task_is_the_same_code(name: str) -> None:
+    network = build(name, tasks=1).eval()
+    x = torch.randn(1, BATCH, IN)
+    y = network(x, torch.arange(1))
+    assert y.shape == (1, BATCH, OUT)
+    torch.testing.assert_close(network(x[0], 0), y[0])
+    with pytest.raises(IndexError, match="unknown task id 1: this network has 1 tasks"):
+        network(x[0], 1)
+
+
+@pytest.mark.parametrize("name", STOCHASTIC)
+def test_options_reach_the_layers(name: str) -> None:
+    network = build(name, prior_scale=0.25, temperature=0.0)
+    assert [layer.prior_scale for layer in network.layers] == [0.25] * 3  # type: ignore[union-attr]
+    x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
+    assert torch.equal(network.train()(x, ids), network.eval()(x, ids))  # temperature 0: no noise
+    warm = build(name).train()
+    assert not torch.equal(warm(x, ids), warm(x, ids))
+
+
+@pytest.mark.parametrize("estimator", ["weight", "mean"])
+def test_the_estimator_reaches_the_low_rank_layers(estimator: str) -> None:
+    network = VarShareLoRA(hidden=[7]).build(IN, OUT, TASKS, Posterior(estimator=estimator)).train()
+    x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
+    assert torch.equal(network(x, ids), network(x, ids)) == (estimator == "mean")
