@@ -23,7 +23,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.types import Task
 
 from envs.engine import SlotEngine
-from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
+from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, forget_models, is_supported
 from envs.slots import Array, Episode, TaskEnv
 from envs.suite import BoolArray, SuiteError
 
@@ -51,7 +51,7 @@ class MetaWorldOptions:
     benchmark: str | None = None
     #: Names such as ``reach-v3``.
     tasks: list[str] = field(default_factory=list)
-    envs_per_task: int = 1
+    envs_per_task: int = 4
     #: Processes: 0 automatic, 1 in this process.
     workers: int = 0
     #: v2 is the usual reward; v1 the older one.
@@ -221,7 +221,7 @@ class MetaWorldSuite:
         factory = MetaWorldFactory(
             self.task_names, self.goals, options.reward_function_version, self.horizon, self.fast
         )
-        return SlotEngine(
+        engine = SlotEngine(
             factory,
             num_tasks=len(self.task_names),
             envs_per_task=envs_per_task,
@@ -232,3 +232,6 @@ class MetaWorldSuite:
             workers=options.workers,
             step_seconds=_STEP_SECONDS,
         )
+        if engine.workers > 1:
+            forget_models()  # the goals were drawn here, but the environments live elsewhere
+        return engine

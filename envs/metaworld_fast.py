@@ -144,22 +144,27 @@ class _SharedModel:
     def __init__(self, path: str) -> None:
         self.model = mujoco.MjModel.from_xml_path(path)
         self.places = self.copy_places()  # as compiled
-        self._user: object = None
+        self._current = self.places
 
     def copy_places(self) -> tuple[Array, Array]:
         return self.model.body_pos.copy(), self.model.site_pos.copy()
 
-    def take(self, user: object, places: tuple[Array, Array]) -> None:
-        """Put ``places`` in unless ``user`` was the last to take the model."""
-        if self._user is not user:
-            self.put(user, places)
+    def take(self, places: tuple[Array, Array]) -> None:
+        """Put ``places`` in unless they were the last ones to be put in."""
+        if self._current is not places:
+            self.put(places)
 
-    def put(self, user: object, places: tuple[Array, Array]) -> None:
-        self._user = user
+    def put(self, places: tuple[Array, Array]) -> None:
+        self._current = places
         self.model.body_pos[:], self.model.site_pos[:] = places
 
 
 _shared_model = functools.cache(_SharedModel)
+
+
+def forget_models() -> None:
+    """Let go of compiled models that no environment of this process uses."""
+    _shared_model.cache_clear()
 
 
 # --- methods of the private copy (named as in the package) --------------------------------------------------
@@ -167,7 +172,7 @@ _shared_model = functools.cache(_SharedModel)
 
 def _initialize_simulation(self: Any) -> tuple[Any, Any]:
     self.shared_model = _shared_model(self.fullpath)
-    self.shared_model.put(self, self.shared_model.places)
+    self.shared_model.put(self.shared_model.places)
     model = self.shared_model.model
     size = model.vis.global_
     size.offwidth, size.offheight = max(size.offwidth, self.width), max(size.offheight, self.height)
@@ -292,7 +297,7 @@ class FastMetaWorldEnv:
         return _snapshots[key].obs
 
     def step(self, action: Array) -> tuple[Array, float, bool, bool, bool]:
-        self._model.take(self, self._places)
+        self._model.take(self._places)
         obs, reward, terminated, truncated, info = self._env.step(action)
         return obs, float(reward), terminated, truncated, info["success"] == 1.0
 
@@ -301,7 +306,7 @@ class FastMetaWorldEnv:
 
     def _reset_by_simulation(self, goal: Array) -> _Snapshot:
         env = self._env
-        self._model.put(self, self._model.places)
+        self._model.put(self._model.places)
         env._last_rand_vec = goal.copy()
         env.data = env.real_data  # resets hand it to MuJoCo's functions
         obs = env.reset()[0]
@@ -316,6 +321,6 @@ class FastMetaWorldEnv:
         env = self._env
         mujoco.mj_setState(env.model, env.real_data, snapshot.state, _STATE)
         self._places = snapshot.places
-        self._model.put(self, self._places)
+        self._model.put(self._places)
         for name, value in snapshot.attributes.items():
             vars(env)[name] = value.copy() if isinstance(value, np.ndarray) else value

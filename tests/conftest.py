@@ -66,4 +66,3 @@ def command(
         return Outcome(code, captured.out, captured.err)
 
     return call
-

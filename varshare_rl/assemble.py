@@ -27,6 +27,7 @@ from varshare_rl.nn.varshare_lora import ESTIMATORS
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopOptions, Run
+from varshare_rl.run.results import conditions
 from varshare_rl.run.seeding import seed_everything
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.types import UserError
@@ -94,10 +95,17 @@ def parameter_count(algorithm: Algorithm, num_tasks: int) -> ParameterCount:
 
 
 def build_run(config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int | None = None) -> Run:
-    """All parts of a training run: seeds, networks, engine, logs. The engine starts to get ready at once."""
+    """All parts of a training run: seeds, networks, logs, engine. The engine starts to get ready at once.
+
+    The run folder is made when nothing of the configuration can be wrong any more.
+    """
     device = choose_device(config.device)
     seed_everything(config.seed)
     algorithm = build_algorithm(config, suite, device)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the run folder {run_dir} ({error.strerror}); give another run_dir") from error
     options = LoopOptions(
         total_transitions=config.total_transitions,
         evaluate_every=config.evaluate.every,
@@ -107,6 +115,7 @@ def build_run(config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int 
     )
     return Run(
         suite=suite,
+        conditions=conditions(suite.conditions, config.seed, device),
         engine=suite.make_engine(config.env.envs_per_task, config.seed),
         algorithm=algorithm,
         tracker=Tracker(run_dir, resumed_at),

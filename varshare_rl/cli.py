@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from envs.suite import SuiteError
 from varshare_rl.types import UserError
@@ -32,8 +34,20 @@ def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
     What the user got wrong is one line on stderr and exit code 2.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
+
+    def job(composed: DictConfig) -> None:
+        with errors_in_one_line():  # inside the job, or Hydra adds lines of its own
+            main(composed)
+
+    with errors_in_one_line():
+        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Turn what the user got wrong into :func:`fail`."""
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(main)()
+        yield
     except (UserError, SuiteError) as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -46,18 +60,20 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+#: Beginnings of the lines in Hydra's messages that tell a user nothing.
+_TECHNICAL = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
+
+
 def _explain(error: Exception) -> str:
-    """Hydra's message without its technical lines; a refused value or name is in the innermost error."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException):
-        lines += [line.strip() for line in str(cause).splitlines()]
-    technical = (
-        "full_key:",
-        "object_type=",
-        "reference_type=",
-        "To append to your config",
-        "Set the environment",
-    )
-    kept = [line for line in lines if line and not line.startswith(technical)]
+    """Hydra's message without its technical lines; a refused value is explained by the innermost error."""
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while isinstance(cause, HydraException | OmegaConfBaseException):
+        text = str(cause).partition("Config search path:")[0]
+        lines += [line.strip() for line in text.splitlines()]
+        options = getattr(cause, "object_type", None)
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and is_dataclass(options):
+            lines.append(f"(its options are {', '.join(option.name for option in fields(options))})")
+        cause = cause.__cause__
+    kept = [line for line in lines if line and not line.startswith(_TECHNICAL) and not line.endswith("_schema")]
     return " ".join(dict.fromkeys(kept))

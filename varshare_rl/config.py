@@ -10,6 +10,7 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from envs.cartpole import CartPoleOptions
 from envs.gymnasium_suite import GymnasiumOptions
@@ -114,7 +115,7 @@ def load_config(path: Path) -> TrainConfig:
         for group, options in COMPONENTS.items():
             config[group] = OmegaConf.structured(options[stored[group]["name"]])
         return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
-    except (OmegaConfBaseException, KeyError, TypeError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error
 
@@ -129,7 +130,7 @@ LEAST: dict[str, dict[str, int]] = {
         "batch_per_task": 1,
         "replay_capacity_per_task": 1,
         "start_transitions_per_task": 1,
-        "updates_per_vector_step": 0,
+        "updates_per_transition_per_task": 0,
         "learning_rate": 0,
     },
 }

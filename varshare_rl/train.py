@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,14 +14,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from envs.suite import Suite
-from varshare_rl.assemble import build_run, build_suite, choose_device, parameter_count
+from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import run_command
 from varshare_rl.config import TrainConfig, check_config, load_config, register_schemas
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.files import write_atomically, write_json
 from varshare_rl.run.loop import Interrupted, Run
-from varshare_rl.run.results import conditions, summary
+from varshare_rl.run.results import summary
 from varshare_rl.types import Tree, UserError
 
 #: What may be changed when a run goes on.
@@ -54,7 +56,7 @@ def resume(composed: DictConfig | TrainConfig, run_dir: Path) -> None:
     config = cast(TrainConfig, OmegaConf.to_object(merged))
     check_config(config)
     state = load_checkpoint(find_checkpoint(run_dir))
-    if state["transitions"] >= config.total_transitions:
+    if state["transitions"] >= config.total_transitions and (run_dir / "summary.json").exists():
         raise UserError(
             f"{run_dir} has done {state['transitions']} of {config.total_transitions} transitions already; "
             "give a larger total_transitions"
@@ -78,7 +80,7 @@ def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
     except Interrupted as stop:
         run.console.message(
             f"stopped by {stop} at {run.transitions:,} transitions, all saved; go on with:\n"
-            f"    python -m varshare_rl.train resume={run.run_dir}"
+            f"    python -m varshare_rl.train {shlex.quote(f'resume={run.run_dir}')}"
         )
         raise SystemExit(stop.exit_code) from None
     finally:
@@ -93,7 +95,7 @@ def write_summary(config: TrainConfig, run: Run, evaluation: Evaluation) -> dict
         updates=run.algorithm.updates,
         seconds=run.tracker.seconds,
         parameters=parameter_count(run.algorithm, len(run.suite.task_names)).as_dict(),
-        conditions=conditions(run.suite.conditions, config.seed, run.device),
+        conditions=run.conditions,
     )
     write_json(run.run_dir / "summary.json", result)
     return result
@@ -120,19 +122,21 @@ def describe(config: TrainConfig, run: Run) -> None:
 
 
 def new_run_dir(config: TrainConfig, suite: Suite) -> Path:
-    """The folder of a new run: ``run_dir``, or a name made from the choices; jobs of a sweep share one."""
-    choose_device(config.device)
+    """The folder of a new run: ``run_dir``, or a name made from the choices; jobs of a sweep share one.
+
+    Raises UserError if there is a run in it.
+    """
     if config.run_dir is not None:
         path = Path(config.run_dir)
     elif HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         job = HydraConfig.get()
-        path = Path(job.sweep.dir) / (job.job.override_dirname.replace("/", "_") or str(job.job.num))
+        choices = re.sub(r"[^\w.+-]+", "_", job.job.override_dirname.replace("=", "-"))  # no = in resume=<folder>
+        path = Path(job.sweep.dir) / (choices.strip("_") or str(job.job.num))
     else:
         parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
         path = Path("runs") / f"{'_'.join(parts)}_{time.strftime('%Y%m%d-%H%M%S')}"
     if (path / "metrics.jsonl").exists() or (path / "config.yaml").exists():
         raise UserError(f"{path} holds a run already; go on with resume={path}, or give another run_dir")
-    path.mkdir(parents=True, exist_ok=True)
     return path
 
 

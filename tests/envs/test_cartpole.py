@@ -34,9 +34,7 @@ def test_the_standard_task_takes_the_steps_of_cartpole_v1() -> None:
             reference.reset()
             reference.state = engine.state()["states"][0, 0].copy()
         else:
-            np.testing.assert_allclose(
-                engine.state()["states"][0, 0], reference.state, rtol=1e-12, atol=1e-14
-            )
+            np.testing.assert_allclose(engine.state()["states"][0, 0], reference.state, rtol=1e-12, atol=1e-14)
     assert episodes > 30
 
 
@@ -50,9 +48,7 @@ def test_the_standard_task_takes_the_steps_of_cartpole_v1() -> None:
         ("heavy_gravity", {"gravity": 19.6}),
     ],
 )
-def test_a_variant_is_cartpole_v1_with_that_attribute_changed(
-    task: str, attributes: dict[str, float]
-) -> None:
+def test_a_variant_is_cartpole_v1_with_that_attribute_changed(task: str, attributes: dict[str, float]) -> None:
     engine = CartPoleSuite(CartPoleOptions(tasks=[task])).make_engine(1, seed=1)
     reference: Any = gymnasium.make("CartPole-v1").unwrapped
     for name, value in attributes.items():

@@ -47,7 +47,7 @@ def compare(name: str, goal_order: tuple[int, ...], steps: int) -> int:
             action = rng.uniform(-1, 1, 4) if k % 2 else np.clip(scripted, -1, 1)
             action = action.astype(np.float32)
             neighbour.step(-action)
-            fast._model.take(fast, fast._places)  # as fast.step does
+            fast._model.take(fast._places)  # as fast.step does
             one, other = official._env.step(action), fast._env.step(action)
             obs, place = one[0], f"{name}: episode {k}, step {i}"
             np.testing.assert_array_equal(obs, other[0], err_msg=place)

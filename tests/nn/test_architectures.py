@@ -37,9 +37,11 @@ CASES = {
     ),
     # rank 2: factors of 2 * (5 + 7) + 2 * (7 + 6) + 2 * (6 + 3) = 68
     "varshare_lora": Case(
-        lambda: VarShareLoRA(hidden=[7, 6], rank=2, alpha=3.0), True, ParameterCount(111 + 4 * 136, 111 + 68, 111, 136)
+        lambda: VarShareLoRA(hidden=[7, 6], rank=2, alpha=3.0),
+        True,
+        ParameterCount(111 + 4 * 136, 111 + 68, 111, 136),
     ),
-}  # fmt: skip
+}
 STOCHASTIC = [name for name, case in CASES.items() if case.stochastic]
 
 

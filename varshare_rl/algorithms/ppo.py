@@ -24,7 +24,7 @@ class PPOOptions:
     """Options of ``algorithm=ppo``. Sizes are per task."""
 
     name: str = "ppo"
-    rollout_transitions_per_task: int = 1024
+    rollout_transitions_per_task: int = 2000
     epochs: int = 10
     minibatches: int = 8
     learning_rate: float = 3e-4

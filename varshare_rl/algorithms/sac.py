@@ -28,10 +28,10 @@ class SACOptions:
     replay_capacity_per_task: int = 100_000
     batch_per_task: int = 128
     start_transitions_per_task: int = 1_000  # uniformly random actions before learning starts
-    updates_per_vector_step: float = 1.0
-    learning_rate: float = 3e-4
-    critic_learning_rate: float = 3e-4
-    entropy_learning_rate: float = 3e-4
+    updates_per_transition_per_task: float = 0.5
+    learning_rate: float = 1e-3
+    critic_learning_rate: float = 1e-3
+    entropy_learning_rate: float = 1e-3
     discount: float = 0.99
     target_rate: float = 0.005
     initial_entropy_coefficient: float = 1.0
@@ -108,7 +108,7 @@ class SAC:
         self.reward_normalizer.update(transition.reward, transition.terminated | transition.truncated)
         self.transitions_per_task += transition.reward.shape[1]
         if self.transitions_per_task >= self.options.start_transitions_per_task:
-            self.updates_due += self.options.updates_per_vector_step
+            self.updates_due += self.options.updates_per_transition_per_task * transition.reward.shape[1]
 
     def ready(self) -> bool:
         """An update is due."""

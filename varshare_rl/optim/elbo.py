@@ -23,7 +23,7 @@ class KLNormalization(Enum):
 class ElboOptions:
     """Options of ``elbo``: the weight of the divergence and the posteriors' settings."""
 
-    kl_weight: float = 0.1
+    kl_weight: float = 0.01
     normalization: KLNormalization = KLNormalization.data
     prior_scale: float = 1.0
     temperature: float = 1.0

@@ -48,6 +48,7 @@ class Run:
     """A training run: its parts, and how far it has come."""
 
     suite: Suite
+    conditions: dict[str, Any]
     engine: VectorEngine
     algorithm: Algorithm
     tracker: Tracker
@@ -173,6 +174,7 @@ class Run:
             "evaluation": None if self.evaluation is None else self.evaluation.tasks,
             "evaluated_at": self.evaluated_at,
             "phase_seconds": self.phase_seconds,
+            "scalars": {name: float(value) for name, value in self.scalars.items()},
             "algorithm": self.algorithm.state(),
             "engine": self.engine.state(),
             "episodes": self.episodes.state(),
@@ -186,6 +188,7 @@ class Run:
         self.evaluated_at = state["evaluated_at"]
         self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
         self.phase_seconds = state["phase_seconds"]
+        self.scalars = state["scalars"]
         self.algorithm.load_state(state["algorithm"])
         self._observation = self.engine.load_state(state["engine"])
         self.episodes.load_state(state["episodes"])

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import torch
+
+from varshare_rl.data.replay import Replay
+from varshare_rl.types import Transition
+
+TASKS, ENVS, OBS, ACTION = 3, 2, 4, 2
+
+
+def replay(capacity: int = 10) -> Replay:
+    return Replay(TASKS, capacity, OBS, ACTION, torch.device("cpu"))
+
+
+def transition(number: int, envs: int = ENVS) -> Transition:
+    """Every value says which step, task, environment and field it is: ``step * 100 + task * 10 + env``."""
+    task, env = torch.meshgrid(torch.arange(TASKS), torch.arange(envs), indexing="ij")
+    mark = (number * 100 + task * 10 + env).float()
+    return Transition(
+        obs=mark.unsqueeze(-1).expand(-1, -1, OBS) + 0.1,
+        action=mark.unsqueeze(-1).expand(-1, -1, ACTION) + 0.2,
+        reward=mark + 0.3,
+        terminated=(mark.long() % 2 == 1),
+        truncated=torch.zeros(TASKS, envs, dtype=torch.bool),
+        next_obs=mark.unsqueeze(-1).expand(-1, -1, OBS) + 0.4,
+    )
+
+
+def marks(memory: Replay) -> list[list[int]]:
+    """What each task's filled rows were, in place order."""
+    return memory.rows[:, : len(memory), 0].round().int().tolist()
+
+
+def test_fills_up_and_wraps_around() -> None:
+    memory = replay(capacity=5)
+    assert len(memory) == 0
+    memory.add(transition(0))
+    memory.add(transition(1))
+    assert len(memory) == 4
+    assert marks(memory)[1] == [10, 11, 110, 111]
+    memory.add(transition(2))  # one fits at the end, one goes to the start
+    assert len(memory) == 5
+    assert marks(memory)[0] == [201, 1, 100, 101, 200]
+    assert marks(memory)[2] == [221, 21, 120, 121, 220]
+    memory.add(transition(3))
+    assert marks(memory)[0] == [201, 300, 301, 101, 200]
+    for number in range(4, 20):
+        memory.add(transition(number))
+    assert sorted(marks(memory)[1]) == [1711, 1810, 1811, 1910, 1911]
+
+
+def test_a_step_as_large_as_the_memory() -> None:
+    memory = replay(capacity=3)
+    memory.add(transition(0, envs=1))
+    memory.add(transition(1, envs=3))
+    assert sorted(marks(memory)[0]) == [100, 101, 102]
+
+
+def test_fields_come_back_together_and_of_their_own_task() -> None:
+    memory = replay(capacity=50)
+    for number in range(20):
+        memory.add(transition(number))
+    batch = memory.sample(64)
+    assert batch.obs.shape == batch.next_obs.shape == (TASKS, 64, OBS)
+    assert batch.action.shape == (TASKS, 64, ACTION)
+    assert batch.reward.shape == batch.terminated.shape == (TASKS, 64)
+    mark = (batch.reward - 0.3).round()
+    torch.testing.assert_close(batch.obs, (mark + 0.1).unsqueeze(-1).expand(-1, -1, OBS))
+    torch.testing.assert_close(batch.action, (mark + 0.2).unsqueeze(-1).expand(-1, -1, ACTION))
+    torch.testing.assert_close(batch.next_obs, (mark + 0.4).unsqueeze(-1).expand(-1, -1, OBS))
+    assert torch.equal(batch.terminated, mark % 2)
+    assert torch.equal(mark % 100 // 10, torch.arange(TASKS).unsqueeze(1).expand(-1, 64).float())
+
+
+def test_draws_are_uniform_and_only_of_what_is_filled() -> None:
+    memory = replay(capacity=1000)
+    for number in range(5):
+        memory.add(transition(number))
+    drawn = memory.sample(20_000).reward.round().int()
+    for task in range(TASKS):
+        values, counts = torch.unique(drawn[task], return_counts=True)
+        assert values.tolist() == sorted(marks(memory)[task])
+        assert (counts - 2_000).abs().max() < 250  # 10 rows; the standard deviation is 42
+
+
+def test_state_round_trip_goes_on_the_same() -> None:
+    one, other = replay(capacity=7), replay(capacity=7)
+    for number in range(3):
+        one.add(transition(number))
+    other.load_state(one.state())
+    for memory in (one, other):
+        memory.add(transition(8))
+        memory.add(transition(9))
+    assert marks(one) == marks(other)
+    assert (one.position, len(one)) == (other.position, len(other)) == (3, 7)
+    torch.manual_seed(3)
+    mine = one.sample(5)
+    torch.manual_seed(3)
+    theirs = other.sample(5)
+    assert all(torch.equal(vars(mine)[name], vars(theirs)[name]) for name in vars(mine))
+
+
+def test_loaded_memory_is_its_own() -> None:
+    one, other = replay(), replay()
+    one.add(transition(0))
+    other.load_state(one.state())
+    other.add(transition(5))
+    other.rows.zero_()
+    assert marks(one)[0] == [0, 1]
+    assert one.rows[0, 1, 0].item() > 1

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from varshare_rl.optim.step import LossStep
+
+
+def losses(parameter: nn.Parameter) -> torch.Tensor:
+    """Two tasks, gradients 3 and 4 in different coordinates."""
+    return torch.stack([3.0 * parameter[0], 4.0 * parameter[1]])
+
+
+@pytest.mark.parametrize(("bound", "scale"), [(0.0, 1.0), (100.0, 1.0), (0.5, 0.2)])
+def test_one_step_is_adam_on_the_clipped_mean(bound: float, scale: float) -> None:
+    mine, reference = (nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64)) for _ in range(2))
+    adam = torch.optim.Adam([reference], lr=0.1, eps=0.5)
+    step = LossStep([mine], 0.1, bound, epsilon=0.5)
+    for _ in range(3):
+        norm = step(losses(mine))
+        assert norm.item() == pytest.approx(2.5)  # of the mean of the tasks, (1.5, 2), before clipping
+        assert not norm.requires_grad
+        reference.grad = scale * torch.tensor([1.5, 2.0], dtype=torch.float64)
+        adam.step()
+    torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_do_not_accumulate() -> None:
+    parameter = nn.Parameter(torch.ones(2))
+    step = LossStep([parameter], 0.1, 0.0)
+    assert [step(losses(parameter)).item() for _ in range(3)] == pytest.approx([2.5] * 3)
+
+
+def test_unused_parameters_stay() -> None:
+    used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    LossStep([used, unused], 0.1, 1.0)(losses(used))
+    assert torch.equal(unused, torch.ones(2))
+    assert not torch.equal(used, torch.ones(2))

@@ -1,0 +1,198 @@
+"""Every file in ``configs`` composes, checks and, for a representative set, trains."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import pytest
+from conftest import Command
+from helpers import TINY_ALGORITHM
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from varshare_rl.assemble import SUITES, build_suite
+from varshare_rl.cli import config_folder
+from varshare_rl.config import COMPONENTS, TrainConfig, check_config, load_config, register_schemas
+
+CONFIGS = config_folder()
+
+
+def choices(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONFIGS / group).glob("*.yaml"))
+
+
+#: What an environment does not start without.
+NEEDED = {
+    "mt1": ["env.tasks=[reach-v3]"],
+    "metaworld": ["env.tasks=[reach-v3,push-v3]"],
+    "gymnasium": ["env.ids=[Hopper-v5,Walker2d-v5]"],
+}
+DISCRETE = {"cartpole", "lunarlander"}
+ENVIRONMENTS = [
+    "cartpole", "gymnasium", "lunarlander", "metaworld", "mt1", "mt10", "mt25", "mt3", "mt50", "pointmass",
+]  # fmt: skip
+
+Composer = Callable[..., DictConfig]
+
+
+@pytest.fixture
+def composed() -> Composer:
+    def call(*overrides: str, name: str = "train") -> DictConfig:
+        register_schemas()
+        with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return compose(name, overrides=list(overrides))
+
+    return call
+
+
+def as_object(composed: DictConfig) -> TrainConfig:
+    made = OmegaConf.to_object(composed)
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def test_groups_have_their_choices() -> None:
+    assert choices("env") == ENVIRONMENTS
+    assert choices("algorithm") == ["ppo", "sac"]
+    assert choices("network") == ["independent", "shared", "varshare", "varshare_lora"]
+    assert choices("elbo") == ["default"]
+    assert {path.name for path in CONFIGS.iterdir()} >= {"env", "algorithm", "network", "elbo", "train.yaml"}
+
+
+def test_every_tuned_file_belongs_to_a_combination() -> None:
+    combinations = {f"{env}_{algorithm}" for env in choices("env") for algorithm in choices("algorithm")}
+    assert set(choices("tuned")) <= combinations
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize("env", ENVIRONMENTS)
+def test_every_environment_composes_with_every_algorithm(composed: Composer, env: str, algorithm: str) -> None:
+    config = as_object(composed(f"env={env}", f"algorithm={algorithm}", *NEEDED.get(env, [])))
+    check_config(config)
+    assert type(config.env) in SUITES
+    assert type(config.algorithm) is COMPONENTS["algorithm"][algorithm]
+    assert type(config.network) is COMPONENTS["network"]["varshare_lora"]
+    suite = build_suite(config)
+    assert (env in DISCRETE) == isinstance(suite.action_space, gymnasium.spaces.Discrete)
+    sizes = {"mt1": 1, "mt3": 3, "mt10": 10, "mt25": 25, "mt50": 50, "pointmass": 8, "lunarlander": 3}
+    assert len(suite.task_names) == sizes.get(env, len(suite.task_names))
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize("network", ["independent", "shared", "varshare", "varshare_lora"])
+def test_every_network_composes_with_every_algorithm(composed: Composer, network: str, algorithm: str) -> None:
+    config = as_object(composed("env=pointmass", f"network={network}", f"algorithm={algorithm}"))
+    check_config(config)
+    assert type(config.network) is COMPONENTS["network"][network]
+    assert config.network.name == network
+    assert type(config.algorithm) is COMPONENTS["algorithm"][algorithm]
+
+
+def test_fixed_keys(composed: Composer) -> None:
+    """Others script against these names: changing one breaks them."""
+    config = composed()
+    keys = {
+        "env", "algorithm", "network", "elbo", "total_transitions", "seed", "device", "run_dir", "resume",
+        "evaluate", "checkpoint", "log",
+    }  # fmt: skip
+    assert set(config) == keys
+    assert "every" in config.evaluate
+    assert "every" in config.checkpoint
+    assert "kl_weight" in config.elbo
+    for device in ("auto", "cpu", "cuda"):
+        assert composed(f"device={device}").device.value == device
+
+
+def test_defaults_are_those_that_are_promised(composed: Composer) -> None:
+    config = as_object(composed("env=mt10"))
+    assert config.network.name == "varshare_lora"
+    assert config.total_transitions == 20_000_000
+    assert config.device.value == "auto"
+    assert config.run_dir is None
+    assert config.resume is None
+    assert config.env.reward_function_version == "v2"
+    assert config.env.goals_per_task == 50
+    assert config.env.horizon == 500
+    assert as_object(composed()) == config  # python -m varshare_rl.train
+
+
+def test_overrides_win_over_every_file(composed: Composer) -> None:
+    for env in ("pointmass", "mt10"):
+        for algorithm in ("ppo", "sac"):
+            config = as_object(
+                composed(
+                    f"env={env}", f"algorithm={algorithm}", "total_transitions=123", "algorithm.learning_rate=0.5",
+                    "network.hidden=[3]", "elbo.kl_weight=7", "env.envs_per_task=2",
+                )
+            )  # fmt: skip
+            assert config.total_transitions == 123
+            assert config.algorithm.learning_rate == 0.5
+            assert config.network.hidden == [3]
+            assert config.elbo.kl_weight == 7.0
+            assert config.env.envs_per_task == 2
+
+
+@pytest.mark.parametrize("network", ["independent", "shared", "varshare", "varshare_lora"])
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_a_written_configuration_is_read_back(
+    composed: Composer, tmp_path: Path, algorithm: str, network: str
+) -> None:
+    config = as_object(composed("env=pointmass", f"network={network}", f"algorithm={algorithm}", "seed=5"))
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    assert load_config(path) == config
+
+
+SMALL = (
+    "network.hidden=[8]", "log.quiet=true", "log.every=1", "checkpoint.every=0", "evaluate.every=0",
+    "evaluate.episodes=1", "device=cpu", "env.envs_per_task=2", "run_dir=run",
+)  # fmt: skip
+TRAINED: dict[str, tuple[str, ...]] = {
+    **{
+        f"pointmass_{algorithm}_{network}": (
+            "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"network={network}", "total_transitions=320",
+        )
+        for algorithm in ("ppo", "sac")
+        for network in ("independent", "shared", "varshare", "varshare_lora")
+    },
+    "cartpole": ("env=cartpole", "env.horizon=20", "total_transitions=240"),
+    "cartpole_identical": ("env=cartpole", "env.variant_set=identical", "env.horizon=20", "total_transitions=160"),
+    "lunarlander": ("env=lunarlander", "env.horizon=20", "env.workers=1", "total_transitions=120"),
+    "lunarlander_continuous_sac": (
+        "env=lunarlander", "algorithm=sac", "env.continuous=true", "env.horizon=20", "env.workers=1",
+        "total_transitions=120",
+    ),
+    "gymnasium_padded_sac": (
+        "env=gymnasium", "algorithm=sac", "env.ids=[Hopper-v5,Walker2d-v5]", "env.horizon=20", "env.workers=1",
+        "total_transitions=80",
+    ),
+    "metaworld": (
+        "env=metaworld", "env.tasks=[reach-v3,drawer-close-v3]", "env.horizon=20", "env.workers=1",
+        "env.goals_per_task=2", "total_transitions=80",
+    ),
+    "metaworld_sac": (
+        "env=mt1", "algorithm=sac", "env.tasks=[reach-v3]", "env.horizon=20", "env.workers=1",
+        "env.goals_per_task=2", "total_transitions=40",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_makes_an_update(command: Command, folder: Path, name: str) -> None:
+    arguments = TRAINED[name]
+    algorithm = "sac" if "algorithm=sac" in arguments else "ppo"
+    small = [item for item in TINY_ALGORITHM[algorithm] if "rollout" not in item and "start" not in item]
+    small += ["algorithm.rollout_transitions_per_task=20" if algorithm == "ppo" else "algorithm.start_transitions_per_task=4"]
+    outcome = command("train", *arguments, *SMALL, *small)
+    assert outcome.code == 0, outcome.err
+    summary: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["updates"] >= 1
+    assert summary["transitions"] == int(arguments[-1].rpartition("=")[2])
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {name: value for line in lines for name, value in line.items() if name.startswith("loss/")}
+    assert losses
+    assert None not in losses.values()  # a loss that is not a number

@@ -1,0 +1,262 @@
+"""What a user can get wrong: one line on stderr, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Command
+from helpers import TINY, TINY_ALGORITHM
+
+import envs
+
+PROJECT = Path(envs.__file__).resolve().parent.parent
+POINTMASS = ("env=pointmass",)
+WITHOUT_RUN = {
+    "unknown_key": (("env=pointmass", "no_such_key=1"), "no_such_key"),
+    "unknown_key_of_a_component": (("env=pointmass", "algorithm.clipp=0.1"), "clipp"),
+    "unknown_key_of_another_component": (("algorithm=sac", "algorithm.clip=0.1"), "clip"),
+    "wrong_type": (("env=pointmass", "total_transitions=many"), "many"),
+    "wrong_type_of_a_component": (("env=pointmass", "algorithm.epochs=1.5"), "1.5"),
+    "not_an_override": (("env=pointmass", "seed"), "seed"),
+    "broken_syntax": (("env=pointmass", "env.tasks=[normal_left"), "[normal_left"),
+    "unknown_env": (("env=nowhere",), "nowhere"),
+    "unknown_algorithm": (("env=pointmass", "algorithm=dqn"), "dqn"),
+    "unknown_network": (("env=pointmass", "network=big"), "big"),
+    "unknown_device": (("env=pointmass", "device=tpu"), "tpu"),
+    "unknown_normalization": (("env=pointmass", "elbo.normalization=lots"), "lots"),
+    "unknown_activation": (("env=pointmass", "network.activation=swishy"), "swishy"),
+    "unknown_estimator": (("env=pointmass", "elbo.estimator=guess"), "guess"),
+    "unknown_pointmass_task": (("env=pointmass", "env.tasks=[normal_left,nowhere]"), "nowhere"),
+    "unknown_metaworld_task": (("env=metaworld", "env.tasks=[reach-v9]"), "reach-v9"),
+    "unknown_gymnasium_id": (("env=gymnasium", "env.ids=[Hopper-v99]"), "Hopper-v99"),
+    "unknown_lunarlander_task": (("env=lunarlander", "env.tasks=[moon]"), "moon"),
+    "no_metaworld_tasks": (("env=metaworld",), "tasks"),
+    "no_mt1_task": (("env=mt1",), "mt1"),
+    "discrete_with_sac": (("env=cartpole", "algorithm=sac"), "Discrete"),
+    "mixed_spaces": (("env=gymnasium", "env.ids=[CartPole-v1,Hopper-v5]"), "Hopper-v5"),
+    "negative_total": (("env=pointmass", "total_transitions=-1"), "total_transitions is -1"),
+    "no_total": (("env=pointmass", "total_transitions=0"), "total_transitions is 0"),
+    "negative_seed": (("env=pointmass", "seed=-1"), "seed"),
+    "huge_seed": (("env=pointmass", "seed=4294967296"), "seed"),
+    "negative_hidden": (("env=pointmass", "network.hidden=[64,-2]"), "network.hidden[1] is -2"),
+    "no_rank": (("env=pointmass", "network.rank=0"), "network.rank is 0"),
+    "no_envs": (("env=pointmass", "env.envs_per_task=0"), "env.envs_per_task"),
+    "no_horizon": (("env=pointmass", "env.horizon=0"), "horizon"),
+    "no_epochs": (("env=pointmass", "algorithm.epochs=0"), "algorithm.epochs is 0"),
+    "no_rollout": (("env=pointmass", "algorithm.rollout_transitions_per_task=0"), "per_task is 0"),
+    "no_batch": (("env=pointmass", "algorithm=sac", "algorithm.batch_per_task=0"), "batch_per_task is 0"),
+    "no_replay": (("env=pointmass", "algorithm=sac", "algorithm.replay_capacity_per_task=-5"), "-5"),
+    "no_episodes": (("env=pointmass", "evaluate.episodes=0"), "evaluate.episodes is 0"),
+    "negative_every": (("env=pointmass", "checkpoint.every=-1"), "checkpoint.every is -1"),
+    "negative_kl_weight": (("env=pointmass", "elbo.kl_weight=-0.1"), "elbo.kl_weight is -0.1"),
+    "no_prior_scale": (("env=pointmass", "elbo.prior_scale=0"), "elbo.prior_scale is 0.0"),
+    "missing_resume": (("resume=runs/nowhere",), "runs/nowhere"),
+}  # fmt: skip
+
+
+def assert_one_line(code: int, err: str, named: str) -> None:
+    assert code == 2
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert err.strip() == " ".join(err.split())
+    assert named in err, err
+
+
+@pytest.mark.parametrize("name", WITHOUT_RUN)
+def test_train_explains_in_one_line_and_leaves_nothing(command: Command, folder: Path, name: str) -> None:
+    arguments, named = WITHOUT_RUN[name]
+    outcome = command("train", "device=cpu", *arguments) if "device" not in name else command("train", *arguments)
+    assert_one_line(outcome.code, outcome.err, named)
+    assert list(folder.rglob("*")) == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device(command: Command, folder: Path) -> None:
+    outcome = command("train", "env=pointmass", "device=cuda")
+    assert_one_line(outcome.code, outcome.err, "device=cuda")
+    assert list(folder.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("episodes=3",), "run="),
+        (("run=runs/nowhere",), "runs/nowhere"),
+        (("run=.",), "config.yaml"),
+        (("run=.", "episodes=0"), "episodes is 0"),
+        (("run=.", "episodes=few"), "few"),
+        (("run=.", "checkpoint=middle"), "middle"),
+        (("run=.", "no_such_key=1"), "no_such_key"),
+    ],
+)
+def test_evaluate_explains_in_one_line(
+    command: Command, folder: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    outcome = command("evaluate", *arguments)
+    assert_one_line(outcome.code, outcome.err, named)
+    assert list(folder.rglob("*")) == []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run, made in a process of its own."""
+    folder = tmp_path_factory.mktemp("finished")
+    overrides = [*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=160", "run_dir=run"]
+    done = subprocess.run(
+        [sys.executable, "-m", "varshare_rl.train", *overrides], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished: Path, folder: Path) -> Path:
+    """A copy of the finished run, in the current folder."""
+    import shutil
+
+    shutil.copytree(finished, folder / "run")
+    return Path("run")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=3", "seed=3"),
+        ("env=cartpole", "env=cartpole"),
+        ("network.rank=2", "network.rank=2"),
+        ("algorithm.learning_rate=1", "algorithm.learning_rate=1"),
+        ("elbo.kl_weight=1", "elbo.kl_weight=1"),
+        ("run_dir=other", "run_dir=other"),
+    ],
+)
+def test_resume_refuses_to_change_the_experiment(command: Command, run: Path, override: str, named: str) -> None:
+    before = snapshot(run)
+    outcome = command("train", f"resume={run}", "total_transitions=320", override)
+    assert_one_line(outcome.code, outcome.err, named)
+    assert snapshot(run) == before
+
+
+def test_resume_of_a_finished_run_says_what_to_give(command: Command, run: Path) -> None:
+    before = snapshot(run)
+    outcome = command("train", f"resume={run}")
+    assert_one_line(outcome.code, outcome.err, "total_transitions")
+    assert snapshot(run) == before
+
+
+def test_resume_refuses_impossible_numbers(command: Command, run: Path) -> None:
+    outcome = command("train", f"resume={run}", "total_transitions=320", "evaluate.episodes=0")
+    assert_one_line(outcome.code, outcome.err, "evaluate.episodes is 0")
+    outcome = command("train", f"resume={run}", "total_transitions=soon")
+    assert_one_line(outcome.code, outcome.err, "soon")
+
+
+def test_a_folder_without_a_checkpoint(command: Command, run: Path) -> None:
+    import shutil
+
+    shutil.rmtree(run / "checkpoints")
+    for outcome in (command("train", f"resume={run}", "total_transitions=320"), command("evaluate", f"run={run}")):
+        assert_one_line(outcome.code, outcome.err, "checkpoint")
+    assert not (run / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
+def test_a_damaged_checkpoint(command: Command, run: Path, file: str, damage: str) -> None:
+    (path,) = (run / "checkpoints").glob(f"last-*/{file}")
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    before = snapshot(run)
+    for outcome in (command("train", f"resume={run}", "total_transitions=320"), command("evaluate", f"run={run}")):
+        assert_one_line(outcome.code, outcome.err, str(path.parent))
+    assert snapshot(run) == before
+
+
+@pytest.mark.parametrize("content", ["", "just words", "env: {name: pointmass}", "env: [", "env: {name: moon}"])
+def test_a_damaged_configuration(command: Command, run: Path, content: str) -> None:
+    (run / "config.yaml").write_text(content)
+    for outcome in (command("train", f"resume={run}", "total_transitions=320"), command("evaluate", f"run={run}")):
+        assert_one_line(outcome.code, outcome.err, "config.yaml")
+
+
+def test_a_configuration_with_a_value_of_the_wrong_type(command: Command, run: Path) -> None:
+    path = run / "config.yaml"
+    path.write_text(path.read_text().replace("seed: 0", "seed: zero"))
+    outcome = command("train", f"resume={run}", "total_transitions=320")
+    assert_one_line(outcome.code, outcome.err, "config.yaml")
+
+
+def test_an_existing_run_is_not_overwritten(command: Command, run: Path) -> None:
+    before = snapshot(run)
+    outcome = command("train", *TINY, "total_transitions=160", f"run_dir={run}")
+    assert_one_line(outcome.code, outcome.err, f"resume={run}")
+    assert snapshot(run) == before
+
+
+def test_a_run_folder_that_is_a_file(command: Command, folder: Path) -> None:
+    (folder / "taken").write_text("mine")
+    outcome = command("train", *TINY, "total_transitions=160", "run_dir=taken")
+    assert_one_line(outcome.code, outcome.err, "taken")
+    outcome = command("train", *TINY, "total_transitions=160", "run_dir=taken/below")
+    assert_one_line(outcome.code, outcome.err, "taken")
+    assert snapshot(folder) == {str(folder / "taken"): b"mine"}
+
+
+def test_a_failed_run_leaves_an_empty_folder_that_was_there(command: Command, folder: Path) -> None:
+    (folder / "mine").mkdir()
+    outcome = command("train", "env=cartpole", "algorithm=sac", "run_dir=mine", "device=cpu")
+    assert_one_line(outcome.code, outcome.err, "Discrete")
+    assert [path.name for path in folder.rglob("*")] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "named"),
+    [
+        ("train", ("env=cartpole", "algorithm=sac"), "Discrete"),
+        ("evaluate", ("run=runs/nowhere",), "runs/nowhere"),
+    ],
+)
+def test_the_same_from_the_shell(tmp_path: Path, module: str, arguments: tuple[str, ...], named: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"varshare_rl.{module}", *arguments], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert_one_line(done.returncode, done.stderr, named)
+    assert done.stdout == ""
+    assert list(tmp_path.rglob("*")) == []
+
+
+def test_an_error_of_ours_is_not_hidden(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what the user got wrong becomes one line; a bug keeps its traceback."""
+    from varshare_rl import train
+
+    def broken(config: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(train, "build_suite", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        command("train", *POINTMASS)
+
+
+def test_the_last_line_of_metrics_may_be_cut(command: Command, run: Path) -> None:
+    """A process that was killed while it wrote has not damaged its run."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines, lines[-1][:20]]))
+    outcome = command("train", f"resume={run}", "total_transitions=320")
+    assert outcome.code == 0, outcome.err
+    written = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert written[-1]["transitions"] == 320

@@ -1,0 +1,203 @@
+"""2N updates are N, save, load and N more, bit for bit; and a signal is a save."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+from helpers import TINY, TINY_ALGORITHM
+
+from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+
+METAWORLD = (
+    "env=mt1", "env.tasks=[reach-v3]", "env.horizon=30", "env.workers=1", "env.goals_per_task=3",
+    "env.envs_per_task=2",
+)  # fmt: skip
+
+
+def assert_same(one: Any, other: Any, place: str = "") -> None:
+    """Equal in type and every bit."""
+    assert type(one) is type(other), place
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), place
+        for key in one:
+            assert_same(one[key], other[key], f"{place}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), place
+        for index, (mine, theirs) in enumerate(zip(one, other, strict=True)):
+            assert_same(mine, theirs, f"{place}.{index}")
+    elif isinstance(one, torch.Tensor | np.ndarray):
+        assert one.dtype == other.dtype, place
+        assert np.array_equal(np.asarray(one), np.asarray(other)), place
+    else:
+        assert one == other, place
+
+
+def final_state(run: Path) -> dict[str, Any]:
+    """The last checkpoint without what the clock decides."""
+    state = load_checkpoint(find_checkpoint(run))
+    return {key: value for key, value in state.items() if "seconds" not in key}
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of ``metrics.jsonl`` without what the clock decides."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "time/transitions_per_second", "time/share_")
+    return [{key: value for key, value in line.items() if not key.startswith(clock)} for line in lines]
+
+
+def results(run: Path) -> dict[str, Any]:
+    """``summary.json`` without what the clock decides."""
+    summary = json.loads((run / "summary.json").read_text())
+    return {key: value for key, value in summary.items() if "second" not in key}
+
+
+CASES: dict[str, tuple[int, tuple[str, ...]]] = {
+    # transitions at which the first half ends: 33 vector steps; episodes are 40 long, PPO's rollouts 20 steps
+    "ppo": (528, (*TINY, *TINY_ALGORITHM["ppo"])),
+    "sac": (528, (*TINY, *TINY_ALGORITHM["sac"])),
+    "sac_normalised_full_rank": (
+        528,
+        (
+            *TINY, *TINY_ALGORITHM["sac"], "network=varshare", "algorithm.normalize_observations=true",
+            "algorithm.normalize_rewards=true", "algorithm.updates_per_vector_step=0.3",
+        ),
+    ),
+    "ppo_discrete": (33 * 12, (*TINY, *TINY_ALGORITHM["ppo"], "env=cartpole", "env.horizon=40")),
+    "ppo_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["ppo"])),
+    "sac_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["sac"])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_halves_are_one_whole(command: Command, folder: Path, name: str) -> None:
+    half, overrides = CASES[name]
+    each = {"log.every": half // 11, "evaluate.every": half}
+    overrides = (*overrides, *(f"{key}={value}" for key, value in each.items()))
+    whole = command("train", *overrides, f"total_transitions={2 * half}", "run_dir=whole")
+    assert whole.code == 0, whole.err
+    first = command("train", *overrides, f"total_transitions={half}", "run_dir=halves")
+    assert first.code == 0, first.err
+    middle = final_state(Path("halves"))
+    assert middle["transitions"] == half
+    assert middle["updates"] > 0
+    assert middle["episodes"]["running_steps"].any()  # in the middle of episodes ...
+    if "ppo" in name:
+        assert middle["algorithm"]["rollout"]["position"] == 13  # ... and of a rollout
+    torch.manual_seed(99)  # nothing may depend on the state of this process
+    np.random.seed(99)  # noqa: NPY002
+    second = command("train", "resume=halves", f"total_transitions={2 * half}")
+    assert second.code == 0, second.err
+    last = final_state(Path("whole"))
+    assert last["updates"] > middle["updates"]
+    assert_same(final_state(Path("halves")), last)
+    assert metrics(Path("halves")) == metrics(Path("whole"))
+    assert_same(results(Path("halves")), results(Path("whole")))
+
+
+def start(folder: Path, run_dir: str, *overrides: str) -> subprocess.Popen[str]:
+    """A training run in a process of its own, once it has made its first updates."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "varshare_rl.train", *overrides, f"run_dir='{run_dir}'"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "60"},
+    )
+    deadline = time.monotonic() + 120
+    lines = folder / run_dir / "metrics.jsonl"
+    while not (lines.exists() and "loss/" in lines.read_text()):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            raise AssertionError(process.communicate())
+        time.sleep(0.005)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("number", "algorithm", "total"), [(signal.SIGTERM, "ppo", 40_000), (signal.SIGINT, "sac", 12_000)]
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    command: Command, folder: Path, number: signal.Signals, algorithm: str, total: int
+) -> None:
+    overrides = (*TINY, *TINY_ALGORITHM[algorithm], f"total_transitions={total}")
+    process = start(folder, "run", *overrides)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert err == ""
+    assert number.name in out
+    (line,) = re.findall(r"python -m varshare_rl\.train resume=.*", out)
+    stopped = load_checkpoint(find_checkpoint(folder / "run"))["transitions"]
+    assert 0 < stopped < total
+    assert not (folder / "run" / "summary.json").exists()
+
+    arguments = shlex.split(line)[3:]
+    assert arguments == ["resume=run"]
+    resumed = command("train", *arguments)
+    assert resumed.code == 0, resumed.err
+    whole = command("train", *overrides, "run_dir=whole")
+    assert whole.code == 0, whole.err
+    assert_same(final_state(folder / "run"), final_state(folder / "whole"))
+    assert metrics(folder / "run") == metrics(folder / "whole")
+    assert results(folder / "run") == results(folder / "whole")
+
+
+def test_the_resume_command_survives_a_long_path(folder: Path) -> None:
+    """It is one line that a shell understands, whatever the width of the screen."""
+    name = "a folder with spaces and a name " + "that is too long " * 10
+    overrides = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=1000000")
+    process = start(folder, name.strip(), *overrides)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    (line,) = re.findall(r"python -m varshare_rl\.train resume=.*", out)
+    done = subprocess.run(
+        [sys.executable, *shlex.split(line)[1:], "total_transitions=0"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "total_transitions is 0" in done.stderr, done.stderr  # it found the run and read its configuration
+
+
+def test_a_run_that_was_stopped_before_its_results_still_gets_them(command: Command) -> None:
+    """All transitions done, then killed while it evaluated."""
+    overrides = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=160")
+    assert command("train", *overrides, "run_dir=run").code == 0
+    expected = results(Path("run"))
+    Path("run/summary.json").unlink()
+    outcome = command("train", "resume=run")
+    assert outcome.code == 0, outcome.err
+    assert results(Path("run")) == expected
+
+
+def test_a_second_run_with_the_same_seed_is_the_same(command: Command) -> None:
+    overrides = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=480")
+    for name, seed in (("one", 3), ("other", 3), ("third", 4)):
+        assert command("train", *overrides, f"seed={seed}", f"run_dir={name}").code == 0
+    assert_same(final_state(Path("one")), final_state(Path("other")))
+    with pytest.raises(AssertionError):
+        assert_same(final_state(Path("one"))["algorithm"], final_state(Path("third"))["algorithm"])
+
+
+def test_what_may_change_does_not_change_the_learning(command: Command) -> None:
+    """Evaluating, logging and saving more often leaves the training as it is."""
+    overrides = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=960")
+    often = ("evaluate.every=160", "evaluate.episodes=3", "log.every=16", "checkpoint.every=16")
+    assert command("train", *overrides, "run_dir=seldom").code == 0
+    assert command("train", *overrides, *often, "run_dir=often").code == 0
+    one, other = final_state(Path("seldom")), final_state(Path("often"))
+    assert_same(one["algorithm"], other["algorithm"])
+    assert_same(one["random"], other["random"])
+    assert len(list(Path("often/checkpoints").glob("last-*"))) == 1
