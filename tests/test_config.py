@@ -154,7 +154,8 @@ SMALL = (
 TRAINED: dict[str, tuple[str, ...]] = {
     **{
         f"pointmass_{algorithm}_{network}": (
-            "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"network={network}", "total_transitions=320",
+            "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"network={network}",
+            "total_transitions=320",
         )
         for algorithm in ("ppo", "sac")
         for network in ("independent", "shared", "varshare", "varshare_lora")
@@ -186,7 +187,11 @@ def test_makes_an_update(command: Command, folder: Path, name: str) -> None:
     arguments = TRAINED[name]
     algorithm = "sac" if "algorithm=sac" in arguments else "ppo"
     small = [item for item in TINY_ALGORITHM[algorithm] if "rollout" not in item and "start" not in item]
-    small += ["algorithm.rollout_transitions_per_task=20" if algorithm == "ppo" else "algorithm.start_transitions_per_task=4"]
+    small += [
+        "algorithm.rollout_transitions_per_task=20"
+        if algorithm == "ppo"
+        else "algorithm.start_transitions_per_task=4"
+    ]
     outcome = command("train", *arguments, *SMALL, *small)
     assert outcome.code == 0, outcome.err
     summary: dict[str, Any] = json.loads((folder / "run" / "summary.json").read_text())

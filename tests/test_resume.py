@@ -72,7 +72,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         528,
         (
             *TINY, *TINY_ALGORITHM["sac"], "network=varshare", "algorithm.normalize_observations=true",
-            "algorithm.normalize_rewards=true", "algorithm.updates_per_vector_step=0.3",
+            "algorithm.normalize_rewards=true", "algorithm.updates_per_transition_per_task=0.15",
         ),
     ),
     "ppo_discrete": (33 * 12, (*TINY, *TINY_ALGORITHM["ppo"], "env=cartpole", "env.horizon=40")),
@@ -163,7 +163,7 @@ def test_the_resume_command_survives_a_long_path(folder: Path) -> None:
     process = start(folder, name.strip(), *overrides)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    (line,) = re.findall(r"python -m varshare_rl\.train resume=.*", out)
+    (line,) = re.findall(r"python -m varshare_rl\.train .*", out)
     done = subprocess.run(
         [sys.executable, *shlex.split(line)[1:], "total_transitions=0"], cwd=folder, capture_output=True, text=True
     )

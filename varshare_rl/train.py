@@ -131,6 +131,8 @@ def new_run_dir(config: TrainConfig, suite: Suite) -> Path:
     elif HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         job = HydraConfig.get()
         choices = re.sub(r"[^\w.+-]+", "_", job.job.override_dirname.replace("=", "-"))  # no = in resume=<folder>
+        if len(choices) > 150:  # file systems end names at 255 bytes
+            choices = f"{job.job.num}_{choices[:150]}"
         path = Path(job.sweep.dir) / (choices.strip("_") or str(job.job.num))
     else:
         parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")

@@ -61,9 +61,7 @@ class WalkFactory:
         return Walk(task, self.fail_at, self.noise, self.sleep)
 
 
-def make(
-    workers: int = 1, evaluation: bool = False, envs: int = 2, seed: int = 7, **kwargs: Any
-) -> SlotEngine:
+def make(workers: int = 1, evaluation: bool = False, envs: int = 2, seed: int = 7, **kwargs: Any) -> SlotEngine:
     return SlotEngine(
         WalkFactory(**kwargs),
         num_tasks=3,

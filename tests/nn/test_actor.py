@@ -54,9 +54,7 @@ def test_gaussian_entropy_is_an_unbiased_estimate() -> None:
     log_det = 2 * (math.log(2) - grid - nn.functional.softplus(-2 * grid))
     exact = torch.trapezoid(density * (log_det - density.log()), grid)
     shape = (1, 200_000, 1)
-    distribution = TanhNormal(
-        torch.full(shape, mean), torch.full(shape, math.log(std)), torch.ones(1, 1, 1)
-    )
+    distribution = TanhNormal(torch.full(shape, mean), torch.full(shape, math.log(std)), torch.ones(1, 1, 1))
     samples = distribution.entropy()
     assert float(samples.mean()) == pytest.approx(float(exact), abs=4 * float(samples.std()) / 200_000**0.5)
 

@@ -32,9 +32,7 @@ CASES = {
     "shared": Case(lambda: Shared(hidden=[7, 6]), False, ParameterCount(139, 139, 139, 0)),
     "independent": Case(lambda: Independent(hidden=[7, 6]), False, ParameterCount(444, 111, 0, 111)),
     # mus and rhos of 95 weights each
-    "varshare": Case(
-        lambda: VarShare(hidden=[7, 6]), True, ParameterCount(111 + 4 * 190, 111 + 95, 111, 190)
-    ),
+    "varshare": Case(lambda: VarShare(hidden=[7, 6]), True, ParameterCount(111 + 4 * 190, 111 + 95, 111, 190)),
     # rank 2: factors of 2 * (5 + 7) + 2 * (7 + 6) + 2 * (6 + 3) = 68
     "varshare_lora": Case(
         lambda: VarShareLoRA(hidden=[7, 6], rank=2, alpha=3.0),

@@ -163,9 +163,7 @@ def test_a_fresh_layer_in_eval_mode_is_the_shared_linear_layer_exactly(name: str
     assert torch.equal(made(x, torch.arange(TASKS)), F.linear(x, made.theta, made.bias))
     assert torch.equal(made(x[0], 3), F.linear(x[0], made.theta, made.bias))
     flat = torch.randn(9, IN)  # regrouped rows: the same up to the order in which products are summed
-    torch.testing.assert_close(
-        made(flat, torch.randint(TASKS, (9,))), F.linear(flat, made.theta, made.bias)
-    )
+    torch.testing.assert_close(made(flat, torch.randint(TASKS, (9,))), F.linear(flat, made.theta, made.bias))
 
 
 def test_gradcheck_with_held_noise(stochastic: VarShareLoRALayer | VarShareLayer) -> None:

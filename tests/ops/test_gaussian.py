@@ -52,6 +52,4 @@ def test_kl_equals_monte_carlo() -> None:
 
 def test_log_prob_equals_torch_distributions() -> None:
     value, mean, log_std = torch.randn(3, 50, dtype=torch.float64)
-    torch.testing.assert_close(
-        normal_log_prob(value, mean, log_std), Normal(mean, log_std.exp()).log_prob(value)
-    )
+    torch.testing.assert_close(normal_log_prob(value, mean, log_std), Normal(mean, log_std.exp()).log_prob(value))

@@ -61,9 +61,7 @@ def test_masked_categorical() -> None:
         torch.testing.assert_close(log_probs[task, :, :size], reference.logits)
         torch.testing.assert_close(categorical_entropy(log_probs)[task], reference.entropy())
         action = reference.sample()
-        torch.testing.assert_close(
-            categorical_log_prob(log_probs[task], action), reference.log_prob(action)
-        )
+        torch.testing.assert_close(categorical_log_prob(log_probs[task], action), reference.log_prob(action))
 
 
 def test_masked_categorical_gradients_are_finite_and_zero_outside() -> None:

@@ -159,9 +159,7 @@ def test_adam_goes_on_bit_for_bit(tmp_path: Path) -> None:
         ({True: 1}, "the key True"),
     ],
 )
-def test_what_it_cannot_hold_is_named_before_anything_is_written(
-    leaf: Any, words: str, tmp_path: Path
-) -> None:
+def test_what_it_cannot_hold_is_named_before_anything_is_written(leaf: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match=rf"cannot hold {words} \(at 'a\.b\.0'\)"):
         save_checkpoint(tmp_path, "last", 1, {"a": {"b": [leaf]}})
     assert list((tmp_path / "checkpoints").iterdir()) == []

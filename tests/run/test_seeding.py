@@ -38,9 +38,7 @@ def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
 def test_state_of_absent_devices_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     put_back: list[tuple[int, int]] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(
-        torch.cuda, "set_rng_state", lambda state, device: put_back.append((int(state[0]), device))
-    )
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put_back.append((int(state[0]), device)))
     state = rng_state() | {"cuda": [torch.tensor([7]), torch.tensor([8])]}
     load_rng_state(state)
     assert put_back == [(7, 0)]

@@ -1,0 +1,210 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import build, collect
+from torch import Tensor
+
+from envs.cartpole import CartPoleOptions
+from envs.pointmass import PointMassOptions
+from envs.suite import VectorEngine
+from varshare_rl.algorithms import ppo
+from varshare_rl.algorithms.ppo import PPO, PPOOptions
+from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn.parameters import total_kl
+from varshare_rl.nn.stochastic import hold_noise, noise_state, stochastic_layers
+from varshare_rl.types import Transition
+
+ENVS = 4
+OPTIONS = PPOOptions(rollout_transitions_per_task=80, epochs=3, minibatches=4, target_kl=None)
+SUITES: dict[str, Callable[[], Any]] = {
+    "box": lambda: PointMassOptions(envs_per_task=ENVS),
+    "discrete": lambda: CartPoleOptions(envs_per_task=ENVS),
+}
+NETWORKS: dict[str, Callable[[], Any]] = {
+    "varshare_lora": lambda: VarShareLoRA(hidden=[16]),
+    "varshare": lambda: VarShare(hidden=[16]),
+    "shared": lambda: Shared(hidden=[16]),
+    "independent": lambda: Independent(hidden=[16]),
+}
+STOCHASTIC = ("varshare_lora", "varshare")
+
+
+def make(
+    suite: str, network: str = "varshare_lora", spread: float = -2.0, **options: Any
+) -> tuple[VectorEngine, PPO]:
+    """An engine and a PPO whose posteriors are wide enough for their noise to matter."""
+    _, engine, learner = build(SUITES[suite](), replace(OPTIONS, **options), NETWORKS[network]())
+    assert isinstance(learner, PPO)
+    with torch.no_grad():
+        for name, parameter in learner.actor.named_parameters():
+            if ".rhos" in name:
+                parameter.fill_(spread)
+    return engine, learner
+
+
+def rollout(engine: VectorEngine, learner: PPO) -> None:
+    collect(engine, learner, torch.from_numpy(engine.reset()), learner.rollout.vector_steps)
+    assert learner.ready()
+
+
+@pytest.fixture
+def log_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The logarithms of the importance ratios of every minibatch from here on."""
+    seen: list[Tensor] = []
+    plain = ppo.ppo_policy_loss
+
+    def watched(log_prob: Tensor, old_log_prob: Tensor, *rest: Any) -> Any:
+        seen.append((log_prob - old_log_prob).detach())
+        return plain(log_prob, old_log_prob, *rest)
+
+    monkeypatch.setattr(ppo, "ppo_policy_loss", watched)
+    return seen
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_ratio_is_one_before_the_first_step(suite: str, network: str, log_ratios: list[Tensor]) -> None:
+    """With sampled weights, running observation statistics and a rollout that crosses episodes."""
+    engine, learner = make(suite, network, minibatches=1, epochs=2)
+    for _ in range(2):
+        rollout(engine, learner)
+        log_ratios.clear()
+        learner.update()
+        first, second = log_ratios
+        assert first.shape == (engine.num_tasks, 80)
+        assert (first.exp() - 1).abs().max() <= 1e-5
+        assert (second.exp() - 1).abs().max() > 1e-4  # and not after it
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("network", STOCHASTIC)
+def test_ratio_would_not_be_one_if_weights_were_drawn_anew(
+    suite: str, network: str, log_ratios: list[Tensor]
+) -> None:
+    """Guards the test above."""
+    engine, learner = make(suite, network, minibatches=1, epochs=1)
+    rollout(engine, learner)
+    hold_noise(learner.actor)
+    learner.update()
+    assert (log_ratios[0].exp() - 1).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("network", STOCHASTIC)
+def test_noise_is_held_for_a_rollout_and_changes_after_its_updates(network: str) -> None:
+    engine, learner = make("box", network)
+
+    def held() -> list[Tensor]:
+        return [noise for layer in noise_state(learner.actor).values() for noise in layer or []]
+
+    start = held()
+    assert start
+    rollout(engine, learner)
+    assert all(torch.equal(a, b) for a, b in zip(start, held(), strict=True))
+    learner.update()
+    assert not any(torch.equal(a, b) for a, b in zip(start, held(), strict=True))
+    assert {layer.noise for _, layer in stochastic_layers(learner.critic)} == {None}  # draws anew each time
+
+
+def test_greedy_actions_are_those_of_the_posterior_mean() -> None:
+    engine, learner = make("box")
+    obs = torch.from_numpy(engine.reset())
+    greedy = learner.act_greedily(obs)
+    assert torch.equal(greedy, learner.act_greedily(obs))
+    hold_noise(learner.actor)
+    assert torch.equal(greedy, learner.act_greedily(obs))
+    assert learner.actor.training
+    layers = [layer for _, layer in stochastic_layers(learner.actor)]
+    x = learner.normalizer(obs)
+    for index, layer in enumerate(layers):
+        weight = layer.theta + layer.scale * layer.mus_B @ layer.mus_A  # type: ignore[attr-defined]
+        x = (torch.tanh(x) if index else x) @ weight.transpose(1, 2) + layer.bias  # type: ignore[attr-defined]
+    torch.testing.assert_close(greedy, torch.tanh(x[..., :2]))
+
+
+def feed(learner: PPO, terminated: list[bool], truncated: list[bool]) -> None:
+    """One rollout of reward 1; each task ends at every step in its own way."""
+    tasks = len(terminated)
+    ends = [torch.tensor(flags).unsqueeze(1).expand(tasks, ENVS) for flags in (terminated, truncated)]
+    while not learner.ready():
+        obs = torch.randn(tasks, ENVS, 4)
+        action = learner.act(obs)
+        learner.observe(Transition(obs, action, torch.ones(tasks, ENVS), *ends, torch.randn(tasks, ENVS, 4)))
+
+
+def test_a_time_limit_is_bootstrapped_and_an_end_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets: list[Tensor] = []
+    plain = ppo.squared_error
+
+    def watched(prediction: Tensor, target: Tensor) -> Tensor:
+        targets.append(target)
+        return plain(prediction, target)
+
+    monkeypatch.setattr(ppo, "squared_error", watched)
+    env = PointMassOptions(tasks=["normal_left", "normal_right"], envs_per_task=ENVS)
+    options = replace(
+        OPTIONS, normalize_rewards=False, epochs=1, minibatches=1, discount=0.5, gae_lambda=0.7,
+        rollout_transitions_per_task=2 * ENVS,
+    )  # fmt: skip
+    _, _, learner = build(env, options)
+    monkeypatch.setattr(
+        learner.critic, "forward", lambda obs, ids: torch.full(obs.shape[:2], 10.0, requires_grad=True)
+    )
+    feed(learner, terminated=[False, True], truncated=[True, False])
+    learner.update()
+    torch.testing.assert_close(targets[-1], torch.tensor([[6.0], [1.0]]).expand(2, 2 * ENVS))  # 1 + 0.5 * 10, and 1
+    feed(learner, terminated=[False, False], truncated=[False, False])
+    learner.update()
+    # the last step: 1 + 0.5 * 10; the first one: its error of -4, and 0.35 times that of the last one
+    steps = targets[-1].sort(-1).values
+    torch.testing.assert_close(steps[:, ENVS:], torch.full((2, ENVS), 6.0))
+    torch.testing.assert_close(steps[:, :ENVS], torch.full((2, ENVS), 10.0 - 4.0 - 0.35 * 4.0))
+
+
+@pytest.mark.parametrize(("target_kl", "minibatches"), [(None, 12), (1e9, 12), (0.0, 2)])
+def test_updates_stop_at_the_target_kl(target_kl: float | None, minibatches: int) -> None:
+    """The first minibatch's policy has not moved yet; a target of 0 is passed by the second."""
+    engine, learner = make("box", target_kl=target_kl)
+    rollout(engine, learner)
+    metrics = learner.update()
+    assert metrics["loss/minibatches"] == minibatches
+    assert learner.updates == minibatches
+    assert not learner.ready()
+
+
+def test_minibatches_cover_the_rollout_once_an_epoch(log_ratios: list[Tensor]) -> None:
+    engine, learner = make("box", epochs=2, minibatches=5)
+    rollout(engine, learner)
+    learner.update()
+    assert [tuple(x.shape) for x in log_ratios] == [(8, 16)] * 10
+
+
+def test_the_divergence_weighs_on_actor_and_critic() -> None:
+    nats = {}
+    for weight in (0.0, 1.0):
+        _, engine, learner = build(SUITES["box"](), OPTIONS, kl_weight=weight)
+        start = [total_kl(module, 8).detach().sum() for module in (learner.actor, learner.critic)]
+        for _ in range(3):
+            rollout(engine, learner)
+            learner.update()
+        nats[weight] = [
+            float(total_kl(module, 8).detach().sum() / before)
+            for module, before in zip((learner.actor, learner.critic), start, strict=True)
+        ]
+    assert all(heavy < light - 1e-3 for heavy, light in zip(nats[1.0], nats[0.0], strict=True))
+
+
+def test_observe_needs_an_act() -> None:
+    _, learner = make("box")
+    obs, no = torch.zeros(8, ENVS, 4), torch.zeros(8, ENVS, dtype=torch.bool)
+    transition = Transition(obs, torch.zeros(8, ENVS, 2), torch.zeros(8, ENVS), no, no, obs)
+    with pytest.raises(RuntimeError, match="without act"):
+        learner.observe(transition)
+    learner.act(obs)
+    learner.observe(transition)
+    with pytest.raises(RuntimeError, match="without act"):
+        learner.observe(transition)

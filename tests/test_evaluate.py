@@ -1,0 +1,163 @@
+"""``evaluate``: the form and the numbers of ``evaluation.json``, and the counting of episodes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import Command
+from helpers import TINY, TINY_ALGORITHM
+from torch import Tensor, nn
+
+from envs.suite import Step
+from varshare_rl.run.evaluation import evaluate
+
+
+def read(path: str) -> dict[str, Any]:
+    loaded = json.loads(Path(path).read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+@pytest.fixture(params=["ppo", "sac"])
+def run(command: Command, request: pytest.FixtureRequest) -> str:
+    settings = (*TINY, *TINY_ALGORITHM[request.param], "evaluate.every=480", "total_transitions=960", "run_dir=run")
+    outcome = command("train", *settings)
+    assert outcome.code == 0, outcome.err
+    return "run"
+
+
+def test_evaluation_has_the_form_and_the_numbers_of_the_summary(command: Command, run: str) -> None:
+    outcome = command("evaluate", f"run={run}", "episodes=2")
+    assert outcome.code == 0, outcome.err
+    assert "run/evaluation.json" in outcome.out
+    summary, evaluation = read("run/summary.json"), read("run/evaluation.json")
+    assert evaluation.keys() == summary.keys()
+    assert evaluation["tasks"] == summary["tasks"]  # the same policy, starts and number of episodes
+    for name in ("mean_success", "mean_return", "transitions", "updates", "parameters"):
+        assert evaluation[name] == summary[name]
+    assert evaluation["conditions"]["episodes_per_task"] == 2
+    assert evaluation["conditions"]["checkpoint"] == "last-000000000960"
+    assert evaluation["conditions"].items() >= summary["conditions"].items()
+
+
+def test_evaluation_repeats_and_its_options_count(command: Command, run: str) -> None:
+    seen = {}
+    for name, options in {
+        "one": ("episodes=5",), "again": ("episodes=5",), "more": ("episodes=6",), "seed": ("episodes=5", "seed=9"),
+    }.items():  # fmt: skip
+        outcome = command("evaluate", f"run={run}", *options)
+        assert outcome.code == 0, outcome.err
+        seen[name] = read("run/evaluation.json")
+    assert seen["one"] == seen["again"]
+    for other in ("more", "seed"):
+        assert seen[other]["mean_return"] != seen["one"]["mean_return"]
+    assert seen["seed"]["conditions"]["seed"] == 9
+    kept = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
+    assert kept["transitions"] == 960  # evaluation adds nothing to the run's own record
+
+
+def test_the_best_checkpoint_can_be_evaluated(command: Command, run: str) -> None:
+    (best,) = Path("run/checkpoints").glob("best-*")
+    outcome = command("evaluate", f"run={run}", "checkpoint=best", "episodes=2")
+    assert outcome.code == 0, outcome.err
+    evaluation = read("run/evaluation.json")
+    assert evaluation["conditions"]["checkpoint"] == best.name
+    assert evaluation["transitions"] == int(best.name.removeprefix("best-"))
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    (logged,) = (
+        line["eval/mean_return"]
+        for line in lines
+        if "eval/mean_return" in line and line["transitions"] == evaluation["transitions"]
+    )
+    assert evaluation["mean_return"] == pytest.approx(logged)
+
+
+class Script:
+    """An engine whose episodes are scripted: per slot a list of episodes, each a list of (reward, success)."""
+
+    def __init__(self, episodes: list[list[list[list[tuple[float, bool]]]]]) -> None:
+        self.episodes = episodes
+        self.num_tasks, self.envs_per_task = len(episodes), len(episodes[0])
+
+    def reset(self) -> np.ndarray:
+        self.at = np.zeros((self.num_tasks, self.envs_per_task, 2), dtype=int)  # episode, step
+        return np.zeros((self.num_tasks, self.envs_per_task, 1), dtype=np.float32)
+
+    def step(self, actions: np.ndarray) -> Step:
+        shape = (self.num_tasks, self.envs_per_task)
+        reward, success, done = np.zeros(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool)
+        for slot in np.ndindex(shape):
+            episode, step = self.at[slot]
+            script = self.episodes[slot[0]][slot[1]]
+            rows = script[episode] if episode < len(script) else [(1e6, True)]  # never to be counted
+            reward[slot], success[slot] = rows[step]
+            done[slot] = step + 1 == len(rows)
+            self.at[slot] = (episode + 1, 0) if done[slot] else (episode, step + 1)
+        obs = np.zeros((*shape, 1), dtype=np.float32)
+        return Step(obs, obs, reward, done, np.zeros(shape, bool), success, np.zeros(shape, np.int64))
+
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> np.ndarray:
+        return self.reset()
+
+    def close(self) -> None:
+        pass
+
+
+class Still:
+    """A policy that does nothing."""
+
+    def act_greedily(self, obs: Tensor) -> Tensor:
+        return torch.zeros(*obs.shape[:2], 1)
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        return {"actor": nn.Linear(1, 1)}
+
+
+class ScriptSuite:
+    task_names = ("a", "b")
+    has_success = True
+
+
+@pytest.fixture
+def script() -> Script:
+    no, yes = False, True
+    return Script(
+        [
+            # task a: episodes 0 and 2 in its first slot, 1 in its second; the fourth one is not asked for
+            [[[(1.0, no)], [(4.0, no), (4.0, yes)]], [[(2.0, yes), (2.0, no), (2.0, no)], [(500.0, yes)]]],
+            # task b: short episodes come first and must not crowd out the long one
+            [[[(1.0, no)], [(1.0, no)]], [[(0.5, no)] * 9 + [(0.5, yes)]]],
+        ]
+    )
+
+
+def test_counts_each_episode_once_and_waits_for_the_longest(script: Script) -> None:
+    result = evaluate(Still(), ScriptSuite(), script, 3)  # type: ignore[arg-type]
+    assert result.tasks["a"] == {
+        "return": pytest.approx((1 + 6 + 8) / 3), "episode_steps": pytest.approx((1 + 3 + 2) / 3),
+        "success": pytest.approx(2 / 3), "success_final": pytest.approx(1 / 3), "kl": None,
+    }  # fmt: skip
+    assert result.tasks["b"] == {
+        "return": pytest.approx((1 + 5 + 1) / 3), "episode_steps": pytest.approx(12 / 3),
+        "success": pytest.approx(1 / 3), "success_final": pytest.approx(1 / 3), "kl": None,
+    }  # fmt: skip
+    assert result.mean("success") == pytest.approx(0.5)
+    assert result.score == result.mean("success")
+    assert result.mean("kl") is None
+
+
+def test_without_success_the_return_is_the_score(script: Script) -> None:
+    suite = ScriptSuite()
+    suite.has_success = False
+    result = evaluate(Still(), suite, script, 3)  # type: ignore[arg-type]
+    assert result.tasks["a"]["success"] is None
+    assert result.score == pytest.approx((15 / 3 + 7 / 3) / 2)
+    assert not any("success" in name for name in result.metrics())
