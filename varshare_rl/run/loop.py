@@ -18,7 +18,7 @@ from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.run.checkpoint import save_checkpoint
 from varshare_rl.run.console import Console
-from varshare_rl.run.evaluation import Evaluation, evaluate
+from varshare_rl.run.evaluation import Evaluation, evaluate, task_nats
 from varshare_rl.run.seeding import load_rng_state, rng_state
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
@@ -67,6 +67,8 @@ class Run:
     def __post_init__(self) -> None:
         self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
         self.evaluation_engine: VectorEngine | None = None
+        self._phase: str | None = None
+        self._phase_since = 0.0
 
     def train(self) -> Evaluation:
         """Run to the end and return the last evaluation.
@@ -74,7 +76,7 @@ class Run:
         Raises:
             Interrupted: a signal came; the state has been saved.
         """
-        with self.console, interruptible() as interrupted:
+        with self.console, interruptible() as interrupted, self._timed("rest"):
             self.console.progress(self.transitions, {})
             obs = self._to_device(self._observation)
             while self.transitions < self.options.total_transitions:
@@ -130,15 +132,22 @@ class Run:
         return every > 0 and self.transitions // every > self._transitions_before // every
 
     def _log(self) -> None:
-        metrics: Metrics = {name: float(value) for name, value in self.scalars.items()}
-        metrics |= self.episodes.metrics(self.suite.has_success)
-        metrics["time/transitions_per_second"] = self.console.transitions_per_second
-        metrics["time/updates"] = float(self.algorithm.updates)
+        with self._timed("log"):
+            metrics: Metrics = {name: float(value) for name, value in self.scalars.items()}
+            metrics |= self.episodes.metrics(self.suite.has_success)
+            nats = task_nats(self.algorithm.trained_modules(), len(self.suite.task_names))
+            if nats is not None:
+                metrics |= {f"kl/{task}": float(x) for task, x in zip(self.suite.task_names, nats, strict=True)}
+            metrics["time/transitions_per_second"] = self.console.transitions_per_second
+            metrics["time/updates"] = float(self.algorithm.updates)
+            metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
+            self.tracker.log(metrics, self.transitions)
+            self.console.progress(self.transitions, self._headline(metrics))
+
+    def phase_shares(self) -> dict[str, float]:
+        """Share of the training time by phase; ``rest`` is what no phase accounts for."""
         total = sum(self.phase_seconds.values())
-        for name, seconds in self.phase_seconds.items():
-            metrics[f"time/share_{name}"] = seconds / total
-        self.tracker.log(metrics, self.transitions)
-        self.console.progress(self.transitions, self._headline(metrics))
+        return {phase: seconds / total for phase, seconds in self.phase_seconds.items()} if total > 0 else {}
 
     def _headline(self, metrics: Metrics) -> Metrics:
         name = "train/mean_success" if self.suite.has_success else "train/mean_return"
@@ -165,7 +174,8 @@ class Run:
             "seconds": self.tracker.seconds,
         }
         rest = self.state() if kind == "last" else {"algorithm": self.algorithm.policy_state()}
-        return save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
+        with self._timed("save"):
+            return save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
 
     def state(self) -> Tree:
         """Everything needed to go on bit for bit, besides the counters."""
@@ -199,9 +209,20 @@ class Run:
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + time.perf_counter() - begin
+        """Count the time inside for ``phase``, and no longer for the phase around it."""
+        outer, self._phase = self._phase, phase
+        self._switch(outer)
+        try:
+            yield
+        finally:
+            self._switch(phase)
+            self._phase = outer
+
+    def _switch(self, ending: str | None) -> None:
+        now = time.perf_counter()
+        if ending is not None:
+            self.phase_seconds[ending] = self.phase_seconds.get(ending, 0.0) + now - self._phase_since
+        self._phase_since = now
 
 
 @contextmanager
