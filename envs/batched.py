@@ -87,6 +87,7 @@ class BatchedEngine:
         self._task_id = np.repeat(np.arange(self.num_tasks, dtype=np.int64)[:, None], envs_per_task, axis=1)
         self._stream = np.repeat(dynamics.streams[:, None], envs_per_task, axis=1)
         self._slot = np.repeat(np.arange(envs_per_task, dtype=np.int64)[None], self.num_tasks, axis=0)
+        self._begun: npt.NDArray[Any] | None = None
         self.reset()
 
     def reset(self) -> FloatArray:
@@ -126,6 +127,20 @@ class BatchedEngine:
             success=success,
             task_id=self._task_id.copy(),
         )
+
+    def begin(self, actions: npt.NDArray[Any], envs: slice) -> None:
+        """See ``VectorEngine.begin``; all slots are advanced together, in :meth:`finish`."""
+        if self._begun is None:
+            shape = (self.num_tasks, self.envs_per_task, *actions.shape[2:])
+            self._begun = np.zeros(shape, dtype=actions.dtype)
+        self._begun[:, envs] = actions
+
+    def finish(self) -> Step:
+        """See ``VectorEngine.finish``."""
+        if self._begun is None:
+            raise RuntimeError("finish before begin: hand over the actions first")
+        actions, self._begun = self._begun, None
+        return self.step(actions)
 
     def state(self) -> State:
         """Physical states, steps into the episode and episode numbers of every slot."""

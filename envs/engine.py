@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import FloatArray, State, Step, SuiteError
-from envs.workers import RESET, STATE, STEP, WorkerPool, can_use_workers
+from envs.workers import RESET, STATE, STEP, STEP_RANGE, WorkerPool, can_use_workers
 
 #: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
 _MIN_WORK_SECONDS = 2e-4
@@ -98,6 +99,7 @@ class SlotEngine:
         grid = (num_tasks, envs_per_task)
         self._task_id = np.broadcast_to(np.arange(num_tasks, dtype=np.int64)[:, None], grid)
         self._started = False
+        self._begun = False
 
     def reset(self) -> FloatArray:
         """See ``VectorEngine.reset``."""
@@ -110,17 +112,31 @@ class SlotEngine:
 
     def step(self, actions: npt.NDArray[Any]) -> Step:
         """See ``VectorEngine.step``. Raises ValueError for a wrong shape, RuntimeError before ``reset``."""
+        self.begin(actions, slice(None))
+        return self.finish()
+
+    def begin(self, actions: npt.NDArray[Any], envs: slice) -> None:
+        """See ``VectorEngine.begin``. Raises ValueError for a wrong shape, RuntimeError before ``reset``."""
         if not self._started:
             raise RuntimeError("step before reset: call reset or load_state first")
-        expected = (self.num_tasks, self.envs_per_task, *self.spec.action_shape)
+        first, last, _ = envs.indices(self.envs_per_task)
+        expected = (self.num_tasks, last - first, *self.spec.action_shape)
         if actions.shape != expected:
             raise ValueError(f"actions have shape {actions.shape}; this engine takes {expected}")
-        buffers = self._buffers
-        buffers.actions[...] = actions.reshape(buffers.actions.shape)
+        everywhere = self._buffers.actions
+        everywhere.reshape(self.num_tasks, self.envs_per_task, *self.spec.action_shape)[:, envs] = actions
         if self._pool is not None:
-            self._pool.command(STEP)
+            self._pool.post(STEP + struct.pack(STEP_RANGE, first, last), go_on=self._begun)
         else:
-            self._require_chunk().step()
+            self._require_chunk().step(first, last)
+        self._begun = True
+
+    def finish(self) -> Step:
+        """See ``VectorEngine.finish``."""
+        self._begun = False
+        if self._pool is not None:
+            self._pool.wait()
+        buffers = self._buffers
         flags = self._grid(buffers.flags)
         return Step(
             obs=self._grid(buffers.obs),

@@ -7,6 +7,7 @@ fresh environment restores it exactly, with no knowledge of its inside.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -195,8 +196,11 @@ class Chunk:
     def reset(self) -> None:
         self._each(lambda slot: slot.begin(0, self.buffers))
 
-    def step(self) -> None:
-        self._each(lambda slot: slot.step(self.buffers))
+    def step(self, first: int, last: int) -> None:
+        """Step the environments ``first <= e < last`` of every task in the chunk."""
+        for slot in self.slots:
+            if first <= slot.index % slot.spec.envs_per_task < last:
+                self._do(slot, lambda slot: slot.step(self.buffers))
 
     def state(self) -> list[State]:
         return [slot.state(self.buffers) for slot in self.slots]
@@ -210,12 +214,15 @@ class Chunk:
             slot.env.close()
         self.slots = []
 
-    def _each(self, do: Any) -> None:
+    def _each(self, do: Callable[[Slot], None]) -> None:
         for slot in self.slots:
-            try:
-                do(slot)
-            except Exception as error:
-                task, e = divmod(slot.index, slot.spec.envs_per_task)
-                where = f"task {task}, environment {e}, episode {slot.episode}, step {len(slot.actions)}"
-                error.add_note(f"in {where}")
-                raise
+            self._do(slot, do)
+
+    def _do(self, slot: Slot, do: Callable[[Slot], None]) -> None:
+        try:
+            do(slot)
+        except Exception as error:
+            task, e = divmod(slot.index, slot.spec.envs_per_task)
+            where = f"task {task}, environment {e}, episode {slot.episode}, step {len(slot.actions)}"
+            error.add_note(f"in {where}")
+            raise

@@ -62,6 +62,18 @@ class VectorEngine(Protocol):
     def step(self, actions: npt.NDArray[Any]) -> Step:
         """Step every slot. ``actions``: ``[T, E, A]`` float32 for Box, ``[T, E]`` integers for Discrete."""
 
+    def begin(self, actions: npt.NDArray[Any], envs: slice) -> None:
+        """Hand over the actions of some environments of every task, ``[T, len(envs), ...]``.
+
+        Workers begin with them at once, while the caller computes the actions of the others.
+        """
+
+    def finish(self) -> Step:
+        """Complete the step begun; every environment must have been given its action.
+
+        ``begin(actions, slice(None))`` and ``finish()`` are ``step(actions)``.
+        """
+
     def state(self) -> State:
         """Everything needed to go on bit for bit in a fresh engine of the same suite and seed."""
 

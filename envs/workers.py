@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from envs.suite import State, SuiteError
 
 # A message is one of these bytes, and for some of them a pickled value after it.
 RESET, STEP, STATE, LOAD = b"r", b"s", b"g", b"l"
+#: What follows STEP: first and last + 1 of the environments of every task to step.
+STEP_RANGE = "<HH"
 _DONE, _REFUSED, _FAILED = b"d", b"e", b"f"
 
 _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from envs.workers import main; main()"
@@ -89,23 +92,35 @@ class WorkerPool:
         """Give all workers the same command and wait for them; returns what each one answered."""
         return self._exchange([code] * len(self._connections))
 
+    def post(self, code: bytes, go_on: bool) -> None:
+        """Give all workers a command without waiting; ``go_on`` if others have been posted since the last wait."""
+        self._post([code] * len(self._connections), drain=not go_on)
+
+    def wait(self) -> None:
+        """Wait until every worker has done what was posted."""
+        self._receive()
+
     def load(self, states: list[State]) -> None:
         """Give each worker the states of its slots."""
         self._exchange([LOAD + pickle.dumps(states[start:stop]) for start, stop in self._ranges])
 
     def _exchange(self, messages: list[bytes]) -> list[Any]:
+        self._post(messages, drain=True)
+        return self._receive()
+
+    def _post(self, messages: list[bytes], drain: bool) -> None:
         if not self.close.alive:
             raise RuntimeError("this engine is closed: make a new one")
-        # An interrupt (Ctrl-C) may have cut an earlier wait short: its answers come first. At the start these
-        # are the reports that the environments are built.
-        self._receive()
+        if drain:
+            # An interrupt (Ctrl-C) may have cut an earlier wait short: its answers come first. At the start
+            # these are the reports that the environments are built.
+            self._receive()
         for worker, message in enumerate(messages):
             self._pending[worker] += 1
             try:
                 self._connections[worker].send_bytes(message)
             except OSError:
                 self._raise_dead(worker)
-        return self._receive()
 
     def _receive(self) -> list[Any]:
         answers: list[Any] = [None] * len(self._connections)
@@ -180,7 +195,7 @@ def _obey(chunk: Chunk, message: bytes) -> bytes:
     if code == STATE:
         return pickle.dumps(chunk.state())
     if code == STEP:
-        chunk.step()
+        chunk.step(*struct.unpack(STEP_RANGE, message[1:]))
     elif code == RESET:
         chunk.reset()
     elif code == LOAD:

@@ -51,6 +51,12 @@ WITHOUT_RUN = {
     "no_rollout": (("env=pointmass", "algorithm.rollout_transitions_per_task=0"), "per_task is 0"),
     "no_batch": (("env=pointmass", "algorithm=sac", "algorithm.batch_per_task=0"), "batch_per_task is 0"),
     "no_replay": (("env=pointmass", "algorithm=sac", "algorithm.replay_capacity_per_task=-5"), "-5"),
+    "tiny_replay": (("env=pointmass", "algorithm=sac", "algorithm.replay_capacity_per_task=1"), "is 1"),
+    "negative_rate": (("env=pointmass", "algorithm.critic_learning_rate=-1"), "critic_learning_rate is -1"),
+    "negative_entropy": (
+        ("env=pointmass", "algorithm=sac", "algorithm.initial_entropy_coefficient=-1"),
+        "initial_entropy_coefficient is -1",
+    ),
     "no_episodes": (("env=pointmass", "evaluate.episodes=0"), "evaluate.episodes is 0"),
     "negative_every": (("env=pointmass", "checkpoint.every=-1"), "checkpoint.every is -1"),
     "negative_kl_weight": (("env=pointmass", "elbo.kl_weight=-0.1"), "elbo.kl_weight is -0.1"),

@@ -76,6 +76,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "ppo_discrete": (33 * 12, (*TINY, *TINY_ALGORITHM["ppo"], "env=cartpole", "env.horizon=40")),
+    "ppo_overlap": (528, (*TINY, *TINY_ALGORITHM["ppo"], "overlap=true")),
     "ppo_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["ppo"])),
     "sac_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["sac"])),
 }  # fmt: skip
@@ -105,6 +106,7 @@ def test_two_halves_are_one_whole(command: Command, folder: Path, name: str) -> 
     assert_same(final_state(Path("halves")), last)
     assert metrics(Path("halves")) == metrics(Path("whole"))
     assert_same(results(Path("halves")), results(Path("whole")))
+    assert find_checkpoint(Path("halves"), "best").name == find_checkpoint(Path("whole"), "best").name
 
 
 def start(folder: Path, run_dir: str, *overrides: str) -> subprocess.Popen[str]:
@@ -128,7 +130,7 @@ def start(folder: Path, run_dir: str, *overrides: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "algorithm", "total"), [(signal.SIGTERM, "ppo", 40_000), (signal.SIGINT, "sac", 12_000)]
+    ("number", "algorithm", "total"), [(signal.SIGTERM, "ppo", 24_000), (signal.SIGINT, "sac", 6_000)]
 )
 def test_a_signal_saves_and_says_how_to_go_on(
     command: Command, folder: Path, number: signal.Signals, algorithm: str, total: int

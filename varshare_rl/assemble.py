@@ -21,9 +21,10 @@ from varshare_rl.algorithms.base import Algorithm, Learner, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.config import Device, TrainConfig
-from varshare_rl.nn.options import ACTIVATIONS, Architecture
+from varshare_rl.nn.options import Architecture
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.nn.varshare_lora import ESTIMATORS
+from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopOptions, Run
@@ -112,6 +113,7 @@ def build_run(config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int 
         evaluate_episodes=config.evaluate.episodes,
         checkpoint_every=config.checkpoint.every,
         log_every=config.log.every,
+        overlap=config.overlap,
     )
     return Run(
         suite=suite,

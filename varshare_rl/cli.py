@@ -45,13 +45,16 @@ def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Turn what the user got wrong into :func:`fail`."""
+    """Turn what the user got wrong into :func:`fail`, and an interrupt into a word."""
     try:
         yield
     except (UserError, SuiteError) as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error))
+    except KeyboardInterrupt:  # training itself catches the first one and saves
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def fail(message: str) -> NoReturn:

@@ -68,6 +68,7 @@ class TrainConfig:
     device: Device = Device.auto
     run_dir: str | None = None  # default: runs/<suite>_<algorithm>_<network>_s<seed>_<time>
     resume: str | None = None  # a run folder to go on with
+    overlap: bool = False  # act for half of the environments while the workers step the other half
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
@@ -132,6 +133,9 @@ LEAST: dict[str, dict[str, int]] = {
         "start_transitions_per_task": 1,
         "updates_per_transition_per_task": 0,
         "learning_rate": 0,
+        "critic_learning_rate": 0,
+        "entropy_learning_rate": 0,
+        "initial_entropy_coefficient": 0,
     },
 }
 
@@ -164,5 +168,10 @@ def check_config(config: TrainConfig) -> None:
     for name, value, least_allowed in limits:
         if not value >= least_allowed:
             raise UserError(f"{name} is {value}; it must be at least {least_allowed}")
+    capacity, envs = getattr(config.algorithm, "replay_capacity_per_task", None), config.env.envs_per_task
+    if capacity is not None and capacity < envs:
+        raise UserError(
+            f"algorithm.replay_capacity_per_task is {capacity}; one step of env.envs_per_task={envs} must fit"
+        )
     if not config.elbo.prior_scale > 0:
         raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")

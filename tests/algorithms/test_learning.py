@@ -9,16 +9,27 @@ from typing import Any
 import pytest
 from conftest import Command
 
-#: Two goals and two dynamics: a policy blind to its task succeeds in half of them at most.
-FOUR = "env.tasks=[normal_left,normal_right,flipped_down,flipped_up]"
+#: Two goals under two dynamics: a policy blind to its task succeeds in half of them at most.
+FOUR = ("env=pointmass", "env.tasks=[normal_left,normal_right,flipped_down,flipped_up]", "network.hidden=[64,64]")
 QUICK = {
-    "ppo": ("algorithm=ppo", "total_transitions=120000"),
-    "sac": ("algorithm=sac", "total_transitions=16000"),
-}
+    "ppo": (
+        "algorithm=ppo", "env.envs_per_task=16", "algorithm.rollout_transitions_per_task=512",
+        "algorithm.epochs=10", "algorithm.minibatches=4", "algorithm.learning_rate=3e-3",
+        "algorithm.critic_learning_rate=3e-3", "algorithm.normalize_observations=false", "total_transitions=140000",
+    ),
+    "sac": (
+        "algorithm=sac", "env.envs_per_task=4", "algorithm.replay_capacity_per_task=10000",
+        "algorithm.batch_per_task=64", "algorithm.start_transitions_per_task=400",
+        "algorithm.updates_per_transition_per_task=0.25", "algorithm.learning_rate=3e-3",
+        "algorithm.critic_learning_rate=3e-3", "algorithm.entropy_learning_rate=3e-3",
+        "algorithm.initial_entropy_coefficient=0.1", "algorithm.discount=0.95", "total_transitions=26000",
+    ),
+}  # fmt: skip
 
 
 def train(command: Command, *overrides: str) -> dict[str, Any]:
-    outcome = command("train", *overrides, "evaluate.every=0", "log.quiet=true", "device=cpu", "run_dir=run")
+    settings = ("evaluate.every=0", "evaluate.episodes=16", "log.quiet=true", "device=cpu", "run_dir=run")
+    outcome = command("train", *overrides, *settings)
     assert outcome.code == 0, outcome.err
     summary: dict[str, Any] = json.loads(Path("run/summary.json").read_text())
     return summary
@@ -26,6 +37,27 @@ def train(command: Command, *overrides: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("algorithm", QUICK)
 def test_point_masses_that_conflict(command: Command, algorithm: str) -> None:
-    summary = train(command, "env=pointmass", FOUR, *QUICK[algorithm])
-    print(summary["seconds"], summary["mean_success"], {k: v["success"] for k, v in summary["tasks"].items()})
-    assert summary["mean_success"] >= 0.9
+    summary = train(command, *FOUR, *QUICK[algorithm])
+    assert summary["mean_success"] >= 0.9, summary["tasks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["varshare", "shared", "independent"])
+@pytest.mark.parametrize("algorithm", QUICK)
+def test_the_other_architectures_learn_too(command: Command, algorithm: str, network: str) -> None:
+    longer = {"ppo": "total_transitions=300000", "sac": "total_transitions=50000"}
+    summary = train(command, *FOUR, *QUICK[algorithm], f"network={network}", longer[algorithm])
+    assert summary["mean_success"] >= 0.9, summary["tasks"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_all_point_masses_with_the_settings_in_configs(command: Command, algorithm: str) -> None:
+    summary = train(command, "env=pointmass", f"algorithm={algorithm}")
+    assert summary["mean_success"] >= 0.95, summary["tasks"]
+
+
+@pytest.mark.slow
+def test_cart_poles_with_the_settings_in_configs(command: Command) -> None:
+    summary = train(command, "env=cartpole")
+    assert summary["mean_return"] >= 450, summary["tasks"]

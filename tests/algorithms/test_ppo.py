@@ -198,6 +198,25 @@ def test_the_divergence_weighs_on_actor_and_critic() -> None:
     assert all(heavy < light - 1e-3 for heavy, light in zip(nats[1.0], nats[0.0], strict=True))
 
 
+def test_acting_in_turns_is_stored_in_order(log_ratios: list[Tensor]) -> None:
+    """Half of the environments may be acted for while the other half is stepped."""
+    engine, learner = make("box", minibatches=1, epochs=1)
+    obs = torch.from_numpy(engine.reset())
+    while not learner.ready():
+        position = learner.rollout.position
+        seen = learner.normalizer(obs)
+        action = torch.cat([learner.act(obs[:, :1]), learner.act(obs[:, 1:])], dim=1)
+        step = engine.step(action.numpy())
+        ends = (torch.from_numpy(step.terminated), torch.from_numpy(step.truncated))
+        successor = torch.from_numpy(step.next_obs)
+        learner.observe(Transition(obs, action, torch.from_numpy(step.reward), *ends, successor))
+        torch.testing.assert_close(learner.rollout["obs"][:, position], seen)
+        torch.testing.assert_close(torch.tanh(learner.rollout["raw_action"][:, position]), action)
+        obs = torch.from_numpy(step.obs)
+    learner.update()
+    assert (log_ratios[0].exp() - 1).abs().max() <= 1e-5
+
+
 def test_observe_needs_an_act() -> None:
     _, learner = make("box")
     obs, no = torch.zeros(8, ENVS, 4), torch.zeros(8, ENVS, dtype=torch.bool)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from varshare_rl.ops.gaussian import gaussian_kl, normal_log_prob, softplus_sigma
+from varshare_rl.ops.gaussian import gaussian_kl, normal_log_prob, posterior_kl, softplus_sigma
 
 
 def test_sigma_by_hand() -> None:
@@ -53,3 +53,11 @@ def test_kl_equals_monte_carlo() -> None:
 def test_log_prob_equals_torch_distributions() -> None:
     value, mean, log_std = torch.randn(3, 50, dtype=torch.float64)
     torch.testing.assert_close(normal_log_prob(value, mean, log_std), Normal(mean, log_std.exp()).log_prob(value))
+
+
+def test_posterior_kl_is_the_sum_with_gradients_written_out() -> None:
+    mu = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    rho = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    elementwise = gaussian_kl(mu, softplus_sigma(rho), 0.7).flatten(1).sum(1)
+    torch.testing.assert_close(posterior_kl(mu, rho, 0.7), elementwise)
+    assert torch.autograd.gradcheck(lambda m, r: posterior_kl(m, r, 0.7), (mu, rho))

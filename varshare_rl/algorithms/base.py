@@ -42,10 +42,13 @@ class Algorithm(Protocol):
     weight_draws: str  # when weights are drawn while acting, in words for the log
 
     def act(self, obs: Tensor) -> Tensor:
-        """Exploratory actions for ``obs [T, E, F]``: ``[T, E, A]``, or ``[T, E]`` int64."""
+        """Exploratory actions for ``obs [T, E, F]``: ``[T, E, A]``, or ``[T, E]`` int64.
+
+        May be called for parts of the environments in turn; they are observed together.
+        """
 
     def observe(self, transition: Transition) -> None:
-        """Take in the outcome of the last :meth:`act`."""
+        """Take in the outcome of all that was acted since the last call, ``[T, E, ...]``."""
 
     def ready(self) -> bool:
         """Whether an update is due."""

@@ -76,7 +76,7 @@ class PPO:
         ).to(problem.device)
         self.rollout = Rollout(-(-options.rollout_transitions_per_task // problem.envs_per_task))
         self.updates = 0
-        self._acted: tuple[Tensor, Sample] | None = None
+        self._acted: list[tuple[Tensor, Sample]] = []
         hold_noise(self.actor)
 
     @torch.no_grad()
@@ -84,21 +84,24 @@ class PPO:
         """Sample actions with the rollout's weights."""
         obs = self.normalizer(obs)
         sample: Sample = self.actor(obs, self.task_ids).sample()
-        self._acted = (obs, sample)
+        self._acted.append((obs, sample))
         return sample.action
 
     @torch.no_grad()
     def observe(self, transition: Transition) -> None:
         """Store the step; observation statistics move only between rollouts' steps, before the next act."""
-        if self._acted is None:
+        if not self._acted:
             raise RuntimeError("observe() was called without act() before it")
-        obs, sample = self._acted
+        obs = torch.cat([obs for obs, _ in self._acted], dim=1)
+        raw = torch.cat([sample.raw for _, sample in self._acted], dim=1)
+        log_prob = torch.cat([sample.log_prob for _, sample in self._acted], dim=1)
+        self._acted.clear()
         self.reward_normalizer.update(transition.reward, transition.terminated | transition.truncated)
         self.rollout.add(
             RolloutStep(
                 obs,
-                sample.raw,
-                sample.log_prob,
+                raw,
+                log_prob,
                 self.reward_normalizer(transition.reward),
                 transition.terminated,
                 transition.truncated,
@@ -106,7 +109,6 @@ class PPO:
             )
         )
         self.normalizer.update(transition.obs)
-        self._acted = None
 
     def ready(self) -> bool:
         """A rollout is full."""

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from varshare_rl.nn.options import ACTIVATIONS
 from varshare_rl.nn.task_rows import TaskIds
+from varshare_rl.ops.activations import ACTIVATIONS
 
 
 class TaskMLP(nn.Module):
@@ -30,7 +30,7 @@ class TaskMLP(nn.Module):
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(sizes))
-        self.activation = ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]
         self.temperature = temperature
 
     def forward(self, x: Tensor, task_ids: TaskIds) -> Tensor:

@@ -7,8 +7,6 @@ from typing import Protocol
 
 from torch import nn
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "elu": nn.ELU}
-
 
 @dataclass(frozen=True)
 class Posterior:

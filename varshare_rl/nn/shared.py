@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import linear_parameters
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.ops.linear import linear
 
 
 class SharedLayer(nn.Module):
@@ -31,10 +31,10 @@ class SharedLayer(nn.Module):
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """``x [..., F]`` in any layout to ``[..., G]``."""
         if self.one_hot_tasks == 0:
-            return F.linear(x, self.theta, self.bias)
+            return linear(x, self.theta, self.bias)
         rows = task_rows(x, task_id, self.one_hot_tasks)
         offset = rows.select(self.theta[:, self.in_features :].t() + self.bias)  # [K, G]
-        return rows.restore(F.linear(rows.x, self.theta[:, : self.in_features]) + offset.unsqueeze(1))
+        return rows.restore(linear(rows.x, self.theta[:, : self.in_features]).add_(offset.unsqueeze(1)))
 
     def extra_repr(self) -> str:
         hot = f", one_hot_tasks={self.one_hot_tasks}" if self.one_hot_tasks else ""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import INITIAL_RHO, linear_parameters, stack_tasks, unstack_tasks
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, task_rows
-from varshare_rl.ops.gaussian import gaussian_kl, softplus_sigma
+from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
+from varshare_rl.ops.linear import linear
 
 
 class VarShareLayer(nn.Module):
@@ -66,7 +66,7 @@ class VarShareLayer(nn.Module):
         residual: Tensor = self.mus
         if sampling and self.noise is not None:
             residual = torch.addcmul(self.mus, softplus_sigma(self.rhos, temperature), self.noise[0])
-        y = torch.baddbmm(F.linear(rows.x, self.theta, self.bias), rows.x, rows.select(residual).transpose(1, 2))
+        y = torch.baddbmm(linear(rows.x, self.theta, self.bias), rows.x, rows.select(residual).transpose(1, 2))
         if sampling and self.noise is None:
             variance = rows.select(softplus_sigma(self.rhos, temperature).square())
             spread = torch.bmm(rows.x.square(), variance.transpose(1, 2))
@@ -75,7 +75,7 @@ class VarShareLayer(nn.Module):
 
     def kl(self) -> Tensor:
         """``KL(q(phi_i) || p)`` in nats, per task, ``[T]``. Temperature does not enter."""
-        return gaussian_kl(self.mus, softplus_sigma(self.rhos), self.prior_scale).flatten(1).sum(1)
+        return posterior_kl(self.mus, self.rhos, self.prior_scale)
 
     def draw_noise(self) -> tuple[Tensor]:
         """Standard normal noise for the residual, ``[T, G, F]``."""

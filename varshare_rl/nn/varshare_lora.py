@@ -6,14 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import INITIAL_MU_STD, INITIAL_RHO, linear_parameters, stack_tasks, unstack_tasks
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
-from varshare_rl.ops.gaussian import gaussian_kl, softplus_sigma
+from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
+from varshare_rl.ops.linear import low_rank_linear
 
 
 class VarShareLoRALayer(nn.Module):
@@ -96,13 +96,12 @@ class VarShareLoRALayer(nn.Module):
         """
         rows = task_rows(x, task_id, self.num_tasks)
         estimate = ESTIMATORS[self.estimator] if self.training and temperature > 0 else mean_estimate
-        return rows.restore(estimate(self, rows, F.linear(rows.x, self.theta, self.bias), temperature))
+        return rows.restore(estimate(self, rows, temperature))
 
     def kl(self) -> Tensor:
         """``KL(q(A_i) || p) + KL(q(B_i) || p)`` in nats, per task, ``[T]``. Temperature does not enter."""
-        kl_a = gaussian_kl(self.mus_A, softplus_sigma(self.rhos_A), self.prior_scale)
-        kl_b = gaussian_kl(self.mus_B, softplus_sigma(self.rhos_B), self.prior_scale)
-        return kl_a.flatten(1).sum(1) + kl_b.flatten(1).sum(1)
+        kl_a = posterior_kl(self.mus_A, self.rhos_A, self.prior_scale)
+        return kl_a + posterior_kl(self.mus_B, self.rhos_B, self.prior_scale)
 
     def draw_noise(self) -> tuple[Tensor, Tensor]:
         """Standard normal noise for ``(A, B)``: ``[T, rank, F]`` and ``[T, G, rank]``."""
@@ -138,26 +137,25 @@ class VarShareLoRALayer(nn.Module):
         )
 
 
-def mean_estimate(layer: VarShareLoRALayer, rows: TaskRows, base: Tensor, temperature: float) -> Tensor:
-    """``base + scale * (x mu_A^T) mu_B^T``: the output of the mean weight."""
-    return _add_residual(layer, rows, base, layer.mus_A, layer.mus_B)
+def mean_estimate(layer: VarShareLoRALayer, rows: TaskRows, temperature: float) -> Tensor:
+    """The output of the mean weight."""
+    return _apply(layer, rows, layer.mus_A, layer.mus_B)
 
 
-def weight_estimate(layer: VarShareLoRALayer, rows: TaskRows, base: Tensor, temperature: float) -> Tensor:
+def weight_estimate(layer: VarShareLoRALayer, rows: TaskRows, temperature: float) -> Tensor:
     """One reparameterised draw of ``A`` and ``B`` per task, with the held noise if there is any."""
     noise_a, noise_b = layer.draw_noise() if layer.noise is None else layer.noise
     factor_a = torch.addcmul(layer.mus_A, softplus_sigma(layer.rhos_A, temperature), noise_a)
     factor_b = torch.addcmul(layer.mus_B, softplus_sigma(layer.rhos_B, temperature), noise_b)
-    return _add_residual(layer, rows, base, factor_a, factor_b)
+    return _apply(layer, rows, factor_a, factor_b)
 
 
-def _add_residual(layer: VarShareLoRALayer, rows: TaskRows, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    z = torch.bmm(rows.x, rows.select(a).transpose(1, 2))  # [K, B, rank]
-    return torch.baddbmm(base, z, rows.select(b).transpose(1, 2), alpha=layer.scale)
+def _apply(layer: VarShareLoRALayer, rows: TaskRows, a: Tensor, b: Tensor) -> Tensor:
+    return low_rank_linear(rows.x, layer.theta, layer.bias, rows.select(a), rows.select(b), layer.scale)
 
 
-#: An estimator adds a task's residual to the shared output ``base [K, B, G]`` of the rows ``[K, B, F]``.
-Estimator = Callable[[VarShareLoRALayer, TaskRows, Tensor, float], Tensor]
+#: An estimator maps the rows ``[K, B, F]`` with their tasks' weights to ``[K, B, G]``.
+Estimator = Callable[[VarShareLoRALayer, TaskRows, float], Tensor]
 
 #: How a training pass draws the weights.
 ESTIMATORS: dict[str, Estimator] = {"weight": weight_estimate, "mean": mean_estimate}

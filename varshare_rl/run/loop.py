@@ -33,6 +33,7 @@ class LoopOptions:
     evaluate_episodes: int
     checkpoint_every: int
     log_every: int
+    overlap: bool = False
 
 
 class Interrupted(Exception):
@@ -67,6 +68,9 @@ class Run:
     def __post_init__(self) -> None:
         self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
         self.evaluation_engine: VectorEngine | None = None
+        half = self.engine.envs_per_task // 2
+        # Acting in two turns lets the workers step the first half while the policy acts for the second.
+        self._turns = [slice(0, half), slice(half, None)] if self.options.overlap and half else [slice(None)]
         self._phase: str | None = None
         self._phase_since = 0.0
 
@@ -107,10 +111,13 @@ class Run:
 
     def _vector_step(self, obs: torch.Tensor) -> torch.Tensor:
         with self._timed("act"), one_thread():
-            action = self.algorithm.act(obs)
-            host_action = action.cpu().numpy()
+            actions = []
+            for envs in self._turns:
+                actions.append(self.algorithm.act(obs[:, envs]))
+                self.engine.begin(actions[-1].cpu().numpy(), envs)
+            action = actions[0] if len(actions) == 1 else torch.cat(actions, dim=1)
         with self._timed("engine"):
-            step = self.engine.step(host_action)
+            step = self.engine.finish()
         self.episodes.add(step.reward, step.success, step.terminated | step.truncated)
         tensors = (step.reward, step.terminated, step.truncated, step.next_obs)
         with self._timed("observe"), one_thread():

@@ -1,0 +1,65 @@
+"""Learners on made-up transitions of the shape of Meta-World's, without environments."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from varshare_rl.algorithms.base import Learner, Problem
+from varshare_rl.algorithms.ppo import PPO, PPOOptions
+from varshare_rl.algorithms.sac import SAC, SACOptions
+from varshare_rl.nn import Architecture
+from varshare_rl.optim.elbo import Elbo, ElboOptions
+from varshare_rl.types import Transition
+
+OBS_SIZE, ACTION_SIZE = 39, 4
+
+
+def learner(architecture: Architecture, num_tasks: int) -> Learner:
+    """What an algorithm is built from, for one environment per task on the CPU."""
+    mask = torch.ones(num_tasks, ACTION_SIZE, dtype=torch.bool)
+    problem = Problem(num_tasks, 1, OBS_SIZE, ACTION_SIZE, False, mask, torch.device("cpu"))
+    elbo = ElboOptions()
+    return Learner(
+        problem,
+        lambda inputs, outputs: architecture.build(inputs, outputs, num_tasks, elbo.posterior()),
+        Elbo(elbo, num_tasks),
+    )
+
+
+def transition(num_tasks: int, obs: Tensor, action: Tensor) -> Transition:
+    """A made-up outcome of ``action``."""
+    never = torch.zeros(num_tasks, 1, dtype=torch.bool)
+    return Transition(obs, action, torch.randn(num_tasks, 1), never, never, torch.randn_like(obs))
+
+
+def step(algorithm: SAC | PPO, num_tasks: int) -> None:
+    """Act and observe once."""
+    obs = torch.randn(num_tasks, 1, OBS_SIZE)
+    algorithm.observe(transition(num_tasks, obs, algorithm.act(obs)))
+
+
+def filled_sac(architecture: Architecture, num_tasks: int, batch_per_task: int, capacity: int) -> SAC:
+    """SAC with a replay memory full of noise, past its random start."""
+    options = SACOptions(
+        replay_capacity_per_task=capacity,
+        batch_per_task=batch_per_task,
+        start_transitions_per_task=1,
+        normalize_observations=False,
+    )
+    algorithm = SAC(options, learner(architecture, num_tasks))
+    replay = algorithm.replay
+    replay.rows.normal_()
+    replay.rows[..., OBS_SIZE : OBS_SIZE + ACTION_SIZE].tanh_()
+    replay.rows[..., OBS_SIZE + ACTION_SIZE + 1] = 0.0  # nothing terminates
+    replay.filled, replay.position = capacity, 0
+    return algorithm
+
+
+def filled_ppo(architecture: Architecture, num_tasks: int, steps: int, minibatches: int) -> PPO:
+    """PPO with a full rollout, one epoch per update."""
+    options = PPOOptions(rollout_transitions_per_task=steps, epochs=1, minibatches=minibatches, target_kl=None)
+    algorithm = PPO(options, learner(architecture, num_tasks))
+    while not algorithm.ready():
+        step(algorithm, num_tasks)
+    return algorithm

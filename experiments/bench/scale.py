@@ -1,0 +1,123 @@
+"""Cost per transition, and memory, for more and more tasks at the same total batch."""
+
+from __future__ import annotations
+
+import gc
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from experiments.bench.contenders import Contender, Round, Setting, measure
+from experiments.bench.learners import filled_ppo, filled_sac, step
+from experiments.bench.report import Goal, Ratio, Section
+from varshare_rl.algorithms.ppo import PPO
+from varshare_rl.algorithms.sac import SAC
+from varshare_rl.nn import Architecture, Shared, VarShareLoRA
+from varshare_rl.nn.parameters import count_parameters
+
+TASKS = (10, 50, 200, 500)
+#: Transitions of all tasks together: in a PPO rollout (8 minibatches of 2500), in SAC's batch, in its memory.
+ROLLOUT, MINIBATCHES, BATCH, MEMORY = 20_000, 8, 1_000, 500_000
+#: SAC's updates per transition of all tasks together.
+UPDATES = 0.05
+
+
+def _architecture(name: str, setting: Setting) -> Architecture:
+    hidden = [8] if setting.quick else [128, 128] if "PPO" in name else [256, 256]
+    return VarShareLoRA(hidden=hidden) if "varshare_lora" in name else Shared(hidden=hidden)
+
+
+def _ppo(network: str, num_tasks: int, setting: Setting) -> Round:
+    steps = setting.pick(ROLLOUT, 4_000) // num_tasks
+    algorithm = filled_ppo(_architecture(f"PPO {network}", setting), num_tasks, steps, min(MINIBATCHES, steps))
+    algorithm.update()
+
+    def work() -> float:
+        begin = time.perf_counter()
+        while not algorithm.ready():
+            step(algorithm, num_tasks)
+        algorithm.update()
+        return (time.perf_counter() - begin) / (steps * num_tasks) * 1e6
+
+    return work
+
+
+def _sac(network: str, num_tasks: int, setting: Setting) -> Round:
+    algorithm = filled_sac(
+        _architecture(f"SAC {network}", setting),
+        num_tasks,
+        BATCH // num_tasks,
+        setting.pick(MEMORY, 5_000) // num_tasks,
+    )
+    transitions = setting.pick(1_000, 500)
+
+    def work() -> float:
+        begin = time.perf_counter()
+        for _ in range(transitions // num_tasks):
+            step(algorithm, num_tasks)
+        for _ in range(int(transitions * UPDATES)):
+            algorithm.update()
+        return (time.perf_counter() - begin) / transitions * 1e6
+
+    return work
+
+
+def _memory(num_tasks: int, setting: Setting) -> Round:
+    """Memory that SAC with its adapters takes after an update, divided by the prediction."""
+    before = _resident()
+    architecture = _architecture("SAC varshare_lora", setting)
+    capacity = MEMORY // num_tasks
+    algorithm = filled_sac(architecture, num_tasks, BATCH // num_tasks, capacity)
+    algorithm.update()
+    gc.collect()
+    ratio = (_resident() - before) / predicted_bytes(algorithm)
+    return lambda: ratio
+
+
+def _resident() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def predicted_bytes(algorithm: SAC | PPO) -> int:
+    """Bytes of parameters, their gradients and Adam's two moments, target networks, and replay memory."""
+    count = count_parameters(algorithm.trained_modules().values(), algorithm.problem.num_tasks).stored
+    size = 4 * 4 * count
+    if isinstance(algorithm, SAC):
+        size += 4 * sum(parameter.numel() for parameter in algorithm.target_critic.parameters())
+        size += algorithm.replay.rows.numel() * algorithm.replay.rows.element_size()
+    return size
+
+
+COSTS: dict[str, Contender] = {
+    f"{algorithm} {network}, {tasks} tasks": partial(make, network, tasks)
+    for algorithm, make in (("PPO", _ppo), ("SAC", _sac))
+    for network in ("shared", "varshare_lora")
+    for tasks in TASKS
+}
+MEMORIES: dict[str, Contender] = {
+    f"SAC varshare_lora, {tasks} tasks, memory": partial(_memory, tasks) for tasks in TASKS
+}
+CONTENDERS: dict[str, Contender] = {**COSTS, **MEMORIES}
+
+
+def run(rounds: int, setting: Setting) -> list[Section]:
+    """Acting, storing and updating on made-up transitions, one environment per task, without an engine."""
+    torch.manual_seed(0)
+    sections = []
+    for prefix in ("PPO", "SAC"):
+        names = [name for name in COSTS if name.startswith(prefix)]
+        values = measure("scale", names, rounds, setting)
+        ratios = [
+            Ratio(name, name.replace(f" {tasks} tasks", f" {TASKS[0]} tasks"), Goal(1.2))
+            for name in names
+            for tasks in TASKS[1:]
+            if name.endswith(f" {tasks} tasks")
+        ]
+        sections.append(Section(f"{prefix}: cost per transition at equal total batch", "us", values, ratios))
+    measured = measure("scale", list(MEMORIES), 1, setting)
+    goals = {} if setting.quick else {name: Goal(1.15) for name in measured}
+    sections.append(Section("Memory", "measured / predicted", measured, goals=goals))
+    return sections

@@ -1,0 +1,80 @@
+"""Our evaluation and Meta-World's own give one policy the same success on the same goals."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from helpers import build
+from metaworld.evaluation import evaluation
+
+from envs.metaworld import MetaWorldOptions, MetaWorldSuite
+from envs.metaworld_official import official_envs
+from varshare_rl.algorithms.ppo import PPO, PPOOptions
+from varshare_rl.nn import VarShareLoRA, VarShareLoRALayer
+from varshare_rl.run.evaluation import evaluate
+
+GOALS = 10
+HORIZON = 40
+#: Task, and the multiple of its goal that the policy moves the hand to: past it in the first one.
+TASKS = {"reach-v3": 1.4, "reach-wall-v3": 1.0}
+
+
+class Agent:
+    """Our policy behind the interface that Meta-World's evaluation asks for."""
+
+    def __init__(self, learner: PPO) -> None:
+        self.learner = learner
+
+    def eval_action(self, obs: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+        batch = torch.from_numpy(obs.astype(np.float32)).unsqueeze(1)  # [T, 1, F]
+        actions: npt.NDArray[np.float32] = self.learner.act_greedily(batch).squeeze(1).numpy()
+        return actions
+
+    def reset(self, env_mask: npt.NDArray[np.bool_]) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def policy() -> tuple[MetaWorldSuite, PPO]:
+    """A linear policy that moves the hand towards the goal, written into the residuals of the tasks.
+
+    The horizon is too short for the goals that are far away, and the wall is in the way of some.
+    """
+    env = MetaWorldOptions(tasks=list(TASKS), goals_per_task=GOALS, horizon=HORIZON, workers=1)
+    options = PPOOptions(normalize_observations=False)
+    suite, engine, learner = build(env, options, VarShareLoRA(hidden=[], rank=3))
+    engine.close()
+    assert isinstance(suite, MetaWorldSuite)
+    (layer,) = learner.actor.network.layers
+    assert isinstance(layer, VarShareLoRALayer)
+    with torch.no_grad():
+        layer.theta.zero_()
+        assert layer.bias is not None
+        layer.bias.zero_()
+        layer.mus_B.zero_()
+        for task, multiple in enumerate(TASKS.values()):
+            layer.mus_A[task] = (
+                multiple * torch.eye(39)[36:39] - torch.eye(39)[:3]
+            )  # towards the goal from the hand
+            layer.mus_B[task, :3] = 20.0 * torch.eye(3)
+    return suite, learner
+
+
+def test_success_agrees_with_the_official_evaluation(policy: tuple[MetaWorldSuite, PPO]) -> None:
+    suite, learner = policy
+    engine = suite.make_engine(2, seed=0, evaluation=True)
+    ours = evaluate(learner, suite, engine, episodes=GOALS)
+    engine.close()
+    envs = official_envs(suite)
+    mean, _, theirs, returns = evaluation(Agent(learner), envs, num_episodes=GOALS)
+    envs.close()
+    assert all(len(episodes) == GOALS for episodes in returns.values())
+    assert {task: row["success"] for task, row in ours.tasks.items()} == theirs
+    assert ours.mean("success") == pytest.approx(mean)
+    # or it would say little: some goals are reached and some are not, and some are left again
+    for row in ours.tasks.values():
+        assert row["success"] is not None
+        assert 0.0 < row["success"] < 1.0
+    assert ours.tasks["reach-v3"]["success_final"] < ours.tasks["reach-v3"]["success"]  # type: ignore[operator]

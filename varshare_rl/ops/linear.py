@@ -1,0 +1,132 @@
+"""Matrix products of the layers, with the quickest kernels there are for them on a CPU.
+
+On a CPU with AVX-512 the products go to oneDNN. The BLAS that PyTorch otherwise calls keeps to AVX2 on
+processors that are not Intel's, at less than half the speed; both compute in float32. Where
+``torch.backends.mkldnn.matmul.fp32_precision`` is ``"bf16"``, large products round their factors and their
+result to bfloat16 (7 bits of fraction) and sum in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+_BACKEND: Any = torch.backends.mkldnn
+_ONEDNN = _BACKEND.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+#: Products of fewer multiplications cost more to hand over than they gain.
+_WORTH_ONEDNN = 1 << 17
+#: Layers narrower than this on either side (heads) stay in float32: they cost little, and round most visibly.
+_BFLOAT16_WIDTH = 64
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x weight^T + bias``, as ``torch.nn.functional.linear``: ``[..., F]``, ``[G, F]``, ``[G]`` to ``[..., G]``.
+
+    Differentiable once in float32 on a CPU, any number of times elsewhere.
+    """
+    if not _suits(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
+
+
+def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``x (weight + scale b_k a_k)^T + bias`` for every block ``k``, without building the residual ``b_k a_k``.
+
+    ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``a: [K, r, F]``, ``b: [K, G, r]``; returns
+    ``[K, B, G]``. Differentiable once.
+    """
+    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    return (
+        _ONEDNN
+        and x.is_cpu
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() * weight.shape[0] >= _WORTH_ONEDNN
+    )
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``left right^T + bias`` of ``[N, K]`` and ``[M, K]``, without a graph."""
+    if not (_ONEDNN and left.is_cpu and left.dtype == torch.float32 and left.numel() * len(right) >= _WORTH_ONEDNN):
+        return F.linear(left, right, bias)
+    wide = min(*left.shape, len(right)) >= _BFLOAT16_WIDTH
+    if wide and _BACKEND.matmul.fp32_precision == "bf16":
+        rounded = F.linear(left.bfloat16(), right.bfloat16(), None if bias is None else bias.bfloat16())
+        return rounded.float()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(left), _dense(right), bias, "none", [], "")
+    return product
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Without gaps between rows or columns: oneDNN has no quick kernel for a slice of a wider matrix."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
+
+
+def _unflat(flat: Tensor, like: Tensor) -> Tensor:
+    """``[N, G]`` with the leading dimensions of ``like``; no view for autograd, so it may be written into."""
+    unflat: Tensor = torch.ops.aten._unsafe_view(flat, [*like.shape[:-1], flat.shape[1]])
+    return unflat
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _unflat(_product(x.reshape(-1, x.shape[-1]), weight, bias), x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        flat = grad.reshape(-1, grad.shape[-1])
+        return (
+            _unflat(_product(flat, weight.t()), x) if need_x else None,
+            _product(flat.t(), x.reshape(-1, x.shape[-1]).t()) if need_weight else None,
+            flat.sum(0) if need_bias else None,
+        )
+
+
+class _LowRankLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+    ) -> Tensor:
+        z = torch.bmm(x, a.transpose(1, 2))  # [K, B, r]
+        ctx.save_for_backward(x, weight, a, b, z)
+        ctx.scale = scale
+        y = _unflat(_product(x.reshape(-1, x.shape[2]), weight, bias), x)
+        return y.baddbmm_(z, b.transpose(1, 2), alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, z = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+        flat = grad.reshape(-1, grad.shape[2])
+        grad_x = grad_a = grad_b = None
+        if need_b:  # in this order the long dimension is the contiguous one
+            grad_b = torch.bmm(z.transpose(1, 2), grad).mul_(ctx.scale).transpose(1, 2)
+        if need_x or need_a:
+            rows = b.transpose(1, 2).contiguous()  # [K, r, G]: small, and the product runs along G
+            grad_z = torch.bmm(grad, rows.transpose(1, 2)).mul_(ctx.scale)
+            if need_a:
+                grad_a = torch.bmm(grad_z.transpose(1, 2), x)
+            if need_x:
+                grad_x = _unflat(_product(flat, weight.t()), x).baddbmm_(grad_z, a)
+        return (
+            grad_x,
+            _product(flat.t(), x.reshape(-1, x.shape[2]).t()) if need_weight else None,
+            flat.sum(0) if need_bias else None,
+            grad_a,
+            grad_b,
+            None,
+        )
