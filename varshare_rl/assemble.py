@@ -23,7 +23,6 @@ from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.config import Device, TrainConfig
 from varshare_rl.nn.options import Architecture
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
-from varshare_rl.nn.varshare_lora import ESTIMATORS
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.run.console import Console
@@ -65,8 +64,11 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
         allowed = ", ".join(ACTIVATIONS)
         raise UserError(f"unknown network.activation {architecture.activation!r}; choose {allowed}")
     posterior = config.elbo.posterior()
-    if posterior.estimator not in ESTIMATORS:
-        raise UserError(f"unknown elbo.estimator {posterior.estimator!r}; choose {', '.join(ESTIMATORS)}")
+    if posterior.estimator not in (None, *architecture.estimators):
+        allowed = ", ".join(("null", *architecture.estimators))
+        raise UserError(
+            f"network={architecture.name} has no elbo.estimator {posterior.estimator!r}; choose {allowed}"
+        )
 
     def make_network(in_features: int, out_features: int) -> nn.Module:
         return architecture.build(in_features, out_features, problem.num_tasks, posterior)

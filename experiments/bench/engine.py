@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import time
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ def _rounds(step: Callable[[Actions], Any], setting: Setting) -> Round:
         begin = time.perf_counter()
         for action in actions:
             step(action)
-        return actions.shape[0] * TASKS / (time.perf_counter() - begin)
+        return len(actions) * TASKS / (time.perf_counter() - begin)
 
     return work
 
@@ -84,10 +85,11 @@ def _physics(processes: int, setting: Setting) -> Round:
 def _serve_physics(tasks: Sequence[int], setting: Setting, connection: Connection) -> None:
     work = _physics_of(tasks, setting)
     connection.send(None)
-    while True:
-        connection.recv()
-        work()
-        connection.send(None)
+    with contextlib.suppress(EOFError):  # the parent is gone
+        while True:
+            connection.recv()
+            work()
+            connection.send(None)
 
 
 def _physics_of(tasks: Sequence[int], setting: Setting) -> Round:

@@ -15,7 +15,7 @@ def run(rounds: int, setting: Setting) -> list[Section]:
     values: dict[str, list[float]] = {}
     for name, overrides in names.items():
         schedule = [f"total_transitions={total}", "evaluate.every=0", "evaluate.episodes=1", "checkpoint.every=0"]
-        values[name] = [train([env, *overrides, *schedule]).peak_gib]
+        values[name] = [train([env, *overrides, *schedule], setting).peak_gib]
     goals = {} if setting.quick else {"SAC": Goal(1.5)}
     note = "Proportional set size of all processes, what they share counted once, highest of samples every 50 ms."
     return [Section(f"Peak memory of training, {env}", "GiB", values, goals=goals, notes=[note])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from experiments.bench.contenders import Setting
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,9 @@ class Outcome:
     peak_gib: float  # proportional set size (shared pages divided), highest of the samples
 
 
-def train(overrides: Sequence[str], script: str = "") -> Outcome:
+def train(overrides: Sequence[str], setting: Setting, script: str = "") -> Outcome:
     """Run ``python -m varshare_rl.train`` with ``overrides`` and quiet logs; ``script`` is run before it."""
+    threads = {"OMP_NUM_THREADS": str(setting.threads)} if setting.threads else {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = [*overrides, "log.quiet=true", "device=cpu", f"run_dir={folder}/run"]
         code = (
@@ -32,7 +36,9 @@ def train(overrides: Sequence[str], script: str = "") -> Outcome:
             + "\nrunpy.run_module('varshare_rl.train', run_name='__main__', alter_sys=True)"
         )
         begin = time.perf_counter()
-        process = subprocess.Popen([sys.executable, "-c", code, *arguments])
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, *arguments], env=os.environ | threads, stdout=subprocess.DEVNULL
+        )
         peak = 0.0
         while process.poll() is None:
             peak = max(peak, _proportional_gib(process.pid))

@@ -66,8 +66,10 @@ def _sac(network: str, num_tasks: int, setting: Setting) -> Round:
 
 def _memory(num_tasks: int, setting: Setting) -> Round:
     """Memory that SAC with its adapters takes after an update, divided by the prediction."""
-    before = _resident()
     architecture = _architecture("SAC varshare_lora", setting)
+    filled_sac(architecture, 2, BATCH // 2, BATCH).update()  # code and buffers that are there whatever the size
+    gc.collect()
+    before = _resident()
     capacity = MEMORY // num_tasks
     algorithm = filled_sac(architecture, num_tasks, BATCH // num_tasks, capacity)
     algorithm.update()

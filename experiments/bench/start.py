@@ -23,6 +23,6 @@ def run(rounds: int, setting: Setting) -> list[Section]:
     values: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(1 if setting.quick else rounds):
         for name, overrides in names.items():
-            values[name].append(train(overrides, _STOP).seconds)
+            values[name].append(train(overrides, setting, _STOP).seconds)
     goals = {} if setting.quick else {name: Goal(12.0) for name in names}
     return [Section(f"Start of `train {env[0]}` to the first gradient step", "s", values, goals=goals)]

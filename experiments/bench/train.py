@@ -34,7 +34,7 @@ def run(rounds: int, setting: Setting) -> list[Section]:
             overrides = [f"algorithm={name[:3].lower()}", *overrides, "network.hidden=[8]"]
             overrides += ["algorithm.rollout_transitions_per_task=100"] if "PPO" in name else []
         schedule = [f"total_transitions={every * (rounds + 2)}", f"log.every={every}", "evaluate.every=0"]
-        outcome = train([env, *overrides, *schedule, "evaluate.episodes=1"])
+        outcome = train([env, *overrides, *schedule, "evaluate.episodes=1"], setting)
         rates[name] = _rates(outcome, rounds)
         for phase, share in _shares(outcome).items():
             shares[f"{name}: {phase}"] = [share]

@@ -212,8 +212,13 @@ def test_options_reach_the_layers(name: str) -> None:
     assert not torch.equal(warm(x, ids), warm(x, ids))
 
 
-@pytest.mark.parametrize("estimator", ["weight", "mean"])
-def test_the_estimator_reaches_the_low_rank_layers(estimator: str) -> None:
-    network = VarShareLoRA(hidden=[7]).build(IN, OUT, TASKS, Posterior(estimator=estimator)).train()
+@pytest.mark.parametrize(
+    ("options", "estimator"),
+    [(options, estimator) for options in (VarShareLoRA, VarShare) for estimator in (None, *options.estimators)],
+)
+def test_the_estimator_reaches_the_layers(options: type[VarShareLoRA | VarShare], estimator: str | None) -> None:
+    network = options(hidden=[7]).build(IN, OUT, TASKS, Posterior(estimator=estimator)).train()
+    own = {layer.estimator for layer in network.layers}
+    assert own == {estimator or options.estimators[0]}
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
     assert torch.equal(network(x, ids), network(x, ids)) == (estimator == "mean")

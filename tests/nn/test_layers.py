@@ -288,7 +288,7 @@ def test_temperature_scales_the_noise(stochastic: VarShareLoRALayer | VarShareLa
 def test_impossible_sizes_are_refused(name: str, argument: str, value: int) -> None:
     kind = type(LAYERS[name]())
     sizes = {"in_features": 2, "out_features": 2, "num_tasks": 2} | {argument: value}
-    with pytest.raises(ValueError, match=f"{argument} is {value}; it must be at least 1"):
+    with pytest.raises(ValueError, match=f"{argument} is {value}; it must be positive"):
         kind(**sizes)
 
 

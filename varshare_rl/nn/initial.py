@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,19 @@ from torch import Tensor, nn
 INITIAL_MU_STD = 0.01
 #: Initial ``rho`` of every posterior: ``softplus(-5) = 0.0067``.
 INITIAL_RHO = -5.0
+
+
+def check_positive(**sizes: float) -> None:
+    """Raise ValueError naming the first argument that is not positive."""
+    for name, size in sizes.items():
+        if size <= 0:
+            raise ValueError(f"{name} is {size}; it must be positive")
+
+
+def check_estimator(estimator: str, known: Iterable[str]) -> None:
+    """Raise ValueError unless ``estimator`` is one of the ``known``."""
+    if estimator not in known:
+        raise ValueError(f"unknown estimator {estimator!r}; there are {', '.join(known)}")
 
 
 def linear_parameters(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import nn
 
@@ -13,7 +13,7 @@ class Posterior:
     """Settings of the per-task posteriors; architectures without one ignore them."""
 
     prior_scale: float = 1.0
-    estimator: str = "weight"
+    estimator: str | None = None  # None: the architecture's own
     temperature: float = 1.0
 
 
@@ -21,6 +21,8 @@ class Posterior:
 class ArchitectureOptions:
     """Options of every architecture: the sizes of the hidden layers and their activation."""
 
+    #: Ways to draw the weights, the architecture's own first; none without a posterior.
+    estimators: ClassVar[tuple[str, ...]] = ()
     name: str = "???"
     hidden: list[int] = field(default_factory=lambda: [64, 64])
     activation: str = "tanh"
@@ -29,6 +31,7 @@ class ArchitectureOptions:
 class Architecture(Protocol):
     """Builds networks ``network(x [T, B, F], task_ids [T]) -> [T, B, G]`` for a number of tasks."""
 
+    estimators: ClassVar[tuple[str, ...]]
     name: str
     hidden: list[int]
     activation: str

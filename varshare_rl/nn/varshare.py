@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.initial import INITIAL_RHO, linear_parameters, stack_tasks, unstack_tasks
+from varshare_rl.nn.initial import (
+    INITIAL_RHO,
+    check_estimator,
+    check_positive,
+    linear_parameters,
+    stack_tasks,
+    unstack_tasks,
+)
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
-from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
 from varshare_rl.ops.linear import linear
 
@@ -18,10 +27,10 @@ from varshare_rl.ops.linear import linear
 class VarShareLayer(nn.Module):
     """Linear layer whose weight for task ``i`` is ``W_i = theta + phi_i``, ``phi_i ~ N(mus[i], sigma[i]^2)``.
 
-    In training mode outputs are drawn by local reparameterisation (Kingma, Salimans and Welling 2015):
-    ``y ~ N(x (theta + mu)^T, (x^2)(sigma^2)^T)``, a fresh weight for every example. While noise is held (see
-    :mod:`varshare_rl.nn.stochastic`) the weights themselves are drawn, once per task. In eval mode the means
-    are used.
+    In training mode outputs are drawn by local reparameterisation (Kingma, Salimans and Welling 2015), a fresh
+    weight for every example, unless another ``estimator`` is chosen:
+    ``y ~ N(x (theta + mu)^T, (x^2)(sigma^2)^T)``. While noise is held (see :mod:`varshare_rl.nn.stochastic`) the
+    weights themselves are drawn, once per task. In eval mode the means are used.
 
     Args:
         in_features: size of the input, ``F``.
@@ -29,6 +38,7 @@ class VarShareLayer(nn.Module):
         num_tasks: number of tasks, ``T``.
         prior_scale: standard deviation of the zero-mean Gaussian prior of every residual entry.
         bias: whether there is a shared bias.
+        estimator: how training passes draw the weights, a key of :data:`ESTIMATORS`.
 
     Attributes:
         theta: ``[G, F]``; bias: ``[G]`` or None; mus, rhos: ``[T, G, F]``; prior_scale.
@@ -38,18 +48,22 @@ class VarShareLayer(nn.Module):
     spread_parameters = ("rhos",)
 
     def __init__(
-        self, in_features: int, out_features: int, num_tasks: int, prior_scale: float = 1.0, bias: bool = True
+        self,
+        in_features: int,
+        out_features: int,
+        num_tasks: int,
+        prior_scale: float = 1.0,
+        bias: bool = True,
+        estimator: str = "local",
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("in_features", in_features), ("out_features", out_features), ("num_tasks", num_tasks),
-        ):  # fmt: skip
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        if prior_scale <= 0:
-            raise ValueError(f"prior_scale is {prior_scale}; it must be positive")
+        check_positive(
+            in_features=in_features, out_features=out_features, num_tasks=num_tasks, prior_scale=prior_scale
+        )
+        check_estimator(estimator, ESTIMATORS)
         self.in_features, self.out_features = in_features, out_features
         self.prior_scale = prior_scale
+        self.estimator = estimator
         self.noise: tuple[Tensor, ...] | None = None
         self.theta, self.bias = linear_parameters(in_features, out_features, bias)
         self.mus, self.rhos = (nn.Parameter(fresh) for fresh in self._fresh_residual(num_tasks))
@@ -62,16 +76,8 @@ class VarShareLayer(nn.Module):
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """Apply each row's own task's weights; layouts and errors as in ``VarShareLoRALayer.forward``."""
         rows = task_rows(x, task_id, self.num_tasks)
-        sampling = self.training and temperature > 0
-        residual: Tensor = self.mus
-        if sampling and self.noise is not None:
-            residual = torch.addcmul(self.mus, softplus_sigma(self.rhos, temperature), self.noise[0])
-        y = torch.baddbmm(linear(rows.x, self.theta, self.bias), rows.x, rows.select(residual).transpose(1, 2))
-        if sampling and self.noise is None:
-            variance = rows.select(softplus_sigma(self.rhos, temperature).square())
-            spread = torch.bmm(rows.x.square(), variance.transpose(1, 2))
-            y = y + spread.clamp_min(1e-16).sqrt() * torch.randn_like(y)
-        return rows.restore(y)
+        estimate = ESTIMATORS[self.estimator] if self.training and temperature > 0 else mean_estimate
+        return rows.restore(estimate(self, rows, linear(rows.x, self.theta, self.bias), temperature))
 
     def kl(self) -> Tensor:
         """``KL(q(phi_i) || p)`` in nats, per task, ``[T]``. Temperature does not enter."""
@@ -104,17 +110,48 @@ class VarShareLayer(nn.Module):
         )
 
 
+def mean_estimate(layer: VarShareLayer, rows: TaskRows, base: Tensor, temperature: float) -> Tensor:
+    """``base + x mu^T``: the output of the mean weight."""
+    return torch.baddbmm(base, rows.x, rows.select(layer.mus).transpose(1, 2))
+
+
+def weight_estimate(layer: VarShareLayer, rows: TaskRows, base: Tensor, temperature: float) -> Tensor:
+    """One reparameterised draw of the residual per task, with the held noise if there is any."""
+    noise = layer.draw_noise() if layer.noise is None else layer.noise
+    residual = torch.addcmul(layer.mus, softplus_sigma(layer.rhos, temperature), noise[0])
+    return torch.baddbmm(base, rows.x, rows.select(residual).transpose(1, 2))
+
+
+def local_estimate(layer: VarShareLayer, rows: TaskRows, base: Tensor, temperature: float) -> Tensor:
+    """One draw of the output per example; held noise is a draw of the weights and takes precedence."""
+    if layer.noise is not None:
+        return weight_estimate(layer, rows, base, temperature)
+    y = mean_estimate(layer, rows, base, temperature)
+    variance = rows.select(softplus_sigma(layer.rhos, temperature).square())
+    spread = torch.bmm(rows.x.square(), variance.transpose(1, 2))
+    return y + spread.clamp_min(1e-16).sqrt() * torch.randn_like(y)
+
+
+#: An estimator adds a task's residual to the shared output ``base [K, B, G]`` of the rows ``[K, B, F]``.
+Estimator = Callable[[VarShareLayer, TaskRows, Tensor, float], Tensor]
+
+#: How a training pass draws the weights.
+ESTIMATORS: dict[str, Estimator] = {"local": local_estimate, "weight": weight_estimate, "mean": mean_estimate}
+
+
 @dataclass
 class VarShare(ArchitectureOptions):
     """``network=varshare``: every linear layer a :class:`VarShareLayer`."""
 
+    estimators: ClassVar[tuple[str, ...]] = tuple(ESTIMATORS)
     name: str = "varshare"
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
         """An MLP of full-rank VarShare layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
-            return VarShareLayer(inputs, outputs, num_tasks, posterior.prior_scale)
+            estimator = posterior.estimator or "local"
+            return VarShareLayer(inputs, outputs, num_tasks, posterior.prior_scale, estimator=estimator)
 
         sizes = [in_features, *self.hidden, out_features]
         return TaskMLP(sizes, layer, self.activation, posterior.temperature)

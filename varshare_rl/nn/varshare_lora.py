@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.initial import INITIAL_MU_STD, INITIAL_RHO, linear_parameters, stack_tasks, unstack_tasks
+from varshare_rl.nn.initial import (
+    INITIAL_MU_STD,
+    INITIAL_RHO,
+    check_estimator,
+    check_positive,
+    linear_parameters,
+    stack_tasks,
+    unstack_tasks,
+)
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
@@ -56,15 +65,14 @@ class VarShareLoRALayer(nn.Module):
         estimator: str = "weight",
     ) -> None:
         super().__init__()
-        for name, size in (
-            ("in_features", in_features), ("out_features", out_features), ("num_tasks", num_tasks), ("rank", rank),
-        ):  # fmt: skip
-            if size < 1:
-                raise ValueError(f"{name} is {size}; it must be at least 1")
-        if prior_scale <= 0:
-            raise ValueError(f"prior_scale is {prior_scale}; it must be positive")
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"unknown estimator {estimator!r}; there are {', '.join(ESTIMATORS)}")
+        check_positive(
+            in_features=in_features,
+            out_features=out_features,
+            num_tasks=num_tasks,
+            rank=rank,
+            prior_scale=prior_scale,
+        )
+        check_estimator(estimator, ESTIMATORS)
         self.in_features, self.out_features, self.rank = in_features, out_features, rank
         self.scale = (rank if alpha is None else alpha) / rank
         self.prior_scale = prior_scale
@@ -165,8 +173,8 @@ ESTIMATORS: dict[str, Estimator] = {"weight": weight_estimate, "mean": mean_esti
 class VarShareLoRA(ArchitectureOptions):
     """``network=varshare_lora``: every linear layer a :class:`VarShareLoRALayer`."""
 
+    estimators: ClassVar[tuple[str, ...]] = tuple(ESTIMATORS)
     name: str = "varshare_lora"
-    hidden: list[int] = field(default_factory=lambda: [64, 64])
     rank: int = 8
     alpha: float | None = None
 
@@ -176,7 +184,7 @@ class VarShareLoRA(ArchitectureOptions):
         def layer(inputs: int, outputs: int) -> nn.Module:
             return VarShareLoRALayer(
                 inputs, outputs, num_tasks, self.rank, self.alpha, posterior.prior_scale,
-                estimator=posterior.estimator,
+                estimator=posterior.estimator or "weight",
             )  # fmt: skip
 
         sizes = [in_features, *self.hidden, out_features]

@@ -27,7 +27,7 @@ class ElboOptions:
     normalization: KLNormalization = KLNormalization.data
     prior_scale: float = 1.0
     temperature: float = 1.0
-    estimator: str = "weight"
+    estimator: str | None = None  # how training draws the weights; null: the architecture's own way
 
     def posterior(self) -> Posterior:
         """The part that the layers are built from."""
