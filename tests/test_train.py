@@ -238,3 +238,15 @@ def test_device_auto_runs_somewhere(command: Command) -> None:
     assert outcome.code == 0, outcome.err
     expected = "cuda" if torch.cuda.is_available() else "cpu"
     assert read(Path("run/summary.json"))["conditions"]["device"].startswith(expected)
+
+
+def test_the_matmul_precision_reaches_the_products(command: Command, tmp_path: Path) -> None:
+    backend: Any = torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    try:
+        for choice, expected in (("bf16", "bf16"), ("highest", "ieee")):
+            chosen = (f"matmul_precision={choice}", f"run_dir={tmp_path / choice}")
+            command("train", *TINY, "total_transitions=16", *chosen)
+            assert backend.matmul.fp32_precision == expected
+    finally:
+        backend.matmul.fp32_precision = before

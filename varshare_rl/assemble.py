@@ -20,7 +20,7 @@ from envs.suite import Suite
 from varshare_rl.algorithms.base import Algorithm, Learner, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
-from varshare_rl.config import Device, TrainConfig
+from varshare_rl.config import Device, MatmulPrecision, TrainConfig
 from varshare_rl.nn.options import Architecture
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.ops.activations import ACTIVATIONS
@@ -49,6 +49,12 @@ def choose_device(device: Device) -> torch.device:
         raise UserError("device=cuda was asked for, and torch sees no CUDA device; use device=cpu or auto")
     use_cuda = device is Device.cuda or (device is Device.auto and available)
     return torch.device("cuda" if use_cuda else "cpu")
+
+
+def set_matmul_precision(precision: MatmulPrecision) -> None:
+    """Choose how large matrix products are computed on a CPU, for the whole process."""
+    backend: Any = torch.backends.mkldnn
+    backend.matmul.fp32_precision = "bf16" if precision is MatmulPrecision.bf16 else "ieee"
 
 
 def build_suite(config: TrainConfig) -> Suite:
@@ -104,6 +110,7 @@ def build_run(config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int 
     """
     device = choose_device(config.device)
     seed_everything(config.seed)
+    set_matmul_precision(config.matmul_precision)
     algorithm = build_algorithm(config, suite, device)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,13 @@ from varshare_rl.optim.elbo import ElboOptions
 from varshare_rl.types import UserError
 
 
+class MatmulPrecision(Enum):
+    """Of large matrix products on a CPU: float32, or factors rounded to bfloat16 and sums in float32."""
+
+    highest = "highest"
+    bf16 = "bf16"
+
+
 class Device(Enum):
     """Where to compute; ``auto`` takes CUDA if there is any."""
 
@@ -68,6 +75,7 @@ class TrainConfig:
     device: Device = Device.auto
     run_dir: str | None = None  # default: runs/<suite>_<algorithm>_<network>_s<seed>_<time>
     resume: str | None = None  # a run folder to go on with
+    matmul_precision: MatmulPrecision = MatmulPrecision.highest
     overlap: bool = False  # act for half of the environments while the workers step the other half
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

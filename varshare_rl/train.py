@@ -113,6 +113,9 @@ def describe(config: TrainConfig, run: Run) -> None:
             "tasks": f"{len(tasks)} ({shown}), {config.env.envs_per_task} environments each",
             "parameters": f"{count.stored:,} stored, {count.active_per_task:,} active per task, "
             f"{count.shared:,} shared, {count.per_task:,} per task",
+            "memory": ", ".join(
+                f"{name} {size / 1e6:.1f} MB" for name, size in run.algorithm.memory_bytes().items()
+            ),
             "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value})",
             "weight draws": run.algorithm.weight_draws,
             "device": str(run.device),

@@ -12,10 +12,7 @@ import torch
 from experiments.bench.contenders import Contender, Round, Setting, measure
 from experiments.bench.learners import filled_ppo, filled_sac, step
 from experiments.bench.report import Goal, Ratio, Section
-from varshare_rl.algorithms.ppo import PPO
-from varshare_rl.algorithms.sac import SAC
 from varshare_rl.nn import Architecture, Shared, VarShareLoRA
-from varshare_rl.nn.parameters import count_parameters
 
 TASKS = (10, 50, 200, 500)
 #: Transitions of all tasks together: in a PPO rollout (8 minibatches of 2500), in SAC's batch, in its memory.
@@ -74,23 +71,13 @@ def _memory(num_tasks: int, setting: Setting) -> Round:
     algorithm = filled_sac(architecture, num_tasks, BATCH // num_tasks, capacity)
     algorithm.update()
     gc.collect()
-    ratio = (_resident() - before) / predicted_bytes(algorithm)
+    ratio = (_resident() - before) / sum(algorithm.memory_bytes().values())
     return lambda: ratio
 
 
 def _resident() -> int:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
-
-
-def predicted_bytes(algorithm: SAC | PPO) -> int:
-    """Bytes of parameters, their gradients and Adam's two moments, target networks, and replay memory."""
-    count = count_parameters(algorithm.trained_modules().values(), algorithm.problem.num_tasks).stored
-    size = 4 * 4 * count
-    if isinstance(algorithm, SAC):
-        size += 4 * sum(parameter.numel() for parameter in algorithm.target_critic.parameters())
-        size += algorithm.replay.rows.numel() * algorithm.replay.rows.element_size()
-    return size
 
 
 COSTS: dict[str, Contender] = {

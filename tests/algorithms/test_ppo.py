@@ -227,3 +227,19 @@ def test_observe_needs_an_act() -> None:
     learner.observe(transition)
     with pytest.raises(RuntimeError, match="without act"):
         learner.observe(transition)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_the_predicted_memory_is_what_is_held(suite: str) -> None:
+    engine, learner = make(suite)
+    rollout(engine, learner)
+    held = sum(field.numel() * field.element_size() for field in learner.rollout.fields.values())
+    assert learner.memory_bytes()["rollout"] == held
+    learner.update()
+    networks = 0
+    for step in (learner.actor_step, learner.critic_step):
+        for parameter in step.parameters:
+            moments = step.optimizer.state[parameter]
+            networks += sum(t.nbytes for t in (parameter, moments["exp_avg"], moments["exp_avg_sq"]))
+            networks += parameter.nbytes  # its gradient, freed and made anew at every step
+    assert learner.memory_bytes()["networks"] == networks

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,6 +62,9 @@ class Algorithm(Protocol):
     def trained_modules(self) -> dict[str, nn.Module]:
         """The networks that are trained, by name."""
 
+    def memory_bytes(self) -> dict[str, int]:
+        """Predicted bytes of what training holds, by what it is for."""
+
     def policy_state(self) -> Tree:
         """What :meth:`act_greedily` needs."""
 
@@ -89,6 +92,11 @@ def build_actor(
         network = make_network(problem.obs_size, 2 * problem.action_size)
         actor = TanhGaussianActor(network, problem.action_mask, log_std_range, initial_log_std)
     return actor.to(problem.device)
+
+
+def trained_bytes(modules: Iterable[nn.Module]) -> int:
+    """Bytes of float32 parameters, their gradients and Adam's two moments."""
+    return 4 * 4 * sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.algorithms.base import Learner, build_actor
+from varshare_rl.algorithms.base import Learner, build_actor, trained_bytes
 from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
 from varshare_rl.data.rollout import Rollout, RolloutStep
 from varshare_rl.nn.actor import Sample
@@ -196,6 +196,15 @@ class PPO:
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and critic."""
         return {"actor": self.actor, "critic": self.critic}
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Networks with gradients and optimiser, rollout (two observations, action, two floats, two flags)."""
+        problem = self.problem
+        row = 4 * (2 * problem.obs_size + 2) + (8 if problem.discrete else 4 * problem.action_size) + 2
+        return {
+            "networks": trained_bytes([self.actor, self.critic]),
+            "rollout": problem.num_tasks * self.rollout.vector_steps * problem.envs_per_task * row,
+        }
 
     def policy_state(self) -> Tree:
         """Actor, critic and normalisers."""

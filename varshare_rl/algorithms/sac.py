@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.algorithms.base import Learner, build_actor
+from varshare_rl.algorithms.base import Learner, build_actor, trained_bytes
 from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
 from varshare_rl.data.replay import Replay, ReplayBatch
 from varshare_rl.nn.actor import Sample
@@ -180,6 +180,14 @@ class SAC:
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and twin critics."""
         return {"actor": self.actor, "critic": self.critic}
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Networks with gradients and optimiser, target critics, replay."""
+        return {
+            "networks": trained_bytes([self.actor, self.critic]),
+            "targets": 4 * sum(parameter.numel() for parameter in self.target_critic.parameters()),
+            "replay": 4 * self.replay.rows.numel(),
+        }
 
     def policy_state(self) -> Tree:
         """Actor, critics and normaliser."""

@@ -77,7 +77,7 @@ class VarShareLayer(nn.Module):
         """Apply each row's own task's weights; layouts and errors as in ``VarShareLoRALayer.forward``."""
         rows = task_rows(x, task_id, self.num_tasks)
         estimate = ESTIMATORS[self.estimator] if self.training and temperature > 0 else mean_estimate
-        return rows.restore(estimate(self, rows, linear(rows.x, self.theta, self.bias), temperature))
+        return rows.restore(estimate(self, rows, temperature))
 
     def kl(self) -> Tensor:
         """``KL(q(phi_i) || p)`` in nats, per task, ``[T]``. Temperature does not enter."""
@@ -110,30 +110,34 @@ class VarShareLayer(nn.Module):
         )
 
 
-def mean_estimate(layer: VarShareLayer, rows: TaskRows, base: Tensor, temperature: float) -> Tensor:
-    """``base + x mu^T``: the output of the mean weight."""
-    return torch.baddbmm(base, rows.x, rows.select(layer.mus).transpose(1, 2))
+def mean_estimate(layer: VarShareLayer, rows: TaskRows, temperature: float) -> Tensor:
+    """The output of the mean weight."""
+    return _apply(layer, rows, layer.mus)
 
 
-def weight_estimate(layer: VarShareLayer, rows: TaskRows, base: Tensor, temperature: float) -> Tensor:
+def weight_estimate(layer: VarShareLayer, rows: TaskRows, temperature: float) -> Tensor:
     """One reparameterised draw of the residual per task, with the held noise if there is any."""
     noise = layer.draw_noise() if layer.noise is None else layer.noise
-    residual = torch.addcmul(layer.mus, softplus_sigma(layer.rhos, temperature), noise[0])
-    return torch.baddbmm(base, rows.x, rows.select(residual).transpose(1, 2))
+    return _apply(layer, rows, torch.addcmul(layer.mus, softplus_sigma(layer.rhos, temperature), noise[0]))
 
 
-def local_estimate(layer: VarShareLayer, rows: TaskRows, base: Tensor, temperature: float) -> Tensor:
+def local_estimate(layer: VarShareLayer, rows: TaskRows, temperature: float) -> Tensor:
     """One draw of the output per example; held noise is a draw of the weights and takes precedence."""
     if layer.noise is not None:
-        return weight_estimate(layer, rows, base, temperature)
-    y = mean_estimate(layer, rows, base, temperature)
+        return weight_estimate(layer, rows, temperature)
+    y = mean_estimate(layer, rows, temperature)
     variance = rows.select(softplus_sigma(layer.rhos, temperature).square())
     spread = torch.bmm(rows.x.square(), variance.transpose(1, 2))
     return y + spread.clamp_min(1e-16).sqrt() * torch.randn_like(y)
 
 
-#: An estimator adds a task's residual to the shared output ``base [K, B, G]`` of the rows ``[K, B, F]``.
-Estimator = Callable[[VarShareLayer, TaskRows, Tensor, float], Tensor]
+def _apply(layer: VarShareLayer, rows: TaskRows, residual: Tensor) -> Tensor:
+    shared = linear(rows.x, layer.theta, layer.bias)
+    return torch.baddbmm(shared, rows.x, rows.select(residual).transpose(1, 2))
+
+
+#: An estimator maps the rows ``[K, B, F]`` with their tasks' weights to ``[K, B, G]``.
+Estimator = Callable[[VarShareLayer, TaskRows, float], Tensor]
 
 #: How a training pass draws the weights.
 ESTIMATORS: dict[str, Estimator] = {"local": local_estimate, "weight": weight_estimate, "mean": mean_estimate}

@@ -16,7 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _BACKEND: Any = torch.backends.mkldnn
-_ONEDNN = _BACKEND.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+_ONEDNN = (
+    _BACKEND.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
 #: Products of fewer multiplications cost more to hand over than they gain.
 _WORTH_ONEDNN = 1 << 17
 #: Layers narrower than this on either side (heads) stay in float32: they cost little, and round most visibly.
