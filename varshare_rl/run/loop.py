@@ -110,14 +110,16 @@ class Run:
         self.tracker.close()
 
     def _vector_step(self, obs: torch.Tensor) -> torch.Tensor:
-        with self._timed("act"), one_thread():
-            actions = []
-            for envs in self._turns:
+        actions = []
+        for envs in self._turns:
+            with self._timed("act"), one_thread():
                 actions.append(self.algorithm.act(obs[:, envs]))
-                self.engine.begin(actions[-1].cpu().numpy(), envs)
-            action = actions[0] if len(actions) == 1 else torch.cat(actions, dim=1)
+                host_action = actions[-1].cpu().numpy()
+            with self._timed("engine"):
+                self.engine.begin(host_action, envs)
         with self._timed("engine"):
             step = self.engine.finish()
+        action = actions[0] if len(actions) == 1 else torch.cat(actions, dim=1)
         self.episodes.add(step.reward, step.success, step.terminated | step.truncated)
         tensors = (step.reward, step.terminated, step.truncated, step.next_obs)
         with self._timed("observe"), one_thread():
