@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.suite import FloatArray, IntArray, State, Step, SuiteError
+from envs.turns import Turns
 
 Float64Array = npt.NDArray[np.float64]
 UInt64Array = npt.NDArray[np.uint64]
@@ -87,7 +88,8 @@ class BatchedEngine:
         self._task_id = np.repeat(np.arange(self.num_tasks, dtype=np.int64)[:, None], envs_per_task, axis=1)
         self._stream = np.repeat(dynamics.streams[:, None], envs_per_task, axis=1)
         self._slot = np.repeat(np.arange(envs_per_task, dtype=np.int64)[None], self.num_tasks, axis=0)
-        self._begun: npt.NDArray[Any] | None = None
+        self._turns = Turns(self.num_tasks, envs_per_task)
+        self._actions: npt.NDArray[Any] = np.zeros(0)
         self.reset()
 
     def reset(self) -> FloatArray:
@@ -98,6 +100,7 @@ class BatchedEngine:
         everywhere = np.ones(shape, dtype=np.bool_)
         starts = self._starts(everywhere)
         self._states = starts.reshape(*shape, starts.shape[-1])
+        self._turns.clear()
         return self._states.astype(np.float32)
 
     def step(self, actions: npt.NDArray[Any]) -> Step:
@@ -130,17 +133,16 @@ class BatchedEngine:
 
     def begin(self, actions: npt.NDArray[Any], envs: slice) -> None:
         """See ``VectorEngine.begin``; all slots are advanced together, in :meth:`finish`."""
-        if self._begun is None:
+        if not self._turns.begun:
             shape = (self.num_tasks, self.envs_per_task, *actions.shape[2:])
-            self._begun = np.zeros(shape, dtype=actions.dtype)
-        self._begun[:, envs] = actions
+            self._actions = np.zeros(shape, dtype=actions.dtype)
+        self._turns.give(actions, envs, self._actions.shape[2:])
+        self._actions[:, envs] = actions
 
     def finish(self) -> Step:
         """See ``VectorEngine.finish``."""
-        if self._begun is None:
-            raise RuntimeError("finish before begin: hand over the actions first")
-        actions, self._begun = self._begun, None
-        return self.step(actions)
+        self._turns.complete()
+        return self.step(self._actions)
 
     def state(self) -> State:
         """Physical states, steps into the episode and episode numbers of every slot."""
@@ -162,6 +164,7 @@ class BatchedEngine:
         self._states = np.array(state["states"], dtype=np.float64)
         self._elapsed = np.array(state["elapsed"], dtype=np.int64)
         self._episode = np.array(state["episode"], dtype=np.int64)
+        self._turns.clear()
         return self._states.astype(np.float32)
 
     def close(self) -> None:

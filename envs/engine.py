@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import FloatArray, State, Step, SuiteError
+from envs.turns import Turns
 from envs.workers import RESET, STATE, STEP, STEP_RANGE, WorkerPool, can_use_workers
 
 #: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
@@ -99,7 +100,7 @@ class SlotEngine:
         grid = (num_tasks, envs_per_task)
         self._task_id = np.broadcast_to(np.arange(num_tasks, dtype=np.int64)[:, None], grid)
         self._started = False
-        self._begun = False
+        self._turns = Turns(num_tasks, envs_per_task)
 
     def reset(self) -> FloatArray:
         """See ``VectorEngine.reset``."""
@@ -108,6 +109,7 @@ class SlotEngine:
         else:
             self._require_chunk().reset()
         self._started = True
+        self._turns.clear()
         return self._grid(self._buffers.obs)
 
     def step(self, actions: npt.NDArray[Any]) -> Step:
@@ -120,20 +122,18 @@ class SlotEngine:
         if not self._started:
             raise RuntimeError("step before reset: call reset or load_state first")
         first, last, _ = envs.indices(self.envs_per_task)
-        expected = (self.num_tasks, last - first, *self.spec.action_shape)
-        if actions.shape != expected:
-            raise ValueError(f"actions have shape {actions.shape}; this engine takes {expected}")
+        going_on = self._turns.begun
+        self._turns.give(actions, envs, self.spec.action_shape)
         everywhere = self._buffers.actions
         everywhere.reshape(self.num_tasks, self.envs_per_task, *self.spec.action_shape)[:, envs] = actions
         if self._pool is not None:
-            self._pool.post(STEP + struct.pack(STEP_RANGE, first, last), go_on=self._begun)
+            self._pool.post(STEP + struct.pack(STEP_RANGE, first, last), go_on=going_on)
         else:
             self._require_chunk().step(first, last)
-        self._begun = True
 
     def finish(self) -> Step:
         """See ``VectorEngine.finish``."""
-        self._begun = False
+        self._turns.complete()
         if self._pool is not None:
             self._pool.wait()
         buffers = self._buffers
@@ -171,6 +171,7 @@ class SlotEngine:
         else:
             self._require_chunk().load_state(state["slots"])
         self._started = True
+        self._turns.clear()
         return self._grid(self._buffers.obs)
 
     def close(self) -> None:

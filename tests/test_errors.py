@@ -61,6 +61,12 @@ WITHOUT_RUN = {
     "negative_every": (("env=pointmass", "checkpoint.every=-1"), "checkpoint.every is -1"),
     "negative_kl_weight": (("env=pointmass", "elbo.kl_weight=-0.1"), "elbo.kl_weight is -0.1"),
     "no_prior_scale": (("env=pointmass", "elbo.prior_scale=0"), "elbo.prior_scale is 0.0"),
+    "discount_above_one": (("env=pointmass", "algorithm.discount=1.5"), "must be between 0 and 1"),
+    "negative_clip": (("env=pointmass", "algorithm.clip=-1"), "algorithm.clip is -1"),
+    "negative_target_kl": (("env=pointmass", "algorithm.target_kl=-1"), "algorithm.target_kl is -1"),
+    "no_alpha": (("env=pointmass", "network.alpha=0"), "network.alpha is 0"),
+    "crossed_log_stds": (("env=pointmass", "algorithm.min_log_std=3"), "min_log_std is 3"),
+    "bf16_with_ppo": (("env=pointmass", "matmul_precision=bf16"), "matmul_precision=bf16"),
     "missing_resume": (("resume=runs/nowhere",), "runs/nowhere"),
 }  # fmt: skip
 

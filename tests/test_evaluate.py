@@ -56,7 +56,8 @@ def test_evaluation_repeats_and_its_options_count(command: Command, run: str) ->
     assert seen["one"] == seen["again"]
     for other in ("more", "seed"):
         assert seen[other]["mean_return"] != seen["one"]["mean_return"]
-    assert seen["seed"]["conditions"]["seed"] == 9
+    conditions = seen["seed"]["conditions"]
+    assert (conditions["seed"], conditions["evaluation_seed"]) == (seen["one"]["conditions"]["seed"], 9)
     kept = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert kept["transitions"] == 960  # evaluation adds nothing to the run's own record
 
@@ -150,7 +151,7 @@ def test_counts_each_episode_once_and_waits_for_the_longest(script: Script) -> N
         "success": pytest.approx(1 / 3), "success_final": pytest.approx(1 / 3), "kl": None,
     }  # fmt: skip
     assert result.mean("success") == pytest.approx(0.5)
-    assert result.score == result.mean("success")
+    assert result.score == (result.mean("success"), result.mean("return"))
     assert result.mean("kl") is None
 
 
@@ -159,5 +160,5 @@ def test_without_success_the_return_is_the_score(script: Script) -> None:
     suite.has_success = False
     result = evaluate(Still(), suite, script, 3)  # type: ignore[arg-type]
     assert result.tasks["a"]["success"] is None
-    assert result.score == pytest.approx((15 / 3 + 7 / 3) / 2)
+    assert result.score == pytest.approx((0.0, (15 / 3 + 7 / 3) / 2))
     assert not any("success" in name for name in result.metrics())

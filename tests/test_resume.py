@@ -109,10 +109,10 @@ def test_two_halves_are_one_whole(command: Command, folder: Path, name: str) -> 
     assert find_checkpoint(Path("halves"), "best").name == find_checkpoint(Path("whole"), "best").name
 
 
-def start(folder: Path, run_dir: str, *overrides: str) -> subprocess.Popen[str]:
-    """A training run in a process of its own, once it has made its first updates."""
+def launch(folder: Path, run_dir: str, *arguments: str, beyond: int = 0) -> subprocess.Popen[str]:
+    """The training command in a process of its own, once it has logged an update later than ``beyond``."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "varshare_rl.train", *overrides, f"run_dir='{run_dir}'"],
+        [sys.executable, "-m", "varshare_rl.train", *arguments],
         cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -120,13 +120,20 @@ def start(folder: Path, run_dir: str, *overrides: str) -> subprocess.Popen[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "60"},
     )
     deadline = time.monotonic() + 120
-    lines = folder / run_dir / "metrics.jsonl"
-    while not (lines.exists() and "loss/" in lines.read_text()):
+    path = folder / run_dir / "metrics.jsonl"
+    while True:
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        if any("loss/" in line and json.loads(line)["transitions"] > beyond for line in lines):
+            return process
         if process.poll() is not None or time.monotonic() > deadline:
             process.kill()
             raise AssertionError(process.communicate())
         time.sleep(0.005)
-    return process
+
+
+def start(folder: Path, run_dir: str, *overrides: str) -> subprocess.Popen[str]:
+    """A new run that has made its first updates."""
+    return launch(folder, run_dir, *overrides, f"run_dir='{run_dir}'")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +189,21 @@ def test_a_run_that_was_stopped_before_its_results_still_gets_them(command: Comm
     outcome = command("train", "resume=run")
     assert outcome.code == 0, outcome.err
     assert results(Path("run")) == expected
+
+
+def test_a_larger_budget_is_remembered(command: Command, folder: Path) -> None:
+    """A finished run goes on with more, is stopped, and goes on by the printed command alone."""
+    overrides = (*TINY, *TINY_ALGORITHM["ppo"])
+    assert command("train", *overrides, "total_transitions=160", "run_dir=run").code == 0
+    process = launch(folder, "run", "resume=run", "total_transitions=24000", beyond=160)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, out
+    assert not (folder / "run" / "summary.json").exists()  # that of the smaller budget is gone
+    (line,) = re.findall(r"python -m varshare_rl\.train resume=.*", out)
+    resumed = command("train", *shlex.split(line)[3:])
+    assert resumed.code == 0, resumed.err
+    assert json.loads((folder / "run" / "summary.json").read_text())["transitions"] == 24_000
 
 
 def test_a_second_run_with_the_same_seed_is_the_same(command: Command) -> None:

@@ -186,7 +186,11 @@ def test_tensorboard_shows_what_the_metrics_hold(run: Path, events: Any, algorit
 
 def test_best_is_the_best_evaluation(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    scores = {line["transitions"]: line["eval/mean_success"] for line in lines if "eval/mean_success" in line}
+    scores = {  # the return decides where successes are equal
+        line["transitions"]: (line["eval/mean_success"], line["eval/mean_return"])
+        for line in lines
+        if "eval/mean_success" in line
+    }
     best = max(scores, key=lambda count: (scores[count], -count))
     assert find_checkpoint(run, "best").name == f"best-{best:012d}"
 
@@ -246,7 +250,39 @@ def test_the_matmul_precision_reaches_the_products(command: Command, tmp_path: P
     try:
         for choice, expected in (("bf16", "bf16"), ("highest", "ieee")):
             chosen = (f"matmul_precision={choice}", f"run_dir={tmp_path / choice}")
-            command("train", *TINY, "total_transitions=16", *chosen)
+            outcome = command("train", *TINY, *TINY_ALGORITHM["sac"], "total_transitions=16", *chosen)
+            assert outcome.code == 0, outcome.err
+            summary = json.loads((tmp_path / choice / "summary.json").read_text())
+            assert summary["conditions"]["matmul_precision"] == choice
             assert backend.matmul.fp32_precision == expected
     finally:
         backend.matmul.fp32_precision = before
+
+
+def test_nats_by_task_and_by_layer_add_up(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    line = next(line for line in lines if any(name.startswith("kl_layer/") for name in line))
+    by_task = [value for name, value in line.items() if name.startswith("kl/")]
+    by_layer = [value for name, value in line.items() if name.startswith("kl_layer/")]
+    assert len(by_task) == len(TASKS)
+    assert len(by_layer) >= 4
+    assert sum(by_layer) == pytest.approx(sum(by_task) / len(TASKS))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("network=shared",), "no posteriors"),
+        (("elbo.estimator=mean",), "posterior means"),
+        (("network=varshare",), "(local)"),
+        ((), "(weight)"),
+    ],
+)
+def test_the_first_screen_says_how_weights_are_drawn(
+    command: Command, overrides: tuple[str, ...], words: str
+) -> None:
+    loud = [override for override in TINY if override != "log.quiet=true"]
+    outcome = command("train", *loud, *TINY_ALGORITHM["ppo"], "total_transitions=16", *overrides)
+    assert outcome.code == 0, outcome.err
+    (line,) = [line for line in outcome.out.splitlines() if "weight draws" in line]
+    assert words in " ".join(outcome.out.split()), line

@@ -1,4 +1,4 @@
-"""Assembles a run from its configuration: the only place that knows which component is which."""
+"""Assembles a run from its configuration: it and ``config`` alone know which component is which."""
 
 from __future__ import annotations
 
@@ -98,13 +98,23 @@ def build_problem(suite: Suite, envs_per_task: int, device: torch.device) -> Pro
     )
 
 
+def run_conditions(config: TrainConfig, suite: Suite, device: torch.device) -> dict[str, Any]:
+    """The conditions of a result of this run, see :func:`varshare_rl.run.results.conditions`."""
+    chosen = {"matmul_precision": config.matmul_precision.value, "overlap": config.overlap}
+    return conditions({**suite.conditions, **chosen}, config.seed, device)
+
+
 def parameter_count(algorithm: Algorithm, num_tasks: int) -> ParameterCount:
     """Parameters of everything the algorithm trains."""
     return count_parameters(algorithm.trained_modules().values(), num_tasks)
 
 
-def build_run(config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int | None = None) -> Run:
+def build_run(
+    config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int | None = None, seconds: float = 0.0
+) -> Run:
     """All parts of a training run: seeds, networks, logs, engine. The engine starts to get ready at once.
+
+    A run that goes on was ``resumed_at`` so many transitions, after so many ``seconds``.
 
     The run folder is made when nothing of the configuration can be wrong any more.
     """
@@ -126,10 +136,10 @@ def build_run(config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int 
     )
     return Run(
         suite=suite,
-        conditions=conditions(suite.conditions, config.seed, device),
+        conditions=run_conditions(config, suite, device),
         engine=suite.make_engine(config.env.envs_per_task, config.seed),
         algorithm=algorithm,
-        tracker=Tracker(run_dir, resumed_at),
+        tracker=Tracker(run_dir, resumed_at, seconds),
         console=Console(config.total_transitions, quiet=config.log.quiet),
         run_dir=run_dir,
         seed=config.seed,

@@ -129,21 +129,28 @@ def load_config(path: Path) -> TrainConfig:
         raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error
 
 
-#: The least value of options that some components of a group have.
-LEAST: dict[str, dict[str, int]] = {
-    "network": {"rank": 1},
+#: Least and most of options that some components of a group have; None: no bound, or a null is allowed.
+RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
+    "network": {"rank": (1, None)},
     "algorithm": {
-        "rollout_transitions_per_task": 2,
-        "epochs": 1,
-        "minibatches": 1,
-        "batch_per_task": 1,
-        "replay_capacity_per_task": 1,
-        "start_transitions_per_task": 1,
-        "updates_per_transition_per_task": 0,
-        "learning_rate": 0,
-        "critic_learning_rate": 0,
-        "entropy_learning_rate": 0,
-        "initial_entropy_coefficient": 0,
+        "rollout_transitions_per_task": (2, None),
+        "epochs": (1, None),
+        "minibatches": (1, None),
+        "batch_per_task": (1, None),
+        "replay_capacity_per_task": (1, None),
+        "start_transitions_per_task": (1, None),
+        "updates_per_transition_per_task": (0, None),
+        "learning_rate": (0, None),
+        "critic_learning_rate": (0, None),
+        "entropy_learning_rate": (0, None),
+        "initial_entropy_coefficient": (0, None),
+        "entropy_weight": (0, None),
+        "max_grad_norm": (0, None),
+        "clip": (0, None),
+        "target_kl": (0, None),
+        "discount": (0, 1),
+        "gae_lambda": (0, 1),
+        "target_rate": (0, 1),
     },
 }
 
@@ -154,32 +161,48 @@ def check_config(config: TrainConfig) -> None:
     Raises:
         UserError: names the option, its value, and what is allowed.
     """
-    limits: list[tuple[str, float, float]] = [
-        ("total_transitions", config.total_transitions, 1),
-        ("seed", config.seed, 0),
-        ("evaluate.every", config.evaluate.every, 0),
-        ("evaluate.episodes", config.evaluate.episodes, 1),
-        ("checkpoint.every", config.checkpoint.every, 0),
-        ("log.every", config.log.every, 0),
-        ("env.envs_per_task", config.env.envs_per_task, 1),
-        ("elbo.kl_weight", config.elbo.kl_weight, 0),
-        ("elbo.temperature", config.elbo.temperature, 0),
-        *((f"network.hidden[{index}]", size, 1) for index, size in enumerate(config.network.hidden)),
+    limits: list[tuple[str, float | None, float, float | None]] = [
+        ("total_transitions", config.total_transitions, 1, None),
+        ("seed", config.seed, 0, 2**32 - 1),
+        ("evaluate.every", config.evaluate.every, 0, None),
+        ("evaluate.episodes", config.evaluate.episodes, 1, None),
+        ("checkpoint.every", config.checkpoint.every, 0, None),
+        ("log.every", config.log.every, 0, None),
+        ("env.envs_per_task", config.env.envs_per_task, 1, None),
+        ("elbo.kl_weight", config.elbo.kl_weight, 0, None),
+        ("elbo.temperature", config.elbo.temperature, 0, None),
+        *((f"network.hidden[{index}]", size, 1, None) for index, size in enumerate(config.network.hidden)),
     ]
-    for group, smallest in LEAST.items():
+    for group, ranges in RANGES.items():
         options = getattr(config, group)
         limits += [
-            (f"{group}.{name}", getattr(options, name), least)
-            for name, least in smallest.items()
+            (f"{group}.{name}", getattr(options, name), *bounds)
+            for name, bounds in ranges.items()
             if hasattr(options, name)
         ]
-    for name, value, least_allowed in limits:
-        if not value >= least_allowed:
-            raise UserError(f"{name} is {value}; it must be at least {least_allowed}")
+    for name, value, least, most in limits:
+        if value is not None and not (value >= least and (most is None or value <= most)):
+            allowed = f"at least {least}" if most is None else f"between {least} and {most}"
+            raise UserError(f"{name} is {value}; it must be {allowed}")
+    _check_relations(config)
+
+
+def _check_relations(config: TrainConfig) -> None:
+    """Refuse options that are possible alone but not together."""
+    if not config.elbo.prior_scale > 0:
+        raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")
+    if getattr(config.network, "alpha", None) == 0:
+        raise UserError("network.alpha is 0, which switches every adapter off; give a positive number or null")
+    if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOOptions):
+        raise UserError(
+            "matmul_precision=bf16 rounds acting and updating differently, so PPO's ratio would not start at 1; "
+            "use highest with algorithm=ppo"
+        )
+    lowest, highest = (getattr(config.algorithm, f"{end}_log_std", 0.0) for end in ("min", "max"))
+    if lowest > highest:
+        raise UserError(f"algorithm.min_log_std is {lowest}; it must not be above max_log_std, {highest}")
     capacity, envs = getattr(config.algorithm, "replay_capacity_per_task", None), config.env.envs_per_task
     if capacity is not None and capacity < envs:
         raise UserError(
             f"algorithm.replay_capacity_per_task is {capacity}; one step of env.envs_per_task={envs} must fit"
         )
-    if not config.elbo.prior_scale > 0:
-        raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")

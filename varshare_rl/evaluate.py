@@ -9,14 +9,21 @@ from typing import cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from varshare_rl.assemble import build_algorithm, build_suite, choose_device, parameter_count
+from varshare_rl.assemble import (
+    build_algorithm,
+    build_suite,
+    choose_device,
+    parameter_count,
+    run_conditions,
+    set_matmul_precision,
+)
 from varshare_rl.cli import run_command
 from varshare_rl.config import Device, load_config
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import evaluate
 from varshare_rl.run.files import write_json
-from varshare_rl.run.results import conditions, summary
+from varshare_rl.run.results import summary
 from varshare_rl.run.seeding import seed_everything
 from varshare_rl.types import UserError
 
@@ -48,6 +55,7 @@ def main(composed: DictConfig) -> None:
     device = choose_device(options.device)
     seed = config.seed if options.seed is None else options.seed
     seed_everything(config.seed)
+    set_matmul_precision(config.matmul_precision)
     suite = build_suite(config)
     algorithm = build_algorithm(config, suite, device)
     algorithm.load_policy_state(state["algorithm"])
@@ -63,7 +71,8 @@ def main(composed: DictConfig) -> None:
         seconds=state["seconds"],
         parameters=parameter_count(algorithm, len(suite.task_names)).as_dict(),
         conditions={
-            **conditions(suite.conditions, seed, device),
+            **run_conditions(config, suite, device),
+            "evaluation_seed": seed,
             "episodes_per_task": options.episodes,
             "checkpoint": checkpoint.name,
         },

@@ -17,6 +17,7 @@ from envs.suite import Suite
 from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import run_command
 from varshare_rl.config import TrainConfig, check_config, load_config, register_schemas
+from varshare_rl.nn.stochastic import stochastic_layers
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.files import write_atomically, write_json
@@ -32,17 +33,16 @@ def main(composed: DictConfig) -> None:
     """Train as configured; called by Hydra, once per job of a sweep."""
     config = cast(TrainConfig, OmegaConf.to_object(composed))
     if config.resume is not None:
-        resume(config, Path(config.resume))
+        resume(Path(config.resume))
         return
     check_config(config)
     suite = build_suite(config)
     run_dir = new_run_dir(config, suite)
     run = build_run(config, suite, run_dir)
-    write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     train(config, run, None)
 
 
-def resume(composed: DictConfig | TrainConfig, run_dir: Path) -> None:
+def resume(run_dir: Path) -> None:
     """Go on with the run in ``run_dir``; the command line may change what :data:`RESUMABLE` names."""
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
@@ -61,7 +61,7 @@ def resume(composed: DictConfig | TrainConfig, run_dir: Path) -> None:
             f"{run_dir} has done {state['transitions']} of {config.total_transitions} transitions already; "
             "give a larger total_transitions"
         )
-    run = build_run(config, build_suite(config), run_dir, resumed_at=state["transitions"])
+    run = build_run(config, build_suite(config), run_dir, resumed_at=state["transitions"], seconds=state["seconds"])
     train(config, run, state)
 
 
@@ -73,6 +73,8 @@ def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
             run.start()
         else:
             run.load_state(state)
+            (run.run_dir / "summary.json").unlink(missing_ok=True)  # of a smaller budget
+        write_atomically(run.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
         evaluation = run.train()
         result = write_summary(config, run, evaluation)
         run.tracker.hparams(flat_options(config), final_metrics(result))
@@ -117,11 +119,19 @@ def describe(config: TrainConfig, run: Run) -> None:
                 f"{name} {size / 1e6:.1f} MB" for name, size in run.algorithm.memory_bytes().items()
             ),
             "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value})",
-            "weight draws": run.algorithm.weight_draws,
+            "weight draws": weight_draws(config, run),
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
         },
     )
+
+
+def weight_draws(config: TrainConfig, run: Run) -> str:
+    """When and how weights are drawn, in words."""
+    if not any(any(stochastic_layers(module)) for module in run.algorithm.trained_modules().values()):
+        return "none: this network has no posteriors"
+    estimator = config.elbo.estimator or config.network.estimators[0]
+    return "none: posterior means" if estimator == "mean" else f"{run.algorithm.weight_draws} ({estimator})"
 
 
 def new_run_dir(config: TrainConfig, suite: Suite) -> Path:

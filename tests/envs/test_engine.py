@@ -412,22 +412,3 @@ def test_episode_seeds() -> None:
     assert swept.seed.entropy == (5, 1)
     assert swept.seed.spawn_key == (1, 28)
     assert episode.integer_seed() != swept.integer_seed()
-
-
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_a_step_begun_in_two_turns_is_the_same_step(workers: int) -> None:
-    whole, halves = make(workers=1), make(workers=workers)
-    try:
-        assert np.array_equal(whole.reset(), halves.reset())
-        for k in range(12):
-            given = actions(k, whole.envs_per_task)
-            for envs in (slice(0, 1), slice(1, None)):
-                halves.begin(given[:, envs], envs)
-            one, two = whole.step(given), halves.finish()
-            for name, value in vars(one).items():
-                assert np.array_equal(value, getattr(two, name)), name
-        with pytest.raises(ValueError, match="this engine takes"):
-            halves.begin(given, slice(0, 1))
-    finally:
-        whole.close()
-        halves.close()

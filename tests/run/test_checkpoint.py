@@ -174,7 +174,6 @@ def test_one_of_each_kind_stays(tmp_path: Path) -> None:
     assert sorted(item.name for item in path.iterdir()) == ["state.json", "tensors.safetensors"]
     assert find_checkpoint(tmp_path) == path
     assert load_checkpoint(find_checkpoint(tmp_path, "best")) == {"n": 11}
-    assert find_checkpoint(path) == path  # a checkpoint can be named itself
 
 
 def test_the_state_file_can_be_read_by_people(tmp_path: Path) -> None:
@@ -338,16 +337,29 @@ def test_damage_is_one_line_that_names_the_file(damage: str, tmp_path: Path) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_damage_names_an_older_complete_checkpoint(tmp_path: Path) -> None:
-    trees: list[Tree] = [{"x": torch.ones(4), "n": number} for number in range(3)]
-    older = save_checkpoint(tmp_path, "best", 10, trees[0])
+def test_damage_names_another_complete_checkpoint_and_how_to_use_it(tmp_path: Path) -> None:
+    trees: list[Tree] = [{"x": torch.ones(4), "n": number} for number in range(4)]
+    best = save_checkpoint(tmp_path, "best", 10, trees[0])
     damaged_too = save_checkpoint(tmp_path, "spare", 15, trees[1])
     newest = save_checkpoint(tmp_path, "last", 20, trees[2])
     truncate(newest)
     truncate(damaged_too)
-    with pytest.raises(CheckpointError, match=rf"use '{older}', which is complete"):
+    with pytest.raises(CheckpointError, match=rf"'{best}' is complete: evaluate takes it as checkpoint=best"):
         load_checkpoint(find_checkpoint(tmp_path))
-    assert load_checkpoint(find_checkpoint(older))["n"] == 0  # the advice works
+    assert load_checkpoint(find_checkpoint(tmp_path, "best"))["n"] == 0  # the advice works
+
+
+def test_damage_names_an_older_checkpoint_of_the_same_kind(tmp_path: Path) -> None:
+    older = save_checkpoint(tmp_path, "last", 10, {"n": 1})
+    kept = older.with_name("kept")
+    shutil.copytree(older, kept)
+    newest = save_checkpoint(tmp_path, "last", 20, {"n": 2})
+    kept.rename(older)  # as after an interruption before the older one was removed
+    (newest / "state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"'{older}' is complete: remove the damaged folder to use it"):
+        load_checkpoint(find_checkpoint(tmp_path))
+    shutil.rmtree(newest)
+    assert load_checkpoint(find_checkpoint(tmp_path))["n"] == 1
 
 
 def test_nothing_to_find(tmp_path: Path) -> None:
@@ -356,5 +368,7 @@ def test_nothing_to_find(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no 'last' checkpoint in '.*checkpoints': .* start it anew"):
         find_checkpoint(tmp_path)
     best = save_checkpoint(tmp_path, "best", 5, {})
-    with pytest.raises(CheckpointError, match=rf"no 'last' checkpoint in .*: give '{best}'"):
+    with pytest.raises(
+        CheckpointError, match=rf"no 'last' checkpoint in .*: there is '{best}', which evaluate takes"
+    ):
         find_checkpoint(tmp_path)

@@ -72,9 +72,9 @@ def test_resume_twice(tmp_path: Path) -> None:
 
 
 def test_seconds_go_on_after_a_resume(tmp_path: Path) -> None:
-    first = [{"transitions": 10, "seconds": 100.5}, {"transitions": 20, "seconds": 201.0}]
+    first = [{"transitions": 10, "seconds": 90.5}, {"transitions": 20, "seconds": 201.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in first))
-    tracker = Tracker(tmp_path, resumed_at=10)
+    tracker = Tracker(tmp_path, resumed_at=10, seconds=100.5)  # the checkpoint came after the last line
     assert 100.5 <= tracker.seconds < 110
     tracker.log({"x": 1.0}, 15)
     tracker.close()

@@ -46,14 +46,14 @@ class PPO:
     """PPO on ``[T, S, E]`` rollouts.
 
     The actor's weight noise is held for a rollout and its updates, so the ratio is 1 before the first step.
-    The critic draws fresh noise at each minibatch; advantages use its posterior mean.
+    The critic draws fresh noise at each pass; advantages use its posterior mean.
 
     Args:
         options: see :class:`PPOOptions`.
         learner: the problem, the network factory and the ELBO.
     """
 
-    weight_draws = "actor: one draw per rollout, held for its updates; critic: one draw per minibatch"
+    weight_draws = "actor: one draw per rollout, held for its updates; critic: anew at every pass; advantages: mean"
 
     def __init__(self, options: PPOOptions, learner: Learner) -> None:
         problem = learner.problem

@@ -13,6 +13,7 @@ from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
 from varshare_rl.data.replay import Replay, ReplayBatch
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import TwinQ
+from varshare_rl.nn.parameters import frozen
 from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.ops.losses import squared_error
 from varshare_rl.ops.returns import td_target
@@ -44,8 +45,7 @@ class SACOptions:
 class SAC:
     """SAC with twin critics and an entropy coefficient per task.
 
-    Weights are drawn anew at each vector step and each forward pass of an update; target critics use
-    their posterior means.
+    Weights are drawn anew at each pass, acting included; target critics use their posterior means.
 
     Args:
         options: see :class:`SACOptions`.
@@ -55,7 +55,7 @@ class SAC:
         UserError: the actions are discrete.
     """
 
-    weight_draws = "actor: one draw per vector step and per update; critics: one per update; targets: mean"
+    weight_draws = "actor and critics: anew at every pass; target critics: mean"
 
     def __init__(self, options: SACOptions, learner: Learner) -> None:
         problem = learner.problem
@@ -163,9 +163,8 @@ class SAC:
         """Returns the loss, the log-probability per task ``[T]`` and the gradient norm."""
         alpha = self.log_alpha.detach().exp().unsqueeze(1)
         sample = self.actor(batch.obs, self.task_ids).sample()
-        self.critic.requires_grad_(False)  # the critics are a fixed function here: skip their weight gradients
-        q = self.critic(batch.obs, sample.action, self.task_ids).amin(0)
-        self.critic.requires_grad_(True)
+        with frozen(self.critic):  # a fixed function here: skip its weight gradients
+            q = self.critic(batch.obs, sample.action, self.task_ids).amin(0)
         losses = (alpha * sample.log_prob - q).mean(-1)
         norm = self.actor_step(losses + self.elbo.penalty(self.actor, transitions))
         return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
@@ -47,6 +48,19 @@ def count_parameters(modules: Iterable[nn.Module], num_tasks: int) -> ParameterC
                 if name in getattr(layer, "spread_parameters", ()):
                     spread += parameter.numel() // num_tasks
     return ParameterCount(shared + num_tasks * per_task, shared + per_task - spread, shared, per_task)
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Inside, no parameter of ``module`` requires a gradient; afterwards those that did do again."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def total_kl(module: nn.Module, num_tasks: int) -> Tensor:

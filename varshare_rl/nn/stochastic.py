@@ -54,7 +54,9 @@ def load_noise_state(module: nn.Module, state: dict[str, list[Tensor] | None]) -
     """Put back what :func:`noise_state` gave."""
     for name, layer in stochastic_layers(module):
         held = state[name]
-        layer.noise = None if held is None else tuple(noise.to(layer.kl().device) for noise in held)
+        assert isinstance(layer, nn.Module)
+        device = next(layer.parameters()).device
+        layer.noise = None if held is None else tuple(noise.to(device) for noise in held)
 
 
 @contextmanager

@@ -57,11 +57,10 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int) -> TaskRows:
         IndexError: an id is not one of the ``num_tasks`` tasks; the message names it.
         ValueError: the shapes of ``x`` and ``task_ids`` do not fit each other.
     """
-    if isinstance(task_ids, int):
-        task_ids = torch.tensor(task_ids)
-    ids = task_ids.cpu()
-    if ids.dtype in (torch.bool, torch.float16, torch.float32, torch.float64, torch.bfloat16):
+    ids = torch.as_tensor(task_ids).cpu()
+    if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"task ids have dtype {ids.dtype}; they must be integers")
+    ids = ids.long()
     if ids.dim() == 0:
         _check(ids.reshape(1), num_tasks)
         alone = None if num_tasks == 1 else ids.reshape(1)

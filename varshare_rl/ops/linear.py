@@ -30,7 +30,7 @@ _BFLOAT16_WIDTH = 64
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x weight^T + bias``, as ``torch.nn.functional.linear``: ``[..., F]``, ``[G, F]``, ``[G]`` to ``[..., G]``.
 
-    Differentiable once in float32 on a CPU, any number of times elsewhere.
+    Differentiable at least once; the oneDNN path no more often.
     """
     if not _suits(x, weight):
         return F.linear(x, weight, bias)

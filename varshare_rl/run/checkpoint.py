@@ -84,20 +84,18 @@ def save_checkpoint(run_dir: Path, kind: str, transitions: int, tree: Tree) -> P
 
 
 def find_checkpoint(run_dir: Path, kind: str = "last") -> Path:
-    """Return the newest checkpoint of a kind in a run folder, or ``run_dir`` itself if it is a checkpoint.
+    """Return the newest checkpoint of a kind in a run folder.
 
     Raises :class:`CheckpointError` if there is none.
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"no run folder {str(run_dir)!r}: give the folder of an earlier run")
-    if _NAME.fullmatch(run_dir.name) and (run_dir / STATE_FILE).is_file():
-        return run_dir
     found = list(_checkpoints(run_dir / FOLDER, kind))
     if found:
         return found[-1]
     others = [str(path) for path in _checkpoints(run_dir / FOLDER)]
     cure = (
-        f"give {others[-1]!r} to use that one"
+        f"there is {others[-1]!r}, which evaluate takes as checkpoint={Path(others[-1]).name.partition('-')[0]}"
         if others
         else "the run ended before its first checkpoint, so start it anew"
     )
@@ -115,7 +113,13 @@ def load_checkpoint(path: Path) -> Tree:
     except CheckpointError as error:
         others = sorted(_checkpoints(path.parent), key=_transitions, reverse=True)
         complete = next((other for other in others if other != path and _is_complete(other)), None)
-        cure = f"use {str(complete)!r}, which is complete" if complete else "no other complete one is there"
+        cure = "no other complete one is there"
+        if complete is not None and complete.name.partition("-")[0] == path.name.partition("-")[0]:
+            cure = f"{str(complete)!r} is complete: remove the damaged folder to use it"
+        elif complete is not None:
+            cure = (
+                f"{str(complete)!r} is complete: evaluate takes it as checkpoint={complete.name.partition('-')[0]}"
+            )
         raise CheckpointError(f"{error}; {cure}") from error
 
 

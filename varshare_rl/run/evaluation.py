@@ -12,7 +12,8 @@ from torch import nn
 
 from envs.suite import Suite, VectorEngine
 from varshare_rl.algorithms.base import Algorithm
-from varshare_rl.nn.parameters import total_kl
+from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.run.threads import one_thread
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,11 @@ class Evaluation:
         return float(np.mean(known)) if len(known) == len(values) else None
 
     @property
-    def score(self) -> float:
-        """What "best" means: mean success where there is one, and mean return."""
+    def score(self) -> tuple[float, float]:
+        """What "best" means: mean success where there is one, then mean return."""
         success, mean_return = self.mean("success"), self.mean("return")
         assert mean_return is not None
-        return mean_return if success is None else success
+        return (0.0 if success is None else success, mean_return)
 
     def metrics(self) -> dict[str, float]:
         """``eval/<task>/<name>`` and ``eval/mean_<name>``, and ``kl/<task>``."""
@@ -54,16 +55,17 @@ class Evaluation:
         return metrics
 
 
-def task_nats(modules: dict[str, nn.Module], num_tasks: int) -> npt.NDArray[np.float64] | None:
-    """Nats per task over all ``modules``, ``[T]``; None if nothing is stochastic."""
-    with torch.no_grad():
-        total = sum(total_kl(module, num_tasks).double().cpu() for module in modules.values())
-    if not isinstance(total, torch.Tensor) or not bool(total.any()):
-        return None
-    nats: npt.NDArray[np.float64] = total.numpy()
-    return nats
+@torch.no_grad()
+def layer_nats(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]]:
+    """Nats per task ``[T]`` of every stochastic layer, by ``<module>.<layer>``; empty if nothing is stochastic."""
+    return {
+        f"{name}.{path}": layer.kl().double().cpu().numpy()
+        for name, module in modules.items()
+        for path, layer in stochastic_layers(module)
+    }
 
 
+@one_thread()
 def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes: int) -> Evaluation:
     """Run ``episodes`` episodes of every task, always from the same starts.
 
@@ -88,12 +90,12 @@ def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes:
         flags["success"][where] |= step.success[open_slots]
         flags["success_final"][where] = step.success[open_slots]
         episode[step.terminated | step.truncated] += envs
-    nats = task_nats(algorithm.trained_modules(), num_tasks)
+    layers = layer_nats(algorithm.trained_modules())
     tasks: dict[str, dict[str, float | None]] = {}
     for index, name in enumerate(suite.task_names):
         row: dict[str, Any] = {key: float(value[index].mean()) for key, value in totals.items()}
         for key, value in flags.items():
             row[key] = float(value[index].mean()) if suite.has_success else None
-        row["kl"] = None if nats is None else float(nats[index])
+        row["kl"] = float(sum(nats[index] for nats in layers.values())) if layers else None
         tasks[name] = row
     return Evaluation(tasks)

@@ -18,8 +18,9 @@ from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.run.checkpoint import save_checkpoint
 from varshare_rl.run.console import Console
-from varshare_rl.run.evaluation import Evaluation, evaluate, task_nats
+from varshare_rl.run.evaluation import Evaluation, evaluate, layer_nats
 from varshare_rl.run.seeding import load_rng_state, rng_state
+from varshare_rl.run.threads import one_thread
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
@@ -59,7 +60,7 @@ class Run:
     device: torch.device
     options: LoopOptions
     transitions: int = 0
-    best_score: float | None = None
+    best_score: tuple[float, float] | None = None
     evaluation: Evaluation | None = None
     evaluated_at: int = -1
     scalars: Scalars = field(default_factory=dict)
@@ -95,6 +96,8 @@ class Run:
             if self.evaluated_at != self.transitions:
                 self._evaluate()
             self.save("last")
+            if interrupted:  # during the last evaluation; resuming writes the summary
+                raise Interrupted(interrupted[0])
         assert self.evaluation is not None
         return self.evaluation
 
@@ -144,17 +147,26 @@ class Run:
         with self._timed("log"):
             metrics: Metrics = {name: float(value) for name, value in self.scalars.items()}
             metrics |= self.episodes.metrics(self.suite.has_success)
-            nats = task_nats(self.algorithm.trained_modules(), len(self.suite.task_names))
-            if nats is not None:
-                metrics |= {f"kl/{task}": float(x) for task, x in zip(self.suite.task_names, nats, strict=True)}
+            metrics |= self._nats()
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
             metrics["time/updates"] = float(self.algorithm.updates)
             metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
             self.tracker.log(metrics, self.transitions)
             self.console.progress(self.transitions, self._headline(metrics))
 
+    def _nats(self) -> Metrics:
+        """``kl/<task>`` over all layers and ``kl_layer/<layer>``, the mean over tasks; none without posteriors."""
+        layers = layer_nats(self.algorithm.trained_modules())
+        metrics = {f"kl_layer/{layer}": float(nats.mean()) for layer, nats in layers.items()}
+        for index, task in enumerate(self.suite.task_names if layers else ()):
+            metrics[f"kl/{task}"] = float(sum(nats[index] for nats in layers.values()))
+        return metrics
+
     def phase_shares(self) -> dict[str, float]:
-        """Share of the training time by phase; ``rest`` is what no phase accounts for."""
+        """Share of the training time by phase; ``rest`` is what no phase accounts for.
+
+        On CUDA, kernels still running when a phase ends count for the phase that waits for them.
+        """
         total = sum(self.phase_seconds.values())
         return {phase: seconds / total for phase, seconds in self.phase_seconds.items()} if total > 0 else {}
 
@@ -166,7 +178,7 @@ class Run:
         if self.evaluation_engine is None:
             envs = min(self.options.evaluate_episodes, self.engine.envs_per_task)
             self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
-        with self._timed("evaluate"), one_thread():
+        with self._timed("evaluate"):
             result = evaluate(self.algorithm, self.suite, self.evaluation_engine, self.options.evaluate_episodes)
         self.evaluation, self.evaluated_at = result, self.transitions
         self.tracker.log(result.metrics(), self.transitions)
@@ -232,21 +244,6 @@ class Run:
         if ending is not None:
             self.phase_seconds[ending] = self.phase_seconds.get(ending, 0.0) + now - self._phase_since
         self._phase_since = now
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Inside, torch computes with one thread.
-
-    The small products of acting gain nothing from more, and a thread that waits for another one that the
-    environment workers have pushed off its core waits for milliseconds.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -25,23 +25,24 @@ class Tracker:
     together, seconds of this run including those before a resume, NaN and infinities as null.
     """
 
-    def __init__(self, run_dir: Path, resumed_at: int | None = None) -> None:
+    def __init__(self, run_dir: Path, resumed_at: int | None = None, seconds: float = 0.0) -> None:
         """Open the files of a run, which is new unless ``resumed_at`` gives the transitions it goes on from.
+
+        ``seconds`` is how long it has run before.
 
         On resume everything logged after ``resumed_at`` transitions is taken back. Raises :class:`UserError`
         if a new run's folder already holds metrics.
         """
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
-        seconds_before = 0.0
         if resumed_at is not None:
-            seconds_before = _cut_back(path, resumed_at)
+            _cut_back(path, resumed_at)
         elif path.exists():
             raise UserError(
                 f"run folder {str(run_dir)!r} already holds a run: choose another run_dir, or "
                 f"resume={run_dir} to go on with it"
             )
-        self._started = time.monotonic() - seconds_before
+        self._started = time.monotonic() - seconds
         self._lines = path.open("a", encoding="utf-8")
         # TensorBoard drops what earlier sessions wrote at this step and above. Its Python reader takes the
         # first mark it meets for the start of the run, so a new run makes one too.
@@ -90,26 +91,23 @@ class Tracker:
         self._writer.close()
 
 
-def _cut_back(path: Path, resumed_at: int) -> float:
-    """Drop the lines after ``resumed_at`` transitions; return the seconds of the last line that stays."""
+def _cut_back(path: Path, resumed_at: int) -> None:
+    """Drop the lines after ``resumed_at`` transitions."""
     if not path.exists():
-        return 0.0
+        return
     kept: list[str] = []
-    seconds = 0.0
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            transitions, line_seconds = int(entry["transitions"]), float(entry["seconds"])
+            transitions = int(entry["transitions"])
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):  # the process died while it wrote this line
                 break
             raise UserError(
-                f"damaged metrics file {str(path)!r}: line {number} is not a JSON object with transitions "
-                "and seconds; remove that line to go on"
+                f"damaged metrics file {str(path)!r}: line {number} is not a JSON object with "
+                "transitions; remove that line to go on"
             ) from error
         if transitions <= resumed_at:
             kept.append(line + "\n")
-            seconds = line_seconds
     write_atomically(path, "".join(kept))
-    return seconds
