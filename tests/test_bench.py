@@ -11,7 +11,6 @@ from experiments.bench.__main__ import main
 from experiments.bench.contenders import Setting, measure
 from experiments.bench.learners import filled_ppo, filled_sac
 from experiments.bench.report import Goal, Ratio, Section, table
-from experiments.bench.scale import predicted_bytes
 from varshare_rl.nn import Shared
 
 
@@ -62,4 +61,4 @@ def test_filled_learners_update() -> None:
     parameters = sum(p.numel() for module in sac.trained_modules().values() for p in module.parameters())
     critic = sum(p.numel() for p in sac.critic.parameters())
     rows = 2 * 10 * (39 + 4 + 1 + 1 + 39)
-    assert predicted_bytes(sac) == 4 * (4 * parameters + critic + rows)
+    assert sum(sac.memory_bytes().values()) == 4 * (4 * parameters + critic + rows)
