@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from envs.suite import FloatArray, IntArray, State, Step, SuiteError
+from envs.suite import FloatArray, IntArray, State, Step, SuiteError, check_identity
 from envs.turns import Turns
 
 Float64Array = npt.NDArray[np.float64]
@@ -155,12 +155,7 @@ class BatchedEngine:
 
     def load_state(self, state: State) -> FloatArray:
         """Put a state of an engine of the same suite, seed and size back; returns ``[T, E, F]``."""
-        for name, value in self._identity().items():
-            if state[name] != value:
-                raise SuiteError(
-                    f"the saved environment state has {name} {state[name]}, this engine {value}: resume with "
-                    "the settings of the saved run"
-                )
+        check_identity(state, self._identity())
         self._states = np.array(state["states"], dtype=np.float64)
         self._elapsed = np.array(state["elapsed"], dtype=np.int64)
         self._episode = np.array(state["episode"], dtype=np.int64)

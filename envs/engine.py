@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
-from envs.suite import FloatArray, State, Step, SuiteError
+from envs.suite import FloatArray, State, Step, SuiteError, check_identity
 from envs.turns import Turns
 from envs.workers import RESET, STATE, STEP, STEP_RANGE, WorkerPool, can_use_workers
 
@@ -160,12 +160,7 @@ class SlotEngine:
 
     def load_state(self, state: State) -> FloatArray:
         """See ``VectorEngine.load_state``; replays the actions of every slot's current episode."""
-        for name, value in self._identity().items():
-            if state[name] != value:
-                raise SuiteError(
-                    f"the saved environment state has {name} {state[name]}, this engine {value}: resume with "
-                    "the settings of the saved run"
-                )
+        check_identity(state, self._identity())
         if self._pool is not None:
             self._pool.load(state["slots"])
         else:

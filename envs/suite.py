@@ -84,6 +84,16 @@ class VectorEngine(Protocol):
         """Free processes and memory. May be called twice."""
 
 
+def check_identity(state: State, identity: State) -> None:
+    """Raise SuiteError unless a saved state is of an engine with this ``identity``."""
+    for name, value in identity.items():
+        if state[name] != value:
+            raise SuiteError(
+                f"the saved environment state has {name} {state[name]}, this engine {value}: resume with "
+                "the settings of the saved run"
+            )
+
+
 @runtime_checkable
 class Suite(Protocol):
     """A list of tasks. Making a suite is cheap; engines are what costs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -92,11 +92,6 @@ def build_actor(
         network = make_network(problem.obs_size, 2 * problem.action_size)
         actor = TanhGaussianActor(network, problem.action_mask, log_std_range, initial_log_std)
     return actor.to(problem.device)
-
-
-def trained_bytes(modules: Iterable[nn.Module]) -> int:
-    """Bytes of float32 parameters, their gradients and Adam's two moments."""
-    return 4 * 4 * sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 @dataclass(frozen=True)

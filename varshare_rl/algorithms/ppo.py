@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from varshare_rl.algorithms.base import Learner, build_actor, trained_bytes
-from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
+from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.algorithms.base import Learner, build_actor
 from varshare_rl.data.rollout import Rollout, RolloutStep
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.stochastic import hold_noise, load_noise_state, noise_state, posterior_mean
 from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss, squared_error
 from varshare_rl.ops.returns import gae
-from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Scalars, Transition, Tree
 
 
@@ -42,7 +41,7 @@ class PPOOptions:
     normalize_rewards: bool = True
 
 
-class PPO:
+class PPO(ActorCritic):
     """PPO on ``[T, S, E]`` rollouts.
 
     The actor's weight noise is held for a rollout and its updates, so the ratio is 1 before the first step.
@@ -57,25 +56,12 @@ class PPO:
 
     def __init__(self, options: PPOOptions, learner: Learner) -> None:
         problem = learner.problem
-        self.options, self.problem, self.elbo = options, problem, learner.elbo
-        self.task_ids = problem.task_ids
         log_std_range = (options.min_log_std, options.max_log_std)
-        self.actor = build_actor(problem, learner.make_network, log_std_range, options.initial_log_std)
-        self.critic = ValueNetwork(learner.make_network(problem.obs_size, 1)).to(problem.device)
-        self.actor_step = LossStep(
-            list(self.actor.parameters()), options.learning_rate, options.max_grad_norm, epsilon=1e-5
-        )
-        self.critic_step = LossStep(
-            list(self.critic.parameters()), options.critic_learning_rate, options.max_grad_norm, epsilon=1e-5
-        )
-        self.normalizer = ObservationNormalizer(
-            problem.num_tasks, problem.obs_size, options.normalize_observations
-        ).to(problem.device)
-        self.reward_normalizer = RewardNormalizer(
-            problem.num_tasks, options.discount, options.normalize_rewards
-        ).to(problem.device)
+        actor = build_actor(problem, learner.make_network, log_std_range, options.initial_log_std)
+        critic = ValueNetwork(learner.make_network(problem.obs_size, 1)).to(problem.device)
+        super().__init__(options, learner, actor, critic, epsilon=1e-5)
+        self.options = options
         self.rollout = Rollout(-(-options.rollout_transitions_per_task // problem.envs_per_task))
-        self.updates = 0
         self._acted: list[tuple[Tensor, Sample]] = []
         hold_noise(self.actor)
 
@@ -186,59 +172,25 @@ class PPO:
             "critic_grad_norm": critic_norm,
         }
 
-    @torch.no_grad()
-    def act_greedily(self, obs: Tensor) -> Tensor:
-        """The mode of the policy on the posterior mean."""
-        with posterior_mean(self.actor):
-            action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
-        return action
-
-    def trained_modules(self) -> dict[str, nn.Module]:
-        """Actor and critic."""
-        return {"actor": self.actor, "critic": self.critic}
-
     def memory_bytes(self) -> dict[str, int]:
         """Networks with gradients and optimiser, rollout (two observations, action, two floats, two flags)."""
         problem = self.problem
         row = 4 * (2 * problem.obs_size + 2) + (8 if problem.discrete else 4 * problem.action_size) + 2
         return {
-            "networks": trained_bytes([self.actor, self.critic]),
+            "networks": self.trained_bytes(),
             "rollout": problem.num_tasks * self.rollout.vector_steps * problem.envs_per_task * row,
         }
-
-    def policy_state(self) -> Tree:
-        """Actor, critic and normalisers."""
-        return {
-            "actor": self.actor.state_dict(),
-            "critic": self.critic.state_dict(),
-            "normalizer": self.normalizer.state_dict(),
-        }
-
-    def load_policy_state(self, state: Tree) -> None:
-        """Put back what :meth:`policy_state` gave."""
-        self.actor.load_state_dict(state["actor"])
-        self.critic.load_state_dict(state["critic"])
-        self.normalizer.load_state_dict(state["normalizer"])
 
     def state(self) -> Tree:
         """Networks, optimisers, normalisers, held noise, the unfinished rollout and counters."""
         return {
-            **self.policy_state(),
-            "reward_normalizer": self.reward_normalizer.state_dict(),
-            "actor_optimizer": self.actor_step.optimizer.state_dict(),
-            "critic_optimizer": self.critic_step.optimizer.state_dict(),
+            **super().state(),
             "actor_noise": noise_state(self.actor),
             "rollout": self.rollout.state(),
-            "updates": self.updates,
         }
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
-        self.load_policy_state(state)
-        self.reward_normalizer.returns = state["reward_normalizer"]["returns"].to(self.problem.device)
-        self.reward_normalizer.load_state_dict(state["reward_normalizer"])
-        self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
+        super().load_state(state)
         load_noise_state(self.actor, state["actor_noise"])
         self.rollout.load_state(state["rollout"], self.problem.device)
-        self.updates = state["updates"]

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.algorithms.base import Learner, build_actor, trained_bytes
-from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
+from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.algorithms.base import Learner, build_actor
 from varshare_rl.data.replay import Replay, ReplayBatch
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen
-from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.ops.losses import squared_error
 from varshare_rl.ops.returns import td_target
 from varshare_rl.optim.step import LossStep
@@ -42,7 +41,7 @@ class SACOptions:
     normalize_rewards: bool = False
 
 
-class SAC:
+class SAC(ActorCritic):
     """SAC with twin critics and an entropy coefficient per task.
 
     Weights are drawn anew at each pass, acting included; target critics use their posterior means.
@@ -61,32 +60,21 @@ class SAC:
         problem = learner.problem
         if problem.discrete:
             raise UserError("algorithm=sac needs Box actions, and this suite's are Discrete; use algorithm=ppo")
-        self.options, self.problem, self.elbo = options, problem, learner.elbo
-        self.task_ids = problem.task_ids
-        self.actor = build_actor(problem, learner.make_network, (-20.0, 2.0), 0.0)
+        actor = build_actor(problem, learner.make_network, (-20.0, 2.0), 0.0)
         input_size = problem.obs_size + problem.action_size
-        self.critic = TwinQ(lambda: learner.make_network(input_size, 1)).to(problem.device)
+        critic = TwinQ(lambda: learner.make_network(input_size, 1)).to(problem.device)
+        super().__init__(options, learner, actor, critic)
+        self.options = options
         self.target_critic = deepcopy(self.critic).requires_grad_(False).eval()
         log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
         self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
         dimensions = problem.action_mask.to(problem.device).sum(1).float()
         self.target_entropy = options.target_entropy_per_dimension * dimensions  # [T]
-        self.actor_step = LossStep(list(self.actor.parameters()), options.learning_rate, options.max_grad_norm)
-        self.critic_step = LossStep(
-            list(self.critic.parameters()), options.critic_learning_rate, options.max_grad_norm
-        )
         self.entropy_step = LossStep([self.log_alpha], options.entropy_learning_rate, 0.0)
-        self.normalizer = ObservationNormalizer(
-            problem.num_tasks, problem.obs_size, options.normalize_observations
-        ).to(problem.device)
-        self.reward_normalizer = RewardNormalizer(
-            problem.num_tasks, options.discount, options.normalize_rewards
-        ).to(problem.device)
         self.replay = Replay(
             problem.num_tasks, options.replay_capacity_per_task, problem.obs_size, problem.action_size,
             problem.device,
         )  # fmt: skip
-        self.updates = 0
         self.transitions_per_task = 0
         self.updates_due = 0.0
 
@@ -169,67 +157,33 @@ class SAC:
         norm = self.actor_step(losses + self.elbo.penalty(self.actor, transitions))
         return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm
 
-    @torch.no_grad()
-    def act_greedily(self, obs: Tensor) -> Tensor:
-        """The mode of the policy on the posterior mean."""
-        with posterior_mean(self.actor):
-            action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
-        return action
-
-    def trained_modules(self) -> dict[str, nn.Module]:
-        """Actor and twin critics."""
-        return {"actor": self.actor, "critic": self.critic}
-
     def memory_bytes(self) -> dict[str, int]:
         """Networks with gradients and optimiser, target critics, replay."""
         return {
-            "networks": trained_bytes([self.actor, self.critic]),
+            "networks": self.trained_bytes(),
             "targets": 4 * sum(parameter.numel() for parameter in self.target_critic.parameters()),
             "replay": 4 * self.replay.rows.numel(),
         }
 
-    def policy_state(self) -> Tree:
-        """Actor, critics and normaliser."""
-        return {
-            "actor": self.actor.state_dict(),
-            "critic": self.critic.state_dict(),
-            "normalizer": self.normalizer.state_dict(),
-        }
-
-    def load_policy_state(self, state: Tree) -> None:
-        """Put back what :meth:`policy_state` gave."""
-        self.actor.load_state_dict(state["actor"])
-        self.critic.load_state_dict(state["critic"])
-        self.normalizer.load_state_dict(state["normalizer"])
-
     def state(self) -> Tree:
         """Networks, targets, optimisers, normalisers, replay and counters."""
         return {
-            **self.policy_state(),
+            **super().state(),
             "target_critic": self.target_critic.state_dict(),
             "log_alpha": self.log_alpha.detach(),
-            "reward_normalizer": self.reward_normalizer.state_dict(),
-            "actor_optimizer": self.actor_step.optimizer.state_dict(),
-            "critic_optimizer": self.critic_step.optimizer.state_dict(),
             "entropy_optimizer": self.entropy_step.optimizer.state_dict(),
             "replay": self.replay.state(),
-            "updates": self.updates,
             "transitions_per_task": self.transitions_per_task,
             "updates_due": self.updates_due,
         }
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
-        self.load_policy_state(state)
+        super().load_state(state)
         self.target_critic.load_state_dict(state["target_critic"])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
-        self.reward_normalizer.returns = state["reward_normalizer"]["returns"].to(self.problem.device)
-        self.reward_normalizer.load_state_dict(state["reward_normalizer"])
-        self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
         self.entropy_step.optimizer.load_state_dict(state["entropy_optimizer"])
         self.replay.load_state(state["replay"])
-        self.updates = state["updates"]
         self.transitions_per_task = state["transitions_per_task"]
         self.updates_due = state["updates_due"]
