@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.task_rows import TaskIds
-from varshare_rl.ops.gaussian import normal_log_prob
 from varshare_rl.ops.policy import (
     categorical_entropy,
     categorical_log_prob,
     masked_logits,
-    tanh_log_det,
     tanh_normal_log_prob,
 )
 
@@ -54,8 +52,7 @@ class TanhNormal:
     def sample(self) -> Sample:
         noise = torch.randn_like(self.mean)
         raw = torch.addcmul(self.mean, self.log_std.exp(), noise)
-        per_dimension = normal_log_prob(raw, self.mean, self.log_std) - tanh_log_det(raw)
-        return Sample(torch.tanh(raw) * self.mask, raw, (per_dimension * self.mask).sum(-1))
+        return Sample(torch.tanh(raw) * self.mask, raw, self.log_prob(raw))
 
     def log_prob(self, raw: Tensor) -> Tensor:
         return tanh_normal_log_prob(raw, self.mean, self.log_std, self.mask)
