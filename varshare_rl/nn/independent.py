@@ -47,4 +47,6 @@ class Independent(ArchitectureOptions):
         def layer(inputs: int, outputs: int) -> nn.Module:
             return IndependentLayer(inputs, outputs, num_tasks)
 
-        return TaskMLP([in_features, *self.hidden, out_features], layer, self.activation)
+        return TaskMLP(
+            [in_features, *self.hidden, out_features], layer, self.activation, layer_norm=self.layer_norm
+        )

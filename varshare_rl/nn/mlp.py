@@ -19,6 +19,8 @@ class TaskMLP(nn.Module):
         layer: makes a task layer ``layer(x, task_ids, temperature)`` from its input and output size.
         activation: a key of ``ACTIVATIONS``.
         temperature: factor on the spread of every posterior.
+        layer_norm: normalise each hidden layer's output before its activation (Ba et al. 2016), with a scale and
+            an offset that all tasks share.
     """
 
     def __init__(
@@ -27,14 +29,16 @@ class TaskMLP(nn.Module):
         layer: Callable[[int, int], nn.Module],
         activation: str,
         temperature: float = 1.0,
+        layer_norm: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(sizes))
         self.activation = ACTIVATIONS[activation]
         self.temperature = temperature
+        self.norms = nn.ModuleList(nn.LayerNorm(size) if layer_norm else nn.Identity() for size in sizes[1:-1])
 
     def forward(self, x: Tensor, task_ids: TaskIds) -> Tensor:
         """``[T, B, F]`` to ``[T, B, G]``, or any layout the layers take."""
-        for index, layer in enumerate(self.layers):
-            x = layer(x if index == 0 else self.activation(x), task_ids, self.temperature)
-        return x
+        for layer, norm in zip(self.layers, self.norms, strict=False):
+            x = self.activation(norm(layer(x, task_ids, self.temperature)))
+        return self.layers[-1](x, task_ids, self.temperature)  # type: ignore[no-any-return]

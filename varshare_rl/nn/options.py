@@ -19,13 +19,14 @@ class Posterior:
 
 @dataclass
 class ArchitectureOptions:
-    """Options of every architecture: the sizes of the hidden layers and their activation."""
+    """Options of every architecture: sizes of the hidden layers, their activation, LayerNorm before it."""
 
     #: Ways to draw the weights, the architecture's own first; none without a posterior.
     estimators: ClassVar[tuple[str, ...]] = ()
     name: str = "???"
     hidden: list[int] = field(default_factory=lambda: [64, 64])
     activation: str = "tanh"
+    layer_norm: bool = False
 
 
 class Architecture(Protocol):
@@ -35,6 +36,7 @@ class Architecture(Protocol):
     name: str
     hidden: list[int]
     activation: str
+    layer_norm: bool
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network from ``in_features`` to ``out_features``; its linear layers include the head."""

@@ -54,4 +54,6 @@ class Shared(ArchitectureOptions):
         def layer(inputs: int, outputs: int) -> nn.Module:
             return SharedLayer(inputs, outputs, one_hot.pop(0))
 
-        return TaskMLP([in_features, *self.hidden, out_features], layer, self.activation)
+        return TaskMLP(
+            [in_features, *self.hidden, out_features], layer, self.activation, layer_norm=self.layer_norm
+        )

@@ -158,4 +158,4 @@ class VarShare(ArchitectureOptions):
             return VarShareLayer(inputs, outputs, num_tasks, posterior.prior_scale, estimator=estimator)
 
         sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, posterior.temperature)
+        return TaskMLP(sizes, layer, self.activation, posterior.temperature, self.layer_norm)

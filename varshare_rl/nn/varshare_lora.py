@@ -188,4 +188,4 @@ class VarShareLoRA(ArchitectureOptions):
             )  # fmt: skip
 
         sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, posterior.temperature)
+        return TaskMLP(sizes, layer, self.activation, posterior.temperature, self.layer_norm)
