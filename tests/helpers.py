@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from envs.suite import Suite, VectorEngine
 from varshare_rl.assemble import build_algorithm, build_suite
 from varshare_rl.config import TrainConfig, check_config
 from varshare_rl.nn import VarShareLoRA
+from varshare_rl.nn.stochastic import WeightNoise, stochastic_layers
 from varshare_rl.optim.elbo import ElboOptions
 from varshare_rl.types import Transition
 
@@ -42,6 +43,12 @@ TINY_ALGORITHM = {
         "algorithm.updates_per_transition_per_task=0.25",
     ),
 }
+
+
+def hold_noise(module: nn.Module) -> None:
+    """Draw the noise of every stochastic layer once, one draw per task, and use it from now on."""
+    for _, layer in stochastic_layers(module):
+        layer.noise = WeightNoise(layer.draw_noise(len(layer.log_prior_scale)))
 
 
 def build(

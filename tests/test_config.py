@@ -59,7 +59,8 @@ def test_groups_have_their_choices() -> None:
     assert choices("env") == ENVIRONMENTS
     assert choices("algorithm") == ["ppo", "sac"]
     assert choices("network") == ["independent", "shared", "varshare", "varshare_lora"]
-    assert choices("elbo") == ["default"]
+    assert choices("elbo/schedule") == ["band", "constant", "dual", "free_bits", "ramp"]
+    assert choices("elbo/prior") == ["adaptive", "fixed", "learned"]
     assert {path.name for path in CONFIGS.iterdir()} >= {"env", "algorithm", "network", "elbo", "train.yaml"}
 
 

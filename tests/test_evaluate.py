@@ -115,8 +115,14 @@ class Script:
 class Still:
     """A policy that does nothing."""
 
-    def act_greedily(self, obs: Tensor) -> Tensor:
+    def evaluation_policy(self, envs_per_task: int) -> Still:
+        return self
+
+    def act(self, obs: Tensor) -> Tensor:
         return torch.zeros(*obs.shape[:2], 1)
+
+    def observe(self, done: Tensor) -> None:
+        pass
 
     def trained_modules(self) -> dict[str, nn.Module]:
         return {"actor": nn.Linear(1, 1)}

@@ -25,11 +25,11 @@ class Agent:
     """Our policy behind the interface that Meta-World's evaluation asks for."""
 
     def __init__(self, learner: PPO) -> None:
-        self.learner = learner
+        self.policy = learner.evaluation_policy(1)
 
     def eval_action(self, obs: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
         batch = torch.from_numpy(obs.astype(np.float32)).unsqueeze(1)  # [T, 1, F]
-        actions: npt.NDArray[np.float32] = self.learner.act_greedily(batch).squeeze(1).numpy()
+        actions: npt.NDArray[np.float32] = self.policy.act(batch).squeeze(1).numpy()
         return actions
 
     def reset(self, env_mask: npt.NDArray[np.bool_]) -> None:

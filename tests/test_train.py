@@ -201,7 +201,7 @@ def test_nothing_quiet_is_shown_and_the_screen_names_the_results(command: Comman
     assert outcome.code == 0
     for part in ("pointmass", "ppo", "varshare_lora", "normal_left", "heavy_up_right", "run/summary.json"):
         assert part in outcome.out, outcome.out
-    assert "held for its updates" in outcome.out  # says when weights are drawn
+    assert "under the draws it acted with" in outcome.out  # says when weights are drawn
     outcome = command("train", *TINY, *TINY_ALGORITHM["ppo"], "total_transitions=160", "run_dir=other")
     assert outcome.out.strip() == "done: other/summary.json"
 
@@ -273,7 +273,8 @@ def test_nats_by_task_and_by_layer_add_up(run: Path) -> None:
     ("overrides", "words"),
     [
         (("network=shared",), "no posteriors"),
-        (("elbo.estimator=mean",), "posterior means"),
+        (("elbo.estimator=flipout", "elbo.particles=2"), "(flipout, 2 particles)"),
+        (("elbo.draw.acting=per_episode",), "acting per_episode"),
         (("network=varshare",), "(local)"),
         ((), "(weight)"),
     ],

@@ -70,11 +70,6 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
         allowed = ", ".join(ACTIVATIONS)
         raise UserError(f"unknown network.activation {architecture.activation!r}; choose {allowed}")
     posterior = config.elbo.posterior()
-    if posterior.estimator not in (None, *architecture.estimators):
-        allowed = ", ".join(("null", *architecture.estimators))
-        raise UserError(
-            f"network={architecture.name} has no elbo.estimator {posterior.estimator!r}; choose {allowed}"
-        )
 
     def make_network(in_features: int, out_features: int) -> nn.Module:
         return architecture.build(in_features, out_features, problem.num_tasks, posterior)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,8 @@ from varshare_rl.algorithms.ppo import PPOOptions
 from varshare_rl.algorithms.sac import SACOptions
 from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
 from varshare_rl.optim.elbo import ElboOptions
+from varshare_rl.optim.kl_schedules import Band, Constant, Dual, FreeBits, Ramp
+from varshare_rl.optim.priors import Adaptive, Fixed, Learned
 from varshare_rl.types import UserError
 
 
@@ -69,7 +72,7 @@ class TrainConfig:
     env: Any = MISSING
     algorithm: Any = MISSING
     network: Any = MISSING
-    elbo: ElboOptions = field(default_factory=ElboOptions)
+    elbo: ElboOptions = field(default_factory=lambda: ElboOptions(schedule=MISSING, prior=MISSING))
     total_transitions: int = 1_000_000  # all tasks together
     seed: int = 0
     device: Device = Device.auto
@@ -98,6 +101,8 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "shared": Shared,
         "independent": Independent,
     },
+    "elbo/schedule": {"constant": Constant, "ramp": Ramp, "band": Band, "dual": Dual, "free_bits": FreeBits},
+    "elbo/prior": {"fixed": Fixed, "learned": Learned, "adaptive": Adaptive},
 }
 
 
@@ -107,7 +112,7 @@ def register_schemas() -> None:
     store.store(name="train_schema", node=TrainConfig)
     for group, options in COMPONENTS.items():
         for name, node in options.items():
-            store.store(group=group, name=f"{name}_schema", node=node, package=group)
+            store.store(group=group, name=f"{name}_schema", node=node, package=group.replace("/", "."))
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -122,7 +127,9 @@ def load_config(path: Path) -> TrainConfig:
         stored: Any = OmegaConf.load(path)
         config = OmegaConf.structured(TrainConfig)
         for group, options in COMPONENTS.items():
-            config[group] = OmegaConf.structured(options[stored[group]["name"]])
+            key = group.replace("/", ".")
+            chosen = options[OmegaConf.select(stored, f"{key}.name", throw_on_missing=True)]
+            OmegaConf.update(config, key, OmegaConf.structured(chosen), merge=False)
         return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
     except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -132,6 +139,26 @@ def load_config(path: Path) -> TrainConfig:
 #: Least and most of options that some components of a group have; None: no bound, or a null is allowed.
 RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
     "network": {"rank": (1, None)},
+    "elbo": {"kl_weight": (0, None), "temperature": (0, None), "particles": (1, None)},
+    "elbo.schedule": {
+        "warmup": (0, 1),
+        "late": (0, 1),
+        "late_factor": (0, None),
+        "low": (0, None),
+        "factor": (1, None),
+        "interval": (1, None),
+        "smoothing": (0, 1),
+        "rate": (0, None),
+        "gain": (0, None),
+        "least": (0, None),
+        "free_nats": (0, None),
+    },
+    "elbo.prior": {
+        "rate": (0, None),
+        "spring": (0, None),
+        "interval": (1, None),
+        "smoothing": (0, 1),
+    },
     "algorithm": {
         "rollout_transitions_per_task": (2, None),
         "epochs": (1, None),
@@ -169,12 +196,10 @@ def check_config(config: TrainConfig) -> None:
         ("checkpoint.every", config.checkpoint.every, 0, None),
         ("log.every", config.log.every, 0, None),
         ("env.envs_per_task", config.env.envs_per_task, 1, None),
-        ("elbo.kl_weight", config.elbo.kl_weight, 0, None),
-        ("elbo.temperature", config.elbo.temperature, 0, None),
         *((f"network.hidden[{index}]", size, 1, None) for index, size in enumerate(config.network.hidden)),
     ]
     for group, ranges in RANGES.items():
-        options = getattr(config, group)
+        options = attrgetter(group)(config)
         limits += [
             (f"{group}.{name}", getattr(options, name), *bounds)
             for name, bounds in ranges.items()
@@ -189,8 +214,7 @@ def check_config(config: TrainConfig) -> None:
 
 def _check_relations(config: TrainConfig) -> None:
     """Refuse options that are possible alone but not together."""
-    if not config.elbo.prior_scale > 0:
-        raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")
+    _check_elbo(config.elbo)
     if getattr(config.network, "alpha", None) == 0:
         raise UserError("network.alpha is 0, which switches every adapter off; give a positive number or null")
     if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOOptions):
@@ -206,3 +230,29 @@ def _check_relations(config: TrainConfig) -> None:
         raise UserError(
             f"algorithm.replay_capacity_per_task is {capacity}; one step of env.envs_per_task={envs} must fit"
         )
+
+
+def _check_elbo(elbo: ElboOptions) -> None:
+    if not elbo.prior_scale > 0:
+        raise UserError(f"elbo.prior_scale is {elbo.prior_scale}; it must be positive")
+    schedule, prior = elbo.schedule, elbo.prior
+    if elbo.kl_weight == 0 and not isinstance(schedule, Constant):
+        raise UserError(
+            f"elbo.kl_weight is 0, from which elbo/schedule={schedule.name} cannot start; give a positive weight"
+        )
+    positive = [("schedule", schedule, "budget_nats"), ("schedule", schedule, "least"), ("prior", prior, "least")]
+    for part, options, name in positive:
+        if not getattr(options, name, 1.0) > 0:
+            raise UserError(f"elbo.{part}.{name} is {getattr(options, name)}; it must be positive")
+    pairs = [
+        ("schedule", schedule, "low", "high"),
+        ("schedule", schedule, "least", "most"),
+        ("prior", prior, "least", "most"),
+    ]
+    for part, options, low, high in pairs:
+        if hasattr(options, low) and not getattr(options, low) < getattr(options, high):
+            raise UserError(
+                f"elbo.{part}.{low} is {getattr(options, low)}; it must be below {high}, {getattr(options, high)}"
+            )
+    if isinstance(schedule, Ramp) and schedule.warmup + schedule.late > 1:
+        raise UserError(f"elbo.schedule.warmup + late is {schedule.warmup + schedule.late:g}; it must be at most 1")

@@ -17,7 +17,6 @@ from envs.suite import Suite
 from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import run_command
 from varshare_rl.config import TrainConfig, check_config, load_config, register_schemas
-from varshare_rl.nn.stochastic import stochastic_layers
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.files import write_atomically, write_json
@@ -118,20 +117,13 @@ def describe(config: TrainConfig, run: Run) -> None:
             "memory": ", ".join(
                 f"{name} {size / 1e6:.1f} MB" for name, size in run.algorithm.memory_bytes().items()
             ),
-            "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value})",
-            "weight draws": weight_draws(config, run),
+            "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
+            f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}",
+            "weight draws": run.algorithm.weight_draws(),
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
         },
     )
-
-
-def weight_draws(config: TrainConfig, run: Run) -> str:
-    """When and how weights are drawn, in words."""
-    if not any(any(stochastic_layers(module)) for module in run.algorithm.trained_modules().values()):
-        return "none: this network has no posteriors"
-    estimator = config.elbo.estimator or config.network.estimators[0]
-    return "none: posterior means" if estimator == "mean" else f"{run.algorithm.weight_draws} ({estimator})"
 
 
 def new_run_dir(config: TrainConfig, suite: Suite) -> Path:

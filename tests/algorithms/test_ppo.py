@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import build, collect
+from helpers import build, collect, hold_noise
 from torch import Tensor
 
 from envs.cartpole import CartPoleOptions
@@ -15,8 +15,10 @@ from envs.suite import VectorEngine
 from varshare_rl.algorithms import ppo
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn.draws import Draw
 from varshare_rl.nn.parameters import total_kl
-from varshare_rl.nn.stochastic import hold_noise, noise_state, stochastic_layers
+from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.optim.elbo import DrawOptions
 from varshare_rl.types import Transition
 
 ENVS = 4
@@ -35,10 +37,15 @@ STOCHASTIC = ("varshare_lora", "varshare")
 
 
 def make(
-    suite: str, network: str = "varshare_lora", spread: float = -2.0, **options: Any
+    suite: str,
+    network: str = "varshare_lora",
+    spread: float = -2.0,
+    acting: Draw = Draw.per_update,
+    **options: Any,
 ) -> tuple[VectorEngine, PPO]:
     """An engine and a PPO whose posteriors are wide enough for their noise to matter."""
-    _, engine, learner = build(SUITES[suite](), replace(OPTIONS, **options), NETWORKS[network]())
+    elbo = {"draw": DrawOptions(acting=acting)}
+    _, engine, learner = build(SUITES[suite](), replace(OPTIONS, **options), NETWORKS[network](), **elbo)
     assert isinstance(learner, PPO)
     with torch.no_grad():
         for name, parameter in learner.actor.named_parameters():
@@ -68,9 +75,12 @@ def log_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("network", NETWORKS)
-def test_ratio_is_one_before_the_first_step(suite: str, network: str, log_ratios: list[Tensor]) -> None:
+@pytest.mark.parametrize("acting", list(Draw))
+def test_ratio_is_one_before_the_first_step(
+    suite: str, network: str, acting: Draw, log_ratios: list[Tensor]
+) -> None:
     """With sampled weights, running observation statistics and a rollout that crosses episodes."""
-    engine, learner = make(suite, network, minibatches=1, epochs=2)
+    engine, learner = make(suite, network, acting=acting, minibatches=1, epochs=2)
     for _ in range(2):
         rollout(engine, learner)
         log_ratios.clear()
@@ -89,7 +99,7 @@ def test_ratio_would_not_be_one_if_weights_were_drawn_anew(
     """Guards the test above."""
     engine, learner = make(suite, network, minibatches=1, epochs=1)
     rollout(engine, learner)
-    hold_noise(learner.actor)
+    learner.draws.renew()
     learner.update()
     assert (log_ratios[0].exp() - 1).abs().max() > 0.01
 
@@ -99,7 +109,7 @@ def test_noise_is_held_for_a_rollout_and_changes_after_its_updates(network: str)
     engine, learner = make("box", network)
 
     def held() -> list[Tensor]:
-        return [noise for layer in noise_state(learner.actor).values() for noise in layer or []]
+        return [value.clone() for values in learner.draws.values.values() for value in values]
 
     start = held()
     assert start
@@ -113,10 +123,11 @@ def test_noise_is_held_for_a_rollout_and_changes_after_its_updates(network: str)
 def test_greedy_actions_are_those_of_the_posterior_mean() -> None:
     engine, learner = make("box")
     obs = torch.from_numpy(engine.reset())
-    greedy = learner.act_greedily(obs)
-    assert torch.equal(greedy, learner.act_greedily(obs))
+    policy = learner.evaluation_policy(obs.shape[1])
+    greedy = policy.act(obs)
+    assert torch.equal(greedy, policy.act(obs))
     hold_noise(learner.actor)
-    assert torch.equal(greedy, learner.act_greedily(obs))
+    assert torch.equal(greedy, policy.act(obs))
     assert learner.actor.training
     layers = [layer for _, layer in stochastic_layers(learner.actor)]
     x = learner.normalizer(obs)

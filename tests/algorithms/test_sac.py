@@ -217,7 +217,8 @@ def test_weights_are_drawn_anew_and_evaluation_uses_the_mean() -> None:
     obs = torch.randn(TASKS, 3, 4)
     assert {layer.noise for _, layer in stochastic_layers(learner.actor)} == {None}
     assert not torch.equal(learner.actor(obs, torch.arange(2)).mean, learner.actor(obs, torch.arange(2)).mean)
-    assert torch.equal(learner.act_greedily(obs), learner.act_greedily(obs))
+    policy = learner.evaluation_policy(3)
+    assert torch.equal(policy.act(obs), policy.act(obs))
 
 
 def test_the_divergence_weighs_on_actor_and_critics() -> None:

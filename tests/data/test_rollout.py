@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ def step(number: int) -> RolloutStep:
         terminated=torch.rand(TASKS, ENVS, generator=generator) < 0.5,
         truncated=torch.rand(TASKS, ENVS, generator=generator) < 0.5,
         next_obs=torch.randn(TASKS, ENVS, OBS, generator=generator),
+        draws=torch.randint(9, (TASKS, ENVS), generator=generator),
     )
 
 
@@ -34,6 +37,13 @@ def test_steps_lie_along_dimension_one_with_their_types() -> None:
         expected = torch.stack([vars(step(number))[name] for number in range(4)], 1)
         assert torch.equal(rollout[name], expected), name
         assert rollout[name].dtype == expected.dtype
+
+
+def test_a_policy_without_draws_stores_none() -> None:
+    rollout = Rollout(2)
+    rollout.add(replace(step(0), draws=None))
+    assert "draws" not in rollout
+    assert "obs" in rollout
 
 
 def test_full_clear_and_fill_again() -> None:

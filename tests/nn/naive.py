@@ -20,13 +20,13 @@ def weight_of(layer: nn.Module, task: int, temperature: float = 1.0) -> tuple[Te
     if isinstance(layer, VarShareLayer):
         phi = layer.mus[task]
         if noisy:
-            phi = phi + F.softplus(layer.rhos[task]) * temperature * layer.noise[0][task]
+            phi = phi + F.softplus(layer.rhos[task]) * temperature * layer.noise.values[0][task]
         return layer.theta + phi, layer.bias
     assert isinstance(layer, VarShareLoRALayer)
     a, b = layer.mus_A[task], layer.mus_B[task]
     if noisy:
-        a = a + F.softplus(layer.rhos_A[task]) * temperature * layer.noise[0][task]
-        b = b + F.softplus(layer.rhos_B[task]) * temperature * layer.noise[1][task]
+        a = a + F.softplus(layer.rhos_A[task]) * temperature * layer.noise.values[0][task]
+        b = b + F.softplus(layer.rhos_B[task]) * temperature * layer.noise.values[1][task]
     return layer.theta + layer.scale * b @ a, layer.bias
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from helpers import hold_noise
 from naive import scramble, weight_of
 from torch import Tensor, nn
 
 from varshare_rl.nn import Architecture, Independent, Posterior, Shared, VarShare, VarShareLoRA
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
-from varshare_rl.nn.stochastic import hold_noise, stochastic_layers
+from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.nn.variational import ESTIMATORS
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 
@@ -205,20 +207,19 @@ def test_one_task_is_the_same_code(name: str) -> None:
 @pytest.mark.parametrize("name", STOCHASTIC)
 def test_options_reach_the_layers(name: str) -> None:
     network = build(name, prior_scale=0.25, temperature=0.0)
-    assert [layer.prior_scale for layer in network.layers] == [0.25] * 3  # type: ignore[union-attr]
+    for layer in network.layers:  # type: ignore[union-attr]
+        torch.testing.assert_close(layer.prior_scale, torch.full((TASKS,), 0.25))
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
     assert torch.equal(network.train()(x, ids), network.eval()(x, ids))  # temperature 0: no noise
     warm = build(name).train()
     assert not torch.equal(warm(x, ids), warm(x, ids))
 
 
-@pytest.mark.parametrize(
-    ("options", "estimator"),
-    [(options, estimator) for options in (VarShareLoRA, VarShare) for estimator in (None, *options.estimators)],
-)
+@pytest.mark.parametrize("options", [VarShareLoRA, VarShare])
+@pytest.mark.parametrize("estimator", [None, *ESTIMATORS])
 def test_the_estimator_reaches_the_layers(options: type[VarShareLoRA | VarShare], estimator: str | None) -> None:
-    network = options(hidden=[7]).build(IN, OUT, TASKS, Posterior(estimator=estimator)).train()
-    own = {layer.estimator for layer in network.layers}
-    assert own == {estimator or options.estimators[0]}
+    network = options(hidden=[7]).build(IN, OUT, TASKS, Posterior(estimator=estimator, particles=2)).train()
+    own = {(layer.estimator, layer.particles) for layer in network.layers}
+    assert own == {(estimator or options.default_estimator, 2)}
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
     assert torch.equal(network(x, ids), network(x, ids)) == (estimator == "mean")

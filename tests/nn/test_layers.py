@@ -7,12 +7,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import hold_noise
 from naive import naive_layer, scramble
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from varshare_rl.nn import IndependentLayer, SharedLayer, VarShareLayer, VarShareLoRALayer
-from varshare_rl.nn.stochastic import hold_noise, release_noise
 
 TASKS, IN, OUT = 5, 7, 4
 Layer = VarShareLoRALayer | VarShareLayer | IndependentLayer | SharedLayer
@@ -255,7 +255,7 @@ def test_noise_is_fresh_in_training_and_equal_while_held(stochastic: VarShareLoR
     assert torch.equal(held, stochastic(x, ids))
     hold_noise(stochastic)
     assert (stochastic(x, ids) != held).all()
-    release_noise(stochastic)
+    stochastic.noise = None
     assert (stochastic(x, ids) != stochastic(x, ids)).all()
     stochastic.eval()
     assert torch.equal(stochastic(x, ids), stochastic(x, ids))

@@ -8,11 +8,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import hold_noise
 from naive import scramble
 from torch.distributions import Normal, kl_divergence
 
 from varshare_rl.nn import VarShareLayer, VarShareLoRALayer
-from varshare_rl.nn.stochastic import hold_noise
+from varshare_rl.nn.stochastic import WeightNoise
 
 Stochastic = VarShareLoRALayer | VarShareLayer
 LAYERS: dict[str, Callable[[float], Stochastic]] = {
@@ -29,6 +30,7 @@ def name(request: pytest.FixtureRequest) -> str:
 
 def made(name: str, prior: float = 0.8) -> Stochastic:
     layer = LAYERS[name](prior).double()
+    layer.log_prior_scale.fill_(math.log(prior))  # to the last bit
     scramble(layer)
     return layer
 
@@ -132,8 +134,8 @@ def test_held_noise_has_the_moments_of_the_posterior(name: str) -> None:
     with torch.no_grad():
         for _ in range(4_000):
             hold_noise(layer)
-            assert layer.noise is not None
-            draws.append(torch.cat([noise.flatten() for noise in layer.noise]))
+            assert isinstance(layer.noise, WeightNoise)
+            draws.append(torch.cat([noise.flatten() for noise in layer.noise.values]))
     noise = torch.stack(draws)
     assert noise.shape[1] == sum(layer.get_parameter(mus).numel() for mus, _ in FACTORS[name])
     assert noise.mean(0).abs().max() < 5 / math.sqrt(4_000)

@@ -4,9 +4,26 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from varshare_rl.ops.gaussian import gaussian_kl, normal_log_prob, posterior_kl, softplus_sigma
+from varshare_rl.ops.gaussian import (
+    normal_log_prob,
+    posterior_kl,
+    product_variance,
+    random_signs,
+    softplus_sigma,
+)
+
+
+def rho_of(sigma: float) -> float:
+    return math.log(math.expm1(sigma))
+
+
+def kl(mu: float, sigma: float, prior_scale: float) -> float:
+    """The divergence of a single weight."""
+    given = [torch.full((1, 1), value, dtype=torch.float64) for value in (mu, rho_of(sigma))]
+    return posterior_kl(*given, torch.tensor([prior_scale], dtype=torch.float64).log()).item()
 
 
 def test_sigma_by_hand() -> None:
@@ -18,27 +35,19 @@ def test_sigma_by_hand() -> None:
 
 
 def test_kl_by_hand() -> None:
-    one = torch.ones((), dtype=torch.float64)
-    # log(1 / 0.5) + (0.25 + 1) / 2 - 1/2
-    assert gaussian_kl(one, 0.5 * one, 1.0).item() == pytest.approx(math.log(2.0) + 0.125, rel=1e-12)
-    # log(2 / 0.5) + (0.25 + 1) / 8 - 1/2
-    assert gaussian_kl(one, 0.5 * one, 2.0).item() == pytest.approx(math.log(4.0) - 0.34375, rel=1e-12)
+    assert kl(1.0, 0.5, 1.0) == pytest.approx(math.log(2.0) + 0.125, rel=1e-12)  # log(1 / .5) + (.25 + 1) / 2 - 1/2
+    assert kl(1.0, 0.5, 2.0) == pytest.approx(math.log(4.0) - 0.34375, rel=1e-12)  # log(2 / .5) + 1.25 / 8 - 1/2
+    assert kl(0.0, 0.7, 0.7) == pytest.approx(0.0, abs=1e-15)
 
 
-@pytest.mark.parametrize("prior_scale", [0.1, 1.0, 3.0])
-def test_kl_equals_torch_distributions(prior_scale: float) -> None:
-    mu = torch.randn(4, 5, dtype=torch.float64)
-    sigma = torch.rand(4, 5, dtype=torch.float64) + 0.01
-    prior = Normal(torch.zeros((), dtype=torch.float64), prior_scale)
-    torch.testing.assert_close(gaussian_kl(mu, sigma, prior_scale), kl_divergence(Normal(mu, sigma), prior))
-
-
-def test_kl_is_never_negative_and_zero_only_at_the_prior() -> None:
-    mu = torch.randn(10_000, dtype=torch.float64)
-    sigma = torch.rand(10_000, dtype=torch.float64) * 3 + 1e-3
-    assert (gaussian_kl(mu, sigma, 0.7) > 0).all()
-    at_prior = gaussian_kl(torch.zeros(3, dtype=torch.float64), torch.full((3,), 0.7, dtype=torch.float64), 0.7)
-    torch.testing.assert_close(at_prior, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-15)
+def test_kl_equals_torch_distributions_task_by_task() -> None:
+    mu = torch.randn(3, 4, 5, dtype=torch.float64)
+    rho = torch.randn(3, 4, 5, dtype=torch.float64)
+    scale = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
+    prior = Normal(torch.zeros((), dtype=torch.float64), scale.view(3, 1, 1))
+    expected = kl_divergence(Normal(mu, softplus_sigma(rho)), prior).sum((1, 2))
+    torch.testing.assert_close(posterior_kl(mu, rho, scale.log()), expected)
+    assert (expected > 0).all()
 
 
 def test_kl_equals_monte_carlo() -> None:
@@ -47,7 +56,13 @@ def test_kl_equals_monte_carlo() -> None:
     samples = Normal(mu, sigma).log_prob(draws) - Normal(torch.zeros_like(mu), prior_scale).log_prob(draws)
     error = float(samples.std()) / math.sqrt(len(samples))
     assert error < 0.005
-    assert float(gaussian_kl(mu, sigma, prior_scale)) == pytest.approx(float(samples.mean()), abs=4 * error)
+    assert kl(0.3, 0.2, prior_scale) == pytest.approx(float(samples.mean()), abs=4 * error)
+
+
+def test_gradients_of_the_kl_are_written_out_right() -> None:
+    mu, rho = (torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    log_scale = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(posterior_kl, (mu, rho, log_scale))
 
 
 def test_log_prob_equals_torch_distributions() -> None:
@@ -55,9 +70,24 @@ def test_log_prob_equals_torch_distributions() -> None:
     torch.testing.assert_close(normal_log_prob(value, mean, log_std), Normal(mean, log_std.exp()).log_prob(value))
 
 
-def test_posterior_kl_is_the_sum_with_gradients_written_out() -> None:
-    mu = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    rho = torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
-    elementwise = gaussian_kl(mu, softplus_sigma(rho), 0.7).flatten(1).sum(1)
-    torch.testing.assert_close(posterior_kl(mu, rho, 0.7), elementwise)
-    assert torch.autograd.gradcheck(lambda m, r: posterior_kl(m, r, 0.7), (mu, rho))
+def test_variance_of_a_product_of_gaussian_matrices_equals_the_sum_and_monte_carlo() -> None:
+    mu_b, mu_a = torch.randn(2, 3, 2, dtype=torch.float64), torch.randn(2, 2, 4, dtype=torch.float64)
+    variance_b, variance_a = torch.rand(2, 3, 2).double(), torch.rand(2, 2, 4).double()
+
+    def entries(square_b: Tensor, square_a: Tensor) -> Tensor:
+        return square_b @ square_a
+
+    explicit = (
+        entries(variance_b, variance_a) + entries(mu_b.square(), variance_a) + entries(variance_b, mu_a.square())
+    )
+    torch.testing.assert_close(product_variance(mu_b, variance_b, mu_a, variance_a), explicit.mean((1, 2)))
+    draws = 40_000
+    b = mu_b + variance_b.sqrt() * torch.randn(draws, 2, 3, 2, dtype=torch.float64)
+    a = mu_a + variance_a.sqrt() * torch.randn(draws, 2, 2, 4, dtype=torch.float64)
+    torch.testing.assert_close((b @ a).var(0), explicit, rtol=0.1, atol=0.0)
+
+
+def test_signs_are_even() -> None:
+    signs = random_signs(torch.empty(100, 1000))
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    assert abs(float(signs.mean())) < 5 / math.sqrt(100_000)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.base import Learner
 from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
-from varshare_rl.nn.stochastic import posterior_mean
+from varshare_rl.nn.draws import PolicyDraws
+from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.optim.step import LossStep
-from varshare_rl.types import Tree
+from varshare_rl.types import Metrics, Tree
 
 
 class ActorCriticOptions(Protocol):
@@ -26,8 +27,32 @@ class ActorCriticOptions(Protocol):
     normalize_rewards: bool
 
 
+class GreedyPolicy:
+    """The mode of the policy, under the draws of ``elbo.draw.evaluation``."""
+
+    def __init__(self, agent: ActorCritic, envs_per_task: int) -> None:
+        self.agent = agent
+        mode = agent.elbo.options.draw.evaluation
+        self.draws = PolicyDraws(mode, agent.actor, agent.problem.num_tasks, envs_per_task)
+
+    @torch.no_grad()
+    def act(self, obs: Tensor) -> Tensor:
+        """``[T, E, F]`` to actions ``[T, E, ...]``."""
+        agent = self.agent
+        with self.draws.acting(obs.shape[1]):
+            action: Tensor = agent.actor(agent.normalizer(obs), agent.task_ids).mode()
+        return action
+
+    def observe(self, done: Tensor) -> None:
+        """New episodes may get new draws."""
+        self.draws.observe(done)
+
+
 class ActorCritic:
     """Actor, critic and what trains them, with their state.
+
+    Subclasses say which passes of training draw anew (``training_draws``) and what ``elbo.draw.targets`` is about
+    (``target_name``).
 
     Args:
         options: rates, clipping, discount, and what is normalised.
@@ -36,6 +61,10 @@ class ActorCritic:
         critic: the value network or networks, likewise.
         epsilon: Adam's epsilon.
     """
+
+    training_draws: ClassVar[str]
+    target_name: ClassVar[str]
+    replays_draws: ClassVar[bool]  # whether updates of the actor need the draws that it acted with
 
     def __init__(
         self,
@@ -57,14 +86,35 @@ class ActorCritic:
         self.reward_normalizer = RewardNormalizer(
             problem.num_tasks, options.discount, options.normalize_rewards
         ).to(problem.device)
+        self.draws = PolicyDraws(
+            self.elbo.options.draw.acting, actor, problem.num_tasks, problem.envs_per_task, self.replays_draws
+        )
         self.updates = 0
 
-    @torch.no_grad()
-    def act_greedily(self, obs: Tensor) -> Tensor:
-        """The mode of the policy on the posterior mean."""
-        with posterior_mean(self.actor):
-            action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
-        return action
+    def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
+        """The mode of the policy."""
+        return GreedyPolicy(self, envs_per_task)
+
+    def weight_draws(self) -> str:
+        """With which weights it acts, learns and is evaluated."""
+        layer = next((layer for layer in self.actor.modules() if isinstance(layer, VariationalLayer)), None)
+        if layer is None:
+            return "none: this network has no posteriors"
+        draw = self.elbo.options.draw
+        drawn = layer.particles > 1 and layer.estimator in ("weight", "flipout")
+        estimator = f"{layer.estimator}, {layer.particles} particles" if drawn else layer.estimator
+        return (
+            f"acting {draw.acting.value}; training {self.training_draws} ({estimator}); "
+            f"{self.target_name} {draw.targets.value}; evaluation {draw.evaluation.value}"
+        )
+
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
+        self.elbo.advance(fraction)
+
+    def metrics(self) -> Metrics:
+        """State of the controllers of the ELBO."""
+        return self.elbo.metrics(self.trained_modules())
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and critic."""
@@ -96,6 +146,8 @@ class ActorCritic:
             "reward_normalizer": self.reward_normalizer.state_dict(),
             "actor_optimizer": self.actor_step.optimizer.state_dict(),
             "critic_optimizer": self.critic_step.optimizer.state_dict(),
+            "elbo": self.elbo.state(),
+            "draws": self.draws.state(),
             "updates": self.updates,
         }
 
@@ -106,4 +158,6 @@ class ActorCritic:
         self.reward_normalizer.load_state_dict(state["reward_normalizer"])
         self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
+        self.elbo.load_state(state["elbo"])
+        self.draws.load_state(state["draws"])
         self.updates = state["updates"]

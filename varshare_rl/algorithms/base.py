@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.optim.elbo import Elbo
-from varshare_rl.types import Scalars, Transition, Tree
+from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
 #: Builds a task network from its input and output size.
 NetworkFactory = Callable[[int, int], nn.Module]
@@ -35,11 +35,20 @@ class Problem:
         return torch.arange(self.num_tasks)
 
 
+class EvaluationPolicy(Protocol):
+    """Acts without exploring, in as many environments per task as it was made for."""
+
+    def act(self, obs: Tensor) -> Tensor:
+        """Deterministic actions for ``obs [T, E, F]``, under the weights that evaluation uses."""
+
+    def observe(self, done: Tensor) -> None:
+        """Take note of the episodes that have ended, ``[T, E]``."""
+
+
 class Algorithm(Protocol):
     """Acts, takes in transitions, and updates when it is ready. The loop knows no more than this."""
 
     updates: int  # gradient updates so far
-    weight_draws: str  # when weights are drawn while acting, in words for the log
 
     def act(self, obs: Tensor) -> Tensor:
         """Exploratory actions for ``obs [T, E, F]``: ``[T, E, A]``, or ``[T, E]`` int64.
@@ -50,14 +59,23 @@ class Algorithm(Protocol):
     def observe(self, transition: Transition) -> None:
         """Take in the outcome of all that was acted since the last call, ``[T, E, ...]``."""
 
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
+
     def ready(self) -> bool:
         """Whether an update is due."""
 
     def update(self) -> Scalars:
         """One update (for PPO: all epochs on one rollout); returns scalars to log."""
 
-    def act_greedily(self, obs: Tensor) -> Tensor:
-        """Deterministic actions on the posterior mean, for evaluation; same shapes as :meth:`act`."""
+    def evaluation_policy(self, envs_per_task: int) -> EvaluationPolicy:
+        """What is evaluated, for so many environments of every task."""
+
+    def weight_draws(self) -> str:
+        """With which weights it acts, learns and is evaluated, in words for the log."""
+
+    def metrics(self) -> Metrics:
+        """State of what controls the training, for the log."""
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """The networks that are trained, by name."""
@@ -66,7 +84,7 @@ class Algorithm(Protocol):
         """Predicted bytes of what training holds, by what it is for."""
 
     def policy_state(self) -> Tree:
-        """What :meth:`act_greedily` needs."""
+        """What :meth:`evaluation_policy` needs."""
 
     def load_policy_state(self, state: Tree) -> None:
         """Put back what :meth:`policy_state` gave."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +13,10 @@ from varshare_rl.algorithms.base import Learner, build_actor
 from varshare_rl.data.rollout import Rollout, RolloutStep
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import ValueNetwork
-from varshare_rl.nn.stochastic import hold_noise, load_noise_state, noise_state, posterior_mean
+from varshare_rl.nn.stochastic import posterior_mean, theta_only
 from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss, squared_error
 from varshare_rl.ops.returns import gae
+from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.types import Scalars, Transition, Tree
 
 
@@ -44,15 +46,17 @@ class PPOOptions:
 class PPO(ActorCritic):
     """PPO on ``[T, S, E]`` rollouts.
 
-    The actor's weight noise is held for a rollout and its updates, so the ratio is 1 before the first step.
-    The critic draws fresh noise at each pass; advantages use its posterior mean.
+    The actor's updates replay the draws of weights that it acted with, so the ratio is 1 before the first step.
+    The critic draws anew at each pass.
 
     Args:
         options: see :class:`PPOOptions`.
         learner: the problem, the network factory and the ELBO.
     """
 
-    weight_draws = "actor: one draw per rollout, held for its updates; critic: anew at every pass; advantages: mean"
+    training_draws = "the actor under the draws it acted with, the critic anew at every pass"
+    target_name = "advantages"
+    replays_draws = True
 
     def __init__(self, options: PPOOptions, learner: Learner) -> None:
         problem = learner.problem
@@ -63,13 +67,13 @@ class PPO(ActorCritic):
         self.options = options
         self.rollout = Rollout(-(-options.rollout_transitions_per_task // problem.envs_per_task))
         self._acted: list[tuple[Tensor, Sample]] = []
-        hold_noise(self.actor)
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """Sample actions with the rollout's weights."""
+        """Sample actions under the draws of ``elbo.draw.acting``."""
         obs = self.normalizer(obs)
-        sample: Sample = self.actor(obs, self.task_ids).sample()
+        with self.draws.acting(obs.shape[1]):
+            sample: Sample = self.actor(obs, self.task_ids).sample()
         self._acted.append((obs, sample))
         return sample.action
 
@@ -82,7 +86,8 @@ class PPO(ActorCritic):
         raw = torch.cat([sample.raw for _, sample in self._acted], dim=1)
         log_prob = torch.cat([sample.log_prob for _, sample in self._acted], dim=1)
         self._acted.clear()
-        self.reward_normalizer.update(transition.reward, transition.terminated | transition.truncated)
+        done = transition.terminated | transition.truncated
+        self.reward_normalizer.update(transition.reward, done)
         self.rollout.add(
             RolloutStep(
                 obs,
@@ -92,6 +97,7 @@ class PPO(ActorCritic):
                 transition.terminated,
                 transition.truncated,
                 self.normalizer(transition.next_obs),
+                self.draws.observe(done),
             )
         )
         self.normalizer.update(transition.obs)
@@ -101,11 +107,11 @@ class PPO(ActorCritic):
         return self.rollout.full
 
     def update(self) -> Scalars:
-        """All epochs on the rollout, then a new draw of the actor's weights."""
+        """All epochs on the rollout, then new draws of the actor's weights."""
         data, explained_variance = self._training_data()
         minibatches = self._update_epochs(data)
         self.rollout.clear()
-        hold_noise(self.actor)
+        self.draws.renew()
         metrics: Scalars = {
             f"loss/{name}": torch.stack([minibatch[name] for minibatch in minibatches]).mean()
             for name in minibatches[0]
@@ -118,7 +124,8 @@ class PPO(ActorCritic):
     def _training_data(self) -> tuple[dict[str, Tensor], Tensor]:
         """The rollout as ``[T, S * E, ...]`` with advantages and value targets; the explained variance."""
         rollout = self.rollout
-        with posterior_mean(self.critic):
+        mean = self.elbo.options.draw.targets is TargetDraw.mean
+        with posterior_mean(self.critic) if mean else nullcontext():
             value, next_value = (
                 self.critic(rollout[name].flatten(1, 2), self.task_ids).view_as(rollout["reward"])
                 for name in ("obs", "next_obs")
@@ -129,6 +136,8 @@ class PPO(ActorCritic):
         )  # fmt: skip
         target = advantage + value
         data = {name: rollout[name].flatten(1, 2) for name in ("obs", "raw_action", "log_prob")}
+        if "draws" in rollout:
+            data["draws"] = rollout["draws"].flatten(1, 2)
         data["advantage"] = normalize_per_task(advantage).flatten(1, 2)
         data["target"] = target.flatten(1, 2)
         unexplained = advantage.flatten(1).var(1) / target.flatten(1).var(1).clamp_min(1e-8)
@@ -152,7 +161,8 @@ class PPO(ActorCritic):
 
     def _update_minibatch(self, batch: dict[str, Tensor], transitions: int) -> dict[str, Tensor]:
         """One step of actor and critic on a minibatch ``[T, M]``; ``transitions`` is the ELBO's ``n_i``."""
-        distribution = self.actor(batch["obs"], self.task_ids)
+        with self.draws.replaying(batch.get("draws")):
+            distribution = self.actor(batch["obs"], self.task_ids)
         log_prob = distribution.log_prob(batch["raw_action"])
         policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], self.options.clip)
         entropy = distribution.entropy().mean(-1)
@@ -161,6 +171,7 @@ class PPO(ActorCritic):
 
         value_loss = squared_error(self.critic(batch["obs"], self.task_ids), batch["target"])
         critic_norm = self.critic_step(value_loss + self.elbo.penalty(self.critic, transitions))
+        self.elbo.step(self.trained_modules(), lambda: self._loss_gap(batch, value_loss))
         self.updates += 1
         return {
             "policy": policy.loss.detach().mean(),
@@ -172,25 +183,28 @@ class PPO(ActorCritic):
             "critic_grad_norm": critic_norm,
         }
 
+    @torch.no_grad()
+    def _loss_gap(self, batch: dict[str, Tensor], value_loss: Tensor) -> Tensor:
+        """Value loss with theta alone minus the value loss, ``[T]``."""
+        with theta_only(self.critic):
+            alone = squared_error(self.critic(batch["obs"], self.task_ids), batch["target"])
+        return alone - value_loss.detach()
+
     def memory_bytes(self) -> dict[str, int]:
-        """Networks with gradients and optimiser, rollout (two observations, action, two floats, two flags)."""
+        """Networks with gradients and optimiser, rollout (two observations, action, two floats, two flags, draws)."""
         problem = self.problem
         row = 4 * (2 * problem.obs_size + 2) + (8 if problem.discrete else 4 * problem.action_size) + 2
+        row += self.draws.bytes_per_step()
         return {
             "networks": self.trained_bytes(),
             "rollout": problem.num_tasks * self.rollout.vector_steps * problem.envs_per_task * row,
         }
 
     def state(self) -> Tree:
-        """Networks, optimisers, normalisers, held noise, the unfinished rollout and counters."""
-        return {
-            **super().state(),
-            "actor_noise": noise_state(self.actor),
-            "rollout": self.rollout.state(),
-        }
+        """Networks, optimisers, normalisers, held draws, the unfinished rollout and counters."""
+        return {**super().state(), "rollout": self.rollout.state()}
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
         super().load_state(state)
-        load_noise_state(self.actor, state["actor_noise"])
         self.rollout.load_state(state["rollout"], self.problem.device)

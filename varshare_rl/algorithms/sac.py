@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,10 @@ from varshare_rl.data.replay import Replay, ReplayBatch
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen
+from varshare_rl.nn.stochastic import theta_only
 from varshare_rl.ops.losses import squared_error
 from varshare_rl.ops.returns import td_target
+from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Scalars, Transition, Tree, UserError
 
@@ -41,10 +44,19 @@ class SACOptions:
     normalize_rewards: bool = False
 
 
+class CriticStep(NamedTuple):
+    """What a step of the critics was about."""
+
+    losses: Tensor  # [T]
+    target: Tensor  # [T, B]
+    value: Tensor  # mean of both critics
+    grad_norm: Tensor
+
+
 class SAC(ActorCritic):
     """SAC with twin critics and an entropy coefficient per task.
 
-    Weights are drawn anew at each pass, acting included; target critics use their posterior means.
+    Training passes draw weights anew.
 
     Args:
         options: see :class:`SACOptions`.
@@ -54,7 +66,9 @@ class SAC(ActorCritic):
         UserError: the actions are discrete.
     """
 
-    weight_draws = "actor and critics: anew at every pass; target critics: mean"
+    training_draws = "anew at every pass"
+    target_name = "target critics"
+    replays_draws = False
 
     def __init__(self, options: SACOptions, learner: Learner) -> None:
         problem = learner.problem
@@ -65,7 +79,8 @@ class SAC(ActorCritic):
         critic = TwinQ(lambda: learner.make_network(input_size, 1)).to(problem.device)
         super().__init__(options, learner, actor, critic)
         self.options = options
-        self.target_critic = deepcopy(self.critic).requires_grad_(False).eval()
+        self.target_critic = deepcopy(self.critic).requires_grad_(False)
+        self.target_critic.train(learner.elbo.options.draw.targets is TargetDraw.sample)
         log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
         self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
         dimensions = problem.action_mask.to(problem.device).sum(1).float()
@@ -85,7 +100,8 @@ class SAC(ActorCritic):
             shape = (*obs.shape[:2], self.problem.action_size)
             uniform = torch.rand(shape, device=obs.device) * 2.0 - 1.0
             return uniform * self.problem.action_mask.to(obs.device).unsqueeze(1)
-        sample: Sample = self.actor(self.normalizer(obs), self.task_ids).sample()
+        with self.draws.acting(obs.shape[1]):
+            sample: Sample = self.actor(self.normalizer(obs), self.task_ids).sample()
         return sample.action
 
     @torch.no_grad()
@@ -93,7 +109,9 @@ class SAC(ActorCritic):
         """Store the step as it is; normalisation happens when a batch is drawn."""
         self.replay.add(transition)
         self.normalizer.update(transition.obs)
-        self.reward_normalizer.update(transition.reward, transition.terminated | transition.truncated)
+        done = transition.terminated | transition.truncated
+        self.reward_normalizer.update(transition.reward, done)
+        self.draws.observe(done)
         self.transitions_per_task += transition.reward.shape[1]
         if self.transitions_per_task >= self.options.start_transitions_per_task:
             self.updates_due += self.options.updates_per_transition_per_task * transition.reward.shape[1]
@@ -106,23 +124,25 @@ class SAC(ActorCritic):
         """One step of critics, actor, entropy coefficients and targets."""
         batch = self._normalized(self.replay.sample(self.options.batch_per_task))
         transitions = len(self.replay)
-        critic_loss, value, critic_norm = self._update_critic(batch, transitions)
+        critic = self._update_critic(batch, transitions)
         actor_loss, log_prob, actor_norm = self._update_actor(batch, transitions)
         self.entropy_step(-self.log_alpha * (log_prob + self.target_entropy))
         with torch.no_grad():
             targets: list[Tensor] = list(self.target_critic.parameters())
             sources: list[Tensor] = list(self.critic.parameters())
             torch._foreach_lerp_(targets, sources, self.options.target_rate)
+        self.elbo.step(self.trained_modules(), lambda: self._loss_gap(batch, critic))
+        self.draws.renew()
         self.updates += 1
         self.updates_due -= 1.0
         return {
-            "loss/critic": critic_loss,
+            "loss/critic": critic.losses.mean(),
             "loss/actor": actor_loss,
-            "loss/value": value,
+            "loss/value": critic.value,
             "loss/entropy": -log_prob.mean(),
             "loss/entropy_coefficient": self.log_alpha.detach().exp().mean(),
             "loss/actor_grad_norm": actor_norm,
-            "loss/critic_grad_norm": critic_norm,
+            "loss/critic_grad_norm": critic.grad_norm,
         }
 
     @torch.no_grad()
@@ -135,17 +155,28 @@ class SAC(ActorCritic):
             self.normalizer(batch.next_obs),
         )
 
-    def _update_critic(self, batch: ReplayBatch, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _update_critic(self, batch: ReplayBatch, transitions: int) -> CriticStep:
         alpha = self.log_alpha.detach().exp().unsqueeze(1)  # [T, 1]
         with torch.no_grad():
             following = self.actor(batch.next_obs, self.task_ids).sample()
             next_q = self.target_critic(batch.next_obs, following.action, self.task_ids).amin(0)
             next_value = next_q - alpha * following.log_prob
             target = td_target(batch.reward, next_value, batch.terminated, self.options.discount)
-        q = self.critic(batch.obs, batch.action, self.task_ids)  # [2, T, B]
-        losses = squared_error(q[0], target) + squared_error(q[1], target)
+        losses, value = self._critic_losses(batch, target)
         norm = self.critic_step(losses + self.elbo.penalty(self.critic, transitions))
-        return losses.detach().mean(), q.detach().mean(), norm
+        return CriticStep(losses.detach(), target, value, norm)
+
+    def _critic_losses(self, batch: ReplayBatch, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Squared errors of both critics together, ``[T]``, and the mean value."""
+        q = self.critic(batch.obs, batch.action, self.task_ids)  # [2, T, B]
+        return squared_error(q[0], target) + squared_error(q[1], target), q.detach().mean()
+
+    @torch.no_grad()
+    def _loss_gap(self, batch: ReplayBatch, critic: CriticStep) -> Tensor:
+        """Critic loss with theta alone minus the critic loss, ``[T]``."""
+        with theta_only(self.critic):
+            alone, _ = self._critic_losses(batch, critic.target)
+        return alone - critic.losses
 
     def _update_actor(self, batch: ReplayBatch, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, the log-probability per task ``[T]`` and the gradient norm."""

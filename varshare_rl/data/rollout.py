@@ -21,6 +21,7 @@ class RolloutStep:
     terminated: Tensor  # [T, E] bool
     truncated: Tensor  # [T, E] bool
     next_obs: Tensor  # [T, E, F]
+    draws: Tensor | None = None  # what it takes to replay the policy's draws of weights, [T, E, ...]
 
 
 class Rollout:
@@ -34,6 +35,8 @@ class Rollout:
     def add(self, step: RolloutStep) -> None:
         """Append one vector step."""
         for name, value in vars(step).items():
+            if value is None:
+                continue
             if name not in self.fields:
                 shape = (value.shape[0], self.vector_steps, *value.shape[1:])
                 self.fields[name] = torch.zeros(shape, dtype=value.dtype, device=value.device)
@@ -48,6 +51,10 @@ class Rollout:
     def __getitem__(self, name: str) -> Tensor:
         """A field of :class:`RolloutStep` over the whole rollout, ``[T, S, E, ...]``."""
         return self.fields[name]
+
+    def __contains__(self, name: str) -> bool:
+        """Whether the steps have this field."""
+        return name in self.fields
 
     def clear(self) -> None:
         """Start over; memory is kept."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,6 @@ def check_positive(**sizes: float) -> None:
     for name, size in sizes.items():
         if size <= 0:
             raise ValueError(f"{name} is {size}; it must be positive")
-
-
-def check_estimator(estimator: str, known: Iterable[str]) -> None:
-    """Raise ValueError unless ``estimator`` is one of the ``known``."""
-    if estimator not in known:
-        raise ValueError(f"unknown estimator {estimator!r}; there are {', '.join(known)}")
 
 
 def linear_parameters(
@@ -48,8 +42,8 @@ def stack_tasks(module: nn.Module, fresh: Mapping[str, Tensor]) -> None:
             setattr(module, name, nn.Parameter(torch.cat([old, rows]), requires_grad=old.requires_grad))
 
 
-def unstack_tasks(module: nn.Module, names: Sequence[str], task_ids: Sequence[int], num_tasks: int) -> None:
-    """Drop the rows ``task_ids`` of the stacked parameters ``names``.
+def unstack_tasks(module: nn.Module, names: Sequence[str], task_ids: Sequence[int], num_tasks: int) -> Tensor:
+    """Drop the rows ``task_ids`` of the stacked parameters ``names``; returns the ids that are kept.
 
     Raises:
         IndexError: an id is not one of the tasks.
@@ -66,3 +60,4 @@ def unstack_tasks(module: nn.Module, names: Sequence[str], task_ids: Sequence[in
             old = module.get_parameter(name)
             rows = old.index_select(0, keep.to(old.device))
             setattr(module, name, nn.Parameter(rows, requires_grad=old.requires_grad))
+    return keep

@@ -15,14 +15,15 @@ class Posterior:
     prior_scale: float = 1.0
     estimator: str | None = None  # None: the architecture's own
     temperature: float = 1.0
+    particles: int = 1  # draws per task and training pass
 
 
 @dataclass
 class ArchitectureOptions:
     """Options of every architecture: sizes of the hidden layers, their activation, LayerNorm before it."""
 
-    #: Ways to draw the weights, the architecture's own first; none without a posterior.
-    estimators: ClassVar[tuple[str, ...]] = ()
+    #: How training draws the weights unless told otherwise; None without a posterior.
+    default_estimator: ClassVar[str | None] = None
     name: str = "???"
     hidden: list[int] = field(default_factory=lambda: [64, 64])
     activation: str = "tanh"
@@ -32,7 +33,7 @@ class ArchitectureOptions:
 class Architecture(Protocol):
     """Builds networks ``network(x [T, B, F], task_ids [T]) -> [T, B, G]`` for a number of tasks."""
 
-    estimators: ClassVar[tuple[str, ...]]
+    default_estimator: ClassVar[str | None]
     name: str
     hidden: list[int]
     activation: str

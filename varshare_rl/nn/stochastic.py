@@ -1,29 +1,75 @@
-"""Noise of the stochastic layers: fresh at each forward pass, or held until released.
+"""Noise of the stochastic layers: what may be held over several passes, and how it is set.
 
 PPO needs the ratio of new to old policy to be 1 before its first step, so the noise a rollout was
-collected with must be the noise of the updates on it. Everything else may draw anew at each call.
+collected with must be the noise of the updates on it. Everything else may draw anew at each pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 
+@dataclass(frozen=True)
+class WeightNoise:
+    """Standard normal draws in weight space for one layer.
+
+    Attributes:
+        values: for every factor ``[J, ...]``, draw by draw.
+        index: which draw each row of a batch ``[T, B]`` uses; None when draw ``j`` is that of task ``j``.
+        tasks: ``[J]``, the task of each draw; None together with ``index``.
+    """
+
+    values: tuple[Tensor, ...]
+    index: Tensor | None = None
+    tasks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowNoise:
+    """Standard normal draws in output space for one layer, one for every row: each ``[T, B, size]``."""
+
+    values: tuple[Tensor, ...]
+
+
+Noise = WeightNoise | RowNoise
+
+
 @runtime_checkable
-class StochasticLayer(Protocol):
-    """A layer with a posterior over weights per task."""
-
-    noise: tuple[Tensor, ...] | None  # standard normal draws in weight space, when held
-
-    def draw_noise(self) -> tuple[Tensor, ...]:
-        """Fresh standard normal noise for one draw of every task's weights."""
+class PenalizedLayer(Protocol):
+    """A layer whose weights per task cost something."""
 
     def kl(self) -> Tensor:
-        """Divergence of each task's posterior from the prior, ``[T]`` nats."""
+        """What each task's weights cost, ``[T]`` nats."""
+
+
+@runtime_checkable
+class StochasticLayer(PenalizedLayer, Protocol):
+    """A layer with a posterior over weights per task; ``kl`` is its divergence from the prior."""
+
+    noise: Noise | None  # what training passes use, when held
+    theta_only: bool  # leave the residuals out
+    log_prior_scale: Tensor  # [T]
+
+    def draw_noise(self, count: int) -> tuple[Tensor, ...]:
+        """Fresh noise for ``count`` draws of one task's weights."""
+
+    def row_noise_sizes(self) -> tuple[int, ...]:
+        """Widths of the noise of one row, when every row has a draw of its own."""
+
+    def second_moment(self) -> Tensor:
+        """Mean of ``mu^2 + sigma^2`` over one task's Gaussian weights, ``[T]``."""
+
+
+def penalized_layers(module: nn.Module) -> Iterator[tuple[str, PenalizedLayer]]:
+    """All layers inside ``module`` whose weights per task cost something, with their dotted names, in order."""
+    for name, child in module.named_modules():
+        if isinstance(child, PenalizedLayer):
+            yield name, child
 
 
 def stochastic_layers(module: nn.Module) -> Iterator[tuple[str, StochasticLayer]]:
@@ -33,30 +79,31 @@ def stochastic_layers(module: nn.Module) -> Iterator[tuple[str, StochasticLayer]
             yield name, child
 
 
-def hold_noise(module: nn.Module) -> None:
-    """Draw the noise of every stochastic layer once and use it until it is held anew or released."""
-    for _, layer in stochastic_layers(module):
-        layer.noise = layer.draw_noise()
+@contextmanager
+def holding(module: nn.Module, noise: Mapping[str, Noise]) -> Iterator[None]:
+    """Inside, training passes use the given noise, by layer name; afterwards what they used before."""
+    layers = dict(stochastic_layers(module))
+    before = {name: layer.noise for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.noise = noise[name]
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.noise = before[name]
 
 
-def release_noise(module: nn.Module) -> None:
-    """Go back to fresh noise at each forward pass."""
-    for _, layer in stochastic_layers(module):
-        layer.noise = None
-
-
-def noise_state(module: nn.Module) -> dict[str, list[Tensor] | None]:
-    """Held noise by layer name, for a checkpoint."""
-    return {name: None if layer.noise is None else list(layer.noise) for name, layer in stochastic_layers(module)}
-
-
-def load_noise_state(module: nn.Module, state: dict[str, list[Tensor] | None]) -> None:
-    """Put back what :func:`noise_state` gave."""
-    for name, layer in stochastic_layers(module):
-        held = state[name]
-        assert isinstance(layer, nn.Module)
-        device = next(layer.parameters()).device
-        layer.noise = None if held is None else tuple(noise.to(device) for noise in held)
+@contextmanager
+def theta_only(module: nn.Module) -> Iterator[None]:
+    """Inside, the stochastic layers of ``module`` apply their shared weights alone."""
+    layers = [layer for _, layer in stochastic_layers(module)]
+    for layer in layers:
+        layer.theta_only = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.theta_only = False
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 #: One id for everything, ids ``[T]`` for task-major ``[T, B, F]``, or ids ``[N]`` for flat ``[N, F]``.
 TaskIds = int | Tensor
@@ -36,6 +37,25 @@ class TaskRows:
         if self.ids is None:
             return stacked
         return stacked.index_select(0, self.ids.to(stacked.device, non_blocking=True))
+
+    def split(self, parts: int) -> TaskRows:
+        """Deal the rows of each task into up to ``parts`` blocks of one size, the last padded with zeros.
+
+        ``x`` becomes ``[K * parts, ceil(B / parts), F]``; :meth:`merge` undoes it for the outputs.
+        """
+        tasks, batch, size = self.x.shape
+        if min(parts, batch) <= 1:
+            return self
+        each = -(-batch // parts)
+        blocks = -(-batch // each)
+        x = self.x if blocks * each == batch else pad(self.x, (0, 0, 0, blocks * each - batch))
+        ids = all_tasks(tasks) if self.ids is None else self.ids
+        return TaskRows(x.reshape(tasks * blocks, each, size), ids.repeat_interleave(blocks), self.shape)
+
+    def merge(self, y: Tensor) -> Tensor:
+        """Outputs ``[K * parts, ceil(B / parts), G]`` of the blocks of :meth:`split` as ``[K, B, G]``."""
+        tasks, batch = self.x.shape[:2]
+        return y if y.shape[:2] == (tasks, batch) else y.reshape(tasks, -1, y.shape[-1])[:, :batch]
 
     def restore(self, y: Tensor) -> Tensor:
         """Bring an output ``[K, B, G]`` back to the layout the caller used."""
@@ -76,7 +96,7 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int) -> TaskRows:
         _check(ids, num_tasks)
         return TaskRows(x, ids, x.shape)
     _check(ids, num_tasks)
-    return _group(x, ids)
+    return group_rows(x, ids)
 
 
 def _check(ids: Tensor, num_tasks: int) -> None:
@@ -86,13 +106,13 @@ def _check(ids: Tensor, num_tasks: int) -> None:
         raise IndexError(f"unknown task id {given}: this network has {num_tasks} tasks (0 to {num_tasks - 1})")
 
 
-def _group(x: Tensor, ids: Tensor) -> TaskRows:
-    """Sort the rows of a flat batch by task into ``[K, B_max, F]``, padded with zeros."""
+def group_rows(x: Tensor, ids: Tensor) -> TaskRows:
+    """Sort the rows of a flat batch ``[N, F]`` by id into ``[K, B_max, F]``, padded with zeros."""
     tasks, block, counts = torch.unique(ids, return_inverse=True, return_counts=True)
     order = torch.argsort(block, stable=True)
     starts = counts.cumsum(0) - counts
     place = torch.empty_like(order)
-    place[order] = torch.arange(len(order)) - starts[block[order]]
+    place[order] = torch.arange(len(order), device=ids.device) - starts[block[order]]
     positions = (block.to(x.device), place.to(x.device))
     most = int(counts.max()) if len(counts) else 0
     padded = x.new_zeros(len(tasks), most, x.shape[-1]).index_put(positions, x)

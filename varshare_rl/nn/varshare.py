@@ -2,50 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.initial import (
-    INITIAL_RHO,
-    check_estimator,
-    check_positive,
-    linear_parameters,
-    stack_tasks,
-    unstack_tasks,
-)
+from varshare_rl.nn.initial import INITIAL_RHO, linear_parameters
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
-from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
-from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
+from varshare_rl.nn.variational import VariationalLayer
+from varshare_rl.ops.gaussian import random_signs
 from varshare_rl.ops.linear import linear
 
 
-class VarShareLayer(nn.Module):
+class VarShareLayer(VariationalLayer):
     """Linear layer whose weight for task ``i`` is ``W_i = theta + phi_i``, ``phi_i ~ N(mus[i], sigma[i]^2)``.
 
-    In training mode outputs are drawn by local reparameterisation (Kingma, Salimans and Welling 2015), a fresh
-    weight for every example, unless another ``estimator`` is chosen:
-    ``y ~ N(x (theta + mu)^T, (x^2)(sigma^2)^T)``. While noise is held (see :mod:`varshare_rl.nn.stochastic`) the
-    weights themselves are drawn, once per task. In eval mode the means are used.
+    ``sigma = softplus(rho) * temperature``. The ``local`` estimator draws
+    ``y ~ N(x (theta + mu)^T, (x^2)(sigma^2)^T)``.
 
     Args:
         in_features: size of the input, ``F``.
         out_features: size of the output, ``G``.
         num_tasks: number of tasks, ``T``.
-        prior_scale: standard deviation of the zero-mean Gaussian prior of every residual entry.
+        prior_scale: standard deviation of the zero-mean Gaussian prior of every residual entry, at the start.
         bias: whether there is a shared bias.
-        estimator: how training passes draw the weights, a key of :data:`ESTIMATORS`.
+        estimator: how training passes draw the weights, see :class:`VariationalLayer`.
+        particles: draws per task and pass.
 
     Attributes:
-        theta: ``[G, F]``; bias: ``[G]`` or None; mus, rhos: ``[T, G, F]``; prior_scale.
+        theta: ``[G, F]``; bias: ``[G]`` or None; mus, rhos: ``[T, G, F]``; log_prior_scale: ``[T]``.
     """
 
+    factors = (("mus", "rhos"),)
     per_task_parameters = ("mus", "rhos")
     spread_parameters = ("rhos",)
+    mus: nn.Parameter
+    rhos: nn.Parameter
 
     def __init__(
         self,
@@ -55,107 +50,52 @@ class VarShareLayer(nn.Module):
         prior_scale: float = 1.0,
         bias: bool = True,
         estimator: str = "local",
+        particles: int = 1,
     ) -> None:
-        super().__init__()
-        check_positive(
-            in_features=in_features, out_features=out_features, num_tasks=num_tasks, prior_scale=prior_scale
-        )
-        check_estimator(estimator, ESTIMATORS)
-        self.in_features, self.out_features = in_features, out_features
-        self.prior_scale = prior_scale
-        self.estimator = estimator
-        self.noise: tuple[Tensor, ...] | None = None
+        super().__init__(in_features, out_features, num_tasks, prior_scale, estimator, particles)
         self.theta, self.bias = linear_parameters(in_features, out_features, bias)
-        self.mus, self.rhos = (nn.Parameter(fresh) for fresh in self._fresh_residual(num_tasks))
+        for name, value in self.fresh_factors(num_tasks).items():
+            self.register_parameter(name, nn.Parameter(value))
 
-    @property
-    def num_tasks(self) -> int:
-        """Number of tasks, ``T``."""
-        return self.mus.shape[0]
+    def shared_output(self, x: Tensor) -> Tensor:
+        return linear(x, self.theta, self.bias)
 
-    def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
-        """Apply each row's own task's weights; layouts and errors as in ``VarShareLoRALayer.forward``."""
-        rows = task_rows(x, task_id, self.num_tasks)
-        estimate = ESTIMATORS[self.estimator] if self.training and temperature > 0 else mean_estimate
-        return rows.restore(estimate(self, rows, temperature))
+    def output(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+        return torch.baddbmm(self.shared_output(x), x, factors[0].transpose(1, 2))
 
-    def kl(self) -> Tensor:
-        """``KL(q(phi_i) || p)`` in nats, per task, ``[T]``. Temperature does not enter."""
-        return posterior_kl(self.mus, self.rhos, self.prior_scale)
+    def local_output(
+        self, x: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor], noise: Sequence[Tensor]
+    ) -> Tensor:
+        spread = torch.bmm(x.square(), variances[0].transpose(1, 2)).clamp_min(1e-16).sqrt()
+        return torch.addcmul(self.output(x, means), spread, noise[0])
 
-    def draw_noise(self) -> tuple[Tensor]:
-        """Standard normal noise for the residual, ``[T, G, F]``."""
-        return (torch.randn_like(self.mus),)
+    def flipout_output(self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+        perturbed = torch.bmm(x * random_signs(x), deltas[0].transpose(1, 2))
+        return torch.addcmul(self.output(x, means), perturbed, random_signs(perturbed))
 
-    def add_tasks(self, count: int = 1) -> range:
-        """Append ``count`` fresh tasks and return their ids. Parameters are replaced by larger ones."""
-        first = self.num_tasks
-        stack_tasks(self, dict(zip(self.per_task_parameters, self._fresh_residual(count), strict=True)))
-        self.noise = None
-        return range(first, self.num_tasks)
+    def row_noise_sizes(self) -> tuple[int]:
+        return (self.out_features,)
 
-    def remove_tasks(self, task_ids: list[int]) -> None:
-        """Drop tasks; those behind them move up. Parameters are replaced."""
-        unstack_tasks(self, self.per_task_parameters, task_ids, self.num_tasks)
-        self.noise = None
-
-    def _fresh_residual(self, num_tasks: int) -> tuple[Tensor, Tensor]:
+    def fresh_factors(self, num_tasks: int) -> dict[str, Tensor]:
         mus = self.theta.new_zeros(num_tasks, self.out_features, self.in_features)
-        return mus, torch.full_like(mus, INITIAL_RHO)
-
-    def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}, "
-            f"prior_scale={self.prior_scale:g}"
-        )
-
-
-def mean_estimate(layer: VarShareLayer, rows: TaskRows, temperature: float) -> Tensor:
-    """The output of the mean weight."""
-    return _apply(layer, rows, layer.mus)
-
-
-def weight_estimate(layer: VarShareLayer, rows: TaskRows, temperature: float) -> Tensor:
-    """One reparameterised draw of the residual per task, with the held noise if there is any."""
-    noise = layer.draw_noise() if layer.noise is None else layer.noise
-    return _apply(layer, rows, torch.addcmul(layer.mus, softplus_sigma(layer.rhos, temperature), noise[0]))
-
-
-def local_estimate(layer: VarShareLayer, rows: TaskRows, temperature: float) -> Tensor:
-    """One draw of the output per example; held noise is a draw of the weights and takes precedence."""
-    if layer.noise is not None:
-        return weight_estimate(layer, rows, temperature)
-    y = mean_estimate(layer, rows, temperature)
-    variance = rows.select(softplus_sigma(layer.rhos, temperature).square())
-    spread = torch.bmm(rows.x.square(), variance.transpose(1, 2))
-    return y + spread.clamp_min(1e-16).sqrt() * torch.randn_like(y)
-
-
-def _apply(layer: VarShareLayer, rows: TaskRows, residual: Tensor) -> Tensor:
-    shared = linear(rows.x, layer.theta, layer.bias)
-    return torch.baddbmm(shared, rows.x, rows.select(residual).transpose(1, 2))
-
-
-#: An estimator maps the rows ``[K, B, F]`` with their tasks' weights to ``[K, B, G]``.
-Estimator = Callable[[VarShareLayer, TaskRows, float], Tensor]
-
-#: How a training pass draws the weights.
-ESTIMATORS: dict[str, Estimator] = {"local": local_estimate, "weight": weight_estimate, "mean": mean_estimate}
+        return {"mus": mus, "rhos": torch.full_like(mus, INITIAL_RHO)}
 
 
 @dataclass
 class VarShare(ArchitectureOptions):
     """``network=varshare``: every linear layer a :class:`VarShareLayer`."""
 
-    estimators: ClassVar[tuple[str, ...]] = tuple(ESTIMATORS)
+    default_estimator: ClassVar[str | None] = "local"
     name: str = "varshare"
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
         """An MLP of full-rank VarShare layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
-            estimator = posterior.estimator or "local"
-            return VarShareLayer(inputs, outputs, num_tasks, posterior.prior_scale, estimator=estimator)
+            return VarShareLayer(
+                inputs, outputs, num_tasks, posterior.prior_scale,
+                estimator=posterior.estimator or "local", particles=posterior.particles,
+            )  # fmt: skip
 
         sizes = [in_features, *self.hidden, out_features]
         return TaskMLP(sizes, layer, self.activation, posterior.temperature, self.layer_norm)

@@ -1,4 +1,4 @@
-"""Diagonal Gaussians: the posteriors of the residual factors."""
+"""Diagonal Gaussians, as the posteriors of the residual factors are, and random signs."""
 
 from __future__ import annotations
 
@@ -17,46 +17,57 @@ def softplus_sigma(rho: Tensor, temperature: float = 1.0) -> Tensor:
     return sigma if temperature == 1.0 else sigma * temperature
 
 
-def gaussian_kl(mu: Tensor, sigma: Tensor, prior_scale: float) -> Tensor:
-    """``KL(N(mu, sigma^2) || N(0, prior_scale^2))`` element by element, in nats.
+def posterior_kl(mu: Tensor, rho: Tensor, log_prior_scale: Tensor) -> Tensor:
+    """``KL(N(mu, sigma^2) || N(0, p^2))`` summed over all but the first dimension, ``sigma = softplus(rho)``.
 
-    ``log(p / sigma) + (sigma^2 + mu^2) / (2 p^2) - 1/2`` with ``p = prior_scale``. Any equal shapes.
+    Entry by entry ``log(p / sigma) + (sigma^2 + mu^2) / (2 p^2) - 1/2``, with ``p = exp(log_prior_scale)``.
+    ``mu, rho: [T, ...]``, ``log_prior_scale: [T]``; returns ``[T]`` nats. The gradients are written out, which
+    takes a third of the passes: ``mu / p^2``, ``(sigma / p^2 - 1 / sigma) sigmoid(rho)``, and for the prior
+    ``n - sum(sigma^2 + mu^2) / p^2`` with ``n`` entries. Differentiable once.
     """
-    half_inverse_variance = 0.5 / prior_scale**2
-    quadratic = (sigma.square() + mu.square()) * half_inverse_variance
-    return quadratic - sigma.log() + (math.log(prior_scale) - 0.5)
-
-
-def posterior_kl(mu: Tensor, rho: Tensor, prior_scale: float) -> Tensor:
-    """Sum of :func:`gaussian_kl` over all but the first dimension, with ``sigma = softplus(rho)``.
-
-    ``mu, rho: [T, ...]``; returns ``[T]`` nats. The gradients are written out, ``mu / p^2`` and
-    ``(sigma / p^2 - 1 / sigma) sigmoid(rho)``, which takes a third of the passes. Differentiable once.
-    """
-    kl: Tensor = _PosteriorKL.apply(mu, rho, prior_scale)  # type: ignore[no-untyped-call]
+    kl: Tensor = _PosteriorKL.apply(mu, rho, log_prior_scale)  # type: ignore[no-untyped-call]
     return kl
 
 
 class _PosteriorKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, rho: Tensor, prior_scale: float) -> Tensor:
+    def forward(ctx: Any, mu: Tensor, rho: Tensor, log_prior_scale: Tensor) -> Tensor:
         sigma = F.softplus(rho)
-        ctx.save_for_backward(mu, sigma)
-        ctx.prior_scale = prior_scale
         flat_mu, flat_sigma = mu.flatten(1), sigma.flatten(1)
         squares = torch.linalg.vecdot(flat_mu, flat_mu) + torch.linalg.vecdot(flat_sigma, flat_sigma)
-        constant = flat_mu.shape[1] * (math.log(prior_scale) - 0.5)
-        kl: Tensor = squares * (0.5 / prior_scale**2) - flat_sigma.log().sum(1) + constant
+        precision = torch.exp(-2.0 * log_prior_scale)
+        ctx.save_for_backward(mu, sigma, squares, precision)
+        ctx.entries = flat_mu.shape[1]
+        constant = ctx.entries * (log_prior_scale - 0.5)
+        kl: Tensor = 0.5 * squares * precision - flat_sigma.log().sum(1) + constant
         return kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        mu, sigma = ctx.saved_tensors
-        weight = grad.view(-1, *[1] * (mu.dim() - 1))
-        precision = weight / ctx.prior_scale**2
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        mu, sigma, squares, precision = ctx.saved_tensors
+        shape = (-1, *[1] * (mu.dim() - 1))
+        weight, weighted_precision = grad.view(shape), (grad * precision).view(shape)
         slope = torch.expm1(-sigma).neg_()  # sigmoid(rho)
-        return mu * precision, (sigma * precision).sub_(weight / sigma).mul_(slope), None
+        grad_rho = (sigma * weighted_precision).sub_(weight / sigma).mul_(slope)
+        grad_prior = grad * (ctx.entries - squares * precision) if ctx.needs_input_grad[2] else None
+        return mu * weighted_precision, grad_rho, grad_prior
+
+
+def product_variance(mu_b: Tensor, variance_b: Tensor, mu_a: Tensor, variance_a: Tensor) -> Tensor:
+    """Variance of the entries of ``B A``, averaged over the entries, for independent Gaussian factors.
+
+    ``Var (B A)_gf = sum_k (vB_gk vA_kf + muB_gk^2 vA_kf + vB_gk muA_kf^2)``; its mean over ``g, f`` needs only the
+    factors' means over ``g`` and over ``f``. ``B: [T, G, r]``, ``A: [T, r, F]``; returns ``[T]``.
+    """
+    square_b, square_a = mu_b.square().mean(1), mu_a.square().mean(2)  # [T, r]
+    mean_b, mean_a = variance_b.mean(1), variance_a.mean(2)
+    return (mean_b * mean_a + square_b * mean_a + mean_b * square_a).sum(1)
+
+
+def random_signs(like: Tensor) -> Tensor:
+    """Independent -1 and 1 with even odds, in the shape of ``like``."""
+    return torch.empty_like(like).bernoulli_().mul_(2.0).sub_(1.0)
 
 
 def normal_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

@@ -1,14 +1,22 @@
-"""The weighted KL penalty of the negative ELBO."""
+"""The negative ELBO's penalty: weighted divergences of the tasks' posteriors from their priors."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.draws import Draw
 from varshare_rl.nn.options import Posterior
 from varshare_rl.nn.parameters import total_kl
+from varshare_rl.nn.stochastic import penalized_layers
+from varshare_rl.optim.kl_schedules import Constant
+from varshare_rl.optim.priors import Fixed, LossGap
+from varshare_rl.types import Metrics, Tree
 
 
 class KLNormalization(Enum):
@@ -19,45 +27,107 @@ class KLNormalization(Enum):
     none = "none"  # 1
 
 
+class Estimator(Enum):
+    """How training passes draw the weights, see :class:`varshare_rl.nn.variational.VariationalLayer`."""
+
+    weight = "weight"
+    local = "local"
+    flipout = "flipout"
+    mean = "mean"
+
+
+class TargetDraw(Enum):
+    """With which weights targets (SAC) and advantages (PPO) are computed."""
+
+    mean = "mean"
+    sample = "sample"
+
+
+@dataclass
+class DrawOptions:
+    """Options of ``elbo.draw``: which weights are used when."""
+
+    acting: Draw = Draw.per_update
+    targets: TargetDraw = TargetDraw.mean
+    evaluation: Draw = Draw.mean
+
+
 @dataclass
 class ElboOptions:
-    """Options of ``elbo``: the weight of the divergence and the posteriors' settings."""
+    """Options of ``elbo``: the weight of the divergence and how it moves, the posteriors and how they are drawn."""
 
     kl_weight: float = 0.01
     normalization: KLNormalization = KLNormalization.data
     prior_scale: float = 1.0
     temperature: float = 1.0
-    estimator: str | None = None  # how training draws the weights; null: the architecture's own way
+    estimator: Estimator | None = None  # of training passes; null: the architecture's own
+    particles: int = 1  # draws per task and training pass of the estimators weight and flipout
+    draw: DrawOptions = field(default_factory=DrawOptions)
+    schedule: Any = field(default_factory=Constant)  # options of the chosen elbo/schedule
+    prior: Any = field(default_factory=Fixed)  # options of the chosen elbo/prior
 
     def posterior(self) -> Posterior:
         """The part that the layers are built from."""
-        return Posterior(self.prior_scale, self.estimator, self.temperature)
+        estimator = None if self.estimator is None else self.estimator.value
+        return Posterior(self.prior_scale, estimator, self.temperature, self.particles)
 
 
 class Elbo:
-    """Penalty ``kl_weight * KL_i / n_i`` per task, to be added to that task's RL loss.
+    """Penalty ``kl_weight * KL_i / n_i`` per task, to be added to that task's RL loss, and its controllers.
 
     Args:
-        options: weight and normalisation.
+        options: weight, normalisation, schedule, prior.
         num_tasks: number of tasks.
     """
 
     def __init__(self, options: ElboOptions, num_tasks: int) -> None:
-        self.kl_weight = options.kl_weight
-        self.normalization = options.normalization
-        self.num_tasks = num_tasks
+        self.options, self.num_tasks = options, num_tasks
+        self.schedule = options.schedule.build(options.kl_weight, num_tasks)
+        self.prior = options.prior.build(options.prior_scale, num_tasks)
+        self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
 
     def penalty(self, module: nn.Module, transitions_per_task: int) -> Tensor | float:
-        """``kl_weight * KL_i / n_i`` of the posteriors in ``module``, ``[T]``; 0 when the weight is 0."""
-        if self.kl_weight == 0.0:
+        """Weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or where no layer has a divergence."""
+        if self.options.kl_weight == 0.0 or next(penalized_layers(module), None) is None:
             return 0.0
-        weight = self.kl_weight / self._divisor(module, transitions_per_task)
-        return total_kl(module, self.num_tasks) * weight
+        nats = total_kl(module, self.num_tasks)
+        self._nats[id(module)] = nats.detach()
+        penalty: Tensor = self.schedule.penalty(nats) / self._divisor(module, transitions_per_task)
+        return penalty
+
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
+        self.schedule.advance(fraction)
+
+    @torch.no_grad()
+    def step(self, modules: Mapping[str, nn.Module], gap: LossGap) -> None:
+        """After a gradient update of ``modules``: the controllers of weight and prior move.
+
+        ``gap`` gives, on demand, the critic loss with theta alone minus that with the residuals, ``[T]``.
+        """
+        if not self._nats:
+            return
+        self.schedule.step(torch.stack(list(self._nats.values())).sum(0), modules)
+        self.prior.step(modules.values(), gap)
+
+    def metrics(self, modules: Mapping[str, nn.Module]) -> Metrics:
+        """State of the controllers as ``elbo/<name>``."""
+        values = self.schedule.metrics() | self.prior.metrics(modules.values())
+        return {f"elbo/{name}": value for name, value in values.items()}
+
+    def state(self) -> Tree:
+        """State of the controllers."""
+        return {"schedule": self.schedule.state(), "prior": self.prior.state()}
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave."""
+        self.schedule.load_state(state["schedule"])
+        self.prior.load_state(state["prior"])
 
     def _divisor(self, module: nn.Module, transitions_per_task: int) -> float:
-        if self.normalization is KLNormalization.data:
+        if self.options.normalization is KLNormalization.data:
             return float(max(transitions_per_task, 1))
-        if self.normalization is KLNormalization.parameters:
+        if self.options.normalization is KLNormalization.parameters:
             return float(max(posterior_size(module), 1))
         return 1.0
 

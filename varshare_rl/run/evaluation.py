@@ -12,7 +12,8 @@ from torch import nn
 
 from envs.suite import Suite, VectorEngine
 from varshare_rl.algorithms.base import Algorithm
-from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.nn.stochastic import penalized_layers
+from varshare_rl.run.seeding import load_rng_state, rng_state
 from varshare_rl.run.threads import one_thread
 
 
@@ -57,17 +58,19 @@ class Evaluation:
 
 @torch.no_grad()
 def layer_nats(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]]:
-    """Nats per task ``[T]`` of every stochastic layer, by ``<module>.<layer>``; empty if nothing is stochastic."""
+    """Nats per task ``[T]`` of every layer that has any, by ``<module>.<layer>``."""
     return {
         f"{name}.{path}": layer.kl().double().cpu().numpy()
         for name, module in modules.items()
-        for path, layer in stochastic_layers(module)
+        for path, layer in penalized_layers(module)
     }
 
 
 @one_thread()
 def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes: int) -> Evaluation:
     """Run ``episodes`` episodes of every task, always from the same starts.
+
+    Leaves torch's random state as it was, whatever draws of weights the evaluation makes.
 
     Episode ``j`` of slot ``e`` is episode ``j * E + e`` of its task; slots step on until every task has its
     episodes, and what comes after is not counted, so short episodes are not favoured.
@@ -79,9 +82,11 @@ def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes:
     episode = np.tile(np.arange(envs), (num_tasks, 1))  # the episode that each slot is in, [T, E]
     task = np.arange(num_tasks)[:, None].repeat(envs, 1)
     obs = engine.reset()
+    random = rng_state()
+    policy = algorithm.evaluation_policy(envs)
     while (episode < episodes).any():
-        actions = algorithm.act_greedily(torch.from_numpy(obs).to(device)).cpu().numpy()
-        step = engine.step(actions)
+        step = engine.step(policy.act(torch.from_numpy(obs).to(device)).cpu().numpy())
+        policy.observe(torch.from_numpy(step.terminated | step.truncated))
         obs = step.obs
         open_slots = episode < episodes
         where = (task[open_slots], episode[open_slots])
@@ -90,6 +95,7 @@ def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes:
         flags["success"][where] |= step.success[open_slots]
         flags["success_final"][where] = step.success[open_slots]
         episode[step.terminated | step.truncated] += envs
+    load_rng_state(random)
     layers = layer_nats(algorithm.trained_modules())
     tasks: dict[str, dict[str, float | None]] = {}
     for index, name in enumerate(suite.task_names):

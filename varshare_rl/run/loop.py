@@ -86,6 +86,7 @@ class Run:
             obs = self._to_device(self._observation)
             while self.transitions < self.options.total_transitions:
                 obs = self._vector_step(obs)
+                self.algorithm.advance(self.transitions / self.options.total_transitions)
                 while self.algorithm.ready():
                     with self._timed("update"):
                         self.scalars = self.algorithm.update()
@@ -148,6 +149,7 @@ class Run:
             metrics: Metrics = {name: float(value) for name, value in self.scalars.items()}
             metrics |= self.episodes.metrics(self.suite.has_success)
             metrics |= self._nats()
+            metrics |= self.algorithm.metrics()
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
             metrics["time/updates"] = float(self.algorithm.updates)
             metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}

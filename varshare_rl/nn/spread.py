@@ -1,0 +1,52 @@
+"""How far the residuals of stochastic layers scatter, in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn.variational import VariationalLayer
+from varshare_rl.ops.gaussian import product_variance, softplus_sigma
+
+
+@torch.no_grad()
+def residual_spread(layer: VariationalLayer) -> Tensor:
+    """Root mean square over entries of the standard deviation of each task's residual, ``[T]``.
+
+    For ``s B A`` the entries have the variance ``s^2 sum_k (sB^2 sA^2 + muB^2 sA^2 + sB^2 muA^2)``.
+    """
+    moments = [(mu, softplus_sigma(rho).square()) for mu, rho in layer.posteriors()]
+    if len(moments) == 1:
+        return moments[0][1].flatten(1).mean(1).sqrt()
+    return layer_scale(layer) * product_variance(*moments[1], *moments[0]).sqrt()
+
+
+def prior_spread(layer: VariationalLayer) -> Tensor:
+    """The same for residuals drawn from the prior, ``[T]``: ``p``, or ``s sqrt(r) p^2`` for a product."""
+    if len(layer.factors) == 1:
+        return layer.prior_scale
+    rank = layer.posteriors()[0][0].shape[1]
+    return layer.prior_scale.square() * (layer_scale(layer) * math.sqrt(rank))
+
+
+def layer_scale(layer: VariationalLayer) -> float:
+    """What the product of the factors is multiplied by."""
+    return float(getattr(layer, "scale", 1.0))
+
+
+@torch.no_grad()
+def noise_to_weight(modules: Iterable[nn.Module]) -> tuple[float, float]:
+    """Spread of the residuals over the root mean square of ``theta``: now, and at the prior.
+
+    Means over all variational layers and tasks. Raises ValueError if there is none.
+    """
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, VariationalLayer)]
+    if not layers:
+        raise ValueError("no layer has a posterior")
+    size = [layer.theta.square().mean().sqrt() for layer in layers]
+    now = torch.stack([residual_spread(layer).mean() / rms for layer, rms in zip(layers, size, strict=True)])
+    prior = torch.stack([prior_spread(layer).mean() / rms for layer, rms in zip(layers, size, strict=True)])
+    return float(now.mean()), float(prior.mean())

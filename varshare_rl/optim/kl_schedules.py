@@ -1,0 +1,238 @@
+"""How the weight of the divergence moves during training: ``elbo/schedule=``.
+
+A schedule turns the nats of one network, ``[T]``, into its penalty before normalisation, ``[T]``. Once per
+gradient update it sees the nats of all networks together and may move its weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn.spread import noise_to_weight
+from varshare_rl.types import Metrics, Tree
+
+
+class KLSchedule(Protocol):
+    """What :class:`~varshare_rl.optim.elbo.Elbo` asks of a schedule."""
+
+    def penalty(self, nats: Tensor) -> Tensor:
+        """Weighted nats of one network, ``[T]`` in and out."""
+
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
+
+    def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
+        """After a gradient update: ``nats [T]`` of all networks together, and the networks."""
+
+    def metrics(self) -> Metrics:
+        """Numbers to log, without their ``elbo/`` in front."""
+
+    def state(self) -> Tree:
+        """What a resumed run needs."""
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave."""
+
+
+class _Weighted:
+    """A weight that multiplies the nats, and no reaction: what most schedules start from."""
+
+    def __init__(self, kl_weight: float | Tensor) -> None:
+        self.weight = kl_weight
+
+    def penalty(self, nats: Tensor) -> Tensor:
+        return self.weight * nats
+
+    def advance(self, fraction: float) -> None:
+        pass
+
+    def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
+        pass
+
+    def metrics(self) -> Metrics:
+        return {"kl_weight": float(torch.as_tensor(self.weight).mean())}
+
+    def state(self) -> Tree:
+        return {"weight": self.weight}
+
+    def load_state(self, state: Tree) -> None:
+        self.weight = state["weight"]
+
+
+@dataclass
+class Constant:
+    """``elbo/schedule=constant``: ``elbo.kl_weight`` throughout."""
+
+    name: str = "constant"
+
+    def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
+        """The schedule."""
+        return _Weighted(kl_weight)
+
+
+@dataclass
+class Ramp:
+    """``elbo/schedule=ramp``: up from 0 to ``kl_weight``, hold, then up to ``late_factor * kl_weight``.
+
+    The first rise takes the share ``warmup`` of the transitions, the last one the share ``late``; both linear.
+    """
+
+    name: str = "ramp"
+    warmup: float = 0.1
+    late: float = 0.2
+    late_factor: float = 2.0
+
+    def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
+        """The schedule."""
+        return _Ramp(self, kl_weight)
+
+
+class _Ramp(_Weighted):
+    def __init__(self, options: Ramp, kl_weight: float) -> None:
+        super().__init__(kl_weight)
+        self.options, self.full = options, kl_weight
+        self.advance(0.0)
+
+    def advance(self, fraction: float) -> None:
+        warmup, late, top = self.options.warmup, self.options.late, self.options.late_factor
+        rise = min(fraction / warmup, 1.0) if warmup > 0 else 1.0
+        end = max(fraction - (1.0 - late), 0.0) / late if late > 0 else 0.0
+        self.weight = self.full * (rise + (top - 1.0) * min(end, 1.0))
+
+
+@dataclass
+class Band:
+    """``elbo/schedule=band``: keep the spread of the residuals within a band relative to the shared weights.
+
+    The measure is the noise-to-weight ratio, the root mean square spread of ``s B A`` over that of ``theta``,
+    averaged over layers and tasks and smoothed. Every ``interval`` updates a ratio outside the band multiplies the
+    weight by ``factor`` or divides it. Which of the two brings the ratio back depends on the prior: a larger weight
+    pulls the spread towards the prior's, so it lowers the ratio where the prior's spread is the smaller one and
+    raises it where it is the larger one.
+    """
+
+    name: str = "band"
+    low: float = 0.05
+    high: float = 0.2
+    factor: float = 1.1
+    interval: int = 20
+    smoothing: float = 0.05  # weight of the newest ratio in its moving average
+    least: float = 1e-6
+    most: float = 1e3
+
+    def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
+        """The schedule."""
+        return _Band(self, kl_weight)
+
+
+class _Band(_Weighted):
+    def __init__(self, options: Band, kl_weight: float) -> None:
+        super().__init__(kl_weight)
+        self.options = options
+        self.ratio = self.prior_ratio = math.nan
+        self.steps = 0
+
+    def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
+        self.steps += 1
+        options = self.options
+        if self.steps % options.interval != 0:
+            return
+        ratio, self.prior_ratio = noise_to_weight(modules.values())
+        old = ratio if math.isnan(self.ratio) else self.ratio
+        self.ratio = old + options.smoothing * (ratio - old)
+        if options.low <= self.ratio <= options.high:
+            return
+        wants_more = self.ratio < options.low
+        prior_is_larger = self.prior_ratio > self.ratio
+        factor = options.factor if wants_more == prior_is_larger else 1.0 / options.factor
+        self.weight = min(max(float(self.weight) * factor, options.least), options.most)
+
+    def metrics(self) -> Metrics:
+        return super().metrics() | {"noise_to_weight": self.ratio, "prior_noise_to_weight": self.prior_ratio}
+
+    def state(self) -> Tree:
+        ratios = {"ratio": self.ratio, "prior_ratio": self.prior_ratio, "steps": self.steps}
+        return super().state() | ratios
+
+    def load_state(self, state: Tree) -> None:
+        super().load_state(state)
+        self.ratio, self.prior_ratio, self.steps = state["ratio"], state["prior_ratio"], state["steps"]
+
+
+@dataclass
+class Dual:
+    """``elbo/schedule=dual``: hold the nats per task, of all networks together, at a budget.
+
+    The weight is the multiplier of the constraint ``KL = budget`` and follows its violation, as in dual ascent,
+    on a logarithmic scale: ``weight = exp(m) * (KL / budget)^gain`` with ``m += rate * log(KL / budget)`` after
+    each update. The second factor reacts at once and damps. The violation counts as ``+-log 2`` at most in ``m``,
+    so that a fresh network far above its budget does not wind the weight up.
+    """
+
+    name: str = "dual"
+    budget_nats: float = 1000.0
+    per_task: bool = False  # a weight for every task; otherwise the mean over tasks is held
+    rate: float = 0.01
+    gain: float = 1.0
+    least: float = 1e-6
+    most: float = 1e3
+
+    def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
+        """The schedule."""
+        return _Dual(self, kl_weight, num_tasks)
+
+
+class _Dual(_Weighted):
+    def __init__(self, options: Dual, kl_weight: float, num_tasks: int) -> None:
+        super().__init__(torch.full((num_tasks,), max(kl_weight, options.least)))
+        self.options = options
+        self.log_multiplier = torch.as_tensor(self.weight).log()
+
+    def penalty(self, nats: Tensor) -> Tensor:
+        return torch.as_tensor(self.weight).to(nats.device) * nats
+
+    def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
+        options = self.options
+        held = nats.cpu() if options.per_task else nats.mean().cpu().expand(len(nats))
+        violation = (held / options.budget_nats).clamp_min(1e-12).log()
+        moved = self.log_multiplier + options.rate * violation.clamp(-math.log(2.0), math.log(2.0))
+        self.log_multiplier = moved.clamp(math.log(options.least), math.log(options.most))
+        weight = (self.log_multiplier + options.gain * violation).exp()
+        self.weight = weight.clamp(options.least, options.most)
+
+    def state(self) -> Tree:
+        return super().state() | {"log_multiplier": self.log_multiplier}
+
+    def load_state(self, state: Tree) -> None:
+        super().load_state(state)
+        self.log_multiplier = state["log_multiplier"]
+
+
+@dataclass
+class FreeBits:
+    """``elbo/schedule=free_bits``: the first ``free_nats`` of every task and network cost nothing.
+
+    ``kl_weight * max(KL_i - free_nats, 0)`` (after Kingma et al. 2016, with a task in place of a latent group).
+    """
+
+    name: str = "free_bits"
+    free_nats: float = 500.0
+
+    def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
+        """The schedule."""
+        return _FreeBits(self, kl_weight)
+
+
+class _FreeBits(_Weighted):
+    def __init__(self, options: FreeBits, kl_weight: float) -> None:
+        super().__init__(kl_weight)
+        self.free_nats = options.free_nats
+
+    def penalty(self, nats: Tensor) -> Tensor:
+        return super().penalty((nats - self.free_nats).clamp_min(0.0))

@@ -1,0 +1,181 @@
+"""How the scale of the residuals' prior moves during training: ``elbo/prior=``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn.stochastic import StochasticLayer, stochastic_layers
+from varshare_rl.types import Metrics, Tree
+
+#: Per task ``[T]``: critic loss with theta alone minus critic loss with the residuals.
+LossGap = Callable[[], Tensor]
+
+
+class Prior(Protocol):
+    """What :class:`~varshare_rl.optim.elbo.Elbo` asks of a prior. The scales themselves live in the layers."""
+
+    def step(self, modules: Iterable[nn.Module], gap: LossGap) -> None:
+        """After a gradient update: move the scales of the layers inside ``modules``."""
+
+    def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
+        """Numbers to log, without their ``elbo/`` in front."""
+
+    def state(self) -> Tree:
+        """What a resumed run needs besides the layers."""
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave."""
+
+
+def _layers(modules: Iterable[nn.Module]) -> list[StochasticLayer]:
+    return [layer for module in modules for _, layer in stochastic_layers(module)]
+
+
+@dataclass
+class Fixed:
+    """``elbo/prior=fixed``: ``elbo.prior_scale`` throughout."""
+
+    name: str = "fixed"
+
+    def build(self, prior_scale: float, num_tasks: int) -> Prior:
+        """The prior."""
+        return _Fixed()
+
+
+class _Fixed:
+    def step(self, modules: Iterable[nn.Module], gap: LossGap) -> None:
+        pass
+
+    def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
+        return {}
+
+    def state(self) -> Tree:
+        return {}
+
+    def load_state(self, state: Tree) -> None:
+        pass
+
+
+@dataclass
+class Learned:
+    """``elbo/prior=learned``: one scale ``p`` per layer, by empirical Bayes.
+
+    Gradient steps in ``log p`` on the mean divergence per Gaussian weight plus a spring to the start:
+
+        mean_i KL_i / n + spring / 2 * (log p - log prior_scale)^2,    gradient 1 - m / p^2 + spring * (...)
+
+    with ``m`` the mean of ``mu^2 + sigma^2`` over tasks and entries. Without the spring the optimum is the root of
+    ``m``. Steps are bounded by ``rate`` (a posterior far narrower than its prior has a gradient near 1, a wider one
+    an unbounded one) and taken every ``interval`` updates.
+    """
+
+    name: str = "learned"
+    rate: float = 0.01
+    spring: float = 0.01
+    interval: int = 10
+
+    def build(self, prior_scale: float, num_tasks: int) -> Prior:
+        """The prior."""
+        return _Learned(self, prior_scale)
+
+
+class _Learned(_Fixed):
+    def __init__(self, options: Learned, prior_scale: float) -> None:
+        self.options, self.home = options, math.log(prior_scale)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, modules: Iterable[nn.Module], gap: LossGap) -> None:
+        self.steps += 1
+        if self.steps % self.options.interval != 0:
+            return
+        for layer in _layers(modules):
+            log_scale = layer.log_prior_scale.mean()
+            slope = 1.0 - layer.second_moment().mean() * torch.exp(-2.0 * log_scale)
+            slope = slope + self.options.spring * (log_scale - self.home)
+            layer.log_prior_scale.fill_(log_scale - self.options.rate * slope.clamp(-1.0, 1.0))
+
+    def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
+        scales = [float(layer.log_prior_scale.mean().exp()) for layer in _layers(modules)]
+        if not scales:
+            return {}
+        return {
+            "prior_scale": sum(scales) / len(scales),
+            "prior_scale_least": min(scales),
+            "prior_scale_most": max(scales),
+        }
+
+    def state(self) -> Tree:
+        return {"steps": self.steps}
+
+    def load_state(self, state: Tree) -> None:
+        self.steps = state["steps"]
+
+
+@dataclass
+class Adaptive:
+    """``elbo/prior=adaptive``: one scale per task, wide where the residuals help the critic.
+
+    Every ``interval`` updates the gap of each task, critic loss with theta alone minus critic loss with the
+    residuals, enters a moving average. Its robust z-score over tasks, ``(gap - median) / (1.4826 MAD)``, is
+    squashed by a sigmoid into ``[least, most]``.
+    """
+
+    name: str = "adaptive"
+    least: float = 0.01
+    most: float = 0.3
+    smoothing: float = 0.05  # weight of the newest gap in its moving average
+    interval: int = 20
+
+    def build(self, prior_scale: float, num_tasks: int) -> Prior:
+        """The prior."""
+        return _Adaptive(self, num_tasks)
+
+
+class _Adaptive(_Fixed):
+    def __init__(self, options: Adaptive, num_tasks: int) -> None:
+        self.options = options
+        self.gap = torch.full((num_tasks,), math.nan)
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, modules: Iterable[nn.Module], gap: LossGap) -> None:
+        self.steps += 1
+        if self.steps % self.options.interval != 0:
+            return
+        newest = gap().cpu()
+        old = torch.where(self.gap.isnan(), newest, self.gap)
+        self.gap = old + self.options.smoothing * (newest - old)
+        scale = self.scales()
+        for layer in _layers(modules):
+            layer.log_prior_scale.copy_(scale.log())
+
+    def scales(self) -> Tensor:
+        """The prior scale of every task, ``[T]``."""
+        middle = self.gap.median()
+        deviation = 1.4826 * (self.gap - middle).abs().median()
+        z = (self.gap - middle) / deviation.clamp_min(1e-8)
+        return self.options.least + (self.options.most - self.options.least) * torch.sigmoid(z)
+
+    def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
+        if bool(self.gap.isnan().any()):
+            return {}
+        scales = self.scales()
+        return {
+            "loss_gap": float(self.gap.mean()),
+            "prior_scale": float(scales.mean()),
+            "prior_scale_least": float(scales.min()),
+            "prior_scale_most": float(scales.max()),
+        }
+
+    def state(self) -> Tree:
+        return {"gap": self.gap, "steps": self.steps}
+
+    def load_state(self, state: Tree) -> None:
+        self.gap, self.steps = state["gap"], state["steps"]
