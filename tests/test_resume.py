@@ -76,6 +76,28 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "ppo_discrete": (33 * 12, (*TINY, *TINY_ALGORITHM["ppo"], "env=cartpole", "env.horizon=40")),
+    "ppo_draws_per_episode": (
+        528,
+        (
+            *TINY, *TINY_ALGORITHM["ppo"], "elbo.draw.acting=per_episode", "elbo.draw.evaluation=per_episode",
+            "elbo/schedule=band", "elbo.schedule.interval=2", "elbo/prior=adaptive", "elbo.prior.interval=2",
+        ),
+    ),
+    "ppo_draws_per_step": (
+        528,
+        (
+            *TINY, *TINY_ALGORITHM["ppo"], "elbo.draw.acting=per_step", "elbo.draw.targets=sample",
+            "elbo/schedule=dual", "elbo/prior=learned", "elbo.prior.interval=2", "elbo.estimator=local",
+        ),
+    ),
+    "sac_draws_per_episode": (
+        528,
+        (
+            *TINY, *TINY_ALGORITHM["sac"], "elbo.draw.acting=per_episode", "elbo.draw.targets=sample",
+            "elbo/schedule=dual", "elbo/prior=adaptive", "elbo.prior.interval=2", "elbo.estimator=flipout",
+            "overlap=true",
+        ),
+    ),
     "ppo_overlap": (528, (*TINY, *TINY_ALGORITHM["ppo"], "overlap=true")),
     "ppo_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["ppo"])),
     "sac_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["sac"])),

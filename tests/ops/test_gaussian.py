@@ -88,6 +88,11 @@ def test_variance_of_a_product_of_gaussian_matrices_equals_the_sum_and_monte_car
 
 
 def test_signs_are_even() -> None:
-    signs = random_signs(torch.empty(100, 1000))
+    signs = random_signs(torch.empty(1000, 5, 33))
+    assert signs.shape == (1000, 5, 33)
     assert set(signs.unique().tolist()) == {-1.0, 1.0}
-    assert abs(float(signs.mean())) < 5 / math.sqrt(100_000)
+    flat = signs.view(1000, -1)
+    assert flat.mean(0).abs().max() < 5 / math.sqrt(1000)  # every place is even ...
+    correlation = flat.T @ flat / 1000
+    assert (correlation - torch.eye(165)).abs().max() < 6 / math.sqrt(1000)  # ... and none depends on another
+    assert random_signs(torch.empty(3, dtype=torch.float64)).dtype == torch.float64

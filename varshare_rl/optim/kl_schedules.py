@@ -56,7 +56,7 @@ class _Weighted:
         pass
 
     def metrics(self) -> Metrics:
-        return {"kl_weight": float(torch.as_tensor(self.weight).mean())}
+        return {"kl_weight": float(self.weight.mean() if isinstance(self.weight, Tensor) else self.weight)}
 
     def state(self) -> Tree:
         return {"weight": self.weight}

@@ -158,8 +158,8 @@ class _Adaptive(_Fixed):
 
     def scales(self) -> Tensor:
         """The prior scale of every task, ``[T]``."""
-        middle = self.gap.median()
-        deviation = 1.4826 * (self.gap - middle).abs().median()
+        middle = self.gap.quantile(0.5)
+        deviation = 1.4826 * (self.gap - middle).abs().quantile(0.5)
         z = (self.gap - middle) / deviation.clamp_min(1e-8)
         return self.options.least + (self.options.most - self.options.least) * torch.sigmoid(z)
 

@@ -1,0 +1,164 @@
+"""Measure, and write ``variance.csv``, ``cost.csv`` and ``estimators.png``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn import Posterior, VarShare, VarShareLoRA
+from varshare_rl.nn.options import Architecture
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+TASKS, BATCH, IN, HIDDEN, OUT, RANK = 10, 128, 39, 128, 8, 8
+SIGMAS = (0.0067, 0.02, 0.05, 0.1, 0.2)
+CONTENDERS = {
+    "weight": ("weight", 1),
+    "weight, 4 particles": ("weight", 4),
+    "flipout": ("flipout", 1),
+    "local": ("local", 1),
+}
+NETWORKS: dict[str, Callable[[], Architecture]] = {
+    "varshare_lora": lambda: VarShareLoRA(hidden=[HIDDEN, HIDDEN], rank=RANK),
+    "varshare": lambda: VarShare(hidden=[HIDDEN, HIDDEN]),
+}
+
+
+def build(network: str, estimator: str, particles: int, sigma: float) -> nn.Module:
+    """A network whose factors have means of trained size and one sigma; the same for every estimator."""
+    torch.manual_seed(0)
+    made = NETWORKS[network]().build(IN, OUT, TASKS, Posterior(estimator=estimator, particles=particles))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "rhos" in name:
+                parameter.fill_(math.log(math.expm1(sigma)))
+            elif "mus" in name:
+                parameter.normal_(0.0, 0.1 if network == "varshare_lora" else 0.03)
+    return made
+
+
+def gradients(made: nn.Module, x: Tensor, target: Tensor, draws: int) -> Iterator[dict[str, Tensor]]:
+    """Gradients of half the mean squared error, for theta with biases, for means and for spreads."""
+    ids = torch.arange(TASKS)
+    for _ in range(draws):
+        made.zero_grad()
+        torch.autograd.backward(0.5 * (made(x, ids) - target).square().mean())
+        kinds: dict[str, list[Tensor]] = {"shared": [], "means": [], "spreads": []}
+        for name, parameter in made.named_parameters():
+            kind = "spreads" if "rhos" in name else "means" if "mus" in name else "shared"
+            if parameter.grad is not None:  # spreads have none under the mean
+                kinds[kind].append(parameter.grad.flatten())
+        yield {kind: torch.cat(parts) for kind, parts in kinds.items() if parts}
+
+
+def variances(made: nn.Module, x: Tensor, target: Tensor, draws: int) -> dict[str, float]:
+    """Trace of the covariance of the gradient, by kind of parameter (Welford's recurrence)."""
+    means: dict[str, Tensor] = {}
+    squares: dict[str, float] = {}
+    for count, sample in enumerate(gradients(made, x, target, draws), start=1):
+        for kind, value in sample.items():
+            old = means.get(kind, torch.zeros_like(value))
+            new = old + (value - old) / count
+            squares[kind] = squares.get(kind, 0.0) + float(((value - old) * (value - new)).sum())
+            means[kind] = new
+    return {kind: value / (draws - 1) for kind, value in squares.items()}
+
+
+def measure_variances(draws: int) -> list[dict[str, object]]:
+    """One row per network, sigma and estimator."""
+    torch.manual_seed(1)
+    x, target = torch.randn(TASKS, BATCH, IN), torch.randn(TASKS, BATCH, OUT)
+    rows: list[dict[str, object]] = []
+    for network in NETWORKS:
+        for sigma in SIGMAS:
+            base: dict[str, float] = {}
+            for name, (estimator, particles) in CONTENDERS.items():
+                found = variances(build(network, estimator, particles, sigma), x, target, draws)
+                base = base or found
+                row: dict[str, object] = {"network": network, "sigma": sigma, "estimator": name}
+                for kind, value in found.items():
+                    row[kind] = f"{value:.4g}"
+                    row[f"{kind}_to_weight"] = f"{value / base[kind]:.4g}"
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
+def measure_costs(rounds: int) -> list[dict[str, object]]:
+    """Milliseconds of a forward and backward pass, in interleaved rounds; the ratio is to ``mean``."""
+    x, target = torch.randn(TASKS, BATCH, IN), torch.randn(TASKS, BATCH, OUT)
+    rows: list[dict[str, object]] = []
+    for network in NETWORKS:
+        names = {"mean": ("mean", 1), **CONTENDERS}
+        made = {name: build(network, *chosen, 0.05) for name, chosen in names.items()}
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(rounds + 1):
+            for name, module in made.items():
+                begin = time.perf_counter()
+                for _ in gradients(module, x, target, 20):
+                    pass
+                seconds[name].append((time.perf_counter() - begin) / 20)
+        for name, values in seconds.items():
+            ratios = [value / base for value, base in zip(values[1:], seconds["mean"][1:], strict=True)]
+            row = {"network": network, "estimator": name, "ms": f"{1e3 * median(values[1:]):.3g}"}
+            rows.append({**row, "to_mean": f"{median(ratios):.3g}", "rounds": rounds})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    """Rows as CSV."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw(path: Path, rows: list[dict[str, object]]) -> None:
+    """Variance of the gradient relative to ``weight`` against sigma, for each network and kind of parameter."""
+    kinds = ("shared", "means", "spreads")
+    figure, axes = plt.subplots(len(NETWORKS), len(kinds), figsize=(11, 6), sharex=True, sharey=True)
+    for line, network in zip(axes, NETWORKS, strict=True):
+        for axis, kind in zip(line, kinds, strict=True):
+            for name in CONTENDERS:
+                chosen = [row for row in rows if row["network"] == network and row["estimator"] == name]
+                values = [float(str(row[f"{kind}_to_weight"])) for row in chosen]
+                axis.loglog([float(str(row["sigma"])) for row in chosen], values, marker="o", label=name)
+            axis.axhline(0.2, color="grey", linewidth=0.8, linestyle=":")
+            axis.set_title(f"{network}: gradient of {kind}", fontsize=9)
+    for axis in axes[-1]:
+        axis.set_xlabel("sigma of the factors")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("variance relative to weight")
+    axes[0, 0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Measure what the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.estimators")
+    parser.add_argument("--draws", type=int, default=400)
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--folder", type=Path, default=Path("experiments/estimators"))
+    arguments = parser.parse_args()
+    costs = measure_costs(arguments.rounds)
+    rows = measure_variances(arguments.draws)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    write(arguments.folder / "cost.csv", costs)
+    write(arguments.folder / "variance.csv", rows)
+    draw(arguments.folder / "estimators.png", rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn import Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn.draws import Draw, PolicyDraws
+from varshare_rl.nn.stochastic import stochastic_layers
+
+TASKS, ENVS, IN, OUT = 2, 3, 4, 2
+IDS = torch.arange(TASKS)
+NO_END = torch.zeros(TASKS, ENVS, dtype=torch.bool)
+
+
+def network(name: str = "varshare_lora") -> nn.Module:
+    options = {"varshare_lora": VarShareLoRA(hidden=[5], rank=2), "varshare": VarShare(hidden=[5])}
+    made = options[name].build(IN, OUT, TASKS, Posterior())
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if "rhos" in key:
+                parameter.fill_(-1.0)
+            elif "mus" in key:
+                parameter.normal_()
+    return made
+
+
+def made(mode: Draw, name: str = "varshare_lora", recorded: bool = True) -> tuple[nn.Module, PolicyDraws]:
+    module = network(name)
+    return module, PolicyDraws(mode, module, TASKS, ENVS, recorded)
+
+
+def act(module: nn.Module, draws: PolicyDraws, x: Tensor, turns: int = 1) -> Tensor:
+    """One vector step's outputs, acting for the environments in so many turns."""
+    outputs = []
+    for part in x.tensor_split(turns, dim=1):
+        with draws.acting(part.shape[1]):
+            outputs.append(module(part, IDS))
+    return torch.cat(outputs, dim=1)
+
+
+def row() -> Tensor:
+    """The same input for every environment, so that outputs differ by the weights alone."""
+    return torch.randn(IN).expand(TASKS, ENVS, IN)
+
+
+def distinct(y: Tensor) -> int:
+    return len({round(value, 5) for value in y[0, :, 0].tolist()})
+
+
+@pytest.mark.parametrize("name", ["varshare_lora", "varshare"])
+@pytest.mark.parametrize("turns", [1, 2])
+@pytest.mark.parametrize("mode", list(Draw))
+def test_a_draw_lasts_as_long_as_its_name_says(mode: Draw, turns: int, name: str) -> None:
+    module, draws = made(mode, name)
+    x = row()
+    first = act(module, draws, x, turns)
+    draws.observe(NO_END)
+    second = act(module, draws, x, turns)
+    same_draw = mode is not Draw.per_step
+    assert torch.allclose(first, second, atol=1e-6) == same_draw
+    assert distinct(first) == (ENVS if mode in (Draw.per_episode, Draw.per_step) else 1)
+    ended = NO_END.clone()
+    ended[0, 1] = True
+    draws.observe(ended)
+    third = act(module, draws, x, turns)
+    changed = ~torch.isclose(second, third, atol=1e-6).all(-1)
+    if mode is Draw.per_episode:
+        assert torch.equal(changed, ended)
+    draws.observe(NO_END)
+    draws.renew()
+    fourth = act(module, draws, x, turns)
+    if mode in (Draw.mean, Draw.per_episode):
+        torch.testing.assert_close(third, fourth)  # an episode goes on with its draw
+    elif mode is Draw.per_update:
+        assert not torch.isclose(third, fourth).any()
+    assert {layer.noise for _, layer in stochastic_layers(module)} == {None}  # nothing is left behind
+    assert module.training
+
+
+@pytest.mark.parametrize("name", ["varshare_lora", "varshare"])
+@pytest.mark.parametrize("mode", list(Draw))
+def test_replaying_gives_every_row_the_weights_it_acted_with(mode: Draw, name: str) -> None:
+    module, draws = made(mode, name)
+    inputs, outputs, kept = [], [], []
+    for update in range(2):
+        inputs.clear(), outputs.clear(), kept.clear()
+        for step in range(5):
+            x = torch.randn(TASKS, ENVS, IN)
+            outputs.append(act(module, draws, x, 1 + step % 2))
+            inputs.append(x)
+            done = torch.rand(TASKS, ENVS) < 0.4
+            kept.append(draws.observe(done))
+        rows = torch.randperm(5 * ENVS)[:11]  # a minibatch, shuffled over steps and environments
+        batch = torch.stack(inputs, 1).flatten(1, 2)[:, rows]
+        expected = torch.stack(outputs, 1).flatten(1, 2)[:, rows]
+        replayed = None if kept[0] is None else torch.stack(kept, 1).flatten(1, 2)[:, rows]  # type: ignore[arg-type]
+        with draws.replaying(replayed):
+            torch.testing.assert_close(module(batch, IDS), expected, rtol=1e-5, atol=1e-5)
+        if mode is not Draw.mean and update == 0:
+            assert not torch.allclose(module(batch, IDS), expected, atol=1e-3)  # guards the line above
+        draws.renew()
+
+
+@pytest.mark.parametrize("mode", list(Draw))
+def test_draws_that_are_not_replayed_keep_no_record(mode: Draw) -> None:
+    module, draws = made(mode, recorded=False)
+    for _ in range(20):
+        act(module, draws, row())
+        assert draws.observe(torch.rand(TASKS, ENVS) < 0.5) is None
+    sizes = {len(value) for values in draws.values.values() for value in values}
+    assert sizes <= {TASKS, TASKS * ENVS}
+    assert draws.bytes_per_step() == 0
+
+
+@pytest.mark.parametrize("mode", list(Draw))
+def test_state_round_trip_in_the_middle_of_episodes(mode: Draw) -> None:
+    module, one = made(mode)
+    for _ in range(3):
+        act(module, one, row())
+        one.observe(torch.rand(TASKS, ENVS) < 0.5)
+    other = PolicyDraws(mode, module, TASKS, ENVS, recorded=True)
+    other.load_state(one.state())
+    x = row()
+    random = torch.get_rng_state()
+    expected = act(module, one, x)
+    torch.set_rng_state(random)
+    assert torch.equal(act(module, other, x), expected)
+
+
+def test_a_network_without_posteriors_acts_as_it_is() -> None:
+    module = Shared(hidden=[5]).build(IN, OUT, TASKS, Posterior())
+    for mode in Draw:
+        draws = PolicyDraws(mode, module, TASKS, ENVS, recorded=True)
+        x = row()
+        assert torch.equal(act(module, draws, x), module(x, IDS))
+        assert draws.observe(NO_END) is None
+        with draws.replaying(None):
+            assert torch.equal(module(x, IDS), module(x, IDS))
+
+
+def test_bytes_per_step_are_those_that_are_kept() -> None:
+    for mode in Draw:
+        module, draws = made(mode)
+        act(module, draws, row())
+        kept = draws.observe(NO_END)
+        size = 0 if kept is None else kept[0, 0].numel() * kept.element_size()
+        assert draws.bytes_per_step() == size
