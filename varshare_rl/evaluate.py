@@ -19,10 +19,10 @@ from varshare_rl.assemble import (
 )
 from varshare_rl.cli import run_command
 from varshare_rl.config import Device, load_config
+from varshare_rl.files import write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import evaluate
-from varshare_rl.run.files import write_json
 from varshare_rl.run.results import summary
 from varshare_rl.run.seeding import seed_everything
 from varshare_rl.types import UserError

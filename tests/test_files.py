@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from varshare_rl.run.files import to_json, write_atomically, write_json
+from varshare_rl.files import to_json, write_atomically, write_json
 
 
 def test_write_replaces_the_whole_content(tmp_path: Path) -> None:
