@@ -17,6 +17,7 @@ from torch import Tensor
 from varshare_rl.adapters import apply_lora, read_adapter
 from varshare_rl.assemble import TrainedAgent, load_agent
 from varshare_rl.config import Device
+from varshare_rl.nn.merge import merged
 from varshare_rl.nn.plain import read_network
 
 TASK = "flipped_down"
@@ -70,13 +71,23 @@ def test_files_say_what_they_are(command: Command) -> None:
     assert about["conditions"]["seed"] == 0
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
-def test_onnx_computes_the_actions_of_evaluation(command: Command, algorithm: str) -> None:
+ONNX = {
+    "ppo": ("ppo", ()),
+    "sac": ("sac", ("network.activation=silu", "network.layer_norm=true")),
+    "discrete": ("ppo", ("env=cartpole", "env.envs_per_task=2", "network.activation=elu")),
+}
+
+
+@pytest.mark.parametrize("case", ONNX)
+def test_onnx_computes_the_actions_of_evaluation(command: Command, case: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    agent = train(command, algorithm=algorithm)
-    export(command, f"task={TASK}", "format=onnx", "out=policy")
+    algorithm, settings = ONNX[case]
+    agent = train(command, *settings, algorithm=algorithm)
+    task = agent.suite.task_names[-1]
+    export(command, f"task={task}", "format=onnx", "out=policy")
     assert sorted(os.listdir("policy")) == ["export.json", "policy.onnx"]
-    obs, actions = observations_and_actions(agent, TASK)
+    assert json.loads(Path("policy/export.json").read_text())["checked_with_onnxruntime"]
+    obs, actions = observations_and_actions(agent, task)
     session = onnxruntime.InferenceSession("policy/policy.onnx", providers=["CPUExecutionProvider"])
     for rows in (slice(None), slice(1)):
         (found,) = session.run(None, {"observation": obs[rows].numpy()})
@@ -96,6 +107,16 @@ def test_peft_files_hold_the_base_and_the_correction(command: Command, algorithm
     side = load_file("files/varshare_posterior.safetensors")
     if algorithm == "ppo":
         obs = ((obs - side["observation.mean"]) / side["observation.std"]).clamp(-10, 10)
+    for name in critics:
+        network = agent.algorithm.trained_modules()["critic"].get_submodule(
+            "network" if name == "critic" else f"networks.{name[-1]}"
+        )
+        x = torch.randn(8, network.get_submodule("layers.0").in_features)  # type: ignore[arg-type]
+        critic = apply_lora(read_network(f"files/{name}_base"), ["0", "2"])
+        critic.load(f"files/{name}", TASK)
+        critic.activate(TASK)
+        index = list(agent.suite.task_names).index(TASK)
+        torch.testing.assert_close(critic.model(x), merged(network, index)(x), rtol=0, atol=1e-5)
     assert side["actor.0.rho_A"].shape == (3, obs.shape[1])
     base = read_network("files/actor_base")
     adapter, _ = read_adapter("files/actor")

@@ -70,7 +70,7 @@ def main(composed: DictConfig) -> None:
         raise UserError(f"unknown task {options.task!r}; this run has {', '.join(agent.suite.task_names)}")
     name = f"{options.task.replace('/', '_')}_{options.format.value}"
     out = run_dir / "export" / name if options.out is None else Path(options.out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.exists():
         raise UserError(f"out={out} is there already; remove it or give another folder")
     with whole_folder(out) as folder:
         export(agent, options, folder)
@@ -165,7 +165,7 @@ def _instructions(
         f"The actor's {actions} outputs are logits; the policy takes the largest of those that the task allows."
         if algorithm.problem.discrete
         else f"The first {actions} of the actor's {2 * actions} outputs are means: the action is their `tanh`. "
-        "The rest are log standard deviations."
+        "The rest serve exploration."
     )
     critics = ", ".join(f"`{name}`" for name in networks if name != "actor")
     also = (

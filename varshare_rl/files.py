@@ -47,7 +47,7 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be made.
     """
-    target = Path(target)
+    target = Path(target).absolute()
     made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

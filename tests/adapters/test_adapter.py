@@ -146,6 +146,7 @@ REFUSED = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "base weights"),
     "unknown": ({"use_quantum": True}, "use_quantum=true"),
     "no_rank": ({"r": None}, "adapter_config.json"),
+    "no_expression": ({"rank_pattern": {"(": 2}}, "adapter_config.json"),
     "wrong_rank": ({"r": 5}, "states 5"),
 }  # fmt: skip
 
@@ -170,6 +171,7 @@ TENSORS = {
     "convolution": ({A: torch.zeros(2, 4, 3, 3), B: torch.zeros(3, 2, 1, 1)}, "convolutions"),
     "integers": ({A: torch.zeros(2, 4).char(), B: torch.zeros(3, 2).char()}, "int8"),
     "ranks": ({A: torch.zeros(2, 4), B: torch.zeros(3, 1)}, "rank 2 and 1"),
+    "empty": ({A: torch.zeros(0, 4), B: torch.zeros(3, 0)}, "states 2"),
     "whole_module": ({"base_model.model.head.weight": torch.zeros(2, 4)}, r"head\.weight"),
     "nothing": ({}, "no factors"),
 }
