@@ -136,7 +136,7 @@ WRONG = {
     "unknown_task": (("run=run", "task=reach-v9", "format=torch"), "reach-v9"),
     "unknown_checkpoint": (("run=run", f"task={TASK}", "format=torch", "checkpoint=first"), "'first'"),
     "critic_elsewhere": (("run=run", f"task={TASK}", "format=torch", "critic=true"), "format=peft"),
-    "no_adapters": (("run=run", f"task={TASK}", "format=peft"), "SharedLayer"),
+    "no_adapters": (("run=run", f"task={TASK}", "format=peft"), "this run's is shared"),
     "out_is_there": (("run=run", f"task={TASK}", "format=torch", "out=run"), "out=run is there"),
     "out_below_a_file": (("run=run", f"task={TASK}", "format=torch", "out=run/config.yaml/x"), "config.yaml/x"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from dataclasses import dataclass
 from enum import Enum
@@ -26,6 +27,7 @@ from varshare_rl.files import whole_folder, write_atomically, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
 from varshare_rl.nn.merge import Normalize, merged_policy
 from varshare_rl.nn.plain import write_network
+from varshare_rl.nn.varshare_lora import VarShareLoRA
 from varshare_rl.types import UserError
 
 POSTERIOR_FILE = "varshare_posterior.safetensors"
@@ -97,6 +99,9 @@ def export(agent: TrainedAgent, options: ExportConfig, folder: Path) -> None:
         "conditions": run_conditions(agent.config, agent.suite, agent.device),
     }
     if options.format is Format.peft:
+        name = agent.config.network.name
+        if name != VarShareLoRA.name:
+            raise UserError(f"format=peft needs network=varshare_lora, and this run's is {name}; use torch or onnx")
         _write_peft(folder, algorithm, task, options)
     else:
         policy = task_policy(algorithm, task)
@@ -191,8 +196,8 @@ network = PeftModel.from_pretrained(base, "actor").eval()
 {inputs}
 {outputs}
 {also}
-`{POSTERIOR_FILE}` also holds `rho` of every factor (its standard deviation is `softplus(rho)`) and the scale of its
-prior, by network, layer and factor. The adapter is the posterior mean.
+The adapter is the posterior mean. `{POSTERIOR_FILE}` holds what LoRA has no room for: by network and
+layer, `rho` of both factors (standard deviation `softplus(rho)`) and the scale of their prior.
 """
 
 
@@ -212,6 +217,7 @@ def _write_onnx(file: Path, policy: nn.Sequential, obs_size: int) -> bool:
     obs = torch.randn(64, obs_size, generator=generator)
     batch = torch.export.Dim("batch", min=1)
     names: dict[str, Any] = {"input_names": ["observation"], "output_names": ["action"]}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # packages that it does not find are not needed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter calls functions of torch that are to go
         program: Any = torch.onnx.export(

@@ -146,6 +146,7 @@ REFUSED = {
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "base weights"),
     "unknown": ({"use_quantum": True}, "use_quantum=true"),
     "no_rank": ({"r": None}, "adapter_config.json"),
+    "dropout": ({"lora_dropout": 1.0}, "lora_dropout is 1"),
     "no_expression": ({"rank_pattern": {"(": 2}}, "adapter_config.json"),
     "wrong_rank": ({"r": 5}, "states 5"),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
-from test_lora import PATHS, TARGETS, Attention, Model, tokens
+from models import PATHS, TARGETS, Attention, Model, tokens
 from torch import nn
 
 from varshare_rl.adapters import Adapter, LowRank, apply_lora, describe, read_adapter, write_adapter

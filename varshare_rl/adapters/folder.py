@@ -179,6 +179,8 @@ def _read_info(folder: Path) -> AdapterInfo:
             dropout=float(config.get("lora_dropout") or 0.0),
             target_modules=targets if isinstance(targets, str) else tuple(targets),
         )
+        if not 0.0 <= info.dropout < 1.0:
+            raise ValueError(f"lora_dropout is {info.dropout}")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
