@@ -83,6 +83,11 @@ def test_scales_by_hand(rslora: bool, scale: float) -> None:
     lora = apply_lora(nn.Sequential(nn.Linear(2, 2)), ["0"], rank=4, alpha=6.0, rslora=rslora)
     lora.add("task")
     assert lora.adapter("task")["0"].scale == scale
+    lora.add("other", rank=9, alpha=4.5)
+    assert lora.adapter("other")["0"].scale == (1.5 if rslora else 0.5)
+    plain = apply_lora(nn.Sequential(nn.Linear(2, 2)), ["0"], rank=4)
+    plain.add("task", rank=2)
+    assert plain.adapter("task")["0"].scale == 1.0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -372,6 +377,9 @@ def test_wrong_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="does not fit 6 rows"), lora.rows(["one"] * 6):
         lora.model(x)
     assert lora.active is None
+    for change in (lora.merge, lora.remove):
+        with lora.rows(["one"] * 7), pytest.raises(UserError, match=r"leave the block of rows"):
+            change("one")
     with pytest.raises(UserError, match="no adapter is active"):
         lora.merge()
 

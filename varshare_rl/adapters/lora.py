@@ -34,7 +34,8 @@ def apply_lora(
         model: any module. What is targeted must be plain ``nn.Linear``.
         target_modules: paths or dotted ends of paths in a list (``["q_proj", "v_proj"]``), or one regular
             expression that matches whole paths.
-        rank, alpha: of adapters that are added without their own; alpha is the rank unless given (scale 1).
+        rank, alpha: of adapters that are added without their own; alpha is the
+            adapter's rank unless given (scale 1).
         dropout: on the input of adapters, in training.
         rslora: scale ``alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``alpha / r``.
 
@@ -56,15 +57,13 @@ def apply_lora(
     for path, layer in layers.items():
         layer.train(layer.base.training)
         _replace(model, path, layer)
-    return LoRA(
-        model, layers, selection, learned, _Defaults(rank, float(rank if alpha is None else alpha), dropout, rslora)
-    )
+    return LoRA(model, layers, selection, learned, _Defaults(rank, alpha, dropout, rslora))
 
 
 @dataclass(frozen=True)
 class _Defaults:
     rank: int
-    alpha: float
+    alpha: float | None
     dropout: float
     rslora: bool
 
@@ -125,9 +124,10 @@ class LoRA:
         """Forget an adapter; integer ids of those added after it move down by one.
 
         Raises:
-            UserError: there is none of this name, or it is merged.
+            UserError: there is none of this name, or it is merged, or rows have adapters of their own.
         """
         self._known(name)
+        self._check_no_rows()
         if self.merged == name:
             raise UserError(f"adapter {name!r} is merged into the base; unmerge before removing it")
         if self.active == name:
@@ -203,9 +203,10 @@ class LoRA:
         """Fold one adapter (the active one unless named) into the base weights; nothing if that is done already.
 
         Raises:
-            UserError: none is active or known, another is merged, it holds a NaN or an infinity, or a weight also
-                serves a module that is not adapted.
+            UserError: none is active or known, another is merged, rows have adapters of their own, it holds a NaN
+                or an infinity, or a weight also serves another module.
         """
+        self._check_no_rows()
         name = self.active if name is None else name
         if name is None:
             raise UserError("no adapter is active; name the one to merge")
@@ -239,6 +240,7 @@ class LoRA:
     def _fresh(self, rank: int | None, alpha: float | None) -> Adapter:
         rank = self._defaults.rank if rank is None else rank
         alpha = self._defaults.alpha if alpha is None else alpha
+        alpha = rank if alpha is None else alpha
         check_positive(rank=rank, alpha=alpha)
         scale = adapter_scale(alpha, rank, self._defaults.rslora)
         adapter = {}
@@ -277,6 +279,10 @@ class LoRA:
     def _check_not_merged(self, wanted: str | None) -> None:
         if self.merged is not None and self.merged != wanted:
             raise UserError(f"adapter {self.merged!r} is merged into the base; unmerge before using another")
+
+    def _check_no_rows(self) -> None:
+        if self._selection.ids is not None:
+            raise UserError("rows have adapters of their own here; leave the block of rows(...) first")
 
     def _check_mergeable(self, name: str) -> None:
         owners: dict[int, list[str]] = {}
