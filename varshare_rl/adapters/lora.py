@@ -34,8 +34,8 @@ def apply_lora(
         model: any module. What is targeted must be plain ``nn.Linear``.
         target_modules: paths or dotted ends of paths in a list (``["q_proj", "v_proj"]``), or one regular
             expression that matches whole paths.
-        rank, alpha: of adapters that are added without their own; alpha is the
-            adapter's rank unless given (scale 1).
+        rank, alpha: of adapters that are added without their own; alpha is the adapter's rank unless given, so
+            that ``alpha / r`` is 1.
         dropout: on the input of adapters, in training.
         rslora: scale ``alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``alpha / r``.
 
