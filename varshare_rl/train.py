@@ -17,9 +17,9 @@ from envs.suite import Suite
 from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import run_command
 from varshare_rl.config import TrainConfig, check_config, load_config, register_schemas
+from varshare_rl.files import write_atomically, write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
-from varshare_rl.run.files import write_atomically, write_json
 from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.run.results import summary
 from varshare_rl.types import Tree, UserError

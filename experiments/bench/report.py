@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from varshare_rl.run.files import write_atomically, write_json
+from varshare_rl.files import write_atomically, write_json
 
 Values = Mapping[str, Sequence[float]]
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from varshare_rl.files import to_json
 from varshare_rl.run import results
-from varshare_rl.run.files import to_json
 from varshare_rl.run.results import conditions, summary
 
 PARAMETERS = {"stored": 100, "active_per_task": 60, "shared": 50, "per_task": 5}

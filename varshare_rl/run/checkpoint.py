@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from varshare_rl.run.files import sync_folder, write_atomically
+from varshare_rl.files import sync_folder, write_atomically
 from varshare_rl.types import Tree, UserError
 
 FORMAT_VERSION = 1

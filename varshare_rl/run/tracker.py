@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
-from varshare_rl.run.files import to_json, write_atomically
+from varshare_rl.files import to_json, write_atomically
 from varshare_rl.types import UserError
 
 METRICS_FILE = "metrics.jsonl"

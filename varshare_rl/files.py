@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from varshare_rl.types import UserError
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> None:
@@ -34,8 +38,46 @@ def write_atomically(path: Path | str, content: bytes | str) -> None:
     sync_folder(path.parent)
 
 
+@contextmanager
+def whole_folder(target: Path | str) -> Iterator[Path]:
+    """Gives a hidden folder beside ``target`` to write into; it becomes ``target`` when the block ends well.
+
+    A folder that stands there already is replaced, and stays if the block fails.
+
+    Raises:
+        UserError: the folder cannot be made.
+    """
+    target = Path(target).absolute()
+    made = [parent for parent in target.parents if not parent.exists()]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
+    except OSError as error:
+        raise UserError(f"cannot make the folder {target} ({error.strerror}); give another") from error
+    aside = hidden.with_suffix(".old")
+    try:
+        yield hidden
+        for path in (*hidden.rglob("*"), hidden):
+            sync_folder(path)
+        os.chmod(hidden, 0o777 & ~_umask())
+        if target.is_dir():
+            target.rename(aside)
+        hidden.rename(target)
+    except BaseException:
+        if aside.is_dir() and not target.exists():
+            aside.rename(target)
+        shutil.rmtree(hidden, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # another has put something there since
+                parent.rmdir()
+        raise
+    if aside.is_dir():
+        shutil.rmtree(aside)
+    sync_folder(target.parent)
+
+
 def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable: without this a rename may be lost when the machine goes down."""
+    """Make a file's bytes or a folder's names durable: else a rename may be lost when the machine goes down."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

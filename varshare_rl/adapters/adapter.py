@@ -1,0 +1,160 @@
+"""Low-rank adapters in memory: factors by module path, and what a file says about them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from varshare_rl.types import UserError
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The correction ``scale * b a`` of one linear layer's weight (Hu et al. 2021, *LoRA*).
+
+    Attributes:
+        a: ``[r, in]``; b: ``[out, r]``; scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA.
+
+    Raises:
+        ValueError: the shapes do not fit each other.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1] or self.rank == 0:
+            raise ValueError(
+                f"factors a {tuple(self.a.shape)} and b {tuple(self.b.shape)} do not fit; give [r, in] and [out, r]"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of ``a``, ``r``."""
+        return self.a.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Size of the layer's input."""
+        return self.a.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Size of the layer's output."""
+        return self.b.shape[0]
+
+    def delta(self) -> Tensor:
+        """The correction itself, ``scale * b a``, ``[out, in]``, in float32 at least."""
+        wide = torch.promote_types(self.a.dtype, torch.float32)
+        return self.scale * (self.b.to(wide) @ self.a.to(wide))
+
+    def folded(self) -> LowRank:
+        """The same correction with scale 1: the scale is multiplied into ``b``."""
+        return LowRank(self.a, self.b * self.scale)
+
+    def is_finite(self) -> bool:
+        """Whether there is neither a NaN nor an infinity in the factors and the scale."""
+        return bool(self.a.isfinite().all() and self.b.isfinite().all()) and math.isfinite(self.scale)
+
+
+_Number = TypeVar("_Number", int, float)
+
+#: Factors by the dotted path of the linear module that they correct.
+Adapter = dict[str, LowRank]
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter file says of its factors, in the words of the `peft` library.
+
+    Attributes:
+        base_model: name or path of the model that is adapted; None if nobody said.
+        rank, alpha: of all modules but those in the patterns.
+        rank_pattern, alpha_pattern: rank and alpha by regular expression; the first that matches a module's path
+            or a dotted end of it counts.
+        rslora: scale ``alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``alpha / r``.
+        dropout: on the adapter's input, in training.
+        target_modules: the adapted modules, as path ends in a list or as one regular expression.
+    """
+
+    base_model: str | None = None
+    rank: int = 8
+    alpha: float = 8.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | str = ()
+
+    def rank_of(self, module: str) -> int:
+        """The rank that is stated for a module's path."""
+        return _first_match(self.rank_pattern, module, self.rank)
+
+    def alpha_of(self, module: str) -> float:
+        """The alpha that is stated for a module's path."""
+        return _first_match(self.alpha_pattern, module, self.alpha)
+
+    def scale_of(self, module: str) -> float:
+        """The factor on ``b a`` that follows, see :func:`adapter_scale`."""
+        return adapter_scale(self.alpha_of(module), self.rank_of(module), self.rslora)
+
+
+def adapter_scale(alpha: float, rank: int, rslora: bool) -> float:
+    """``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA."""
+    return alpha / (math.sqrt(rank) if rslora else rank)
+
+
+def describe(
+    adapter: Adapter, base_model: str | None = None, rslora: bool = False, dropout: float = 0.0
+) -> AdapterInfo:
+    """The information that states an adapter's ranks and scales exactly.
+
+    The most frequent rank and alpha hold for all; exceptions become patterns that match one module each, as
+    does ``target_modules``: a plain name would match every path that ends with it.
+
+    Raises:
+        UserError: the adapter has no factors.
+    """
+    if not adapter:
+        raise UserError("the adapter has no factors; give those of at least one module")
+    ranks = {module: factors.rank for module, factors in adapter.items()}
+    alphas = {module: _alpha(factors.scale, factors.rank, rslora) for module, factors in adapter.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return AdapterInfo(
+        base_model=base_model,
+        rank=int(rank),
+        alpha=alpha,
+        rank_pattern={_exactly(module): value for module, value in ranks.items() if value != rank},
+        alpha_pattern={_exactly(module): value for module, value in alphas.items() if value != alpha},
+        rslora=rslora,
+        dropout=dropout,
+        target_modules=f"^(?:{'|'.join(re.escape(module) for module in adapter)})$",
+    )
+
+
+def matches(pattern: str, module: str) -> bool:
+    """Whether a rank or alpha pattern speaks of a module's path, as `peft` decides it."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
+    return next((value for pattern, value in patterns.items() if matches(pattern, module)), default)
+
+
+def _exactly(module: str) -> str:
+    return f"^{re.escape(module)}$"
+
+
+def _alpha(scale: float, rank: int, rslora: bool) -> float:
+    """The shortest alpha that gives this scale: ``scale * rank`` alone may differ in its last digit by module."""
+    alpha = scale * (math.sqrt(rank) if rslora else rank)
+    short = float(f"{alpha:.12g}")
+    return short if math.isclose(adapter_scale(short, rank, rslora), scale, rel_tol=1e-15) else alpha
