@@ -19,7 +19,21 @@ from envs.metaworld import MetaWorldOptions
 from envs.pointmass import PointMassOptions
 from varshare_rl.algorithms.ppo import PPOOptions
 from varshare_rl.algorithms.sac import SACOptions
-from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn import (
+    CARE,
+    MOORE,
+    FiLM,
+    Independent,
+    L2Soft,
+    LoRA,
+    MultiHead,
+    PaCo,
+    Shared,
+    SoftModularization,
+    TaskEmbedding,
+    VarShare,
+    VarShareLoRA,
+)
 from varshare_rl.optim.elbo import ElboOptions
 from varshare_rl.types import UserError
 
@@ -97,6 +111,15 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "varshare": VarShare,
         "shared": Shared,
         "independent": Independent,
+        "task_embedding": TaskEmbedding,
+        "multi_head": MultiHead,
+        "soft_modularization": SoftModularization,
+        "paco": PaCo,
+        "moore": MOORE,
+        "care": CARE,
+        "film": FiLM,
+        "lora": LoRA,
+        "l2_soft": L2Soft,
     },
 }
 
@@ -131,7 +154,16 @@ def load_config(path: Path) -> TrainConfig:
 
 #: Least and most of options that some components of a group have; None: no bound, or a null is allowed.
 RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
-    "network": {"rank": (1, None)},
+    "network": {
+        "rank": (1, None),
+        "active_parameters": (1, None),
+        "embedding": (1, None),
+        "modules": (1, None),
+        "parameter_sets": (1, None),
+        "experts": (1, None),
+        "encoder_width": (1, None),
+        "context": (1, None),
+    },
     "algorithm": {
         "rollout_transitions_per_task": (2, None),
         "epochs": (1, None),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.nn.stochastic import penalized_layers
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 
 def total_kl(module: nn.Module, num_tasks: int) -> Tensor:
-    """Sum of the layers' divergences from their priors, ``[T]`` nats; zeros without a stochastic layer."""
-    layers = [layer.kl() for _, layer in stochastic_layers(module)]
+    """Sum of the layers' divergences from their priors, ``[T]`` nats; zeros without a penalised layer."""
+    layers = [layer.kl() for _, layer in penalized_layers(module)]
     if layers:
         return torch.stack(layers).sum(0)
     like = next(module.parameters())

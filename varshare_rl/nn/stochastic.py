@@ -14,16 +14,28 @@ from torch import Tensor, nn
 
 
 @runtime_checkable
-class StochasticLayer(Protocol):
-    """A layer with a posterior over weights per task."""
+class PenalizedLayer(Protocol):
+    """A layer that charges every task for departing from what is shared, in nats."""
+
+    def kl(self) -> Tensor:
+        """What each task is charged, ``[T]`` nats: a divergence, or the part of one that means alone have."""
+
+
+@runtime_checkable
+class StochasticLayer(PenalizedLayer, Protocol):
+    """A penalised layer that is sampled: it has a posterior over weights per task."""
 
     noise: tuple[Tensor, ...] | None  # standard normal draws in weight space, when held
 
     def draw_noise(self) -> tuple[Tensor, ...]:
         """Fresh standard normal noise for one draw of every task's weights."""
 
-    def kl(self) -> Tensor:
-        """Divergence of each task's posterior from the prior, ``[T]`` nats."""
+
+def penalized_layers(module: nn.Module) -> Iterator[tuple[str, PenalizedLayer]]:
+    """All penalised layers inside ``module``, stochastic ones among them, with their dotted names, in order."""
+    for name, child in module.named_modules():
+        if isinstance(child, PenalizedLayer):
+            yield name, child
 
 
 def stochastic_layers(module: nn.Module) -> Iterator[tuple[str, StochasticLayer]]:

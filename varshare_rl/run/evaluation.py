@@ -12,7 +12,7 @@ from torch import nn
 
 from envs.suite import Suite, VectorEngine
 from varshare_rl.algorithms.base import Algorithm
-from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.nn.stochastic import penalized_layers
 from varshare_rl.run.threads import one_thread
 
 
@@ -23,7 +23,7 @@ class Evaluation:
     Attributes:
         tasks: ``{name: {success, success_final, return, episode_steps, kl}}``; the successes are None in a
             suite that has none. ``success`` is 1 for an episode in which any step succeeded, ``success_final``
-            looks at its last step only; ``kl`` is the nats of all networks, None without posteriors.
+            looks at its last step only; ``kl`` is the nats of all networks, None without penalised layers.
     """
 
     tasks: dict[str, dict[str, float | None]]
@@ -57,11 +57,11 @@ class Evaluation:
 
 @torch.no_grad()
 def layer_nats(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]]:
-    """Nats per task ``[T]`` of every stochastic layer, by ``<module>.<layer>``; empty if nothing is stochastic."""
+    """Nats per task ``[T]`` of every penalised layer, by ``<module>.<layer>``; empty if there is none."""
     return {
         f"{name}.{path}": layer.kl().double().cpu().numpy()
         for name, module in modules.items()
-        for path, layer in stochastic_layers(module)
+        for path, layer in penalized_layers(module)
     }
 
 
