@@ -73,8 +73,8 @@ CASES = {
     ),
     # trunk 42 + 48, head 21
     "multi_head": Case(lambda: MultiHead(hidden=[7, 6]), False, ParameterCount(90 + 4 * 21, 111, 90, 21)),
-    # features 5 -> 4 -> 4: 24 + 20; modules 4 -> 7 -> 6, two each: 2 * (35 + 48); routes 4 -> 4 and 4 -> 2: 20 + 10;
-    # condition 4 -> 4: 20; head 21; per task an embedding of 4
+    # features 5 -> 4 -> 4: 24 + 20; modules 4 -> 7 -> 6, two each: 2 * (35 + 48); routes 4 -> 4 and 4 -> 2:
+    # 20 + 10; condition 4 -> 4: 20; head 21; per task an embedding of 4
     "soft_modularization": Case(
         lambda: SoftModularization(hidden=[7, 6], modules=2, embedding=4),
         False,
@@ -90,8 +90,8 @@ CASES = {
         False,
         ParameterCount(291 + 4 * 3, 291 + 3, 291, 3),
     ),
-    # two encoders 5 -> 4 -> 4 of 44; context 3 -> 3 -> 3: 24; attention 3 -> 3 -> 2: 12 + 8; trunk 7 -> 7 -> 6 -> 3:
-    # 56 + 48 + 21; per task an embedding of 3
+    # two encoders 5 -> 4 -> 4 of 44; context 3 -> 3 -> 3: 24; attention 3 -> 3 -> 2: 12 + 8; trunk
+    # 7 -> 7 -> 6 -> 3: 56 + 48 + 21; per task an embedding of 3
     "care": Case(
         lambda: CARE(hidden=[7, 6], experts=2, encoder_width=4, context=3),
         False,
