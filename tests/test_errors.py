@@ -80,6 +80,9 @@ WITHOUT_RUN = {
     "negative_clip": (("env=pointmass", "algorithm.clip=-1"), "algorithm.clip is -1"),
     "negative_target_kl": (("env=pointmass", "algorithm.target_kl=-1"), "algorithm.target_kl is -1"),
     "no_alpha": (("env=pointmass", "network.alpha=0"), "network.alpha is 0"),
+    "alpha_at_full_rank": (
+        ("env=pointmass", "network=l2_soft", "network.rank=null", "network.alpha=4"), "network.alpha is 4.0"
+    ),
     "crossed_log_stds": (("env=pointmass", "algorithm.min_log_std=3"), "min_log_std is 3"),
     "bf16_with_ppo": (("env=pointmass", "matmul_precision=bf16"), "matmul_precision=bf16"),
     "missing_resume": (("resume=runs/nowhere",), "runs/nowhere"),

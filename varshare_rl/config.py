@@ -225,6 +225,11 @@ def _check_relations(config: TrainConfig) -> None:
         raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")
     if getattr(config.network, "alpha", None) == 0:
         raise UserError("network.alpha is 0, which switches every adapter off; give a positive number or null")
+    if getattr(config.network, "alpha", None) is not None and config.network.rank is None:
+        raise UserError(
+            f"network.alpha is {config.network.alpha} and scales a low-rank residual, but network.rank is null; "
+            "leave one of them out"
+        )
     if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOOptions):
         raise UserError(
             "matmul_precision=bf16 rounds acting and updating differently, so PPO's ratio would not start at 1; "

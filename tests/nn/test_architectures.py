@@ -298,6 +298,21 @@ def test_active_parameters_are_those_that_one_task_uses(name: str) -> None:
     assert used == CASES[name].count.active_per_task
 
 
+def test_ids_stay_on_the_cpu_wherever_the_network_is(name: str) -> None:
+    """On a device without memory, in all layouts: nothing mixes devices, and nothing waits for a value."""
+    network = build(name).to("meta")
+    layouts: list[tuple[tuple[int, ...], Tensor | int]] = [
+        ((TASKS, BATCH), torch.arange(TASKS)),
+        ((2, BATCH), torch.tensor([3, 1])),
+        ((5,), torch.tensor([0, 3, 3, 1, 0])),
+        ((BATCH,), 2),
+    ]
+    for shape, ids in layouts:
+        y = network(torch.empty(*shape, IN, device="meta"), ids)
+        assert y.shape == (*shape, OUT)
+        assert y.is_meta
+
+
 def test_unknown_id_is_an_error_that_names_it(network: nn.Module) -> None:
     x, _ = inputs()
     with pytest.raises(IndexError, match=r"^unknown task id 4: this network has 4 tasks \(0 to 3\)$"):
