@@ -57,9 +57,8 @@ class SoftModularizationNetwork(nn.Module):
         rows = task_rows(x, task_ids, self.num_tasks)
         features = self.encoder(rows.x, task_ids)
         gate = (features * rows.select(self.embeddings).unsqueeze(1)).flatten(0, 1)
-        h = self.activation(
-            features.flatten(0, 1).clone()
-        )  # activations may overwrite; the gate needs the features
+        # Activations may overwrite their argument, and the gate's gradient needs the features: hence the copy.
+        h = self.activation(features.flatten(0, 1).clone())
         for layer, norm, routing in zip(self.modules_by_layer, self.norms, self.routing(gate), strict=True):
             out = self.activation(norm(layer(h)))  # [M, N, H]
             h = torch.bmm(routing, out.transpose(0, 1)).transpose(0, 1)  # [M, N, H], in the end [1, N, H]
