@@ -35,6 +35,10 @@ DISCRETE = {"cartpole", "lunarlander"}
 ENVIRONMENTS = [
     "cartpole", "gymnasium", "lunarlander", "metaworld", "mt1", "mt10", "mt25", "mt3", "mt50", "pointmass",
 ]  # fmt: skip
+NETWORKS = [
+    "care", "film", "independent", "l2_soft", "lora", "moore", "multi_head", "paco", "shared",
+    "soft_modularization", "task_embedding", "varshare", "varshare_lora",
+]  # fmt: skip
 
 Composer = Callable[..., DictConfig]
 
@@ -58,9 +62,9 @@ def as_object(composed: DictConfig) -> TrainConfig:
 def test_groups_have_their_choices() -> None:
     assert choices("env") == ENVIRONMENTS
     assert choices("algorithm") == ["ppo", "sac"]
-    assert choices("network") == ["independent", "shared", "varshare", "varshare_lora"]
     assert choices("elbo/schedule") == ["band", "constant", "dual", "free_bits", "ramp"]
     assert choices("elbo/prior") == ["adaptive", "fixed", "learned"]
+    assert choices("network") == NETWORKS
     assert {path.name for path in CONFIGS.iterdir()} >= {"env", "algorithm", "network", "elbo", "train.yaml"}
 
 
@@ -84,7 +88,7 @@ def test_every_environment_composes_with_every_algorithm(composed: Composer, env
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
-@pytest.mark.parametrize("network", ["independent", "shared", "varshare", "varshare_lora"])
+@pytest.mark.parametrize("network", NETWORKS)
 def test_every_network_composes_with_every_algorithm(composed: Composer, network: str, algorithm: str) -> None:
     config = as_object(composed("env=pointmass", f"network={network}", f"algorithm={algorithm}"))
     check_config(config)
@@ -137,7 +141,7 @@ def test_overrides_win_over_every_file(composed: Composer) -> None:
             assert config.env.envs_per_task == 2
 
 
-@pytest.mark.parametrize("network", ["independent", "shared", "varshare", "varshare_lora"])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_a_written_configuration_is_read_back(
     composed: Composer, tmp_path: Path, algorithm: str, network: str
@@ -159,7 +163,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
             "total_transitions=320",
         )
         for algorithm in ("ppo", "sac")
-        for network in ("independent", "shared", "varshare", "varshare_lora")
+        for network in NETWORKS
     },
     "cartpole": ("env=cartpole", "env.horizon=20", "total_transitions=240"),
     "cartpole_identical": ("env=cartpole", "env.variant_set=identical", "env.horizon=20", "total_transitions=160"),

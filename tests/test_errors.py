@@ -65,6 +65,21 @@ WITHOUT_RUN = {
     "huge_seed": (("env=pointmass", "seed=4294967296"), "seed"),
     "negative_hidden": (("env=pointmass", "network.hidden=[64,-2]"), "network.hidden[1] is -2"),
     "no_rank": (("env=pointmass", "network.rank=0"), "network.rank is 0"),
+    "no_active_parameters": (("env=pointmass", "network.active_parameters=0"), "active_parameters is 0"),
+    "few_active_parameters": (
+        ("env=pointmass", "network=moore", "network.active_parameters=100"),
+        "network.active_parameters is 100; the smallest network=moore with 2 hidden layers has ",
+    ),
+    "active_parameters_without_layers": (
+        ("env=pointmass", "network.active_parameters=10000", "network.hidden=[]"),
+        "network.hidden has none",
+    ),
+    "too_many_experts": (("env=pointmass", "network=moore", "network.experts=65"), "network.experts is 65"),
+    "no_experts": (("env=pointmass", "network=care", "network.experts=0"), "network.experts is 0"),
+    "no_modules": (("env=pointmass", "network=soft_modularization", "network.modules=0"), "modules is 0"),
+    "no_parameter_sets": (("env=pointmass", "network=paco", "network.parameter_sets=0"), "parameter_sets is 0"),
+    "no_embedding": (("env=pointmass", "network=task_embedding", "network.embedding=0"), "embedding is 0"),
+    "no_hidden_layers": (("env=pointmass", "network=film", "network.hidden=[]"), "network=film needs a hidden"),
     "no_envs": (("env=pointmass", "env.envs_per_task=0"), "env.envs_per_task"),
     "no_horizon": (("env=pointmass", "env.horizon=0"), "horizon"),
     "no_epochs": (("env=pointmass", "algorithm.epochs=0"), "algorithm.epochs is 0"),
@@ -85,6 +100,9 @@ WITHOUT_RUN = {
     "negative_clip": (("env=pointmass", "algorithm.clip=-1"), "algorithm.clip is -1"),
     "negative_target_kl": (("env=pointmass", "algorithm.target_kl=-1"), "algorithm.target_kl is -1"),
     "no_alpha": (("env=pointmass", "network.alpha=0"), "network.alpha is 0"),
+    "alpha_at_full_rank": (
+        ("env=pointmass", "network=l2_soft", "network.rank=null", "network.alpha=4"), "network.alpha is 4.0"
+    ),
     "crossed_log_stds": (("env=pointmass", "algorithm.min_log_std=3"), "min_log_std is 3"),
     "bf16_with_ppo": (("env=pointmass", "matmul_precision=bf16"), "matmul_precision=bf16"),
     "missing_resume": (("resume=runs/nowhere",), "runs/nowhere"),

@@ -75,6 +75,9 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
             "algorithm.normalize_rewards=true", "algorithm.updates_per_transition_per_task=0.15",
         ),
     ),
+    "sac_moore_matched": (
+        528, (*TINY, *TINY_ALGORITHM["sac"], "network=moore", "network.active_parameters=5000"),
+    ),
     "ppo_discrete": (33 * 12, (*TINY, *TINY_ALGORITHM["ppo"], "env=cartpole", "env.horizon=40")),
     "ppo_draws_per_episode": (
         528,

@@ -287,3 +287,35 @@ def test_the_first_screen_says_how_weights_are_drawn(
     assert outcome.code == 0, outcome.err
     (line,) = [line for line in outcome.out.splitlines() if "weight draws" in line]
     assert words in " ".join(outcome.out.split()), line
+
+
+def test_matched_capacity_is_in_the_configuration_the_summary_and_later_runs(
+    command: Command, algorithm: str
+) -> None:
+    arguments = ("network=l2_soft", "network.active_parameters=30000", "total_transitions=320", "run_dir=run")
+    outcome = command("train", *TINY, *TINY_ALGORITHM[algorithm], *arguments)
+    assert outcome.code == 0, outcome.err
+    config = load_config(Path("run/config.yaml"))
+    (width,) = config.network.hidden
+    active = read(Path("run/summary.json"))["parameters"]["active_per_task"]
+    assert width > 8  # of TINY
+    assert abs(active - 30_000) <= 600
+    assert command("train", "resume=run", "total_transitions=480").code == 0
+    assert load_config(Path("run/config.yaml")).network.hidden == [width]
+    outcome = command("evaluate", "run=run", "episodes=1", "device=cpu")
+    assert outcome.code == 0, outcome.err
+
+
+def test_penalised_layers_report_their_nats_without_being_drawn(command: Command) -> None:
+    quiet = [item for item in TINY if item != "log.quiet=true"]
+    arguments = ("network=l2_soft", "elbo.kl_weight=0.5", "total_transitions=320", "run_dir=run")
+    outcome = command("train", *quiet, *TINY_ALGORITHM["ppo"], *arguments)
+    assert outcome.code == 0, outcome.err
+    assert "this network has no posteriors" in " ".join(outcome.out.split())
+    tasks = read(Path("run/summary.json"))["tasks"]
+    assert all(row["kl"] > 0 for row in tasks.values())
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    layers = {name for line in lines for name in line if name.startswith("kl_layer/")}
+    assert layers == {
+        f"kl_layer/{module}.network.layers.{index}" for module in ("actor", "critic") for index in (0, 1)
+    }

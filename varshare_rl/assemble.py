@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from varshare_rl.algorithms.base import Algorithm, Learner, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
+from varshare_rl.nn.capacity import match_width, with_width
 from varshare_rl.nn.options import Architecture
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.ops.activations import ACTIVATIONS
@@ -65,7 +66,11 @@ def build_suite(config: TrainConfig) -> Suite:
 
 
 def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> Algorithm:
-    """The algorithm with fresh networks, drawn from torch's global generator."""
+    """The algorithm with fresh networks, drawn from torch's global generator.
+
+    With ``network.active_parameters`` the widths that follow from it are written to ``network.hidden`` of
+    ``config``, so that they are in whatever is made of it later, ``config.yaml`` first of all.
+    """
     problem = build_problem(suite, config.env.envs_per_task, device)
     architecture = cast(Architecture, config.network)
     if architecture.activation not in ACTIVATIONS:
@@ -73,11 +78,39 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
         raise UserError(f"unknown network.activation {architecture.activation!r}; choose {allowed}")
     posterior = config.elbo.posterior()
 
+    if architecture.active_parameters is not None:
+        architecture.hidden = matched_hidden(config, architecture, problem)
+
     def make_network(in_features: int, out_features: int) -> nn.Module:
         return architecture.build(in_features, out_features, problem.num_tasks, posterior)
 
     learner = Learner(problem, make_network, Elbo(config.elbo, problem.num_tasks))
     return ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
+
+
+def matched_hidden(config: TrainConfig, architecture: Architecture, problem: Problem) -> list[int]:
+    """Sizes of the hidden layers that give the whole agent ``network.active_parameters`` per task.
+
+    Which networks the algorithm trains is found by letting it build the narrowest ones, on the CPU and without
+    moving the global random state. Raises UserError if no width gives that many.
+    """
+    made: list[tuple[tuple[int, int], nn.Module]] = []
+    posterior = config.elbo.posterior()
+    narrowest = with_width(architecture, architecture.least_width())
+
+    def record(in_features: int, out_features: int) -> nn.Module:
+        network = narrowest.build(in_features, out_features, problem.num_tasks, posterior)
+        made.append(((in_features, out_features), network))
+        return network
+
+    with torch.random.fork_rng(devices=[]):
+        learner = Learner(
+            replace(problem, device=torch.device("cpu")), record, Elbo(config.elbo, problem.num_tasks)
+        )
+        algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
+    trained = {module for root in algorithm.trained_modules().values() for module in root.modules()}
+    sizes = [size for size, network in made if network in trained]
+    return match_width(architecture, sizes, problem.num_tasks, posterior)
 
 
 def build_problem(suite: Suite, envs_per_task: int, device: torch.device) -> Problem:

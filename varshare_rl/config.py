@@ -20,7 +20,21 @@ from envs.metaworld import MetaWorldOptions
 from envs.pointmass import PointMassOptions
 from varshare_rl.algorithms.ppo import PPOOptions
 from varshare_rl.algorithms.sac import SACOptions
-from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn import (
+    CARE,
+    MOORE,
+    FiLM,
+    Independent,
+    L2Soft,
+    LoRA,
+    MultiHead,
+    PaCo,
+    Shared,
+    SoftModularization,
+    TaskEmbedding,
+    VarShare,
+    VarShareLoRA,
+)
 from varshare_rl.optim.elbo import ElboOptions
 from varshare_rl.optim.kl_schedules import Band, Constant, Dual, FreeBits, Ramp
 from varshare_rl.optim.priors import Adaptive, Fixed, Learned
@@ -72,7 +86,7 @@ class TrainConfig:
     env: Any = MISSING
     algorithm: Any = MISSING
     network: Any = MISSING
-    elbo: ElboOptions = field(default_factory=lambda: ElboOptions(schedule=MISSING, prior=MISSING))
+    elbo: ElboOptions = field(default_factory=ElboOptions)
     total_transitions: int = 1_000_000  # all tasks together
     seed: int = 0
     device: Device = Device.auto
@@ -100,16 +114,30 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "varshare": VarShare,
         "shared": Shared,
         "independent": Independent,
+        "task_embedding": TaskEmbedding,
+        "multi_head": MultiHead,
+        "soft_modularization": SoftModularization,
+        "paco": PaCo,
+        "moore": MOORE,
+        "care": CARE,
+        "film": FiLM,
+        "lora": LoRA,
+        "l2_soft": L2Soft,
     },
     "elbo/schedule": {"constant": Constant, "ramp": Ramp, "band": Band, "dual": Dual, "free_bits": FreeBits},
     "elbo/prior": {"fixed": Fixed, "learned": Learned, "adaptive": Adaptive},
 }
 
 
+def blank_config() -> TrainConfig:
+    """The configuration with nothing chosen yet: what Hydra and :func:`load_config` put the choices into."""
+    return TrainConfig(elbo=ElboOptions(schedule=MISSING, prior=MISSING))
+
+
 def register_schemas() -> None:
     """Make the typed options known to Hydra, as ``<group>/<name>_schema``."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=TrainConfig)
+    store.store(name="train_schema", node=blank_config())
     for group, options in COMPONENTS.items():
         for name, node in options.items():
             store.store(group=group, name=f"{name}_schema", node=node, package=group.replace("/", "."))
@@ -125,7 +153,7 @@ def load_config(path: Path) -> TrainConfig:
         raise UserError(f"no config.yaml in {path.parent}; give the folder of a run (runs/<name>)")
     try:
         stored: Any = OmegaConf.load(path)
-        config = OmegaConf.structured(TrainConfig)
+        config = OmegaConf.structured(blank_config())
         for group, options in COMPONENTS.items():
             key = group.replace("/", ".")
             chosen = options[OmegaConf.select(stored, f"{key}.name", throw_on_missing=True)]
@@ -138,7 +166,6 @@ def load_config(path: Path) -> TrainConfig:
 
 #: Least and most of options that some components of a group have; None: no bound, or a null is allowed.
 RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
-    "network": {"rank": (1, None)},
     "elbo": {"kl_weight": (0, None), "temperature": (0, None), "particles": (1, None)},
     "elbo.schedule": {
         "warmup": (0, 1),
@@ -158,6 +185,16 @@ RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
         "spring": (0, None),
         "interval": (1, None),
         "smoothing": (0, 1),
+    },
+    "network": {
+        "rank": (1, None),
+        "active_parameters": (1, None),
+        "embedding": (1, None),
+        "modules": (1, None),
+        "parameter_sets": (1, None),
+        "experts": (1, None),
+        "encoder_width": (1, None),
+        "context": (1, None),
     },
     "algorithm": {
         "rollout_transitions_per_task": (2, None),
@@ -217,6 +254,11 @@ def _check_relations(config: TrainConfig) -> None:
     _check_elbo(config.elbo)
     if getattr(config.network, "alpha", None) == 0:
         raise UserError("network.alpha is 0, which switches every adapter off; give a positive number or null")
+    if getattr(config.network, "alpha", None) is not None and config.network.rank is None:
+        raise UserError(
+            f"network.alpha is {config.network.alpha} and scales a low-rank residual, but network.rank is null; "
+            "leave one of them out"
+        )
     if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOOptions):
         raise UserError(
             "matmul_precision=bf16 rounds acting and updating differently, so PPO's ratio would not start at 1; "

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varshare_rl.nn import IndependentLayer, SharedLayer, VarShareLayer, VarShareLoRALayer
+from varshare_rl.nn import (
+    IndependentLayer,
+    L2SoftLayer,
+    ResidualLayer,
+    SharedLayer,
+    TaskEmbeddingLayer,
+    VarShareLayer,
+    VarShareLoRALayer,
+)
 
 
 def weight_of(layer: nn.Module, task: int, temperature: float = 1.0) -> tuple[Tensor, Tensor | None]:
@@ -16,6 +24,16 @@ def weight_of(layer: nn.Module, task: int, temperature: float = 1.0) -> tuple[Te
     if isinstance(layer, SharedLayer):
         theta, bias = layer.theta[:, : layer.in_features], layer.bias
         return theta, bias if layer.one_hot_tasks == 0 else bias + layer.theta[:, layer.in_features + task]
+    if isinstance(layer, TaskEmbeddingLayer):
+        embedding = layer.embeddings[task] / layer.embeddings[task].square().sum().sqrt()
+        appended = layer.theta[:, layer.in_features :]
+        return layer.theta[:, : layer.in_features], layer.bias + appended @ embedding
+    if isinstance(layer, L2SoftLayer):
+        return weight_of(layer.residual, task)
+    if isinstance(layer, ResidualLayer):
+        if layer.rank is None:
+            return layer.theta + layer.residuals[task], layer.bias
+        return layer.theta + layer.scale * layer.factors_B[task] @ layer.factors_A[task], layer.bias
     noisy = layer.training and layer.noise is not None
     if isinstance(layer, VarShareLayer):
         phi = layer.mus[task]

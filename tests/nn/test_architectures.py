@@ -8,13 +8,31 @@ from dataclasses import dataclass
 import pytest
 import torch
 from helpers import hold_noise
-from naive import scramble, weight_of
+from naive import scramble
+from naive_networks import naive_network
 from torch import Tensor, nn
 
-from varshare_rl.nn import Architecture, Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn import (
+    CARE,
+    MOORE,
+    Architecture,
+    FiLM,
+    Independent,
+    L2Soft,
+    LoRA,
+    MultiHead,
+    PaCo,
+    Posterior,
+    Shared,
+    SoftModularization,
+    TaskEmbedding,
+    VarShare,
+    VarShareLoRA,
+)
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
-from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.nn.stochastic import penalized_layers, stochastic_layers
 from varshare_rl.nn.variational import ESTIMATORS
+from varshare_rl.ops.activations import ACTIVATIONS
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 
@@ -26,6 +44,13 @@ class Case:
     make: Callable[[], Architecture]
     stochastic: bool
     count: ParameterCount  # by hand
+    penalized: bool = False  # without noise
+    starts_shared: bool = False  # a fresh network treats all tasks alike
+
+    @property
+    def charged(self) -> bool:
+        """Whether tasks pay for departing from what is shared."""
+        return self.stochastic or self.penalized
 
 
 # Layers 5 -> 7 -> 6 -> 3: weights 35 + 42 + 18 = 95, biases 7 + 6 + 3 = 16, together 111.
@@ -34,12 +59,69 @@ CASES = {
     "shared": Case(lambda: Shared(hidden=[7, 6]), False, ParameterCount(139, 139, 139, 0)),
     "independent": Case(lambda: Independent(hidden=[7, 6]), False, ParameterCount(444, 111, 0, 111)),
     # mus and rhos of 95 weights each
-    "varshare": Case(lambda: VarShare(hidden=[7, 6]), True, ParameterCount(111 + 4 * 190, 111 + 95, 111, 190)),
+    "varshare": Case(
+        lambda: VarShare(hidden=[7, 6]), True, ParameterCount(111 + 4 * 190, 111 + 95, 111, 190), starts_shared=True
+    ),
     # rank 2: factors of 2 * (5 + 7) + 2 * (7 + 6) + 2 * (6 + 3) = 68
     "varshare_lora": Case(
         lambda: VarShareLoRA(hidden=[7, 6], rank=2, alpha=3.0),
         True,
         ParameterCount(111 + 4 * 136, 111 + 68, 111, 136),
+        starts_shared=True,
+    ),
+    # an embedding of 2: two more columns of 7
+    "task_embedding": Case(
+        lambda: TaskEmbedding(hidden=[7, 6], embedding=2), False, ParameterCount(125 + 4 * 2, 125 + 2, 125, 2)
+    ),
+    # trunk 42 + 48, head 21
+    "multi_head": Case(lambda: MultiHead(hidden=[7, 6]), False, ParameterCount(90 + 4 * 21, 111, 90, 21)),
+    # features 5 -> 4 -> 4: 24 + 20; modules 4 -> 7 -> 6, two each: 2 * (35 + 48); routes 4 -> 4 and 4 -> 2:
+    # 20 + 10; condition 4 -> 4: 20; head 21; per task an embedding of 4
+    "soft_modularization": Case(
+        lambda: SoftModularization(hidden=[7, 6], modules=2, embedding=4),
+        False,
+        ParameterCount(281 + 4 * 4, 281 + 4, 281, 4),
+    ),
+    "paco": Case(
+        lambda: PaCo(hidden=[7, 6], parameter_sets=3), False, ParameterCount(333 + 4 * 3, 333 + 3, 333, 3)
+    ),
+    # two experts 5 -> 7 -> 6 of 90; per task a mixture of 2 and a head of 21
+    "moore": Case(lambda: MOORE(hidden=[7, 6], experts=2), False, ParameterCount(180 + 4 * 23, 180 + 23, 180, 23)),
+    "moore_single_head": Case(
+        lambda: MOORE(hidden=[7, 6], experts=3, multi_head=False),
+        False,
+        ParameterCount(291 + 4 * 3, 291 + 3, 291, 3),
+    ),
+    # two encoders 5 -> 4 -> 4 of 44; context 3 -> 3 -> 3: 24; attention 3 -> 3 -> 2: 12 + 8; trunk
+    # 7 -> 7 -> 6 -> 3: 56 + 48 + 21; per task an embedding of 3
+    "care": Case(
+        lambda: CARE(hidden=[7, 6], experts=2, encoder_width=4, context=3),
+        False,
+        ParameterCount(257 + 4 * 3, 257 + 3, 257, 3),
+    ),
+    # scales and shifts of 7 + 6
+    "film": Case(
+        lambda: FiLM(hidden=[7, 6]), False, ParameterCount(111 + 4 * 26, 111 + 26, 111, 26), starts_shared=True
+    ),
+    "lora": Case(
+        lambda: LoRA(hidden=[7, 6], rank=2, alpha=3.0),
+        False,
+        ParameterCount(111 + 4 * 68, 111 + 68, 111, 68),
+        starts_shared=True,
+    ),
+    "l2_soft": Case(
+        lambda: L2Soft(hidden=[7, 6], rank=2, alpha=3.0),
+        False,
+        ParameterCount(111 + 4 * 68, 111 + 68, 111, 68),
+        penalized=True,
+        starts_shared=True,
+    ),
+    "l2_soft_full_rank": Case(
+        lambda: L2Soft(hidden=[7, 6], rank=None),
+        False,
+        ParameterCount(111 + 4 * 95, 111 + 95, 111, 95),
+        penalized=True,
+        starts_shared=True,
     ),
 }
 STOCHASTIC = [name for name, case in CASES.items() if case.stochastic]
@@ -49,8 +131,10 @@ def build(name: str, tasks: int = TASKS, **posterior: float) -> nn.Module:
     return CASES[name].make().build(IN, OUT, tasks, Posterior(**posterior))  # type: ignore[arg-type]
 
 
-def scrambled(name: str) -> nn.Module:
-    network = build(name).double()
+def scrambled(name: str, layer_norm: bool = False) -> nn.Module:
+    options = CASES[name].make()
+    options.layer_norm = layer_norm
+    network = options.build(IN, OUT, TASKS, Posterior()).double()
     scramble(network)
     hold_noise(network)
     return network
@@ -73,7 +157,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 def own_parameters(network: nn.Module) -> dict[str, Tensor]:
     """The stacked per-task parameters by dotted name."""
     return {
-        f"{prefix}.{name}": layer.get_parameter(name)
+        f"{prefix}.{name}".lstrip("."): layer.get_parameter(name)
         for prefix, layer in network.named_modules()
         for name in getattr(layer, "per_task_parameters", ())
     }
@@ -91,16 +175,29 @@ def test_batched_equals_one_task_at_a_time(network: nn.Module, training: bool) -
     torch.testing.assert_close(together, flat.view_as(together), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("training", [True, False])
-def test_equals_a_plain_network_per_task(network: nn.Module, training: bool) -> None:
-    network.train(training)
+def test_equals_a_plain_network_per_task(name: str, training: bool, layer_norm: bool) -> None:
+    network = scrambled(name, layer_norm).train(training)
     x, ids = inputs()
+    y = network(x, ids)
     for task in range(TASKS):
-        y = x[task]
-        for index, layer in enumerate(network.layers):  # type: ignore[arg-type]
-            weight, bias = weight_of(layer, task)
-            y = nn.functional.linear(y if index == 0 else torch.tanh(y), weight, bias)
-        torch.testing.assert_close(network(x, ids)[task], y, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(y[task], naive_network(network, x[task], task), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_every_activation_has_gradients(name: str, activation: str, layer_norm: bool) -> None:
+    """Activations may overwrite their argument: nothing else may still need it."""
+    options = CASES[name].make()
+    options.activation, options.layer_norm = activation, layer_norm
+    network = options.build(IN, OUT, TASKS, Posterior())
+    x, ids = torch.randn(TASKS, BATCH, IN, requires_grad=True), torch.arange(TASKS)
+    before = x.detach().clone()
+    network(x, ids).square().sum().backward()
+    assert torch.equal(x, before)
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -138,13 +235,14 @@ def test_every_parameter_gets_a_gradient(network: nn.Module) -> None:
         assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.starts_shared])
 def test_fresh_adapters_are_the_shared_network(name: str) -> None:
     network = build(name).eval()
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
     plain = Shared(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
     with torch.no_grad():
-        for ours, theirs in zip(plain.layers, network.layers, strict=True):
+        for ours, wrapped in zip(plain.layers, network.layers, strict=True):
+            theirs = getattr(wrapped, "residual", wrapped)
             ours.theta.zero_()  # the columns of the one-hot task
             ours.theta[:, : ours.in_features] = theirs.theta
             ours.bias.copy_(theirs.bias)
@@ -154,9 +252,10 @@ def test_fresh_adapters_are_the_shared_network(name: str) -> None:
 def test_kl_is_per_task_and_never_negative(name: str, network: nn.Module) -> None:
     kl = total_kl(network, TASKS)
     assert kl.shape == (TASKS,)
-    assert (kl > 0).all() if CASES[name].stochastic else (kl == 0).all()
-    layers = [layer.kl() for _, layer in stochastic_layers(network)]
-    assert len(layers) == (3 if CASES[name].stochastic else 0)  # heads included
+    assert (kl > 0).all() if CASES[name].charged else (kl == 0).all()
+    layers = [layer.kl() for _, layer in penalized_layers(network)]
+    assert len(layers) == (3 if CASES[name].charged else 0)  # heads included
+    assert len(list(stochastic_layers(network))) == (3 if CASES[name].stochastic else 0)
     if layers:
         torch.testing.assert_close(kl, layers[0] + layers[1] + layers[2])
 
@@ -165,7 +264,7 @@ def test_kl_is_zero_exactly_at_the_prior(name: str) -> None:
     network = build(name, prior_scale=0.3).double()
     with torch.no_grad():
         for key, parameter in own_parameters(network).items():
-            is_rho = key.rsplit(".", 1)[1].startswith("rho")
+            is_rho = key.rsplit(".", 1)[-1].startswith("rho")
             parameter.fill_(float(torch.tensor(0.3).double().expm1().log()) if is_rho else 0.0)
     zeros = torch.zeros(TASKS, dtype=torch.float64)
     torch.testing.assert_close(total_kl(network, TASKS), zeros, rtol=0, atol=1e-12)
@@ -186,6 +285,34 @@ def test_parameter_counts_by_hand(name: str) -> None:
     assert count.stored == sum(parameter.numel() for parameter in network.parameters())
     assert count.as_dict().keys() == {"stored", "active_per_task", "shared", "per_task"}
     assert count_parameters([network, network], TASKS).stored == 2 * count.stored
+
+
+def test_active_parameters_are_those_that_one_task_uses(name: str) -> None:
+    """Counted by their gradients: of what task 1 is trained on, means without spreads."""
+    network = scrambled(name).eval()
+    network(torch.randn(BATCH, IN, dtype=torch.float64), 1).square().sum().backward()
+    own = own_parameters(network)
+    used = sum(
+        parameter[1].numel() if key in own else parameter.numel()
+        for key, parameter in network.named_parameters()
+        if parameter.grad is not None and not key.rsplit(".", 1)[-1].startswith("rho")
+    )
+    assert used == CASES[name].count.active_per_task
+
+
+def test_ids_stay_on_the_cpu_wherever_the_network_is(name: str) -> None:
+    """On a device without memory, in all layouts: nothing mixes devices, and nothing waits for a value."""
+    network = build(name).to("meta")
+    layouts: list[tuple[tuple[int, ...], Tensor | int]] = [
+        ((TASKS, BATCH), torch.arange(TASKS)),
+        ((2, BATCH), torch.tensor([3, 1])),
+        ((5,), torch.tensor([0, 3, 3, 1, 0])),
+        ((BATCH,), 2),
+    ]
+    for shape, ids in layouts:
+        y = network(torch.empty(*shape, IN, device="meta"), ids)
+        assert y.shape == (*shape, OUT)
+        assert y.is_meta
 
 
 def test_unknown_id_is_an_error_that_names_it(network: nn.Module) -> None:

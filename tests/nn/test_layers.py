@@ -12,10 +12,26 @@ from naive import naive_layer, scramble
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from varshare_rl.nn import IndependentLayer, SharedLayer, VarShareLayer, VarShareLoRALayer
+from varshare_rl.nn import (
+    IndependentLayer,
+    L2SoftLayer,
+    ResidualLayer,
+    SharedLayer,
+    TaskEmbeddingLayer,
+    VarShareLayer,
+    VarShareLoRALayer,
+)
 
 TASKS, IN, OUT = 5, 7, 4
-Layer = VarShareLoRALayer | VarShareLayer | IndependentLayer | SharedLayer
+Layer = (
+    VarShareLoRALayer
+    | VarShareLayer
+    | IndependentLayer
+    | SharedLayer
+    | ResidualLayer
+    | L2SoftLayer
+    | TaskEmbeddingLayer
+)
 
 LAYERS: dict[str, Callable[[], Layer]] = {
     "varshare_lora": lambda: VarShareLoRALayer(IN, OUT, TASKS, rank=3),
@@ -24,6 +40,10 @@ LAYERS: dict[str, Callable[[], Layer]] = {
     "varshare_no_bias": lambda: VarShareLayer(IN, OUT, TASKS, bias=False),
     "independent": lambda: IndependentLayer(IN, OUT, TASKS),
     "shared": lambda: SharedLayer(IN, OUT, TASKS),
+    "residual": lambda: ResidualLayer(IN, OUT, TASKS, rank=2, alpha=5.0),
+    "residual_full_rank": lambda: ResidualLayer(IN, OUT, TASKS, rank=None),
+    "l2_soft": lambda: L2SoftLayer(IN, OUT, TASKS, rank=3),
+    "task_embedding": lambda: TaskEmbeddingLayer(IN, OUT, TASKS, embedding=3),
 }
 STOCHASTIC = [name for name in LAYERS if name.startswith("varshare")]
 

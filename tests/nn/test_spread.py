@@ -41,7 +41,7 @@ def test_spread_at_the_prior(name: str) -> None:
 def test_noise_to_weight_is_a_mean_over_layers_and_tasks() -> None:
     layers = [LAYERS["varshare"](), LAYERS["varshare_lora"]()]
     now, prior = noise_to_weight([nn.Sequential(layers[0]), layers[1]])
-    by_hand = [(residual_spread(layer) / layer.theta.square().mean().sqrt()).mean() for layer in layers]
+    by_hand = [(residual_spread(layer) / layer.theta.detach().square().mean().sqrt()).mean() for layer in layers]
     assert now == pytest.approx(float(sum(by_hand)) / 2)
     assert prior > now
     sigma = F.softplus(torch.tensor(-5.0))

@@ -11,6 +11,11 @@ from varshare_rl.nn.task_rows import TaskIds
 from varshare_rl.ops.activations import ACTIVATIONS
 
 
+def hidden_norms(hidden: Sequence[int], layer_norm: bool) -> nn.ModuleList:
+    """What stands between each hidden layer and its activation: a LayerNorm (Ba et al. 2016), or nothing."""
+    return nn.ModuleList(nn.LayerNorm(size) if layer_norm else nn.Identity() for size in hidden)
+
+
 class TaskMLP(nn.Module):
     """Task layers with an activation between them.
 
@@ -35,7 +40,7 @@ class TaskMLP(nn.Module):
         self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(sizes))
         self.activation = ACTIVATIONS[activation]
         self.temperature = temperature
-        self.norms = nn.ModuleList(nn.LayerNorm(size) if layer_norm else nn.Identity() for size in sizes[1:-1])
+        self.norms = hidden_norms(sizes[1:-1], layer_norm)
 
     def forward(self, x: Tensor, task_ids: TaskIds) -> Tensor:
         """``[T, B, F]`` to ``[T, B, G]``, or any layout the layers take."""

@@ -7,6 +7,8 @@ from typing import ClassVar, Protocol
 
 from torch import nn
 
+from varshare_rl.types import UserError
+
 
 @dataclass(frozen=True)
 class Posterior:
@@ -20,7 +22,11 @@ class Posterior:
 
 @dataclass
 class ArchitectureOptions:
-    """Options of every architecture: sizes of the hidden layers, their activation, LayerNorm before it."""
+    """Options of every architecture: sizes of the hidden layers, their activation, LayerNorm before it.
+
+    With ``active_parameters`` the hidden layers get one width, such that the whole agent has about so many active
+    parameters per task (see :mod:`varshare_rl.nn.capacity`); ``hidden`` then only says how many layers there are.
+    """
 
     #: How training draws the weights unless told otherwise; None without a posterior.
     default_estimator: ClassVar[str | None] = None
@@ -28,6 +34,16 @@ class ArchitectureOptions:
     hidden: list[int] = field(default_factory=lambda: [64, 64])
     activation: str = "tanh"
     layer_norm: bool = False
+    active_parameters: int | None = None
+
+    def least_width(self) -> int:
+        """The narrowest that all hidden layers may be."""
+        return 1
+
+    def require_hidden(self) -> None:
+        """Raise UserError unless there is a hidden layer."""
+        if not self.hidden:
+            raise UserError(f"network={self.name} needs a hidden layer; give network.hidden=[64], for example")
 
 
 class Architecture(Protocol):
@@ -38,6 +54,10 @@ class Architecture(Protocol):
     hidden: list[int]
     activation: str
     layer_norm: bool
+    active_parameters: int | None
+
+    def least_width(self) -> int:
+        """The narrowest that all hidden layers may be."""
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network from ``in_features`` to ``out_features``; its linear layers include the head."""

@@ -133,9 +133,10 @@ class Elbo:
 
 
 def posterior_size(module: nn.Module) -> int:
-    """Number of Gaussian weights in one task's posterior."""
+    """Number of Gaussian weights in one task's posterior, or of penalised ones where there is none."""
     size = 0
     for layer in module.modules():
+        size += getattr(layer, "penalized_size", 0)
         for name in getattr(layer, "spread_parameters", ()):
             size += layer.get_parameter(name)[0].numel()
     return size

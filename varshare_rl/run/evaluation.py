@@ -24,7 +24,7 @@ class Evaluation:
     Attributes:
         tasks: ``{name: {success, success_final, return, episode_steps, kl}}``; the successes are None in a
             suite that has none. ``success`` is 1 for an episode in which any step succeeded, ``success_final``
-            looks at its last step only; ``kl`` is the nats of all networks, None without posteriors.
+            looks at its last step only; ``kl`` is the nats of all networks, None without penalised layers.
     """
 
     tasks: dict[str, dict[str, float | None]]

@@ -1,0 +1,71 @@
+"""A shared weight plus, per task, a residual without noise: of low rank, or of full rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn.initial import INITIAL_MU_STD, check_positive, linear_parameters
+from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.ops.linear import linear, low_rank_linear
+
+
+class ResidualLayer(nn.Module):
+    """Linear layer whose weight for task ``i`` is ``theta + (alpha / rank) B_i A_i``, or ``theta + phi_i``.
+
+    The low-rank form is that of LoRA (Hu et al. 2021) with a ``theta`` that is trained too, and the mean of
+    VarShare-LoRA's; the full-rank form is the mean of VarShare's. Both start there as well: ``A ~ N(0, 0.01^2)``,
+    ``B = 0`` and ``phi = 0``, so a fresh layer is the shared one.
+
+    Args:
+        in_features: size of the input, ``F``.
+        out_features: size of the output, ``G``.
+        num_tasks: number of tasks, ``T``.
+        rank: rank of the residual; None for full rank.
+        alpha: numerator of the scale of a low-rank residual; ``rank`` unless given, which makes the scale 1.
+
+    Attributes:
+        theta: ``[G, F]``; bias: ``[G]``; factors_A: ``[T, rank, F]`` and factors_B: ``[T, G, rank]``, or
+            residuals: ``[T, G, F]``; scale: ``alpha / rank``.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, num_tasks: int, rank: int | None = 8, alpha: float | None = None
+    ) -> None:
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features, num_tasks=num_tasks)
+        check_positive(rank=1 if rank is None else rank)
+        self.in_features, self.out_features = in_features, out_features
+        self.num_tasks, self.rank = num_tasks, rank
+        self.scale = 1.0 if rank is None or alpha is None else alpha / rank
+        self.theta, bias = linear_parameters(in_features, out_features, bias=True)
+        assert bias is not None
+        self.bias = bias
+        self.per_task_parameters: tuple[str, ...]
+        if rank is None:
+            self.per_task_parameters = ("residuals",)
+            self.residuals = nn.Parameter(torch.zeros(num_tasks, out_features, in_features))
+        else:
+            self.per_task_parameters = ("factors_A", "factors_B")
+            self.factors_A = nn.Parameter(torch.randn(num_tasks, rank, in_features) * INITIAL_MU_STD)
+            self.factors_B = nn.Parameter(torch.zeros(num_tasks, out_features, rank))
+
+    def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
+        """Apply each row's own task's weight; layouts and errors as in ``VarShareLoRALayer.forward``."""
+        rows = task_rows(x, task_id, self.num_tasks)
+        if self.rank is None:
+            shared = linear(rows.x, self.theta, self.bias)
+            return rows.restore(torch.baddbmm(shared, rows.x, rows.select(self.residuals).transpose(1, 2)))
+        a, b = rows.select(self.factors_A), rows.select(self.factors_B)
+        return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, self.scale))
+
+    def squared_norm(self) -> Tensor:
+        """Sum of the squares of each task's own parameters, ``[T]``."""
+        own = (self.get_parameter(name) for name in self.per_task_parameters)
+        return torch.stack([parameter.square().flatten(1).sum(1) for parameter in own]).sum(0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}, "
+            f"rank={self.rank}, scale={self.scale:g}"
+        )

@@ -1,0 +1,78 @@
+"""One network for all tasks, told the task by a learned vector beside the input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from varshare_rl.nn.initial import check_positive, linear_parameters
+from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.options import ArchitectureOptions, Posterior
+from varshare_rl.nn.shared import SharedLayer
+from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.ops.linear import linear
+
+
+class TaskEmbeddingLayer(nn.Module):
+    """Linear layer on the input with the task's embedding appended: ``y = [x, e_i / ||e_i||] theta^T + bias``.
+
+    The longer input is never built: its last columns add the same offset to all rows of a task.
+
+    Args:
+        in_features: size of the input, ``F``.
+        out_features: size of the output, ``G``.
+        num_tasks: number of tasks, ``T``.
+        embedding: size of the embedding, ``D``.
+
+    Attributes:
+        theta: ``[G, F + D]``; bias: ``[G]``; embeddings: ``[T, D]``, of any length: they are normalised in use.
+    """
+
+    per_task_parameters = ("embeddings",)
+
+    def __init__(self, in_features: int, out_features: int, num_tasks: int, embedding: int) -> None:
+        super().__init__()
+        check_positive(num_tasks=num_tasks, embedding=embedding)
+        self.in_features, self.out_features, self.num_tasks = in_features, out_features, num_tasks
+        self.theta, bias = linear_parameters(in_features + embedding, out_features, bias=True)
+        assert bias is not None
+        self.bias = bias
+        self.embeddings = nn.Parameter(F.normalize(torch.randn(num_tasks, embedding), dim=-1))
+
+    def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
+        """Use each row's own task's embedding; layouts and errors as in ``VarShareLoRALayer.forward``."""
+        rows = task_rows(x, task_id, self.num_tasks)
+        embedding = F.normalize(rows.select(self.embeddings), dim=-1)
+        offset = linear(embedding, self.theta[:, self.in_features :], self.bias)  # [K, G]
+        return rows.restore(linear(rows.x, self.theta[:, : self.in_features]) + offset.unsqueeze(1))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}"
+
+
+@dataclass
+class TaskEmbedding(ArchitectureOptions):
+    """``network=task_embedding``: all weights shared, the task given as a learned embedding of unit norm.
+
+    As in TD-MPC2 (Hansen et al. 2024) and BRC (Nauman et al. 2025). Deviations: the norm is 1 rather than at most
+    1, and actor and critics learn embeddings of their own, like all their parameters. ``embedding`` is a size of
+    its own and does not follow ``hidden``. Active are the shared weights and the task's own embedding.
+    """
+
+    name: str = "task_embedding"
+    embedding: int = 32
+
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
+        """An MLP of shared layers, the first of which sees the embedding."""
+        first = [True] + [False] * len(self.hidden)
+
+        def layer(inputs: int, outputs: int) -> nn.Module:
+            if first.pop(0):
+                return TaskEmbeddingLayer(inputs, outputs, num_tasks, self.embedding)
+            return SharedLayer(inputs, outputs)
+
+        sizes = [in_features, *self.hidden, out_features]
+        return TaskMLP(sizes, layer, self.activation, layer_norm=self.layer_norm)
