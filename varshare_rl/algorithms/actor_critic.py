@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.base import Learner
 from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Tree
@@ -107,3 +108,13 @@ class ActorCritic:
         self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
         self.updates = state["updates"]
+
+    def measure_conflict(self) -> None:
+        """Have the next update measure how the tasks' gradients of the shared parameters agree."""
+        self.actor_step.measure_gram(shared_parameters(self.actor))
+        self.critic_step.measure_gram(shared_parameters(self.critic))
+
+    def gradient_grams(self) -> dict[str, Tensor]:
+        """What was measured, by network: inner products of the tasks' gradients, ``[T, T]`` float64."""
+        steps = {"actor": self.actor_step, "critic": self.critic_step}
+        return {name: step.gram for name, step in steps.items() if step.gram is not None}

@@ -50,6 +50,16 @@ def count_parameters(modules: Iterable[nn.Module], num_tasks: int) -> ParameterC
     return ParameterCount(shared + num_tasks * per_task, shared + per_task - spread, shared, per_task)
 
 
+def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``module`` that all tasks train together."""
+    return [
+        parameter
+        for layer in module.modules()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name not in getattr(layer, "per_task_parameters", ()) and parameter.requires_grad
+    ]
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Inside, no parameter of ``module`` requires a gradient; afterwards those that did do again."""

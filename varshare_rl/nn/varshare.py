@@ -22,6 +22,7 @@ from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
 from varshare_rl.ops.linear import linear
+from varshare_rl.ops.task_weights import FullRankWeights
 
 
 class VarShareLayer(nn.Module):
@@ -108,6 +109,10 @@ class VarShareLayer(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}, "
             f"prior_scale={self.prior_scale:g}"
         )
+
+    def task_weights(self) -> FullRankWeights:
+        """The mean weights of all tasks and their spread, see :mod:`varshare_rl.nn.sharing`."""
+        return FullRankWeights(self.theta, self.mus, softplus_sigma(self.rhos))
 
 
 def mean_estimate(layer: VarShareLayer, rows: TaskRows, temperature: float) -> Tensor:

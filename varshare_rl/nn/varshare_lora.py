@@ -23,6 +23,7 @@ from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
 from varshare_rl.ops.linear import low_rank_linear
+from varshare_rl.ops.task_weights import LowRankWeights
 
 
 class VarShareLoRALayer(nn.Module):
@@ -143,6 +144,11 @@ class VarShareLoRALayer(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}, "
             f"rank={self.rank}, scale={self.scale:g}, prior_scale={self.prior_scale:g}"
         )
+
+    def task_weights(self) -> LowRankWeights:
+        """The mean weights of all tasks and their spread, see :mod:`varshare_rl.nn.sharing`."""
+        sigmas = (softplus_sigma(self.rhos_A), softplus_sigma(self.rhos_B))
+        return LowRankWeights(self.theta, self.mus_A, self.mus_B, self.scale, *sigmas)
 
 
 def mean_estimate(layer: VarShareLoRALayer, rows: TaskRows, temperature: float) -> Tensor:
