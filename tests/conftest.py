@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from varshare_rl import evaluate, train
+from varshare_rl import evaluate, report, train
 from varshare_rl.cli import run_command
 from varshare_rl.config import register_schemas
 
@@ -52,13 +52,18 @@ def command(
 
     def call(name: str, *arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", [f"varshare_rl.{name}", *arguments])
+        if name == "report":
+            return ended(report.main)
         if name == "train":
             register_schemas()
         else:
             ConfigStore.instance().store(name="evaluate_schema", node=evaluate.EvaluateConfig)
+        return ended(lambda: run_command(name, {"train": train.main, "evaluate": evaluate.main}[name]))
+
+    def ended(entry: Callable[[], None]) -> Outcome:
         code: int | str | None = 0
         try:
-            run_command(name, {"train": train.main, "evaluate": evaluate.main}[name])
+            entry()
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()

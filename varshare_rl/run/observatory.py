@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from varshare_rl.reporting.layers import short_names
 from varshare_rl.reporting.palettes import DIVERGING
 from varshare_rl.reporting.previews import heat_map
 from varshare_rl.run.files import to_json, write_atomically
-from varshare_rl.run.sharing import Conflict, sharing_document
+from varshare_rl.run.sharing import FORMAT_VERSION, Conflict, sharing_document
 from varshare_rl.run.tracker import Image, Tracker
-from varshare_rl.types import Metrics
+from varshare_rl.types import Metrics, UserError
 
 FOLDER = "sharing"
 
@@ -54,6 +55,29 @@ class Observatory:
             for name, histogram in layer["histograms"].items()
         }
         self.tracker.histograms({f"posterior/{name}": values for name, values in histograms.items()}, transitions)
+
+
+def latest_observation(run_dir: Path, transitions: int) -> dict[str, Any] | None:
+    """The last document that a run wrote up to so many ``transitions``; None if there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    found = [path for path in (run_dir / FOLDER).glob("*.json") if path.stem.isdecimal()]
+    earlier = [path for path in found if int(path.stem) <= transitions]
+    if not earlier:
+        return None
+    path = max(earlier, key=lambda path: int(path.stem))
+    try:
+        document = json.loads(path.read_bytes())
+        version = document["format_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"damaged observation {str(path)!r}; remove that file to go on without it") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{str(path)!r} has format version {version!r}; this version of varshare_rl reads {FORMAT_VERSION}"
+        )
+    return dict(document)
 
 
 def scalars(document: Mapping[str, Any]) -> Metrics:
