@@ -83,7 +83,7 @@ def distance_figure(document: Document) -> Figure:
     tree.set_yticks([])
     _plain(tree)
     tree.spines["left"].set_visible(False)
-    tree.set_xlabel("distance at which they merge", fontsize=8)
+    tree.set_xlabel("merging distance", fontsize=8)
     number = f"{clusters['count']} cluster{'s' * (clusters['count'] != 1)} at {clusters['threshold']:g}"
     return _titled(figure, document, f"Relative distance of the tasks' weights: {number} (dashed)")
 
@@ -178,7 +178,7 @@ def _between_tasks(
 
 def _dots(axes: Axes, row: int, values: npt.NDArray[np.float64]) -> None:
     apart = np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else np.zeros(1)
-    axes.plot(values, row + apart, ".", color=QUALITATIVE[0], markersize=5, alpha=0.8)
+    axes.plot(values, row + apart, ".", color=QUALITATIVE[0], markersize=5, alpha=0.8, clip_on=False)
     axes.plot([values.mean()] * 2, [row - 0.33, row + 0.33], color=QUALITATIVE[1], linewidth=2)
 
 
