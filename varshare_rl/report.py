@@ -61,7 +61,7 @@ def report_sharing(composed: DictConfig) -> None:
 def write_figures(out: Path, document: dict[str, Any]) -> None:
     """Write the document and a PNG for every figure that it has numbers for."""
     from varshare_rl.reporting.figures import to_png  # takes a while to import: after what can be wrong
-    from varshare_rl.reporting.sharing import sharing_figures
+    from varshare_rl.reporting.sharing_figures import sharing_figures
 
     try:
         out.mkdir(parents=True, exist_ok=True)

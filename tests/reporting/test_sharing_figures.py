@@ -11,7 +11,7 @@ import torch
 from varshare_rl.nn import Independent, Posterior, Shared, VarShare, VarShareLoRA
 from varshare_rl.reporting.figures import to_png
 from varshare_rl.reporting.layers import short_names
-from varshare_rl.reporting.sharing import sharing_figures
+from varshare_rl.reporting.sharing_figures import sharing_figures
 from varshare_rl.run.sharing import Conflict, sharing_document
 
 ALL = {"nats", "similarity", "distance", "layers", "posteriors", "conflict"}
