@@ -30,5 +30,5 @@ def test_room_for_many_tasks_and_for_one() -> None:
 
 
 def test_short_numbers() -> None:
-    numbers = (0.0, 0.534, -1.0, 0.5, 12.4, 100.0, 3421.0, 123_456.0)
-    assert [_short(number) for number in numbers] == ["0", "0.53", "-1", "0.5", "12", "100", "3.4k", "123k"]
+    numbers = (0.0, -0.001, 0.534, -1.0, 0.5, 12.4, 100.0, 3421.0, 123_456.0)
+    assert [_short(number) for number in numbers] == ["0", "0", "0.53", "-1", "0.5", "12", "100", "3.4k", "123k"]

@@ -95,4 +95,5 @@ def _short(value: float) -> str:
     if abs(value) >= 1000:
         return f"{value / 1000:.1f}k" if abs(value) < 100_000 else f"{value / 1000:.0f}k"
     text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
