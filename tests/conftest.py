@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from varshare_rl import evaluate, export, train
+from varshare_rl import evaluate, export, report, train
 from varshare_rl.cli import run_command
 from varshare_rl.config import register_schemas
 
@@ -52,14 +52,20 @@ def command(
 
     def call(name: str, *arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", [f"varshare_rl.{name}", *arguments])
+        if name == "report":
+            return ended(report.main)
         if name == "train":
             register_schemas()
         else:
             ConfigStore.instance().store(name="evaluate_schema", node=evaluate.EvaluateConfig)
             ConfigStore.instance().store(name="export_schema", node=export.ExportConfig)
+        mains = {"train": train.main, "evaluate": evaluate.main, "export": export.main}
+        return ended(lambda: run_command(name, mains[name]))
+
+    def ended(entry: Callable[[], None]) -> Outcome:
         code: int | str | None = 0
         try:
-            run_command(name, {"train": train.main, "evaluate": evaluate.main, "export": export.main}[name])
+            entry()
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()

@@ -93,6 +93,7 @@ WITHOUT_RUN = {
         "initial_entropy_coefficient is -1",
     ),
     "no_episodes": (("env=pointmass", "evaluate.episodes=0"), "evaluate.episodes is 0"),
+    "negative_observe": (("env=pointmass", "observe.every=-1"), "observe.every is -1"),
     "negative_every": (("env=pointmass", "checkpoint.every=-1"), "checkpoint.every is -1"),
     "negative_kl_weight": (("env=pointmass", "elbo.kl_weight=-0.1"), "elbo.kl_weight is -0.1"),
     "no_prior_scale": (("env=pointmass", "elbo.prior_scale=0"), "elbo.prior_scale is 0.0"),
@@ -148,6 +149,27 @@ def test_evaluate_explains_in_one_line(
     command: Command, folder: Path, arguments: tuple[str, ...], named: str
 ) -> None:
     outcome = command("evaluate", *arguments)
+    assert_one_line(outcome.code, outcome.err, named)
+    assert list(folder.rglob("*")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((), "sharing"),
+        (("run=runs/nowhere",), "unknown report 'run=runs/nowhere'"),
+        (("winners", "run=."), "unknown report 'winners'; there is sharing"),
+        (("sharing",), "run="),
+        (("sharing", "run=runs/nowhere"), "runs/nowhere"),
+        (("sharing", "run=."), "config.yaml"),
+        (("sharing", "run=.", "checkpoint=middle"), "middle"),
+        (("sharing", "run=.", "no_such_key=1"), "no_such_key"),
+    ],
+)
+def test_report_explains_in_one_line(
+    command: Command, folder: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    outcome = command("report", *arguments)
     assert_one_line(outcome.code, outcome.err, named)
     assert list(folder.rglob("*")) == []
 
@@ -278,6 +300,7 @@ def test_a_failed_run_leaves_an_empty_folder_that_was_there(command: Command, fo
     [
         ("train", ("env=cartpole", "algorithm=sac"), "Discrete"),
         ("evaluate", ("run=runs/nowhere",), "runs/nowhere"),
+        ("report", ("sharing", "run=runs/nowhere"), "runs/nowhere"),
     ],
 )
 def test_the_same_from_the_shell(tmp_path: Path, module: str, arguments: tuple[str, ...], named: str) -> None:

@@ -64,6 +64,11 @@ def results(run: Path) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if "second" not in key}
 
 
+def observations(run: Path) -> dict[str, str]:
+    """What ``sharing`` holds, by file name."""
+    return {path.name: path.read_text() for path in (run / "sharing").iterdir()}
+
+
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     # transitions at which the first half ends: 33 vector steps; episodes are 40 long, PPO's rollouts 20 steps
     "ppo": (528, (*TINY, *TINY_ALGORITHM["ppo"])),
@@ -110,7 +115,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_two_halves_are_one_whole(command: Command, folder: Path, name: str) -> None:
     half, overrides = CASES[name]
-    each = {"log.every": half // 11, "evaluate.every": half}
+    each = {"log.every": half // 11, "evaluate.every": half, "observe.every": half // 3}
     overrides = (*overrides, *(f"{key}={value}" for key, value in each.items()))
     whole = command("train", *overrides, f"total_transitions={2 * half}", "run_dir=whole")
     assert whole.code == 0, whole.err
@@ -130,6 +135,7 @@ def test_two_halves_are_one_whole(command: Command, folder: Path, name: str) -> 
     assert last["updates"] > middle["updates"]
     assert_same(final_state(Path("halves")), last)
     assert metrics(Path("halves")) == metrics(Path("whole"))
+    assert observations(Path("halves")) == observations(Path("whole")) != {}
     assert_same(results(Path("halves")), results(Path("whole")))
     assert find_checkpoint(Path("halves"), "best").name == find_checkpoint(Path("whole"), "best").name
 
@@ -241,9 +247,11 @@ def test_a_second_run_with_the_same_seed_is_the_same(command: Command) -> None:
 
 
 def test_what_may_change_does_not_change_the_learning(command: Command) -> None:
-    """Evaluating, logging and saving more often leaves the training as it is."""
+    """Evaluating, logging, observing and saving more often leaves the training as it is."""
     overrides = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=960")
-    often = ("evaluate.every=160", "evaluate.episodes=3", "log.every=16", "checkpoint.every=16")
+    often = (
+        "evaluate.every=160", "evaluate.episodes=3", "log.every=16", "checkpoint.every=16", "observe.every=160",
+    )  # fmt: skip
     assert command("train", *overrides, "run_dir=seldom").code == 0
     assert command("train", *overrides, *often, "run_dir=often").code == 0
     one, other = final_state(Path("seldom")), final_state(Path("often"))

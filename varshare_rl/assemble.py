@@ -30,6 +30,7 @@ from varshare_rl.optim.elbo import Elbo
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopOptions, Run
+from varshare_rl.run.observatory import Observatory
 from varshare_rl.run.results import conditions
 from varshare_rl.run.seeding import seed_everything
 from varshare_rl.run.tracker import Tracker
@@ -194,14 +195,17 @@ def build_run(
         evaluate_episodes=config.evaluate.episodes,
         checkpoint_every=config.checkpoint.every,
         log_every=config.log.every,
+        observe_every=config.observe.every,
         overlap=config.overlap,
     )
+    tracker = Tracker(run_dir, resumed_at, seconds)
     return Run(
         suite=suite,
         conditions=run_conditions(config, suite, device),
         engine=suite.make_engine(config.env.envs_per_task, config.seed),
         algorithm=algorithm,
-        tracker=Tracker(run_dir, resumed_at, seconds),
+        tracker=tracker,
+        observatory=Observatory(run_dir, suite.task_names, tracker, resumed_at),
         console=Console(config.total_transitions, quiet=config.log.quiet),
         run_dir=run_dir,
         seed=config.seed,

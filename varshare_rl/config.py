@@ -80,6 +80,13 @@ class LogOptions:
 
 
 @dataclass
+class ObserveOptions:
+    """``every`` so many transitions (all tasks; 0: never) measure and show what the tasks share."""
+
+    every: int = 200_000
+
+
+@dataclass
 class TrainConfig:
     """One training run. ``env``, ``algorithm`` and ``network`` hold the options of the chosen component."""
 
@@ -97,6 +104,7 @@ class TrainConfig:
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
+    observe: ObserveOptions = field(default_factory=ObserveOptions)
 
 
 #: The options of every component that can be chosen, by config group and name.
@@ -232,6 +240,7 @@ def check_config(config: TrainConfig) -> None:
         ("evaluate.episodes", config.evaluate.episodes, 1, None),
         ("checkpoint.every", config.checkpoint.every, 0, None),
         ("log.every", config.log.every, 0, None),
+        ("observe.every", config.observe.every, 0, None),
         ("env.envs_per_task", config.env.envs_per_task, 1, None),
         *((f"network.hidden[{index}]", size, 1, None) for index, size in enumerate(config.network.hidden)),
     ]

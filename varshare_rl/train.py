@@ -25,7 +25,7 @@ from varshare_rl.run.results import summary
 from varshare_rl.types import Tree, UserError
 
 #: What may be changed when a run goes on.
-RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.")
+RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.", "observe.")
 
 
 def main(composed: DictConfig) -> None:

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from varshare_rl.nn import (
     IndependentLayer,
-    L2SoftLayer,
     ResidualLayer,
     SharedLayer,
     TaskEmbeddingLayer,
@@ -28,8 +27,6 @@ def weight_of(layer: nn.Module, task: int, temperature: float = 1.0) -> tuple[Te
         embedding = layer.embeddings[task] / layer.embeddings[task].square().sum().sqrt()
         appended = layer.theta[:, layer.in_features :]
         return layer.theta[:, : layer.in_features], layer.bias + appended @ embedding
-    if isinstance(layer, L2SoftLayer):
-        return weight_of(layer.residual, task)
     if isinstance(layer, ResidualLayer):
         if layer.rank is None:
             return layer.theta + layer.residuals[task], layer.bias

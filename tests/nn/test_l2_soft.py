@@ -14,12 +14,12 @@ from varshare_rl.optim.elbo import Elbo, ElboOptions, KLNormalization, posterior
 def test_penalty_by_hand() -> None:
     layer = L2SoftLayer(2, 1, 2, rank=None, prior_scale=0.5)
     with torch.no_grad():
-        layer.residual.residuals.copy_(torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]]))
+        layer.residuals.copy_(torch.tensor([[[3.0, 4.0]], [[1.0, 0.0]]]))
     assert layer.kl().tolist() == [25 / 2 / 0.25, 1 / 2 / 0.25]
     low = L2SoftLayer(2, 1, 1, rank=1, alpha=7.0, prior_scale=2.0)
     with torch.no_grad():
-        low.residual.factors_A.copy_(torch.tensor([[[1.0, 2.0]]]))
-        low.residual.factors_B.copy_(torch.tensor([[[3.0]]]))
+        low.factors_A.copy_(torch.tensor([[[1.0, 2.0]]]))
+        low.factors_B.copy_(torch.tensor([[[3.0]]]))
     assert low.kl().tolist() == [(1 + 4 + 9) / 2 / 4]
 
 
@@ -30,9 +30,9 @@ def test_penalty_is_the_means_part_of_the_divergence(rank: int | None) -> None:
     theirs = theirs.double()
     means = [name for name in theirs.per_task_parameters if name.startswith("mus")]
     with torch.no_grad():
-        for name, own in zip(means, ours.residual.per_task_parameters, strict=True):
+        for name, own in zip(means, ours.per_task_parameters, strict=True):
             theirs.get_parameter(name).copy_(torch.randn_like(theirs.get_parameter(name)))
-            ours.residual.get_parameter(own).copy_(theirs.get_parameter(name))
+            ours.get_parameter(own).copy_(theirs.get_parameter(name))
         with_means = theirs.kl()
         for name in means:
             theirs.get_parameter(name).zero_()
@@ -50,7 +50,7 @@ def test_one_key_weights_it_like_varshare(rank: int | None, size: int) -> None:
     network = L2Soft(hidden=[6], rank=rank).build(4, 2, 3, Posterior(prior_scale=0.5))
     with torch.no_grad():
         for layer in network.layers:
-            layer.residual.get_parameter(layer.residual.per_task_parameters[0])[1] += 1.0
+            layer.get_parameter(layer.per_task_parameters[0])[1] += 1.0
     assert posterior_size(network) == size
     nats = total_kl(network, 3)
     assert nats[1] > nats[0]

@@ -4,13 +4,11 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from varshare_rl.ops.gaussian import (
     normal_log_prob,
     posterior_kl,
-    product_variance,
     random_signs,
     softplus_sigma,
 )
@@ -68,23 +66,6 @@ def test_gradients_of_the_kl_are_written_out_right() -> None:
 def test_log_prob_equals_torch_distributions() -> None:
     value, mean, log_std = torch.randn(3, 50, dtype=torch.float64)
     torch.testing.assert_close(normal_log_prob(value, mean, log_std), Normal(mean, log_std.exp()).log_prob(value))
-
-
-def test_variance_of_a_product_of_gaussian_matrices_equals_the_sum_and_monte_carlo() -> None:
-    mu_b, mu_a = torch.randn(2, 3, 2, dtype=torch.float64), torch.randn(2, 2, 4, dtype=torch.float64)
-    variance_b, variance_a = torch.rand(2, 3, 2).double(), torch.rand(2, 2, 4).double()
-
-    def entries(square_b: Tensor, square_a: Tensor) -> Tensor:
-        return square_b @ square_a
-
-    explicit = (
-        entries(variance_b, variance_a) + entries(mu_b.square(), variance_a) + entries(variance_b, mu_a.square())
-    )
-    torch.testing.assert_close(product_variance(mu_b, variance_b, mu_a, variance_a), explicit.mean((1, 2)))
-    draws = 40_000
-    b = mu_b + variance_b.sqrt() * torch.randn(draws, 2, 3, 2, dtype=torch.float64)
-    a = mu_a + variance_a.sqrt() * torch.randn(draws, 2, 2, 4, dtype=torch.float64)
-    torch.testing.assert_close((b @ a).var(0), explicit, rtol=0.1, atol=0.0)
 
 
 def test_signs_are_even() -> None:

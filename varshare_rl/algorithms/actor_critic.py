@@ -11,6 +11,7 @@ from varshare_rl.algorithms.base import Learner
 from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.draws import PolicyDraws
+from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Metrics, Tree
@@ -161,3 +162,13 @@ class ActorCritic:
         self.elbo.load_state(state["elbo"])
         self.draws.load_state(state["draws"])
         self.updates = state["updates"]
+
+    def measure_conflict(self) -> None:
+        """Have the next update measure how the tasks' gradients of the shared parameters agree."""
+        self.actor_step.measure_gram(shared_parameters(self.actor))
+        self.critic_step.measure_gram(shared_parameters(self.critic))
+
+    def gradient_grams(self) -> dict[str, Tensor]:
+        """What was measured, by network: inner products of the tasks' gradients, ``[T, T]`` float64."""
+        steps = {"actor": self.actor_step, "critic": self.critic_step}
+        return {name: step.gram for name, step in steps.items() if step.gram is not None}

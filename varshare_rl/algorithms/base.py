@@ -80,6 +80,12 @@ class Algorithm(Protocol):
     def trained_modules(self) -> dict[str, nn.Module]:
         """The networks that are trained, by name."""
 
+    def measure_conflict(self) -> None:
+        """Have the next update measure :meth:`gradient_grams`; it must not change the update."""
+
+    def gradient_grams(self) -> dict[str, Tensor]:
+        """Inner products ``[T, T]`` of the tasks' gradients of shared parameters by network, as last measured."""
+
     def memory_bytes(self) -> dict[str, int]:
         """Predicted bytes of what training holds, by what it is for."""
 

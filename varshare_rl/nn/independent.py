@@ -11,6 +11,7 @@ from varshare_rl.nn.initial import linear_parameters
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.ops.task_weights import FullRankWeights
 
 
 class IndependentLayer(nn.Module):
@@ -33,6 +34,10 @@ class IndependentLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}"
+
+    def task_weights(self) -> FullRankWeights:
+        """The weights of all tasks, nothing of which is shared; see :mod:`varshare_rl.nn.sharing`."""
+        return FullRankWeights(None, self.weights)
 
 
 @dataclass

@@ -10,18 +10,17 @@ from varshare_rl.nn.initial import check_positive
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.residual import ResidualLayer
-from varshare_rl.nn.task_rows import TaskIds
 
 
-class L2SoftLayer(nn.Module):
-    """A :class:`ResidualLayer` whose tasks pay ``1/2 ||phi_i||^2 / prior_scale^2``, in nats.
+class L2SoftLayer(ResidualLayer):
+    """Layer with residuals whose tasks pay ``1/2 ||phi_i||^2 / prior_scale^2``, in nats.
 
     That is the mean's part of the divergence of a Gaussian posterior from the prior ``N(0, prior_scale^2)``:
     ``KL(N(mu, sigma^2) || p) = mu^2 / (2 prior_scale^2) + (what depends on sigma alone)``, summed over entries.
     Of a low-rank residual ``phi_i`` is both factors, as in VarShare-LoRA's divergence.
 
     Attributes:
-        residual: the layer itself; prior_scale.
+        as of :class:`ResidualLayer`, and prior_scale.
     """
 
     def __init__(
@@ -33,28 +32,21 @@ class L2SoftLayer(nn.Module):
         alpha: float | None = None,
         prior_scale: float = 1.0,
     ) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features, num_tasks, rank, alpha)
         check_positive(prior_scale=prior_scale)
-        self.residual = ResidualLayer(in_features, out_features, num_tasks, rank, alpha)
         self.prior_scale = prior_scale
 
     @property
     def penalized_size(self) -> int:
         """Number of penalised parameters of one task."""
-        residual = self.residual
-        return sum(residual.get_parameter(name)[0].numel() for name in residual.per_task_parameters)
-
-    def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
-        """Apply each row's own task's weight; layouts and errors as in ``VarShareLoRALayer.forward``."""
-        y: Tensor = self.residual(x, task_id)
-        return y
+        return sum(self.get_parameter(name)[0].numel() for name in self.per_task_parameters)
 
     def kl(self) -> Tensor:
         """``1/2 ||phi_i||^2 / prior_scale^2`` per task, ``[T]`` nats."""
-        return self.residual.squared_norm() * (0.5 / self.prior_scale**2)
+        return self.squared_norm() * (0.5 / self.prior_scale**2)
 
     def extra_repr(self) -> str:
-        return f"prior_scale={self.prior_scale:g}"
+        return f"{super().extra_repr()}, prior_scale={self.prior_scale:g}"
 
 
 @dataclass

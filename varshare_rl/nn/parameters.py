@@ -80,6 +80,16 @@ def count_trainable(module: nn.Module) -> TrainableCount:
     return TrainableCount(trainable, sum(parameter.numel() for parameter in module.parameters()) - trainable)
 
 
+def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of ``module`` that all tasks train together."""
+    return [
+        parameter
+        for layer in module.modules()
+        for name, parameter in layer.named_parameters(recurse=False)
+        if name not in getattr(layer, "per_task_parameters", ()) and parameter.requires_grad
+    ]
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Inside, no parameter of ``module`` requires a gradient; afterwards those that did do again."""

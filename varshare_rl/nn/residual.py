@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.initial import INITIAL_MU_STD, check_positive, linear_parameters
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.task_weights import FullRankWeights, LowRankWeights, TaskWeights
 
 
 class ResidualLayer(nn.Module):
@@ -58,6 +59,12 @@ class ResidualLayer(nn.Module):
             return rows.restore(torch.baddbmm(shared, rows.x, rows.select(self.residuals).transpose(1, 2)))
         a, b = rows.select(self.factors_A), rows.select(self.factors_B)
         return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, self.scale))
+
+    def task_weights(self) -> TaskWeights:
+        """The weights of all tasks, see :mod:`varshare_rl.nn.sharing`."""
+        if self.rank is None:
+            return FullRankWeights(self.theta, self.residuals)
+        return LowRankWeights(self.theta, self.factors_A, self.factors_B, self.scale)
 
     def squared_norm(self) -> Tensor:
         """Sum of the squares of each task's own parameters, ``[T]``."""

@@ -9,19 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import product_variance, softplus_sigma
 
 
 @torch.no_grad()
 def residual_spread(layer: VariationalLayer) -> Tensor:
-    """Root mean square over entries of the standard deviation of each task's residual, ``[T]``.
-
-    For ``s B A`` the entries have the variance ``s^2 sum_k (sB^2 sA^2 + muB^2 sA^2 + sB^2 muA^2)``.
-    """
-    moments = [(mu, softplus_sigma(rho).square()) for mu, rho in layer.posteriors()]
-    if len(moments) == 1:
-        return moments[0][1].flatten(1).mean(1).sqrt()
-    return layer_scale(layer) * product_variance(*moments[1], *moments[0]).sqrt()
+    """Root mean square over entries of the standard deviation of each task's residual, ``[T]``."""
+    variance = layer.task_weights().mean_variance()
+    assert variance is not None
+    return variance.sqrt().to(layer.theta.dtype)
 
 
 def prior_spread(layer: VariationalLayer) -> Tensor:

@@ -13,6 +13,7 @@ from varshare_rl.nn.initial import check_positive, stack_tasks, unstack_tasks
 from varshare_rl.nn.stochastic import Noise, RowNoise, WeightNoise
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, group_rows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
+from varshare_rl.ops.task_weights import TaskWeights
 
 #: How a training pass draws the weights when no noise is held.
 ESTIMATORS = ("weight", "local", "flipout", "mean")
@@ -176,6 +177,10 @@ class VariationalLayer(nn.Module, ABC):
     @abstractmethod
     def flipout_output(self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
         """The output under the perturbations ``deltas`` of the means, with random signs for every row."""
+
+    @abstractmethod
+    def task_weights(self) -> TaskWeights:
+        """The mean weights of all tasks and their spread, see :mod:`varshare_rl.nn.sharing`."""
 
     @abstractmethod
     def fresh_factors(self, num_tasks: int) -> Mapping[str, Tensor]:

@@ -13,8 +13,9 @@ from varshare_rl.nn.initial import INITIAL_RHO, linear_parameters
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import random_signs
+from varshare_rl.ops.gaussian import random_signs, softplus_sigma
 from varshare_rl.ops.linear import linear
+from varshare_rl.ops.task_weights import FullRankWeights
 
 
 class VarShareLayer(VariationalLayer):
@@ -72,6 +73,9 @@ class VarShareLayer(VariationalLayer):
     def flipout_output(self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
         perturbed = torch.bmm(x * random_signs(x), deltas[0].transpose(1, 2))
         return torch.addcmul(self.output(x, means), perturbed, random_signs(perturbed))
+
+    def task_weights(self) -> FullRankWeights:
+        return FullRankWeights(self.theta, self.mus, softplus_sigma(self.rhos))
 
     def row_noise_sizes(self) -> tuple[int]:
         return (self.out_features,)

@@ -13,8 +13,9 @@ from varshare_rl.nn.initial import INITIAL_MU_STD, INITIAL_RHO, check_positive, 
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import random_signs
+from varshare_rl.ops.gaussian import random_signs, softplus_sigma
 from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.task_weights import LowRankWeights
 
 
 class VarShareLoRALayer(VariationalLayer):
@@ -91,6 +92,10 @@ class VarShareLoRALayer(VariationalLayer):
         (mean_a, mean_b), (delta_a, delta_b) = means, deltas
         z = _flipped(x, mean_a, delta_a)
         return torch.add(self.shared_output(x), _flipped(z, mean_b, delta_b), alpha=self.scale)
+
+    def task_weights(self) -> LowRankWeights:
+        sigmas = (softplus_sigma(self.rhos_A), softplus_sigma(self.rhos_B))
+        return LowRankWeights(self.theta, self.mus_A, self.mus_B, self.scale, *sigmas)
 
     def row_noise_sizes(self) -> tuple[int, int]:
         return self.rank, self.out_features

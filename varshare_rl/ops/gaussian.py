@@ -56,17 +56,6 @@ class _PosteriorKL(torch.autograd.Function):
         return mu * weighted_precision, grad_rho, grad_prior
 
 
-def product_variance(mu_b: Tensor, variance_b: Tensor, mu_a: Tensor, variance_a: Tensor) -> Tensor:
-    """Variance of the entries of ``B A``, averaged over the entries, for independent Gaussian factors.
-
-    ``Var (B A)_gf = sum_k (vB_gk vA_kf + muB_gk^2 vA_kf + vB_gk muA_kf^2)``; its mean over ``g, f`` needs only the
-    factors' means over ``g`` and over ``f``. ``B: [T, G, r]``, ``A: [T, r, F]``; returns ``[T]``.
-    """
-    square_b, square_a = mu_b.square().mean(1), mu_a.square().mean(2)  # [T, r]
-    mean_b, mean_a = variance_b.mean(1), variance_a.mean(2)
-    return (mean_b * mean_a + square_b * mean_a + mean_b * square_a).sum(1)
-
-
 def random_signs(like: Tensor) -> Tensor:
     """Independent -1 and 1 with even odds, in the shape of ``like``.
 

@@ -19,6 +19,7 @@ from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.run.checkpoint import save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import Evaluation, evaluate, layer_nats
+from varshare_rl.run.observatory import Observatory
 from varshare_rl.run.seeding import load_rng_state, rng_state
 from varshare_rl.run.threads import one_thread
 from varshare_rl.run.tracker import Tracker
@@ -34,6 +35,7 @@ class LoopOptions:
     evaluate_episodes: int
     checkpoint_every: int
     log_every: int
+    observe_every: int = 0
     overlap: bool = False
 
 
@@ -54,12 +56,14 @@ class Run:
     engine: VectorEngine
     algorithm: Algorithm
     tracker: Tracker
+    observatory: Observatory
     console: Console
     run_dir: Path
     seed: int
     device: torch.device
     options: LoopOptions
     transitions: int = 0
+    observed_at: int = 0
     best_score: tuple[float, float] | None = None
     evaluation: Evaluation | None = None
     evaluated_at: int = -1
@@ -88,8 +92,7 @@ class Run:
                 obs = self._vector_step(obs)
                 self.algorithm.advance(self.transitions / self.options.total_transitions)
                 while self.algorithm.ready():
-                    with self._timed("update"):
-                        self.scalars = self.algorithm.update()
+                    self._update()
                 self._after_step()
                 if interrupted:
                     self.save("last")
@@ -131,6 +134,19 @@ class Run:
         self._transitions_before = self.transitions
         self.transitions += step.reward.size
         return self._to_device(step.obs)
+
+    def _update(self) -> None:
+        """One update, and an observation of the networks after the first one that falls due."""
+        every = self.options.observe_every
+        due = every > 0 and self.transitions // every > self.observed_at // every
+        if due:
+            self.algorithm.measure_conflict()
+        with self._timed("update"):
+            self.scalars = self.algorithm.update()
+        if due:
+            self.observed_at = self.transitions
+            with self._timed("sharing"):
+                self.observatory.observe(self.algorithm, self.transitions)
 
     def _after_step(self) -> None:
         """Log, evaluate and save where their counts have come round."""
@@ -206,6 +222,7 @@ class Run:
             "best_score": self.best_score,
             "evaluation": None if self.evaluation is None else self.evaluation.tasks,
             "evaluated_at": self.evaluated_at,
+            "observed_at": self.observed_at,
             "phase_seconds": self.phase_seconds,
             "scalars": {name: float(value) for name, value in self.scalars.items()},
             "algorithm": self.algorithm.state(),
@@ -219,6 +236,7 @@ class Run:
         self.transitions = state["transitions"]
         self.best_score = state["best_score"]
         self.evaluated_at = state["evaluated_at"]
+        self.observed_at = state.get("observed_at", self.transitions)  # a checkpoint of before there was one
         self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
         self.phase_seconds = state["phase_seconds"]
         self.scalars = state["scalars"]

@@ -8,11 +8,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from varshare_rl.files import to_json, write_atomically
 from varshare_rl.types import UserError
+
+#: Height, width and three bytes of colour.
+Image = npt.NDArray[np.uint8]
 
 METRICS_FILE = "metrics.jsonl"
 FLUSH_SECONDS = 2  # what a crash may cost TensorBoard; metrics.jsonl is flushed with every line
@@ -67,6 +72,24 @@ class Tracker:
         for name, value in values.items():
             self._writer.add_scalar(name, value, transitions)
         self._latest_names.update(values)
+
+    def images(self, images: Mapping[str, Image], transitions: int) -> None:
+        """Show images ``[height, width, 3]`` in TensorBoard, by name."""
+        for name, image in images.items():
+            self._writer.add_image(name, image, transitions, dataformats="HWC")
+
+    def histograms(self, histograms: Mapping[str, Mapping[str, Any]], transitions: int) -> None:
+        """Show histograms in TensorBoard, by name: ``counts`` in equal bins from ``low`` to ``high``.
+
+        ``total`` and ``squares`` are the sums of the values and of their squares.
+        """
+        for name, found in histograms.items():
+            counts = found["counts"]
+            limits = np.linspace(found["low"], found["high"], len(counts) + 1)[1:]
+            self._writer.add_histogram_raw(
+                name, found["low"], found["high"], sum(counts), found["total"], found["squares"],
+                limits.tolist(), counts, transitions,
+            )  # fmt: skip
 
     def hparams(self, hparams: Mapping[str, bool | int | float | str], metrics: Mapping[str, float]) -> None:
         """Show this run in TensorBoard's HParams tab, with final metrics. Call once, at the end.
