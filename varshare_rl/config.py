@@ -171,6 +171,9 @@ def check_config(config: TrainConfig) -> None:
         ("env.envs_per_task", config.env.envs_per_task, 1, None),
         ("elbo.kl_weight", config.elbo.kl_weight, 0, None),
         ("elbo.temperature", config.elbo.temperature, 0, None),
+        ("elbo.absorb.every", config.elbo.absorb.every, 0, None),
+        ("elbo.absorb.rate", config.elbo.absorb.rate, 0, 1),
+        ("elbo.absorb.max_error", config.elbo.absorb.max_error, 0, None),
         *((f"network.hidden[{index}]", size, 1, None) for index, size in enumerate(config.network.hidden)),
     ]
     for group, ranges in RANGES.items():
@@ -191,6 +194,8 @@ def _check_relations(config: TrainConfig) -> None:
     """Refuse options that are possible alone but not together."""
     if not config.elbo.prior_scale > 0:
         raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")
+    if config.elbo.absorb.every and config.elbo.absorb.rate == 0:
+        raise UserError("elbo.absorb.rate is 0, which moves nothing; give up to 1, or elbo.absorb.every=0")
     if getattr(config.network, "alpha", None) == 0:
         raise UserError("network.alpha is 0, which switches every adapter off; give a positive number or null")
     if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOOptions):

@@ -11,8 +11,9 @@ from varshare_rl.algorithms.base import Learner
 from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.stochastic import posterior_mean
+from varshare_rl.optim.absorption import Absorbing, absorb_all
 from varshare_rl.optim.step import LossStep
-from varshare_rl.types import Tree
+from varshare_rl.types import Scalars, Tree
 
 
 class ActorCriticOptions(Protocol):
@@ -57,6 +58,11 @@ class ActorCritic:
         self.reward_normalizer = RewardNormalizer(
             problem.num_tasks, options.discount, options.normalize_rewards
         ).to(problem.device)
+        self.absorbing = {
+            "actor": Absorbing(actor, self.actor_step.optimizer),
+            "critic": Absorbing(critic, self.critic_step.optimizer),
+        }
+        self.absorbed: Scalars = {}  # what the last absorption is to be logged with
         self.updates = 0
 
     @torch.no_grad()
@@ -65,6 +71,15 @@ class ActorCritic:
         with posterior_mean(self.actor):
             action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
         return action
+
+    def absorb_if_due(self, updates_before: int) -> Scalars:
+        """Move the residuals' mean into the shared weights when ``elbo.absorb`` says so; returns what to log.
+
+        Called between updates, and for PPO between rollouts, so that no ratio spans the change.
+        """
+        if self.elbo.absorb.due(updates_before, self.updates):
+            self.absorbed = dict(absorb_all(self.absorbing, self.elbo.absorb))
+        return self.absorbed
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and critic."""
@@ -97,6 +112,7 @@ class ActorCritic:
             "actor_optimizer": self.actor_step.optimizer.state_dict(),
             "critic_optimizer": self.critic_step.optimizer.state_dict(),
             "updates": self.updates,
+            "absorbed": {name: float(value) for name, value in self.absorbed.items()},
         }
 
     def load_state(self, state: Tree) -> None:
@@ -107,3 +123,4 @@ class ActorCritic:
         self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
         self.updates = state["updates"]
+        self.absorbed = state["absorbed"]

@@ -103,8 +103,10 @@ class PPO(ActorCritic):
     def update(self) -> Scalars:
         """All epochs on the rollout, then a new draw of the actor's weights."""
         data, explained_variance = self._training_data()
+        updates_before = self.updates
         minibatches = self._update_epochs(data)
         self.rollout.clear()
+        absorbed = self.absorb_if_due(updates_before)
         hold_noise(self.actor)
         metrics: Scalars = {
             f"loss/{name}": torch.stack([minibatch[name] for minibatch in minibatches]).mean()
@@ -112,7 +114,7 @@ class PPO(ActorCritic):
         }
         metrics["loss/explained_variance"] = explained_variance
         metrics["loss/minibatches"] = float(len(minibatches))
-        return metrics
+        return metrics | absorbed
 
     @torch.no_grad()
     def _training_data(self) -> tuple[dict[str, Tensor], Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,7 @@ class SAC(ActorCritic):
         super().__init__(options, learner, actor, critic)
         self.options = options
         self.target_critic = deepcopy(self.critic).requires_grad_(False).eval()
+        self.absorbing["critic"] = replace(self.absorbing["critic"], follower=self.target_critic)
         log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
         self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
         dimensions = problem.action_mask.to(problem.device).sum(1).float()
@@ -123,6 +124,7 @@ class SAC(ActorCritic):
             "loss/entropy_coefficient": self.log_alpha.detach().exp().mean(),
             "loss/actor_grad_norm": actor_norm,
             "loss/critic_grad_norm": critic_norm,
+            **self.absorb_if_due(self.updates - 1),
         }
 
     @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from torch import Tensor, nn
 
 from varshare_rl.nn.options import Posterior
 from varshare_rl.nn.parameters import total_kl
+from varshare_rl.optim.absorption import AbsorbOptions
 
 
 class KLNormalization(Enum):
@@ -28,6 +29,7 @@ class ElboOptions:
     prior_scale: float = 1.0
     temperature: float = 1.0
     estimator: str | None = None  # how training draws the weights; null: the architecture's own way
+    absorb: AbsorbOptions = field(default_factory=AbsorbOptions)
 
     def posterior(self) -> Posterior:
         """The part that the layers are built from."""
@@ -45,6 +47,7 @@ class Elbo:
     def __init__(self, options: ElboOptions, num_tasks: int) -> None:
         self.kl_weight = options.kl_weight
         self.normalization = options.normalization
+        self.absorb = options.absorb
         self.num_tasks = num_tasks
 
     def penalty(self, module: nn.Module, transitions_per_task: int) -> Tensor | float:
