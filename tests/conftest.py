@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from varshare_rl import evaluate, train
+from varshare_rl import calibrate, evaluate, prune, train
 from varshare_rl.cli import run_command
 from varshare_rl.config import register_schemas
 
@@ -36,6 +36,13 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "prune": prune.main, "calibrate": calibrate.main}
+OPTIONS: dict[str, type] = {
+    "evaluate": evaluate.EvaluateConfig,
+    "prune": prune.PruneConfig,
+    "calibrate": calibrate.CalibrateConfig,
+}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
@@ -55,10 +62,10 @@ def command(
         if name == "train":
             register_schemas()
         else:
-            ConfigStore.instance().store(name="evaluate_schema", node=evaluate.EvaluateConfig)
+            ConfigStore.instance().store(name=f"{name}_schema", node=OPTIONS[name])
         code: int | str | None = 0
         try:
-            run_command(name, {"train": train.main, "evaluate": evaluate.main}[name])
+            run_command(name, COMMANDS[name])
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()

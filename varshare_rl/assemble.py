@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,18 +21,19 @@ from envs.suite import Suite
 from varshare_rl.algorithms.base import Algorithm, Learner, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
-from varshare_rl.config import Device, MatmulPrecision, TrainConfig
+from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
 from varshare_rl.nn.options import Architecture
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.nn.residuals import residual_layers
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
+from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopOptions, Run
 from varshare_rl.run.results import conditions
 from varshare_rl.run.seeding import seed_everything
 from varshare_rl.run.tracker import Tracker
-from varshare_rl.types import UserError
+from varshare_rl.types import Tree, UserError
 
 SUITES: dict[type, Callable[[Any], Suite]] = {
     PointMassOptions: PointMassSuite,
@@ -84,10 +86,42 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
     algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
     if config.elbo.absorb.every and not any(any(residual_layers(m)) for m in algorithm.trained_modules().values()):
         raise UserError(
-            f"network={architecture.name} has no residuals for elbo.absorb.every={config.elbo.absorb.every} to absorb; "
-            "use varshare_lora or varshare, or give 0"
+            f"network={architecture.name} has no residuals for elbo.absorb.every={config.elbo.absorb.every} "
+            "to absorb; use varshare_lora or varshare, or give 0"
         )
     return algorithm
+
+
+@dataclass(frozen=True)
+class TrainedAgent:
+    """A run folder's agent with the policy of one of its checkpoints, and the suite it was trained on."""
+
+    config: TrainConfig
+    suite: Suite
+    algorithm: Algorithm
+    device: torch.device
+    checkpoint: Path
+    state: Tree  # the checkpoint's tree
+
+
+def load_agent(run_dir: Path, kind: str, device: Device) -> TrainedAgent:
+    """Build the agent of ``run_dir`` and put back the policy of its checkpoint ``last`` or ``best``.
+
+    Raises:
+        UserError: an unknown kind, or a run folder whose configuration or checkpoint is missing or damaged.
+    """
+    if kind not in ("last", "best"):
+        raise UserError(f"unknown checkpoint {kind!r}; choose last or best")
+    config = load_config(run_dir / "config.yaml")
+    checkpoint = find_checkpoint(run_dir, kind)
+    state = load_checkpoint(checkpoint)
+    chosen = choose_device(device)
+    seed_everything(config.seed)
+    set_matmul_precision(config.matmul_precision)
+    suite = build_suite(config)
+    algorithm = build_algorithm(config, suite, chosen)
+    algorithm.load_policy_state(state["algorithm"])
+    return TrainedAgent(config, suite, algorithm, chosen, checkpoint, state)
 
 
 def build_problem(suite: Suite, envs_per_task: int, device: torch.device) -> Problem:

@@ -104,6 +104,11 @@ class ActorCritic:
         self.critic.load_state_dict(state["critic"])
         self.normalizer.load_state_dict(state["normalizer"])
 
+    def load_reward_state(self, state: Tree) -> None:
+        """Put back the reward statistics that :meth:`state` gave as ``reward_normalizer``: the values' units."""
+        self.reward_normalizer.returns = state["returns"].to(self.problem.device)
+        self.reward_normalizer.load_state_dict(state)
+
     def state(self) -> Tree:
         """Networks, optimisers, normalisers and the number of updates."""
         return {
@@ -118,8 +123,7 @@ class ActorCritic:
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
         self.load_policy_state(state)
-        self.reward_normalizer.returns = state["reward_normalizer"]["returns"].to(self.problem.device)
-        self.reward_normalizer.load_state_dict(state["reward_normalizer"])
+        self.load_reward_state(state["reward_normalizer"])
         self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
         self.updates = state["updates"]

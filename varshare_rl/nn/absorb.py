@@ -16,9 +16,9 @@ one of size ``min(T r, G, F)`` and one of size ``2 r`` per task; no ``[G, F]`` r
 
 Of all factors with the same product the new ones are balanced, ``B^T B = A A^T``, which costs the fewest nats under
 one prior for both, and among the balanced ones those nearest to the old factors (an orthogonal Procrustes problem,
-Schönemann 1966). So component ``k`` stays what it was as far as possible, and its spreads are kept: under
-rotations of the components equal spreads are the same posterior, and the spreads' part of the KL divergence does not
-move, so the nats fall by exactly what the means save.
+Schönemann 1966). So component ``k`` stays what it was as far as possible, and its spreads are kept:
+under rotations of the components equal spreads are the same posterior, and the spreads' part of the KL divergence
+does not move, so the nats fall by exactly what the means save.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Absorption:
     """What absorbing did to a layer, or would have done.
 
     Attributes:
-        error: change of each task's mean weight, relative to its residual (the larger of before and after), ``[T]``.
+        error: change of each task's mean weight, ``[T]``, relative to the larger residual of before and after.
         share: size of the move relative to ``theta``, ``|rate M| / |theta|`` (Frobenius norms).
         saving: what the means cost less afterwards, relative to what they cost; in nats of the balanced factors.
         done: whether the layer was changed.
@@ -75,7 +75,9 @@ def absorb(
     """Absorb in every layer of ``module`` that has residuals; returns what happened, by layer name.
 
     A layer is left as it is, to the bit, when a task's error would pass ``max_error``, when the means would not
-    cost less afterwards, or when its ``theta`` is frozen (a base that others rely on).
+    cost fewer nats afterwards (``theta`` has no prior, so this is whether the ELBO gains; residuals that conflict
+    more than they agree need more rank without their mean), or when its ``theta`` is frozen (a base that others
+    rely on).
 
     Args:
         module: a network, or whatever holds layers with residuals.

@@ -43,8 +43,9 @@ def absorb_all(parts: Mapping[str, Absorbing], options: AbsorbOptions) -> Metric
     changed, and ``absorb_error/<layer>`` the largest error of each, also where it was too large.
 
     Adam's moments of shared weights and of full-rank residuals stay: their gradients are functions of the weights
-    ``W_i``, which have not moved. The gradient of a factor scales with the other factor, which has; so the moments of
-    a changed layer's factors start afresh, bias correction included, and no step is longer than the learning rate.
+    ``W_i``, which have not moved. The gradient of a factor scales with the other factor, which has; so the moments
+    of a changed layer's factors start afresh, bias correction included: old second moments under new, larger
+    gradients would make steps many times the learning rate.
     """
     done: dict[str, Absorption] = {}
     for part_name, part in parts.items():
