@@ -64,15 +64,19 @@ def results(run: Path) -> dict[str, Any]:
     return {key: value for key, value in summary.items() if "second" not in key}
 
 
+ABSORBING = ("elbo.absorb.rate=0.5", "elbo.absorb.max_error=9")
+
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     # transitions at which the first half ends: 33 vector steps; episodes are 40 long, PPO's rollouts 20 steps
     "ppo": (528, (*TINY, *TINY_ALGORITHM["ppo"])),
     "sac": (528, (*TINY, *TINY_ALGORITHM["sac"])),
     "ppo_absorbing": (
-        528, (*TINY, *TINY_ALGORITHM["ppo"], "elbo.absorb.every=4", "elbo.absorb.rate=0.5", "elbo.absorb.max_error=9"),
+        528,
+        (*TINY, *TINY_ALGORITHM["ppo"], *ABSORBING, "elbo.absorb.every=4"),
     ),
     "sac_absorbing": (
-        528, (*TINY, *TINY_ALGORITHM["sac"], "elbo.absorb.every=3", "elbo.absorb.rate=0.5", "elbo.absorb.max_error=9"),
+        528,
+        (*TINY, *TINY_ALGORITHM["sac"], *ABSORBING, "elbo.absorb.every=3"),
     ),
     "sac_normalised_full_rank": (
         528,

@@ -16,7 +16,7 @@ from varshare_rl.algorithms.ppo import PPOOptions
 from varshare_rl.algorithms.sac import SACOptions
 from varshare_rl.nn import VarShare, VarShareLoRA
 from varshare_rl.nn.residuals import mean_residuals, residual_layers
-from varshare_rl.optim.absorption import AbsorbOptions, Absorbing, absorb_all
+from varshare_rl.optim.absorption import Absorbing, AbsorbOptions, absorb_all
 
 PPO = PPOOptions(rollout_transitions_per_task=40, epochs=2, minibatches=2, target_kl=None)
 SAC = SACOptions(start_transitions_per_task=8, batch_per_task=8, replay_capacity_per_task=200)
