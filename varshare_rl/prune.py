@@ -54,7 +54,8 @@ def main(composed: DictConfig) -> None:
     if options.episodes < 1:
         raise UserError(f"episodes is {options.episodes}; it must be at least 1")
     run_dir = Path(options.run)
-    out = run_dir.with_name(f"{run_dir.resolve().name}_pruned") if options.out is None else Path(options.out)
+    named = run_dir if run_dir.name not in ("", "..") else run_dir.resolve()  # "." has no name of its own
+    out = named.with_name(f"{named.name}_pruned") if options.out is None else Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; give another folder: out=<folder>")
     agent = load_agent(run_dir, options.checkpoint, options.device)
