@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from varshare_rl import evaluate, export, report, train
+from varshare_rl import calibrate, evaluate, prune, report, train
 from varshare_rl.cli import run_command
 from varshare_rl.config import register_schemas
 
@@ -36,6 +36,13 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 
+COMMANDS = {"train": train.main, "evaluate": evaluate.main, "prune": prune.main, "calibrate": calibrate.main}
+OPTIONS: dict[str, type] = {
+    "evaluate": evaluate.EvaluateConfig,
+    "prune": prune.PruneConfig,
+    "calibrate": calibrate.CalibrateConfig,
+}
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
@@ -57,10 +64,8 @@ def command(
         if name == "train":
             register_schemas()
         else:
-            ConfigStore.instance().store(name="evaluate_schema", node=evaluate.EvaluateConfig)
-            ConfigStore.instance().store(name="export_schema", node=export.ExportConfig)
-        mains = {"train": train.main, "evaluate": evaluate.main, "export": export.main}
-        return ended(lambda: run_command(name, mains[name]))
+            ConfigStore.instance().store(name=f"{name}_schema", node=OPTIONS[name])
+        return ended(lambda: run_command(name, COMMANDS[name]))
 
     def ended(entry: Callable[[], None]) -> Outcome:
         code: int | str | None = 0

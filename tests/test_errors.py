@@ -106,6 +106,11 @@ WITHOUT_RUN = {
     ),
     "crossed_log_stds": (("env=pointmass", "algorithm.min_log_std=3"), "min_log_std is 3"),
     "bf16_with_ppo": (("env=pointmass", "matmul_precision=bf16"), "matmul_precision=bf16"),
+    "negative_absorb_every": (("env=pointmass", "elbo.absorb.every=-1"), "elbo.absorb.every is -1"),
+    "large_absorb_rate": (("env=pointmass", "elbo.absorb.rate=2"), "elbo.absorb.rate is 2"),
+    "no_absorb_rate": (("env=pointmass", "elbo.absorb.every=5", "elbo.absorb.rate=0"), "elbo.absorb.rate is 0"),
+    "negative_absorb_error": (("env=pointmass", "elbo.absorb.max_error=-1"), "elbo.absorb.max_error is -1"),
+    "absorb_without_residuals": (("env=pointmass", "network=shared", "elbo.absorb.every=5"), "network=shared"),
     "missing_resume": (("resume=runs/nowhere",), "runs/nowhere"),
 }  # fmt: skip
 
@@ -174,6 +179,32 @@ def test_report_explains_in_one_line(
     assert list(folder.rglob("*")) == []
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "named"),
+    [
+        ("prune", ("threshold=0.1",), "run="),
+        ("prune", ("run=runs/nowhere",), "runs/nowhere"),
+        ("prune", ("run=.",), "config.yaml"),
+        ("prune", ("run=runs/nowhere", "threshold=-1"), "threshold is -1"),
+        ("prune", ("run=runs/nowhere", "threshold=nan"), "threshold is nan"),
+        ("prune", ("run=runs/nowhere", "episodes=0"), "episodes is 0"),
+        ("prune", ("run=runs/nowhere", "criterion=size"), "size"),
+        ("prune", ("run=runs/nowhere", "checkpoint=middle"), "middle"),
+        ("calibrate", ("episodes=3",), "run="),
+        ("calibrate", ("run=runs/nowhere",), "runs/nowhere"),
+        ("calibrate", ("run=.", "episodes=0"), "episodes is 0"),
+        ("calibrate", ("run=.", "draws=1"), "draws is 1"),
+        ("calibrate", ("run=.", "no_such_key=1"), "no_such_key"),
+    ],
+)
+def test_work_on_posteriors_explains_in_one_line(
+    command: Command, folder: Path, name: str, arguments: tuple[str, ...], named: str
+) -> None:
+    outcome = command(name, *arguments)
+    assert_one_line(outcome.code, outcome.err, named)
+    assert list(folder.rglob("*")) == []
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run, made in a process of its own."""
@@ -222,6 +253,18 @@ def test_resume_of_a_finished_run_says_what_to_give(command: Command, run: Path)
     outcome = command("train", f"resume={run}")
     assert_one_line(outcome.code, outcome.err, "total_transitions")
     assert snapshot(run) == before
+
+
+def test_a_pruned_run_is_not_overwritten_and_not_trained_on(command: Command, run: Path) -> None:
+    assert command("prune", f"run={run}", "out=pruned").code == 0
+    before = snapshot(Path("pruned"))
+    outcome = command("prune", f"run={run}", "out=pruned")
+    assert_one_line(outcome.code, outcome.err, "pruned exists already")
+    outcome = command("prune", f"run={run}", f"out={run}")
+    assert_one_line(outcome.code, outcome.err, "run exists already")
+    outcome = command("train", "resume=pruned", "total_transitions=320")
+    assert_one_line(outcome.code, outcome.err, "policy without its training state")
+    assert snapshot(Path("pruned")) == before
 
 
 def test_resume_refuses_impossible_numbers(command: Command, run: Path) -> None:

@@ -69,10 +69,20 @@ def observations(run: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in (run / "sharing").iterdir()}
 
 
+ABSORBING = ("elbo.absorb.rate=0.5", "elbo.absorb.max_error=9")
+
 CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     # transitions at which the first half ends: 33 vector steps; episodes are 40 long, PPO's rollouts 20 steps
     "ppo": (528, (*TINY, *TINY_ALGORITHM["ppo"])),
     "sac": (528, (*TINY, *TINY_ALGORITHM["sac"])),
+    "ppo_absorbing": (
+        528,
+        (*TINY, *TINY_ALGORITHM["ppo"], *ABSORBING, "elbo.absorb.every=4"),
+    ),
+    "sac_absorbing": (
+        528,
+        (*TINY, *TINY_ALGORITHM["sac"], *ABSORBING, "elbo.absorb.every=3"),
+    ),
     "sac_normalised_full_rank": (
         528,
         (

@@ -25,6 +25,7 @@ from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
 from varshare_rl.nn.capacity import match_width, with_width
 from varshare_rl.nn.options import Architecture
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
+from varshare_rl.nn.posteriors import posterior_layers
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -86,7 +87,13 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
         return architecture.build(in_features, out_features, problem.num_tasks, posterior)
 
     learner = Learner(problem, make_network, Elbo(config.elbo, problem.num_tasks))
-    return ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
+    algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
+    if config.elbo.absorb.every and not any(any(posterior_layers(m)) for m in algorithm.trained_modules().values()):
+        raise UserError(
+            f"network={architecture.name} has no residuals for elbo.absorb.every={config.elbo.absorb.every} "
+            "to absorb; use varshare_lora or varshare, or give 0"
+        )
+    return algorithm
 
 
 def matched_hidden(config: TrainConfig, architecture: Architecture, problem: Problem) -> list[int]:

@@ -242,6 +242,9 @@ def check_config(config: TrainConfig) -> None:
         ("log.every", config.log.every, 0, None),
         ("observe.every", config.observe.every, 0, None),
         ("env.envs_per_task", config.env.envs_per_task, 1, None),
+        ("elbo.absorb.every", config.elbo.absorb.every, 0, None),
+        ("elbo.absorb.rate", config.elbo.absorb.rate, 0, 1),
+        ("elbo.absorb.max_error", config.elbo.absorb.max_error, 0, None),
         *((f"network.hidden[{index}]", size, 1, None) for index, size in enumerate(config.network.hidden)),
     ]
     for group, ranges in RANGES.items():
@@ -261,6 +264,8 @@ def check_config(config: TrainConfig) -> None:
 def _check_relations(config: TrainConfig) -> None:
     """Refuse options that are possible alone but not together."""
     _check_elbo(config.elbo)
+    if config.elbo.absorb.every and config.elbo.absorb.rate == 0:
+        raise UserError("elbo.absorb.rate is 0, which moves nothing; give up to 1, or elbo.absorb.every=0")
     if getattr(config.network, "alpha", None) == 0:
         raise UserError("network.alpha is 0, which switches every adapter off; give a positive number or null")
     if getattr(config.network, "alpha", None) is not None and config.network.rank is None:

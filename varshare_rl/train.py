@@ -60,6 +60,8 @@ def resume(run_dir: Path) -> None:
             f"{run_dir} has done {state['transitions']} of {config.total_transitions} transitions already; "
             "give a larger total_transitions"
         )
+    if "engine" not in state:
+        raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")
     run = build_run(config, build_suite(config), run_dir, resumed_at=state["transitions"], seconds=state["seconds"])
     train(config, run, state)
 

@@ -13,8 +13,9 @@ from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.draws import PolicyDraws
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.variational import VariationalLayer
+from varshare_rl.optim.absorption import Absorbing, absorb_all
 from varshare_rl.optim.step import LossStep
-from varshare_rl.types import Metrics, Tree
+from varshare_rl.types import Metrics, Scalars, Tree
 
 
 class ActorCriticOptions(Protocol):
@@ -90,6 +91,11 @@ class ActorCritic:
         self.draws = PolicyDraws(
             self.elbo.options.draw.acting, actor, problem.num_tasks, problem.envs_per_task, self.replays_draws
         )
+        self.absorbing = {
+            "actor": Absorbing(actor, self.actor_step.optimizer),
+            "critic": Absorbing(critic, self.critic_step.optimizer),
+        }
+        self.absorbed: Scalars = {}  # what the last absorption is to be logged with
         self.updates = 0
 
     def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
@@ -114,8 +120,18 @@ class ActorCritic:
         self.elbo.advance(fraction)
 
     def metrics(self) -> Metrics:
-        """State of the controllers of the ELBO."""
-        return self.elbo.metrics(self.trained_modules())
+        """State of the controllers of the ELBO, and what the last absorption did."""
+        absorbed = {name: float(value) for name, value in self.absorbed.items()}
+        return self.elbo.metrics(self.trained_modules()) | absorbed
+
+    def absorb_if_due(self, updates_before: int) -> None:
+        """Move the residuals' mean into the shared weights when ``elbo.absorb`` says so.
+
+        Called between updates, and for PPO between rollouts, so that no ratio spans the change.
+        """
+        options = self.elbo.options.absorb
+        if options.due(updates_before, self.updates):
+            self.absorbed = dict(absorb_all(self.absorbing, options))
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and critic."""
@@ -140,6 +156,11 @@ class ActorCritic:
         self.critic.load_state_dict(state["critic"])
         self.normalizer.load_state_dict(state["normalizer"])
 
+    def load_reward_state(self, state: Tree) -> None:
+        """Put back the reward statistics that :meth:`state` gave as ``reward_normalizer``: the values' units."""
+        self.reward_normalizer.returns = state["returns"].to(self.problem.device)
+        self.reward_normalizer.load_state_dict(state)
+
     def state(self) -> Tree:
         """Networks, optimisers, normalisers and the number of updates."""
         return {
@@ -150,18 +171,19 @@ class ActorCritic:
             "elbo": self.elbo.state(),
             "draws": self.draws.state(),
             "updates": self.updates,
+            "absorbed": {name: float(value) for name, value in self.absorbed.items()},
         }
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
         self.load_policy_state(state)
-        self.reward_normalizer.returns = state["reward_normalizer"]["returns"].to(self.problem.device)
-        self.reward_normalizer.load_state_dict(state["reward_normalizer"])
+        self.load_reward_state(state["reward_normalizer"])
         self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
         self.elbo.load_state(state["elbo"])
         self.draws.load_state(state["draws"])
         self.updates = state["updates"]
+        self.absorbed = state["absorbed"]
 
     def measure_conflict(self) -> None:
         """Have the next update measure how the tasks' gradients of the shared parameters agree."""

@@ -109,8 +109,10 @@ class PPO(ActorCritic):
     def update(self) -> Scalars:
         """All epochs on the rollout, then new draws of the actor's weights."""
         data, explained_variance = self._training_data()
+        updates_before = self.updates
         minibatches = self._update_epochs(data)
         self.rollout.clear()
+        self.absorb_if_due(updates_before)
         self.draws.renew()
         metrics: Scalars = {
             f"loss/{name}": torch.stack([minibatch[name] for minibatch in minibatches]).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -81,6 +81,7 @@ class SAC(ActorCritic):
         self.options = options
         self.target_critic = deepcopy(self.critic).requires_grad_(False)
         self.target_critic.train(learner.elbo.options.draw.targets is TargetDraw.sample)
+        self.absorbing["critic"] = replace(self.absorbing["critic"], follower=self.target_critic)
         log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
         self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
         dimensions = problem.action_mask.to(problem.device).sum(1).float()
@@ -135,6 +136,7 @@ class SAC(ActorCritic):
         self.draws.renew()
         self.updates += 1
         self.updates_due -= 1.0
+        self.absorb_if_due(self.updates - 1)
         return {
             "loss/critic": critic.losses.mean(),
             "loss/actor": actor_loss,

@@ -78,7 +78,8 @@ class VariationalLayer(nn.Module, ABC):
     @property
     def num_tasks(self) -> int:
         """Number of tasks, ``T``."""
-        return self.get_parameter(self.factors[0][0]).shape[0]
+        first: Tensor = getattr(self, self.factors[0][0])
+        return first.shape[0]
 
     @property
     def prior_scale(self) -> Tensor:
@@ -144,9 +145,9 @@ class VariationalLayer(nn.Module, ABC):
         sigmas = [rows.select(softplus_sigma(rho, temperature)) for _, rho in self.posteriors()]
         return self.flipout_output(rows.x, means, [s * e for s, e in zip(sigmas, noise, strict=True)])
 
-    def posteriors(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    def posteriors(self) -> list[tuple[Tensor, Tensor]]:
         """Mean and ``rho`` of every factor, each ``[T, ...]``."""
-        return [(self.get_parameter(mu), self.get_parameter(rho)) for mu, rho in self.factors]
+        return [(getattr(self, mu), getattr(self, rho)) for mu, rho in self.factors]
 
     def weights(self, noise: Sequence[Tensor], temperature: float, tasks: Tensor | None = None) -> list[Tensor]:
         """The factors ``mu + sigma * noise``, ``[K, ...]``, of the given tasks (None: all in order)."""

@@ -14,6 +14,7 @@ from varshare_rl.nn.draws import Draw
 from varshare_rl.nn.options import Posterior
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import penalized_layers
+from varshare_rl.optim.absorption import AbsorbOptions
 from varshare_rl.optim.kl_schedules import Constant
 from varshare_rl.optim.priors import Fixed, LossGap
 from varshare_rl.types import Metrics, Tree
@@ -65,6 +66,7 @@ class ElboOptions:
     draw: DrawOptions = field(default_factory=DrawOptions)
     schedule: Any = field(default_factory=Constant)  # options of the chosen elbo/schedule
     prior: Any = field(default_factory=Fixed)  # options of the chosen elbo/prior
+    absorb: AbsorbOptions = field(default_factory=AbsorbOptions)
 
     def posterior(self) -> Posterior:
         """The part that the layers are built from."""

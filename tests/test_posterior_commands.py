@@ -1,0 +1,101 @@
+"""``prune`` and ``calibrate`` on tiny trained runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from helpers import TINY, TINY_ALGORITHM
+
+
+def read(path: str) -> dict[str, Any]:
+    loaded = json.loads(Path(path).read_text())
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def snapshot(folder: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(params=["ppo", "sac"])
+def run(command: Command, request: pytest.FixtureRequest) -> str:
+    outcome = command("train", *TINY, *TINY_ALGORITHM[request.param], "total_transitions=480", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    return "run"
+
+
+def test_a_pruned_copy_can_be_evaluated_and_calibrated(command: Command, run: str) -> None:
+    before = snapshot(run)
+    outcome = command("prune", f"run={run}", "threshold=0.5", "device=cpu")
+    assert outcome.code == 0, outcome.err
+    assert snapshot(run) == before
+    told = read("run_pruned/pruning.json")
+    assert told["kept"] == told["units"]  # fresh posteriors are far narrower than their priors
+    assert set(told["changes"]) == set(read("run/summary.json")["tasks"])
+    assert all(row["action"]["largest"] == 0 == row["value"]["rms"] for row in told["changes"].values())
+    for folder in (run, "run_pruned"):
+        outcome = command("evaluate", f"run={folder}", "episodes=2")
+        assert outcome.code == 0, outcome.err
+    same, other = read("run/evaluation.json"), read("run_pruned/evaluation.json")
+    assert same["tasks"] == other["tasks"]
+    outcome = command("calibrate", "run=run_pruned", "episodes=1", "draws=2")
+    assert outcome.code == 0, outcome.err
+
+
+def test_pruning_everything_leaves_the_shared_weights(command: Command, run: str) -> None:
+    outcome = command("prune", f"run={run}", "threshold=1e9", "out=below/bare", "device=cpu")
+    assert outcome.code == 0, outcome.err
+    assert "kept 0 of" in outcome.out
+    told = read("below/bare/pruning.json")
+    assert (told["kept"], told["criterion"], told["threshold"]) == (0, "nats", 1e9)
+    assert told["bytes_kept"] < told["bytes_dense"] / 50
+    assert max(row["action"]["largest"] for row in told["changes"].values()) > 0
+    outcome = command("evaluate", "run=below/bare", "episodes=2")
+    assert outcome.code == 0, outcome.err
+    nats = [row["kl"] for row in read("below/bare/evaluation.json")["tasks"].values()]
+    assert nats == pytest.approx([0.0] * len(nats), abs=1e-3)
+
+
+def test_the_best_checkpoint_and_signal_to_noise(command: Command, run: str) -> None:
+    outcome = command("prune", f"run={run}", "checkpoint=best", "criterion=snr", "threshold=0.2", "out=small")
+    assert outcome.code == 0, outcome.err
+    told = read("small/pruning.json")
+    assert told["checkpoint"].startswith("best-")
+    assert 0 < told["kept"] < told["units"]
+    assert command("evaluate", "run=small", "episodes=1").code == 0
+    outcome = command("calibrate", "run=small", "episodes=1", "draws=2")
+    assert outcome.code == 2
+    assert "no reward statistics" in outcome.err
+
+
+def test_calibration_has_its_figures_and_repeats(command: Command, run: str) -> None:
+    outcome = command("calibrate", f"run={run}", "episodes=3", "draws=4", "device=cpu")
+    assert outcome.code == 0, outcome.err
+    assert "calibration error" in outcome.out
+    told = read("run/calibration.json")
+    assert set(told["tasks"]) == set(read("run/summary.json")["tasks"])
+    for row in told["tasks"].values():
+        assert row["rows"] == 3 * 40
+        assert set(row["coverage"]) == {"0.5", "0.8", "0.9", "0.95"}
+        assert row["mean_std"] > 0
+    assert told["conditions"]["draws"] == 4
+    assert Path("run/calibration.png").stat().st_size > 1000
+    assert command("calibrate", f"run={run}", "episodes=3", "draws=4", "device=cpu").code == 0
+    assert read("run/calibration.json") == told
+
+
+@pytest.mark.parametrize("name", ["prune", "calibrate"])
+def test_networks_without_posteriors_are_refused(command: Command, name: str) -> None:
+    settings = (*TINY, *TINY_ALGORITHM["ppo"], "network=shared", "total_transitions=160", "run_dir=run")
+    assert command("train", *settings).code == 0
+    before = snapshot("run")
+    outcome = command(name, "run=run")
+    assert outcome.code == 2
+    assert "network=shared" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert snapshot("run") == before
+    assert not Path("run_pruned").exists()

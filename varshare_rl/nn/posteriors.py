@@ -1,0 +1,26 @@
+"""The layers with a Gaussian residual per task, and what work on their posteriors needs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from varshare_rl.nn.varshare import VarShareLayer
+from varshare_rl.nn.varshare_lora import VarShareLoRALayer
+
+PosteriorLayer = VarShareLoRALayer | VarShareLayer
+
+
+def posterior_layers(module: nn.Module) -> Iterator[tuple[str, PosteriorLayer]]:
+    """All layers with a residual per task inside ``module`` with their dotted names, in order."""
+    for name, child in module.named_modules():
+        if isinstance(child, VarShareLoRALayer | VarShareLayer):
+            yield name, child
+
+
+def mean_residuals(layer: PosteriorLayer) -> Tensor:
+    """Mean residuals built in full, ``[T, G, F]``: for reports, not for training."""
+    if isinstance(layer, VarShareLayer):
+        return layer.mus
+    return layer.scale * (layer.mus_B @ layer.mus_A)

@@ -1,0 +1,67 @@
+"""Absorbing in training: when it happens, and what becomes of the optimiser's moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from varshare_rl.nn.absorb import Absorption, absorb
+from varshare_rl.nn.varshare_lora import VarShareLoRALayer
+from varshare_rl.types import Metrics
+
+
+@dataclass
+class AbsorbOptions:
+    """Options of ``elbo.absorb``: the mean of the residuals moves into the shared weights."""
+
+    every: int = 0  # gradient updates; 0: never
+    rate: float = 0.1  # share of the mean that moves
+    max_error: float = 0.05  # a layer is left alone when a task's residual would change by more than this share
+
+    def due(self, updates_before: int, updates: int) -> bool:
+        """Whether the count of gradient updates has passed a multiple of ``every``."""
+        return self.every > 0 and updates // self.every > updates_before // self.every
+
+
+@dataclass(frozen=True)
+class Absorbing:
+    """A trained module, its optimiser, and the slow copy that follows it."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    follower: nn.Module | None = None
+
+
+def absorb_all(parts: Mapping[str, Absorbing], options: AbsorbOptions) -> Metrics:
+    """Absorb in every part and return what to log.
+
+    ``absorb/error`` is the largest error of a task in a layer that changed, ``absorb/moved`` the mean over layers
+    of the move relative to the shared weight (0 for a layer left alone), ``absorb/layers`` the share of layers that
+    changed, and ``absorb_error/<layer>`` the largest error of each, also where it was too large.
+
+    Adam's moments of shared weights and of full-rank residuals stay: their gradients are functions of the weights
+    ``W_i``, which have not moved. The gradient of a factor scales with the other factor, which has; so the moments
+    of a changed layer's factors start afresh, bias correction included: old second moments under new, larger
+    gradients would make steps many times the learning rate.
+    """
+    done: dict[str, Absorption] = {}
+    for part_name, part in parts.items():
+        layers = absorb(part.module, options.rate, options.max_error, part.follower)
+        for name, absorption in layers.items():
+            done[f"{part_name}.{name}"] = absorption
+            layer = part.module.get_submodule(name)
+            if absorption.done and isinstance(layer, VarShareLoRALayer):
+                for parameter in layer.per_task_parameters:
+                    part.optimizer.state.pop(layer.get_parameter(parameter), None)
+    if not done:
+        return {}
+    changed = [absorption for absorption in done.values() if absorption.done]
+    metrics = {
+        "absorb/error": max((float(absorption.error.max()) for absorption in changed), default=0.0),
+        "absorb/moved": sum(absorption.share for absorption in changed) / len(done),
+        "absorb/layers": len(changed) / len(done),
+    }
+    return metrics | {f"absorb_error/{name}": float(absorption.error.max()) for name, absorption in done.items()}
