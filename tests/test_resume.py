@@ -72,7 +72,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         528,
         (
             *TINY, *TINY_ALGORITHM["sac"], "network=varshare", "algorithm.normalize_observations=true",
-            "algorithm.normalize_rewards=true", "algorithm.updates_per_transition_per_task=0.15",
+            "algorithm.reward_scale=return_std", "algorithm.updates_per_transition_per_task=0.15",
         ),
     ),
     "ppo_discrete": (33 * 12, (*TINY, *TINY_ALGORITHM["ppo"], "env=cartpole", "env.horizon=40")),

@@ -17,11 +17,12 @@ from envs.lunarlander import LunarLanderOptions, LunarLanderSuite
 from envs.metaworld import MetaWorldOptions, MetaWorldSuite
 from envs.pointmass import PointMassOptions, PointMassSuite
 from envs.suite import Suite
-from varshare_rl.algorithms.base import Algorithm, Learner, Problem
+from varshare_rl.algorithms.base import Algorithm, Learner, NetworkFactory, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig
-from varshare_rl.nn.options import Architecture
+from varshare_rl.nn.bronet import BroNet
+from varshare_rl.nn.options import Architecture, Blocks
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
@@ -76,10 +77,25 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
             f"network={architecture.name} has no elbo.estimator {posterior.estimator!r}; choose {allowed}"
         )
 
-    def make_network(in_features: int, out_features: int) -> nn.Module:
-        return architecture.build(in_features, out_features, problem.num_tasks, posterior)
+    def factory(architecture: Architecture) -> NetworkFactory:
+        def make_network(in_features: int, out_features: int) -> nn.Module:
+            network = architecture.build(in_features, out_features, problem.num_tasks, posterior)
+            if architecture.blocks is Blocks.bronet and not any(isinstance(x, BroNet) for x in network.modules()):
+                raise UserError(
+                    f"network={architecture.name} puts its layers together in its own way, without blocks=bronet; "
+                    "choose blocks=mlp or another network"
+                )
+            return network
 
-    learner = Learner(problem, make_network, Elbo(config.elbo, problem.num_tasks))
+        return make_network
+
+    learner = Learner(
+        problem,
+        factory(architecture),
+        Elbo(config.elbo, problem.num_tasks),
+        config.critic,
+        factory(config.critic.architecture(architecture)),
+    )
     return ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
 
 

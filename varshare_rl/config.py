@@ -20,6 +20,8 @@ from envs.pointmass import PointMassOptions
 from varshare_rl.algorithms.ppo import PPOOptions
 from varshare_rl.algorithms.sac import SACOptions
 from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn.critic import CriticOptions
+from varshare_rl.nn.options import Blocks
 from varshare_rl.optim.elbo import ElboOptions
 from varshare_rl.types import UserError
 
@@ -70,6 +72,7 @@ class TrainConfig:
     algorithm: Any = MISSING
     network: Any = MISSING
     elbo: ElboOptions = field(default_factory=ElboOptions)
+    critic: CriticOptions = field(default_factory=CriticOptions)
     total_transitions: int = 1_000_000  # all tasks together
     seed: int = 0
     device: Device = Device.auto
@@ -151,7 +154,9 @@ RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
         "discount": (0, 1),
         "gae_lambda": (0, 1),
         "target_rate": (0, 1),
+        "resets": (0, None),
     },
+    "critic": {"bins": (2, None)},
 }
 
 
@@ -172,6 +177,7 @@ def check_config(config: TrainConfig) -> None:
         ("elbo.kl_weight", config.elbo.kl_weight, 0, None),
         ("elbo.temperature", config.elbo.temperature, 0, None),
         *((f"network.hidden[{index}]", size, 1, None) for index, size in enumerate(config.network.hidden)),
+        *((f"critic.hidden[{index}]", size, 1, None) for index, size in enumerate(config.critic.hidden or [])),
     ]
     for group, ranges in RANGES.items():
         options = getattr(config, group)
@@ -193,6 +199,7 @@ def _check_relations(config: TrainConfig) -> None:
         raise UserError(f"elbo.prior_scale is {config.elbo.prior_scale}; it must be positive")
     if getattr(config.network, "alpha", None) == 0:
         raise UserError("network.alpha is 0, which switches every adapter off; give a positive number or null")
+    _check_critic(config)
     if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOOptions):
         raise UserError(
             "matmul_precision=bf16 rounds acting and updating differently, so PPO's ratio would not start at 1; "
@@ -206,3 +213,21 @@ def _check_relations(config: TrainConfig) -> None:
         raise UserError(
             f"algorithm.replay_capacity_per_task is {capacity}; one step of env.envs_per_task={envs} must fit"
         )
+
+
+def _check_critic(config: TrainConfig) -> None:
+    """Refuse critics, and blocks of any network, that cannot be."""
+    critic = config.critic
+    if not critic.value_min < critic.value_max:
+        raise UserError(f"critic.value_min is {critic.value_min}; it must be below value_max, {critic.value_max}")
+    if not 0 < critic.popart_rate <= 1:
+        raise UserError(f"critic.popart_rate is {critic.popart_rate}; it must be above 0 and at most 1")
+    own = critic.architecture(config.network)
+    for name, network in (("network", config.network), ("critic", own)):
+        if network.blocks is Blocks.bronet and len(set(network.hidden)) != 1:
+            raise UserError(
+                f"{name}.blocks=bronet has residual blocks, and hidden is {list(network.hidden)}; "
+                f"give {name}.hidden one size, once and then once for every block"
+            )
+    if own.blocks is Blocks.bronet and critic.layer_norm is False:
+        raise UserError("critic.layer_norm=false is not possible with blocks=bronet, which is made of LayerNorms")

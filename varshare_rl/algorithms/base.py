@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.types import Scalars, Transition, Tree
 
@@ -49,6 +50,9 @@ class Algorithm(Protocol):
 
     def observe(self, transition: Transition) -> None:
         """Take in the outcome of all that was acted since the last call, ``[T, E, ...]``."""
+
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
 
     def ready(self) -> bool:
         """Whether an update is due."""
@@ -101,3 +105,19 @@ class Learner:
     problem: Problem
     make_network: NetworkFactory
     elbo: Elbo
+    critic: CriticOptions = field(default_factory=CriticOptions)
+    make_critic_network: NetworkFactory | None = None  # None: as make_network
+
+    def value_network(self) -> ValueNetwork:
+        """A fresh state value, on the problem's device."""
+        network = self._critic_network(self.problem.obs_size)
+        return ValueNetwork(network, self.problem.num_tasks, self.critic).to(self.problem.device)
+
+    def twin_critic(self) -> TwinQ:
+        """Fresh twin action values, on the problem's device."""
+        size = self.problem.obs_size + self.problem.action_size
+        twins = TwinQ(lambda: self._critic_network(size), self.problem.num_tasks, self.critic)
+        return twins.to(self.problem.device)
+
+    def _critic_network(self, in_features: int) -> nn.Module:
+        return (self.make_critic_network or self.make_network)(in_features, self.critic.outputs)

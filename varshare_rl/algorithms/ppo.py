@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import Learner, build_actor
+from varshare_rl.data.rewards import RewardScale
 from varshare_rl.data.rollout import Rollout, RolloutStep
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.stochastic import hold_noise, load_noise_state, noise_state, posterior_mean
-from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss, squared_error
+from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss
 from varshare_rl.ops.returns import gae
 from varshare_rl.types import Scalars, Transition, Tree
 
@@ -38,7 +39,8 @@ class PPOOptions:
     min_log_std: float = -5.0
     max_log_std: float = 1.0
     normalize_observations: bool = True
-    normalize_rewards: bool = True
+    reward_scale: RewardScale = RewardScale.return_std
+    resets: int = 0  # times that networks start anew, spread evenly over the budget
 
 
 class PPO(ActorCritic):
@@ -52,14 +54,18 @@ class PPO(ActorCritic):
         learner: the problem, the network factory and the ELBO.
     """
 
+    critic: ValueNetwork
     weight_draws = "actor: one draw per rollout, held for its updates; critic: anew at every pass; advantages: mean"
 
     def __init__(self, options: PPOOptions, learner: Learner) -> None:
         problem = learner.problem
         log_std_range = (options.min_log_std, options.max_log_std)
-        actor = build_actor(problem, learner.make_network, log_std_range, options.initial_log_std)
-        critic = ValueNetwork(learner.make_network(problem.obs_size, 1)).to(problem.device)
-        super().__init__(options, learner, actor, critic, epsilon=1e-5)
+
+        def build() -> Networks:
+            actor = build_actor(problem, learner.make_network, log_std_range, options.initial_log_std)
+            return actor, learner.value_network()
+
+        super().__init__(options, learner, build, epsilon=1e-5)
         self.options = options
         self.rollout = Rollout(-(-options.rollout_transitions_per_task // problem.envs_per_task))
         self._acted: list[tuple[Tensor, Sample]] = []
@@ -82,13 +88,13 @@ class PPO(ActorCritic):
         raw = torch.cat([sample.raw for _, sample in self._acted], dim=1)
         log_prob = torch.cat([sample.log_prob for _, sample in self._acted], dim=1)
         self._acted.clear()
-        self.reward_normalizer.update(transition.reward, transition.terminated | transition.truncated)
+        self.reward_scaler.update(transition.reward, transition.terminated | transition.truncated)
         self.rollout.add(
             RolloutStep(
                 obs,
                 raw,
                 log_prob,
-                self.reward_normalizer(transition.reward),
+                self.reward_scaler(transition.reward),
                 transition.terminated,
                 transition.truncated,
                 self.normalizer(transition.next_obs),
@@ -105,6 +111,7 @@ class PPO(ActorCritic):
         data, explained_variance = self._training_data()
         minibatches = self._update_epochs(data)
         self.rollout.clear()
+        self.finish_update()
         hold_noise(self.actor)
         metrics: Scalars = {
             f"loss/{name}": torch.stack([minibatch[name] for minibatch in minibatches]).mean()
@@ -159,7 +166,8 @@ class PPO(ActorCritic):
         actor_losses = policy.loss - self.options.entropy_weight * entropy
         actor_norm = self.actor_step(actor_losses + self.elbo.penalty(self.actor, transitions))
 
-        value_loss = squared_error(self.critic(batch["obs"], self.task_ids), batch["target"])
+        self.critic.track(batch["target"])
+        value_loss = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
         critic_norm = self.critic_step(value_loss + self.elbo.penalty(self.critic, transitions))
         self.updates += 1
         return {

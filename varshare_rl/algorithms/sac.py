@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import Learner, build_actor
 from varshare_rl.data.replay import Replay, ReplayBatch
+from varshare_rl.data.rewards import RewardScale
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen
-from varshare_rl.ops.losses import squared_error
 from varshare_rl.ops.returns import td_target
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Scalars, Transition, Tree, UserError
@@ -38,13 +37,15 @@ class SACOptions:
     target_entropy_per_dimension: float = -1.0
     max_grad_norm: float = 1.0
     normalize_observations: bool = False
-    normalize_rewards: bool = False
+    reward_scale: RewardScale = RewardScale.none
+    resets: int = 0  # times that networks start anew, spread evenly over the budget; the replay stays
 
 
 class SAC(ActorCritic):
     """SAC with twin critics and an entropy coefficient per task.
 
-    Weights are drawn anew at each pass, acting included; target critics use their posterior means.
+    Weights are drawn anew at each pass, acting included; target critics use their posterior means. Under PopArt the
+    entropy coefficient counts in units of the task's values, so a factor on a task's rewards changes nothing.
 
     Args:
         options: see :class:`SACOptions`.
@@ -54,18 +55,20 @@ class SAC(ActorCritic):
         UserError: the actions are discrete.
     """
 
+    critic: TwinQ
     weight_draws = "actor and critics: anew at every pass; target critics: mean"
 
     def __init__(self, options: SACOptions, learner: Learner) -> None:
         problem = learner.problem
         if problem.discrete:
             raise UserError("algorithm=sac needs Box actions, and this suite's are Discrete; use algorithm=ppo")
-        actor = build_actor(problem, learner.make_network, (-20.0, 2.0), 0.0)
-        input_size = problem.obs_size + problem.action_size
-        critic = TwinQ(lambda: learner.make_network(input_size, 1)).to(problem.device)
-        super().__init__(options, learner, actor, critic)
+
+        def build() -> Networks:
+            return build_actor(problem, learner.make_network, (-20.0, 2.0), 0.0), learner.twin_critic()
+
+        super().__init__(options, learner, build)
         self.options = options
-        self.target_critic = deepcopy(self.critic).requires_grad_(False).eval()
+        self.target_critic = self.critic.target()
         log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
         self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
         dimensions = problem.action_mask.to(problem.device).sum(1).float()
@@ -93,7 +96,7 @@ class SAC(ActorCritic):
         """Store the step as it is; normalisation happens when a batch is drawn."""
         self.replay.add(transition)
         self.normalizer.update(transition.obs)
-        self.reward_normalizer.update(transition.reward, transition.terminated | transition.truncated)
+        self.reward_scaler.update(transition.reward, transition.terminated | transition.truncated)
         self.transitions_per_task += transition.reward.shape[1]
         if self.transitions_per_task >= self.options.start_transitions_per_task:
             self.updates_due += self.options.updates_per_transition_per_task * transition.reward.shape[1]
@@ -115,6 +118,7 @@ class SAC(ActorCritic):
             torch._foreach_lerp_(targets, sources, self.options.target_rate)
         self.updates += 1
         self.updates_due -= 1.0
+        self.finish_update()
         return {
             "loss/critic": critic_loss,
             "loss/actor": actor_loss,
@@ -130,7 +134,7 @@ class SAC(ActorCritic):
         return ReplayBatch(
             self.normalizer(batch.obs),
             batch.action,
-            self.reward_normalizer(batch.reward),
+            self.reward_scaler(batch.reward),
             batch.terminated,
             self.normalizer(batch.next_obs),
         )
@@ -140,12 +144,12 @@ class SAC(ActorCritic):
         with torch.no_grad():
             following = self.actor(batch.next_obs, self.task_ids).sample()
             next_q = self.target_critic(batch.next_obs, following.action, self.task_ids).amin(0)
-            next_value = next_q - alpha * following.log_prob
+            next_value = next_q - alpha * self.critic.spread() * following.log_prob
             target = td_target(batch.reward, next_value, batch.terminated, self.options.discount)
-        q = self.critic(batch.obs, batch.action, self.task_ids)  # [2, T, B]
-        losses = squared_error(q[0], target) + squared_error(q[1], target)
+        self.critic.track(target, self.target_critic)
+        losses, q = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
         norm = self.critic_step(losses + self.elbo.penalty(self.critic, transitions))
-        return losses.detach().mean(), q.detach().mean(), norm
+        return losses.detach().mean(), q.mean(), norm
 
     def _update_actor(self, batch: ReplayBatch, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, the log-probability per task ``[T]`` and the gradient norm."""
@@ -153,9 +157,17 @@ class SAC(ActorCritic):
         sample = self.actor(batch.obs, self.task_ids).sample()
         with frozen(self.critic):  # a fixed function here: skip its weight gradients
             q = self.critic(batch.obs, sample.action, self.task_ids).amin(0)
-        losses = (alpha * sample.log_prob - q).mean(-1)
+        losses = (alpha * sample.log_prob - q / self.critic.spread()).mean(-1)
         norm = self.actor_step(losses + self.elbo.penalty(self.actor, transitions))
         return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm
+
+    def reset_networks(self) -> None:
+        """Fresh networks, targets, entropy coefficients and optimiser moments; replay and normalisers stay."""
+        super().reset_networks()
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        with torch.no_grad():
+            self.log_alpha.fill_(self.options.initial_entropy_coefficient).log_()
+        self.entropy_step.optimizer.state.clear()
 
     def memory_bytes(self) -> dict[str, int]:
         """Networks with gradients and optimiser, target critics, replay."""

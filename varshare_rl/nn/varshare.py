@@ -17,7 +17,6 @@ from varshare_rl.nn.initial import (
     stack_tasks,
     unstack_tasks,
 )
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
@@ -150,12 +149,11 @@ class VarShare(ArchitectureOptions):
     estimators: ClassVar[tuple[str, ...]] = tuple(ESTIMATORS)
     name: str = "varshare"
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of full-rank VarShare layers for ``num_tasks`` tasks."""
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of full-rank VarShare layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             estimator = posterior.estimator or "local"
             return VarShareLayer(inputs, outputs, num_tasks, posterior.prior_scale, estimator=estimator)
 
-        sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, posterior.temperature, self.layer_norm)
+        return self.stack(in_features, out_features, layer, posterior.temperature)

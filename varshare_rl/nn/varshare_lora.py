@@ -18,7 +18,6 @@ from varshare_rl.nn.initial import (
     stack_tasks,
     unstack_tasks,
 )
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
@@ -178,8 +177,8 @@ class VarShareLoRA(ArchitectureOptions):
     rank: int = 8
     alpha: float | None = None
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of VarShare-LoRA layers for ``num_tasks`` tasks."""
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of VarShare-LoRA layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return VarShareLoRALayer(
@@ -187,5 +186,4 @@ class VarShareLoRA(ArchitectureOptions):
                 estimator=posterior.estimator or "weight",
             )  # fmt: skip
 
-        sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, posterior.temperature, self.layer_norm)
+        return self.stack(in_features, out_features, layer, posterior.temperature)

@@ -86,6 +86,7 @@ class Run:
             obs = self._to_device(self._observation)
             while self.transitions < self.options.total_transitions:
                 obs = self._vector_step(obs)
+                self.algorithm.advance(self.transitions / self.options.total_transitions)
                 while self.algorithm.ready():
                     with self._timed("update"):
                         self.scalars = self.algorithm.update()
