@@ -67,6 +67,23 @@ WITHOUT_RUN = {
     "no_alpha": (("env=pointmass", "network.alpha=0"), "network.alpha is 0"),
     "crossed_log_stds": (("env=pointmass", "algorithm.min_log_std=3"), "min_log_std is 3"),
     "bf16_with_ppo": (("env=pointmass", "matmul_precision=bf16"), "matmul_precision=bf16"),
+    "unknown_critic": (("env=pointmass", "critic=huge"), "huge"),
+    "unknown_blocks": (("env=pointmass", "critic.blocks=lego"), "lego"),
+    "unknown_value_loss": (("env=pointmass", "critic.loss=absolute"), "absolute"),
+    "unknown_reward_scale": (("env=pointmass", "algorithm.reward_scale=big"), "big"),
+    "one_bin": (("env=pointmass", "critic.bins=1"), "critic.bins is 1"),
+    "crossed_values": (("env=pointmass", "critic.value_min=3", "critic.value_max=3"), "value_min is 3.0"),
+    "no_popart_rate": (("env=pointmass", "critic.popart_rate=0"), "popart_rate is 0.0"),
+    "negative_critic_hidden": (("env=pointmass", "critic.hidden=[8,0]"), "critic.hidden[1] is 0"),
+    "uneven_blocks": (("env=pointmass", "critic.blocks=bronet", "critic.hidden=[8,9]"), "hidden is [8, 9]"),
+    "no_blocks": (("env=pointmass", "network.blocks=bronet", "network.hidden=[]"), "hidden is []"),
+    "bronet_without_norm": (("env=pointmass", "critic.blocks=bronet", "critic.layer_norm=false"), "layer_norm"),
+    "negative_resets": (("env=pointmass", "algorithm.resets=-1"), "algorithm.resets is -1"),
+    "unknown_copy": (("env=pointmass", "env.tasks=[middle_2]"), "middle_2"),
+    "few_reward_scales": (("env=pointmass", "env.reward_scales=[1,2]"), "reward_scales has 2 numbers for 8"),
+    "negative_reward_scale": (
+        ("env=pointmass", "env.tasks=[normal_left]", "env.reward_scales=[-1]"), "reward_scales has -1",
+    ),
     "missing_resume": (("resume=runs/nowhere",), "runs/nowhere"),
 }  # fmt: skip
 

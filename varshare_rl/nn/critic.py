@@ -37,7 +37,7 @@ class CriticOptions:
     value_min: float = -10.0  # in units of the return, or with popart in standard deviations of the task's targets
     value_max: float = 10.0
     popart: bool = False
-    popart_rate: float = 0.003  # weight of one gradient step's targets in their running mean and spread
+    popart_rate: float = 0.01  # weight of one gradient step's targets in their running mean and spread
 
     @property
     def outputs(self) -> int:
