@@ -163,7 +163,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
     },
     **{
         f"{critic}_{algorithm}": (
-            "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"critic={critic}", "total_transitions=320",
+            "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"critic={critic}",
+            "total_transitions=320",
         )
         for algorithm in ("ppo", "sac")
         for critic in ("brc", "popart")

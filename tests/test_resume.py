@@ -80,14 +80,16 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     "ppo_overlap": (528, (*TINY, *TINY_ALGORITHM["ppo"], "overlap=true")),
     "ppo_critic_kit": (
         528,
-        (
-            *TINY, *TINY_ALGORITHM["ppo"], "critic=popart", "critic.blocks=bronet", "algorithm.reward_scale=ars",
-        ),
+        (*TINY, *TINY_ALGORITHM["ppo"], "critic=popart", "critic.blocks=bronet", "algorithm.reward_scale=ars"),
     ),
     "sac_critic_kit": (
-        528, (*TINY, *TINY_ALGORITHM["sac"], "critic=popart", "critic.layer_norm=true", "algorithm.reward_scale=ars"),
+        528,
+        (*TINY, *TINY_ALGORITHM["sac"], "critic=popart", "critic.layer_norm=true", "algorithm.reward_scale=ars"),
     ),
-    "sac_categorical": (528, (*TINY, *TINY_ALGORITHM["sac"], "critic=brc", "critic.hidden=[8,8]", "network=shared")),
+    "sac_categorical": (
+        528,
+        (*TINY, *TINY_ALGORITHM["sac"], "critic=brc", "critic.hidden=[8,8]", "network=shared"),
+    ),
     "ppo_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["ppo"])),
     "sac_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["sac"])),
 }  # fmt: skip

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from helpers import build, collect
-from torch import Tensor
+from torch import Tensor, nn
 
 from envs.pointmass import PointMassOptions
 from envs.suite import VectorEngine
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.data.rewards import RewardScale
-from varshare_rl.nn import Shared, VarShareLoRA
+from varshare_rl.nn import Posterior, Shared, SharedLayer, VarShareLoRA
 from varshare_rl.nn.bronet import BroNet
 from varshare_rl.nn.critic import CriticOptions, ValueLoss
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import Blocks
+from varshare_rl.types import UserError
 
 TASKS, ENVS = 3, 4
 ENV = PointMassOptions(
@@ -101,6 +102,21 @@ def test_the_critics_architecture_is_its_own(algorithm: str) -> None:
     assert any("norms" in name for name, _ in learner.critic.named_parameters())
 
 
+@dataclass
+class OwnStack(Shared):
+    """An architecture that puts its layers together in a way of its own."""
+
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        return SharedLayer(in_features, out_features, num_tasks)
+
+
+def test_architectures_without_residual_blocks_refuse_them() -> None:
+    with pytest.raises(UserError, match="without blocks=bronet; choose blocks=mlp") as error:
+        build(ENV, OPTIONS["ppo"], OwnStack(hidden=[16]), critic=CriticOptions(blocks=Blocks.bronet))
+    assert "\n" not in str(error.value)
+    build(ENV, OPTIONS["ppo"], OwnStack(hidden=[16]))
+
+
 def test_the_values_that_advantages_and_targets_are_made_of_are_in_units_of_the_return(algorithm: str) -> None:
     engine, learner = make(algorithm, critic=CriticOptions(popart=True, popart_rate=0.2))
     learn(engine, learner, 5)
@@ -142,7 +158,7 @@ def test_a_factor_on_the_rewards_changes_nothing_under_popart(algorithm: str, po
 
 
 def test_the_entropy_coefficient_counts_in_units_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SAC's target is ``r + discount (Q - spread_i alpha log pi)``; its policy loss ``alpha log pi - Q / spread_i``."""
+    """The target is ``r + discount (Q - spread_i alpha log pi)``, the policy's loss ``alpha log pi - Q / spread_i``."""
     engine, learner = make("sac", critic=CriticOptions(popart=True))
     assert isinstance(learner, SAC)
     learn(engine, learner, 1)

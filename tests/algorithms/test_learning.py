@@ -41,6 +41,34 @@ def test_point_masses_that_conflict(command: Command, algorithm: str) -> None:
     assert summary["mean_success"] >= 0.9, summary["tasks"]
 
 
+#: One task three times, with rewards of different size.
+COPIES = ("normal_left", "normal_left_2", "normal_left_3")
+AT_THREE_SCALES = (
+    "env=pointmass", f"env.tasks=[{','.join(COPIES)}]", "env.reward_scales=[1,100,10000]",
+    "algorithm.reward_scale=none",
+)  # fmt: skip
+BUDGET = {
+    "ppo": ("algorithm=ppo", "total_transitions=120000"),
+    "sac": ("algorithm=sac", "total_transitions=20000"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", BUDGET)
+def test_popart_learns_rewards_of_any_size_and_nothing_else_here_does(command: Command, algorithm: str) -> None:
+    successes = {}
+    for popart in (True, False):
+        runs = []
+        for seed in (0, 1, 2):
+            settings = (f"critic.popart={popart}", f"seed={seed}")
+            tasks = train(command, *AT_THREE_SCALES, *BUDGET[algorithm], *settings)["tasks"]
+            runs.append([tasks[copy]["success"] for copy in COPIES])
+            Path("run").rename(f"run_{popart}_{seed}")
+        successes[popart] = [sum(copy) / len(copy) for copy in zip(*runs, strict=True)]
+    assert min(successes[True]) >= 0.9, successes
+    assert min(successes[False]) <= 0.5, successes
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("network", ["varshare", "shared", "independent"])
 @pytest.mark.parametrize("algorithm", QUICK)

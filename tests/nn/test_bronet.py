@@ -58,7 +58,8 @@ def test_shared_is_a_plain_sequential() -> None:
         torch.testing.assert_close(layer.theta.grad, linear.weight.grad, rtol=1e-4, atol=1e-5)
 
 
-# Layers 5 -> 7, 7 -> 7 four times, 7 -> 3: weights 35 + 4 * 49 + 21 = 252, biases 5 * 7 + 3 = 38, norms 5 * 14 = 70.
+# Layers 5 -> 7, 7 -> 7 four times, 7 -> 3:
+# weights 35 + 4 * 49 + 21 = 252, biases 5 * 7 + 3 = 38, norms 5 * 14 = 70.
 COUNTS = {
     "shared": ParameterCount(360 + 28, 360 + 28, 360 + 28, 0),  # one-hot: 4 more columns of 7
     "independent": ParameterCount(70 + 4 * 290, 360, 70, 290),
