@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -218,8 +219,11 @@ def _check_relations(config: TrainConfig) -> None:
 def _check_critic(config: TrainConfig) -> None:
     """Refuse critics, and blocks of any network, that cannot be."""
     critic = config.critic
-    if not critic.value_min < critic.value_max:
-        raise UserError(f"critic.value_min is {critic.value_min}; it must be below value_max, {critic.value_max}")
+    if not -math.inf < critic.value_min < critic.value_max < math.inf:
+        raise UserError(
+            f"critic.value_min is {critic.value_min} and value_max {critic.value_max}; both must be finite, and the "
+            "first below the second"
+        )
     if not 0 < critic.popart_rate <= 1:
         raise UserError(f"critic.popart_rate is {critic.popart_rate}; it must be above 0 and at most 1")
     own = critic.architecture(config.network)

@@ -158,7 +158,7 @@ def test_a_factor_on_the_rewards_changes_nothing_under_popart(algorithm: str, po
 
 
 def test_the_entropy_coefficient_counts_in_units_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target is ``r + discount (Q - spread_i alpha log pi)``, the policy's loss ``alpha log pi - Q / spread_i``."""
+    """The target has ``- spread_i alpha log pi``, and the policy's loss is ``alpha log pi - Q / spread_i``."""
     engine, learner = make("sac", critic=CriticOptions(popart=True))
     assert isinstance(learner, SAC)
     learn(engine, learner, 1)
