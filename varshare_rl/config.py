@@ -221,8 +221,8 @@ def _check_critic(config: TrainConfig) -> None:
     critic = config.critic
     if not -math.inf < critic.value_min < critic.value_max < math.inf:
         raise UserError(
-            f"critic.value_min is {critic.value_min} and value_max {critic.value_max}; both must be finite, and the "
-            "first below the second"
+            f"critic.value_min is {critic.value_min} and value_max {critic.value_max}; "
+            "both must be finite, the first below the second"
         )
     if not 0 < critic.popart_rate <= 1:
         raise UserError(f"critic.popart_rate is {critic.popart_rate}; it must be above 0 and at most 1")
