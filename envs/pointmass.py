@@ -17,7 +17,8 @@ kept per task, which tell it the task.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,7 +72,8 @@ class PointMassOptions:
     """Options of the point-mass suite."""
 
     name: str = "pointmass"
-    tasks: list[str] = field(default_factory=list)  # names; empty: all eight
+    tasks: list[str] = field(default_factory=list)  # names (normal_left_2: another normal_left); empty: all eight
+    reward_scales: list[float] = field(default_factory=list)  # a factor for every task; empty: 1
     horizon: int = 40  # steps of 0.1 s
     envs_per_task: int = 16
 
@@ -80,17 +82,20 @@ class PointMassDynamics:
     """Semi-implicit Euler steps of ``mass * dv/dt = FORCE * M a - drag * v``, for ``[T, E]`` slots.
 
     The state is ``(x, y, vx, vy)`` in metres and metres per second. The reward is ``-REWARD_SCALE`` times the
-    distance to the goal after the step. Running into the arena's border stops the motion across it.
+    distance to the goal after the step, times the task's factor in ``reward_scales``. Running into the arena's
+    border stops the motion across it.
     """
 
-    def __init__(self, task_names: tuple[str, ...], horizon: int) -> None:
-        physics = [_DYNAMICS[_TASKS[name][0]] for name in task_names]
+    def __init__(self, task_names: tuple[str, ...], horizon: int, reward_scales: Sequence[float] = ()) -> None:
+        tasks = [_TASKS[original(name)] for name in task_names]
+        physics = [_DYNAMICS[dynamics] for dynamics, _ in tasks]
         mass = np.array([p.mass for p in physics])[:, None, None]
         matrices = np.array([p.action for p in physics])  # [T, 2, 2]
         self.horizon = horizon
-        self.goals = np.array([_TASKS[name][1] for name in task_names])[:, None, :]  # [T, 1, 2]
+        self.goals = np.array([goal for _, goal in tasks])[:, None, :]  # [T, 1, 2]
+        self._reward = -REWARD_SCALE * np.array(reward_scales or [1.0] * len(tasks))[:, None]  # [T, 1] per metre
         # One stream per dynamics: its two tasks draw the same starts (see the module's argument).
-        self.streams = np.array([list(_DYNAMICS).index(_TASKS[name][0]) for name in task_names], np.int64)
+        self.streams = np.array([list(_DYNAMICS).index(dynamics) for dynamics, _ in tasks], np.int64)
         self._decay = 1.0 - TIME_STEP * np.array([p.drag for p in physics])[:, None, None] / mass
         # Transposed, so that actions [T, E, 2] are multiplied from the left.
         self._gain = matrices.transpose(0, 2, 1) * (TIME_STEP * FORCE / mass)
@@ -109,7 +114,7 @@ class PointMassDynamics:
         free = states[..., :2] + TIME_STEP * velocity
         position = np.clip(free, -ARENA, ARENA)
         velocity = np.where(position == free, velocity, 0.0)
-        reward = -REWARD_SCALE * self._distance(position)
+        reward = self._reward * self._distance(position)
         return (
             np.concatenate([position, velocity], axis=-1),
             reward,
@@ -142,7 +147,9 @@ class PointMassSuite:
     def __init__(self, options: PointMassOptions) -> None:
         require_at_least_one("horizon", options.horizon)
         require_at_least_one("envs_per_task", options.envs_per_task)
-        self.task_names = select(options.tasks, TASK_NAMES, self.name)
+        copies = tuple(name for name in options.tasks if original(name) in TASK_NAMES)
+        self.task_names = select(options.tasks, (*TASK_NAMES, *copies), self.name)
+        self.reward_scales = check_reward_scales(options.reward_scales, len(self.task_names))
         self.horizon = options.horizon
         high = np.array([ARENA, ARENA, TOP_SPEED, TOP_SPEED], dtype=np.float32)
         self.observation_space: Box = Box(-high, high, dtype=np.float32)
@@ -152,8 +159,28 @@ class PointMassSuite:
     @property
     def conditions(self) -> Mapping[str, str | int | float | bool | None]:
         """What a result of this suite depends on."""
-        return {"suite": self.name, "horizon": self.horizon, "numpy": np.__version__}
+        stated = {"reward_scales": ", ".join(f"{scale:g}" for scale in self.reward_scales)}
+        scales = stated if self.reward_scales else {}
+        return {"suite": self.name, "horizon": self.horizon, "numpy": np.__version__, **scales}
 
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> BatchedEngine:
         """An engine of ``T x envs_per_task`` slots; cheap."""
-        return BatchedEngine(PointMassDynamics(self.task_names, self.horizon), envs_per_task, seed, evaluation)
+        dynamics = PointMassDynamics(self.task_names, self.horizon, self.reward_scales)
+        return BatchedEngine(dynamics, envs_per_task, seed, evaluation)
+
+
+def original(name: str) -> str:
+    """The task that a name stands for: ``normal_left_2`` is a further copy of ``normal_left``."""
+    return re.sub(r"_[0-9]+$", "", name)
+
+
+def check_reward_scales(scales: Sequence[float], num_tasks: int) -> tuple[float, ...]:
+    """The scales, if there is none or a positive one for every task. Raises SuiteError otherwise."""
+    if scales and len(scales) != num_tasks:
+        raise SuiteError(
+            f"reward_scales has {len(scales)} numbers for {num_tasks} tasks: give one for every task, or none"
+        )
+    for scale in scales:
+        if not 0 < scale < np.inf:
+            raise SuiteError(f"reward_scales has {scale}: scales must be positive and finite")
+    return tuple(scales)

@@ -11,6 +11,7 @@ from envs.suite import Suite, VectorEngine
 from varshare_rl.assemble import build_algorithm, build_suite
 from varshare_rl.config import TrainConfig, check_config
 from varshare_rl.nn import VarShareLoRA
+from varshare_rl.nn.critic import CriticOptions
 from varshare_rl.nn.stochastic import WeightNoise, stochastic_layers
 from varshare_rl.optim.elbo import ElboOptions
 from varshare_rl.types import Transition
@@ -52,11 +53,12 @@ def hold_noise(module: nn.Module) -> None:
 
 
 def build(
-    env: Any, algorithm: Any, network: Any = None, seed: int = 0, **elbo: Any
+    env: Any, algorithm: Any, network: Any = None, seed: int = 0, critic: CriticOptions | None = None, **elbo: Any
 ) -> tuple[Suite, VectorEngine, Any]:
     """A suite, a training engine of it and a fresh algorithm, from the components' options."""
     torch.manual_seed(seed)
-    config = TrainConfig(env, algorithm, network or VarShareLoRA(hidden=[16]), ElboOptions(**elbo))
+    network = network or VarShareLoRA(hidden=[16])
+    config = TrainConfig(env, algorithm, network, ElboOptions(**elbo), critic or CriticOptions())
     check_config(config)
     suite = build_suite(config)
     learner = build_algorithm(config, suite, torch.device("cpu"))

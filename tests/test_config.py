@@ -65,6 +65,7 @@ def test_groups_have_their_choices() -> None:
     assert choices("elbo/schedule") == ["band", "constant", "dual", "free_bits", "ramp"]
     assert choices("elbo/prior") == ["adaptive", "fixed", "learned"]
     assert choices("network") == NETWORKS
+    assert choices("critic") == ["brc", "default", "popart"]
     assert {path.name for path in CONFIGS.iterdir()} >= {"env", "algorithm", "network", "elbo", "train.yaml"}
 
 
@@ -164,6 +165,14 @@ TRAINED: dict[str, tuple[str, ...]] = {
         )
         for algorithm in ("ppo", "sac")
         for network in NETWORKS
+    },
+    **{
+        f"{critic}_{algorithm}": (
+            "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"critic={critic}",
+            "total_transitions=320",
+        )
+        for algorithm in ("ppo", "sac")
+        for critic in ("brc", "popart")
     },
     "cartpole": ("env=cartpole", "env.horizon=20", "total_transitions=240"),
     "cartpole_identical": ("env=cartpole", "env.variant_set=identical", "env.horizon=20", "total_transitions=160"),

@@ -20,6 +20,7 @@ from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.loop import Run
 
 METAWORLD = (
     "env=mt1", "env.tasks=[reach-v3]", "env.horizon=30", "env.workers=1", "env.goals_per_task=3",
@@ -87,7 +88,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         528,
         (
             *TINY, *TINY_ALGORITHM["sac"], "network=varshare", "algorithm.normalize_observations=true",
-            "algorithm.normalize_rewards=true", "algorithm.updates_per_transition_per_task=0.15",
+            "algorithm.reward_scale=return_std", "algorithm.updates_per_transition_per_task=0.15",
         ),
     ),
     "sac_moore_matched": (
@@ -117,6 +118,18 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "ppo_overlap": (528, (*TINY, *TINY_ALGORITHM["ppo"], "overlap=true")),
+    "ppo_critic_kit": (
+        528,
+        (*TINY, *TINY_ALGORITHM["ppo"], "critic=popart", "critic.blocks=bronet", "algorithm.reward_scale=ars"),
+    ),
+    "sac_critic_kit": (
+        528,
+        (*TINY, *TINY_ALGORITHM["sac"], "critic=popart", "critic.layer_norm=true", "algorithm.reward_scale=ars"),
+    ),
+    "sac_categorical": (
+        528,
+        (*TINY, *TINY_ALGORITHM["sac"], "critic=brc", "critic.hidden=[8,8]", "network=shared"),
+    ),
     "ppo_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["ppo"])),
     "sac_metaworld": (66, (*TINY, *METAWORLD, *TINY_ALGORITHM["sac"])),
 }  # fmt: skip
@@ -268,3 +281,32 @@ def test_what_may_change_does_not_change_the_learning(command: Command) -> None:
     assert_same(one["algorithm"], other["algorithm"])
     assert_same(one["random"], other["random"])
     assert len(list(Path("often/checkpoints").glob("last-*"))) == 1
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_a_run_with_resets_is_stopped_and_goes_on_bit_for_bit(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, algorithm: str
+) -> None:
+    """Its budget is the same in both halves, as resets come at shares of it."""
+    total, half = 1056, 528
+    overrides = (
+        *TINY, *TINY_ALGORITHM[algorithm], "critic=popart", "algorithm.resets=4", f"total_transitions={total}",
+        "algorithm.reward_scale=ars",
+    )  # fmt: skip
+    assert command("train", *overrides, "run_dir=whole").code == 0
+    with monkeypatch.context() as patched:
+        plain = Run._after_step
+
+        def stopping(run: Run) -> None:
+            plain(run)
+            if run.transitions == half:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        patched.setattr(Run, "_after_step", stopping)
+        assert command("train", *overrides, "run_dir=halves").code == 128 + signal.SIGTERM
+    middle = final_state(Path("halves"))
+    assert middle["transitions"] == half
+    assert middle["algorithm"]["resets_done"] in (1, 2)  # PPO resets between its rollouts
+    assert command("train", "resume=halves").code == 0
+    assert_same(final_state(Path("halves")), final_state(Path("whole")))
+    assert final_state(Path("whole"))["algorithm"]["resets_done"] == 4

@@ -18,12 +18,13 @@ from envs.lunarlander import LunarLanderOptions, LunarLanderSuite
 from envs.metaworld import MetaWorldOptions, MetaWorldSuite
 from envs.pointmass import PointMassOptions, PointMassSuite
 from envs.suite import Suite
-from varshare_rl.algorithms.base import Algorithm, Learner, Problem
+from varshare_rl.algorithms.base import Algorithm, Learner, NetworkFactory, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
+from varshare_rl.nn.bronet import BroNet
 from varshare_rl.nn.capacity import match_width, with_width
-from varshare_rl.nn.options import Architecture
+from varshare_rl.nn.options import Architecture, Blocks
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.nn.posteriors import posterior_layers
 from varshare_rl.ops.activations import ACTIVATIONS
@@ -78,15 +79,24 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
     if architecture.activation not in ACTIVATIONS:
         allowed = ", ".join(ACTIVATIONS)
         raise UserError(f"unknown network.activation {architecture.activation!r}; choose {allowed}")
-    posterior = config.elbo.posterior()
-
     if architecture.active_parameters is not None:
         architecture.hidden = matched_hidden(config, architecture, problem)
+    posterior = config.elbo.posterior()
 
-    def make_network(in_features: int, out_features: int) -> nn.Module:
-        return architecture.build(in_features, out_features, problem.num_tasks, posterior)
+    def factory(architecture: Architecture) -> NetworkFactory:
+        def make_network(in_features: int, out_features: int) -> nn.Module:
+            network = architecture.build(in_features, out_features, problem.num_tasks, posterior)
+            if architecture.blocks is Blocks.bronet and not any(isinstance(x, BroNet) for x in network.modules()):
+                raise UserError(
+                    f"network={architecture.name} puts its layers together in its own way, without blocks=bronet; "
+                    "choose blocks=mlp or another network"
+                )
+            return network
 
-    learner = Learner(problem, make_network, Elbo(config.elbo, problem.num_tasks))
+        return make_network
+
+    critic = factory(config.critic.architecture(architecture))
+    learner = Learner(problem, factory(architecture), Elbo(config.elbo, problem.num_tasks), config.critic, critic)
     algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
     if config.elbo.absorb.every and not any(any(posterior_layers(m)) for m in algorithm.trained_modules().values()):
         raise UserError(
@@ -102,23 +112,32 @@ def matched_hidden(config: TrainConfig, architecture: Architecture, problem: Pro
     Which networks the algorithm trains is found by letting it build the narrowest ones, on the CPU and without
     moving the global random state. Raises UserError if no width gives that many.
     """
-    made: list[tuple[tuple[int, int], nn.Module]] = []
-    posterior = config.elbo.posterior()
     narrowest = with_width(architecture, architecture.least_width())
+    posterior = config.elbo.posterior()
+    made: list[tuple[nn.Module, Callable[[Architecture], nn.Module]]] = []  # and how to make it in another width
 
-    def record(in_features: int, out_features: int) -> nn.Module:
-        network = narrowest.build(in_features, out_features, problem.num_tasks, posterior)
-        made.append(((in_features, out_features), network))
-        return network
+    def record(adapt: Callable[[Architecture], Architecture]) -> NetworkFactory:
+        def make_network(in_features: int, out_features: int) -> nn.Module:
+            def make(candidate: Architecture) -> nn.Module:
+                return adapt(candidate).build(in_features, out_features, problem.num_tasks, posterior)
+
+            made.append((make(narrowest), make))
+            return made[-1][0]
+
+        return make_network
 
     with torch.random.fork_rng(devices=[]):
         learner = Learner(
-            replace(problem, device=torch.device("cpu")), record, Elbo(config.elbo, problem.num_tasks)
+            replace(problem, device=torch.device("cpu")),
+            record(lambda candidate: candidate),
+            Elbo(config.elbo, problem.num_tasks),
+            config.critic,
+            record(config.critic.architecture),
         )
         algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
     trained = {module for root in algorithm.trained_modules().values() for module in root.modules()}
-    sizes = [size for size, network in made if network in trained]
-    return match_width(architecture, sizes, problem.num_tasks, posterior)
+    makers = [make for network, make in made if network in trained]
+    return match_width(architecture, lambda candidate: [make(candidate) for make in makers], problem.num_tasks)
 
 
 def build_problem(suite: Suite, envs_per_task: int, device: torch.device) -> Problem:

@@ -53,7 +53,7 @@ def main(composed: DictConfig) -> None:
     log_alpha = agent.state["algorithm"].get("log_alpha")
     comparison = compare(
         algorithm, recording, config.algorithm.discount, options.draws, config.elbo.temperature,
-        None if log_alpha is None else log_alpha.exp(),
+        None if log_alpha is None else log_alpha.exp() * algorithm.critic.spread().squeeze(1).cpu(),
     )  # fmt: skip
     result = calibration(comparison, suite.task_names)
     result["conditions"] = {
@@ -82,12 +82,12 @@ def _with_value_units(agent: TrainedAgent, run_dir: Path) -> ActorCritic:
             f"{run_dir} was trained with network={agent.config.network.name}, whose critic has no posterior "
             "to check; give a run of network=varshare_lora or varshare"
         )
-    rewards = agent.state["algorithm"].get("reward_normalizer")
+    rewards = agent.state["algorithm"].get("reward_scaler")
     if rewards is None:
         raise UserError(
             f"{agent.checkpoint} has no reward statistics, which values are in units of; prune from `last`"
         )
-    algorithm.load_reward_state(rewards)
+    algorithm.reward_scaler.restore(rewards)
     return algorithm
 
 

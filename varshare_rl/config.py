@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
@@ -35,6 +36,8 @@ from varshare_rl.nn import (
     VarShare,
     VarShareLoRA,
 )
+from varshare_rl.nn.critic import CriticOptions
+from varshare_rl.nn.options import Blocks
 from varshare_rl.optim.elbo import ElboOptions
 from varshare_rl.optim.kl_schedules import Band, Constant, Dual, FreeBits, Ramp
 from varshare_rl.optim.priors import Adaptive, Fixed, Learned
@@ -94,6 +97,7 @@ class TrainConfig:
     algorithm: Any = MISSING
     network: Any = MISSING
     elbo: ElboOptions = field(default_factory=ElboOptions)
+    critic: CriticOptions = field(default_factory=CriticOptions)
     total_transitions: int = 1_000_000  # all tasks together
     seed: int = 0
     device: Device = Device.auto
@@ -223,7 +227,9 @@ RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
         "discount": (0, 1),
         "gae_lambda": (0, 1),
         "target_rate": (0, 1),
+        "resets": (0, None),
     },
+    "critic": {"bins": (2, None)},
 }
 
 
@@ -246,6 +252,7 @@ def check_config(config: TrainConfig) -> None:
         ("elbo.absorb.rate", config.elbo.absorb.rate, 0, 1),
         ("elbo.absorb.max_error", config.elbo.absorb.max_error, 0, None),
         *((f"network.hidden[{index}]", size, 1, None) for index, size in enumerate(config.network.hidden)),
+        *((f"critic.hidden[{index}]", size, 1, None) for index, size in enumerate(config.critic.hidden or [])),
     ]
     for group, ranges in RANGES.items():
         options = attrgetter(group)(config)
@@ -273,6 +280,7 @@ def _check_relations(config: TrainConfig) -> None:
             f"network.alpha is {config.network.alpha} and scales a low-rank residual, but network.rank is null; "
             "leave one of them out"
         )
+    _check_critic(config)
     if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOOptions):
         raise UserError(
             "matmul_precision=bf16 rounds acting and updating differently, so PPO's ratio would not start at 1; "
@@ -312,3 +320,24 @@ def _check_elbo(elbo: ElboOptions) -> None:
             )
     if isinstance(schedule, Ramp) and schedule.warmup + schedule.late > 1:
         raise UserError(f"elbo.schedule.warmup + late is {schedule.warmup + schedule.late:g}; it must be at most 1")
+
+
+def _check_critic(config: TrainConfig) -> None:
+    """Refuse critics, and blocks of any network, that cannot be."""
+    critic = config.critic
+    if not -math.inf < critic.value_min < critic.value_max < math.inf:
+        raise UserError(
+            f"critic.value_min is {critic.value_min} and value_max {critic.value_max}; "
+            "both must be finite, the first below the second"
+        )
+    if not 0 < critic.popart_rate <= 1:
+        raise UserError(f"critic.popart_rate is {critic.popart_rate}; it must be above 0 and at most 1")
+    own = critic.architecture(config.network)
+    for name, network in (("network", config.network), ("critic", own)):
+        if network.blocks is Blocks.bronet and len(set(network.hidden)) != 1:
+            raise UserError(
+                f"{name}.blocks=bronet has residual blocks, and hidden is {list(network.hidden)}; "
+                f"give {name}.hidden one size, once and then once for every block"
+            )
+    if own.blocks is Blocks.bronet and critic.layer_norm is False:
+        raise UserError("critic.layer_norm=false is not possible with blocks=bronet, which is made of LayerNorms")

@@ -28,7 +28,7 @@ from varshare_rl.run.recording import Recording, record
 from varshare_rl.types import UserError
 
 #: What a pruned checkpoint keeps of an algorithm's state: its policy and the units of its values.
-KEPT_STATE = ("reward_normalizer", "log_alpha")
+KEPT_STATE = ("reward_scaler", "log_alpha")
 
 
 @dataclass

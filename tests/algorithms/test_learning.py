@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from conftest import Command
 
@@ -39,6 +41,46 @@ def train(command: Command, *overrides: str) -> dict[str, Any]:
 def test_point_masses_that_conflict(command: Command, algorithm: str) -> None:
     summary = train(command, *FOUR, *QUICK[algorithm])
     assert summary["mean_success"] >= 0.9, summary["tasks"]
+
+
+#: One task three times, with rewards of different size.
+COPIES = ("normal_left", "normal_left_2", "normal_left_3")
+AT_THREE_SCALES = (
+    "env=pointmass", f"env.tasks=[{','.join(COPIES)}]", "env.reward_scales=[1,100,10000]",
+    "algorithm.reward_scale=none",
+)  # fmt: skip
+BUDGET = {
+    "ppo": ("algorithm=ppo", "total_transitions=120000", "evaluate.every=20000"),
+    "sac": ("algorithm=sac", "total_transitions=20000", "evaluate.every=4000"),
+}
+
+
+def curves(command: Command, name: str, *overrides: str) -> npt.NDArray[np.float64]:
+    """Success of every copy at every evaluation, ``[points, copies]``."""
+    settings = ("evaluate.episodes=16", "log.quiet=true", "device=cpu", f"run_dir={name}")
+    outcome = command("train", *AT_THREE_SCALES, *overrides, *settings)
+    assert outcome.code == 0, outcome.err
+    rows = [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
+    points = [[row[f"eval/{copy}/success"] for copy in COPIES] for row in rows if "eval/mean_success" in row]
+    return np.array(points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", BUDGET)
+def test_popart_learns_rewards_of_any_size_equally_fast(command: Command, algorithm: str) -> None:
+    """And without it some of them are not learnt, since nothing else here scales them."""
+    runs = {
+        popart: np.stack(
+            [
+                curves(command, f"{popart}_{seed}", *BUDGET[algorithm], f"critic.popart={popart}", f"seed={seed}")
+                for seed in (0, 1, 2)
+            ]
+        )
+        for popart in (True, False)
+    }  # [seeds, points, copies]
+    assert runs[True][:, -1].mean(0).min() >= 0.9, runs
+    assert np.ptp(runs[True].mean((0, 1))) <= 0.2, runs  # over all points, as a measure of speed
+    assert runs[False][:, -1].mean(0).min() <= 0.5, runs
 
 
 @pytest.mark.slow

@@ -14,7 +14,9 @@ from envs.pointmass import PointMassOptions
 from envs.suite import VectorEngine
 from varshare_rl.algorithms import ppo
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
+from varshare_rl.data.rewards import RewardScale
 from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.draws import Draw
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import stochastic_layers
@@ -149,16 +151,16 @@ def feed(learner: PPO, terminated: list[bool], truncated: list[bool]) -> None:
 
 def test_a_time_limit_is_bootstrapped_and_an_end_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     targets: list[Tensor] = []
-    plain = ppo.squared_error
+    plain = ValueNetwork.loss
 
-    def watched(prediction: Tensor, target: Tensor) -> Tensor:
+    def watched(critic: ValueNetwork, obs: Tensor, ids: Tensor, target: Tensor) -> Tensor:
         targets.append(target)
-        return plain(prediction, target)
+        return plain(critic, obs, ids, target)
 
-    monkeypatch.setattr(ppo, "squared_error", watched)
+    monkeypatch.setattr(ValueNetwork, "loss", watched)
     env = PointMassOptions(tasks=["normal_left", "normal_right"], envs_per_task=ENVS)
     options = replace(
-        OPTIONS, normalize_rewards=False, epochs=1, minibatches=1, discount=0.5, gae_lambda=0.7,
+        OPTIONS, reward_scale=RewardScale.none, epochs=1, minibatches=1, discount=0.5, gae_lambda=0.7,
         rollout_transitions_per_task=2 * ENVS,
     )  # fmt: skip
     _, _, learner = build(env, options)

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from envs.cartpole import CartPoleOptions
 from envs.pointmass import PointMassOptions
-from varshare_rl.algorithms import sac
 from varshare_rl.algorithms.base import Learner, Problem
 from varshare_rl.algorithms.sac import SAC, SACOptions
+from varshare_rl.data.rewards import RewardScale
 from varshare_rl.nn import Posterior, Shared, VarShareLoRA
+from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import stochastic_layers
 from varshare_rl.optim.elbo import Elbo, ElboOptions
@@ -104,13 +105,13 @@ def test_every_task_has_an_entropy_coefficient_of_its_own() -> None:
 def targets(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """The targets of every critic loss from here on."""
     seen: list[Tensor] = []
-    plain = sac.squared_error
+    plain = TwinQ.loss
 
-    def watched(prediction: Tensor, target: Tensor) -> Tensor:
+    def watched(critic: TwinQ, obs: Tensor, action: Tensor, ids: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         seen.append(target)
-        return plain(prediction, target)
+        return plain(critic, obs, action, ids, target)
 
-    monkeypatch.setattr(sac, "squared_error", watched)
+    monkeypatch.setattr(TwinQ, "loss", watched)
     return seen
 
 
@@ -134,9 +135,8 @@ def test_a_time_limit_is_bootstrapped_and_an_end_is_not(
         learner.log_alpha.fill_(-torch.inf)  # no entropy bonus
     fill(learner, terminated=[False, True], truncated=[True, False])
     learner.update()
-    assert len(targets) == 2  # twin critics, one target
-    for target in targets:
-        torch.testing.assert_close(target, torch.tensor([[6.0], [1.0]]).expand(TASKS, batch))  # 1 + 0.5 * 10, and 1
+    (target,) = targets  # of both critics
+    torch.testing.assert_close(target, torch.tensor([[6.0], [1.0]]).expand(TASKS, batch))  # 1 + 0.5 * 10, and 1
 
 
 def test_the_target_has_the_entropy_bonus_of_its_own_task(
@@ -235,7 +235,7 @@ def test_the_divergence_weighs_on_actor_and_critics() -> None:
 def test_replay_holds_raw_transitions_and_batches_are_normalised(
     targets: list[Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    learner = make(started=False, normalize_observations=True, normalize_rewards=True)
+    learner = make(started=False, normalize_observations=True, reward_scale=RewardScale.return_std)
     seen: list[Tensor] = []
 
     def critic(obs: Tensor, action: Tensor, ids: Tensor) -> Tensor:
@@ -251,7 +251,7 @@ def test_replay_holds_raw_transitions_and_batches_are_normalised(
     with torch.no_grad():
         learner.replay.rows[..., 8:] = 5.0  # every next observation
     learner.update()
-    spread = learner.reward_normalizer.moments.std().float()
+    spread = learner.reward_scaler.moments.std().float()
     torch.testing.assert_close(targets[0], (1.0 / spread).expand(TASKS, 16))
     mean, std = raw[..., :4].mean(1), raw[..., :4].std(1, correction=0)
     torch.testing.assert_close(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer, RunningMoments
+from varshare_rl.data.normalizers import ObservationNormalizer, RunningMoments
 
 
 def test_moments_equal_numpy_on_all_data() -> None:
@@ -51,44 +51,8 @@ def test_observations_are_normalised_per_task_and_clipped() -> None:
 
 
 def test_switched_off_normalisers_change_nothing() -> None:
-    obs, reward = torch.randn(2, 4, 3), torch.randn(2, 4) * 100
+    obs = torch.randn(2, 4, 3)
     observations = ObservationNormalizer(2, 3, enabled=False)
     observations.update(obs)
     assert observations(obs) is obs
     assert int(observations.moments.count) == 0
-    rewards = RewardNormalizer(2, 0.9, enabled=False)
-    rewards.update(reward, reward > 0)
-    assert rewards(reward) is reward
-
-
-def test_rewards_are_divided_by_the_spread_of_the_discounted_return() -> None:
-    tasks, envs, steps, discount = 2, 3, 60, 0.9
-    generator = np.random.default_rng(0)
-    rewards = generator.normal(size=(steps, tasks, envs)) * np.array([1.0, 30.0])[:, None]
-    done = generator.random((steps, tasks, envs)) < 0.1
-    normalizer = RewardNormalizer(tasks, discount, enabled=True)
-    running, seen = np.zeros((tasks, envs)), []
-    for reward, end in zip(rewards, done, strict=True):
-        normalizer.update(torch.from_numpy(reward), torch.from_numpy(end))
-        running = running * discount + reward
-        seen.append(running.copy())
-        running[end] = 0.0
-    spread = np.stack(seen, 1).reshape(tasks, -1).std(1)
-    x = torch.ones(tasks, 4)
-    np.testing.assert_allclose(normalizer(x).numpy(), np.repeat(1 / spread[:, None], 4, 1), rtol=1e-5)
-    assert normalizer(1e6 * x).tolist() == [[10.0] * 4] * 2  # clipped
-    assert normalizer(torch.ones(tasks, 4, 5)).shape == (tasks, 4, 5)
-
-
-def test_reward_normaliser_state_round_trip() -> None:
-    one, other = RewardNormalizer(2, 0.9, True), RewardNormalizer(2, 0.9, True)
-    for _ in range(5):
-        one.update(torch.randn(2, 3), torch.rand(2, 3) < 0.3)
-    state = one.state_dict()
-    other.returns = state["returns"].clone()  # its shape is that of the environments
-    other.load_state_dict(state)
-    reward, done = torch.randn(2, 3), torch.zeros(2, 3, dtype=torch.bool)
-    for normalizer in (one, other):
-        normalizer.update(reward, done)
-    assert torch.equal(one(reward), other(reward))
-    assert torch.equal(one.returns, other.returns)

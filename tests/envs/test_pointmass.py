@@ -189,6 +189,25 @@ def test_a_subset_keeps_its_order_and_its_episodes() -> None:
     np.testing.assert_array_equal(one.step(actions).reward[rows], other.step(actions[rows]).reward)
 
 
+def test_copies_of_a_task_at_their_own_reward_scales() -> None:
+    plain = PointMassSuite(PointMassOptions(tasks=["swapped_left", "heavy_up_right"]))
+    names = ["swapped_left", "swapped_left_2", "heavy_up_right_7"]
+    scaled = PointMassSuite(PointMassOptions(tasks=names, reward_scales=[1, 100, 0.5]))
+    assert scaled.task_names == tuple(names)
+    assert scaled.conditions["reward_scales"] == "1, 100, 0.5"
+    assert "reward_scales" not in plain.conditions
+    one, other = plain.make_engine(2, seed=6), scaled.make_engine(2, seed=6)
+    same = [0, 0, 1]
+    np.testing.assert_array_equal(one.reset()[same], other.reset())
+    actions = np.random.default_rng(0).uniform(-1, 1, (2, 2, 2))
+    for _ in range(45):  # into the second episode
+        expected, got = one.step(actions), other.step(actions[same])
+        np.testing.assert_array_equal(expected.next_obs[same], got.next_obs)
+        np.testing.assert_array_equal(expected.success[same], got.success)
+        factors = np.array([[1.0], [100.0], [0.5]])
+        np.testing.assert_allclose(expected.reward[same] * factors, got.reward, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -197,6 +216,10 @@ def test_a_subset_keeps_its_order_and_its_episodes() -> None:
             "unknown pointmass task 'up': choose from normal",
         ),
         (PointMassOptions(tasks=["normal_left", "normal_left"]), "'normal_left' is named twice"),
+        (PointMassOptions(tasks=["normal_left_2", "normal_left_2"]), "'normal_left_2' is named twice"),
+        (PointMassOptions(tasks=["up_2"]), "unknown pointmass task 'up_2'"),
+        (PointMassOptions(reward_scales=[1.0]), "1 numbers for 8 tasks"),
+        (PointMassOptions(tasks=["normal_left"], reward_scales=[float("inf")]), "reward_scales has inf"),
         (PointMassOptions(horizon=0), "horizon=0: at least 1"),
         (PointMassOptions(envs_per_task=-2), "envs_per_task=-2: at least 1"),
     ],

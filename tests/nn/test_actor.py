@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from varshare_rl.nn import Posterior, Shared, VarShareLoRA
 from varshare_rl.nn.actor import Categorical, CategoricalActor, TanhGaussianActor, TanhNormal
-from varshare_rl.nn.critic import TwinQ, ValueNetwork
+from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
 
 
 class Fixed(nn.Module):
@@ -100,9 +100,9 @@ def test_categorical_entropy_of_equal_choices() -> None:
 
 def test_value_and_twin_critics() -> None:
     options = VarShareLoRA(hidden=[8])
-    value = ValueNetwork(options.build(5, 1, 3, Posterior()))
+    value = ValueNetwork(options.build(5, 1, 3, Posterior()), 3, CriticOptions())
     assert value(torch.zeros(3, 4, 5), torch.arange(3)).shape == (3, 4)
-    critic = TwinQ(lambda: Shared(hidden=[8]).build(7, 1, 3, Posterior()))
+    critic = TwinQ(lambda: Shared(hidden=[8]).build(7, 1, 3, Posterior()), 3, CriticOptions())
     obs, action = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
     q = critic(obs, action, torch.arange(3))
     assert q.shape == (2, 3, 4)

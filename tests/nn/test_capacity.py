@@ -49,7 +49,8 @@ def test_the_width_is_the_nearest() -> None:
     """One network 3 -> w -> 2: 6 w + 2 parameters, and 4 more columns for the one-hot task: 10 w + 2."""
 
     def width(target: int) -> list[int]:
-        return match_width(Shared(hidden=[1], active_parameters=target), [(3, 2)], 4, Posterior())
+        options = Shared(hidden=[1], active_parameters=target)
+        return match_width(options, lambda candidate: [candidate.build(3, 2, 4, Posterior())], 4)
 
     assert width(1_002) == [100]
     assert width(1_006) == [100]

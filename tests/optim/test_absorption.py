@@ -123,7 +123,7 @@ def test_target_critics_absorb_with_the_critics() -> None:
         name: mean_residuals(layer).clone() + layer.theta for name, layer in posterior_layers(made.target_critic)
     }
     made.updates = 4
-    made.absorb_if_due(3)
+    made.finish_update(3)
     changed = 0
     critics = dict(posterior_layers(made.critic))
     for name, layer in posterior_layers(made.target_critic):

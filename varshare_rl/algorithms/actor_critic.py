@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.algorithms.base import Learner
-from varshare_rl.data.normalizers import ObservationNormalizer, RewardNormalizer
+from varshare_rl.data.normalizers import ObservationNormalizer
+from varshare_rl.data.rewards import RewardScale, reward_scaler
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.draws import PolicyDraws
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.variational import VariationalLayer
@@ -26,7 +29,12 @@ class ActorCriticOptions(Protocol):
     max_grad_norm: float
     discount: float
     normalize_observations: bool
-    normalize_rewards: bool
+    reward_scale: RewardScale
+    resets: int
+
+
+#: A policy and its critic.
+Networks = tuple[TanhGaussianActor | CategoricalActor, Critic]
 
 
 class GreedyPolicy:
@@ -57,10 +65,9 @@ class ActorCritic:
     (``target_name``).
 
     Args:
-        options: rates, clipping, discount, and what is normalised.
+        options: rates, clipping, discount, what is normalised, and how often networks start anew.
         learner: the problem, the network factory and the ELBO.
-        actor: the policy, on the problem's device.
-        critic: the value network or networks, likewise.
+        build: makes a fresh policy and critic, on the problem's device.
         epsilon: Adam's epsilon.
     """
 
@@ -72,31 +79,31 @@ class ActorCritic:
         self,
         options: ActorCriticOptions,
         learner: Learner,
-        actor: TanhGaussianActor | CategoricalActor,
-        critic: nn.Module,
+        build: Callable[[], Networks],
         epsilon: float = 1e-8,
     ) -> None:
         problem = learner.problem
         self.problem, self.elbo, self.task_ids = problem, learner.elbo, problem.task_ids
-        self.actor, self.critic = actor, critic
+        self.actor, self.critic = build()
         clip = options.max_grad_norm
-        self.actor_step = LossStep(list(actor.parameters()), options.learning_rate, clip, epsilon)
-        self.critic_step = LossStep(list(critic.parameters()), options.critic_learning_rate, clip, epsilon)
+        self.actor_step = LossStep(list(self.actor.parameters()), options.learning_rate, clip, epsilon)
+        self.critic_step = LossStep(list(self.critic.parameters()), options.critic_learning_rate, clip, epsilon)
         self.normalizer = ObservationNormalizer(
             problem.num_tasks, problem.obs_size, options.normalize_observations
         ).to(problem.device)
-        self.reward_normalizer = RewardNormalizer(
-            problem.num_tasks, options.discount, options.normalize_rewards
-        ).to(problem.device)
+        self.reward_scaler = reward_scaler(options.reward_scale, problem.num_tasks, options.discount)
+        self.reward_scaler.to(problem.device)
         self.draws = PolicyDraws(
-            self.elbo.options.draw.acting, actor, problem.num_tasks, problem.envs_per_task, self.replays_draws
+            self.elbo.options.draw.acting, self.actor, problem.num_tasks, problem.envs_per_task, self.replays_draws
         )
         self.absorbing = {
-            "actor": Absorbing(actor, self.actor_step.optimizer),
-            "critic": Absorbing(critic, self.critic_step.optimizer),
+            "actor": Absorbing(self.actor, self.actor_step.optimizer),
+            "critic": Absorbing(self.critic, self.critic_step.optimizer),
         }
         self.absorbed: Scalars = {}  # what the last absorption is to be logged with
         self.updates = 0
+        self.resets_planned, self.resets_done, self.fraction = options.resets, 0, 0.0
+        self._build = build
 
     def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
         """The mode of the policy."""
@@ -117,6 +124,7 @@ class ActorCritic:
 
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""
+        self.fraction = fraction
         self.elbo.advance(fraction)
 
     def metrics(self) -> Metrics:
@@ -124,14 +132,30 @@ class ActorCritic:
         absorbed = {name: float(value) for name, value in self.absorbed.items()}
         return self.elbo.metrics(self.trained_modules()) | absorbed
 
-    def absorb_if_due(self, updates_before: int) -> None:
-        """Move the residuals' mean into the shared weights when ``elbo.absorb`` says so.
+    def finish_update(self, updates_before: int) -> None:
+        """Absorb the residuals' mean when ``elbo.absorb`` says so, and start networks anew when a reset is due.
 
-        Called between updates, and for PPO between rollouts, so that no ratio spans the change.
+        To be called at an update's end, for PPO after all epochs on a rollout: no action of the old networks waits
+        to be learnt from then, and no ratio spans the change. Resets come after each of the ``resets + 1`` equal
+        parts of the budget but the last.
         """
+        self.reward_scaler.settle()
         options = self.elbo.options.absorb
         if options.due(updates_before, self.updates):
             self.absorbed = dict(absorb_all(self.absorbing, options))
+        due = min(int(self.fraction * (self.resets_planned + 1) + 1e-9), self.resets_planned)
+        if due > self.resets_done:
+            self.resets_done = due
+            self.reward_scaler.refresh()
+            self.reset_networks()
+
+    def reset_networks(self) -> None:
+        """Fresh networks and optimiser moments; normalisers and what was collected stay (Nikishin et al. 2022)."""
+        actor, critic = self._build()
+        self.actor.load_state_dict(actor.state_dict())
+        self.critic.renew(critic)
+        for step in (self.actor_step, self.critic_step):
+            step.optimizer.state.clear()
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and critic."""
@@ -156,34 +180,30 @@ class ActorCritic:
         self.critic.load_state_dict(state["critic"])
         self.normalizer.load_state_dict(state["normalizer"])
 
-    def load_reward_state(self, state: Tree) -> None:
-        """Put back the reward statistics that :meth:`state` gave as ``reward_normalizer``: the values' units."""
-        self.reward_normalizer.returns = state["returns"].to(self.problem.device)
-        self.reward_normalizer.load_state_dict(state)
-
     def state(self) -> Tree:
         """Networks, optimisers, normalisers and the number of updates."""
         return {
             **self.policy_state(),
-            "reward_normalizer": self.reward_normalizer.state_dict(),
+            "reward_scaler": self.reward_scaler.state_dict(),
             "actor_optimizer": self.actor_step.optimizer.state_dict(),
             "critic_optimizer": self.critic_step.optimizer.state_dict(),
             "elbo": self.elbo.state(),
             "draws": self.draws.state(),
             "updates": self.updates,
             "absorbed": {name: float(value) for name, value in self.absorbed.items()},
+            "resets_done": self.resets_done,
         }
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
         self.load_policy_state(state)
-        self.load_reward_state(state["reward_normalizer"])
         self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
         self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
         self.elbo.load_state(state["elbo"])
         self.draws.load_state(state["draws"])
         self.updates = state["updates"]
         self.absorbed = state["absorbed"]
+        self.resets_done = state["resets_done"]
 
     def measure_conflict(self) -> None:
         """Have the next update measure how the tasks' gradients of the shared parameters agree."""

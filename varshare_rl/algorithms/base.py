@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
@@ -125,3 +126,19 @@ class Learner:
     problem: Problem
     make_network: NetworkFactory
     elbo: Elbo
+    critic: CriticOptions = field(default_factory=CriticOptions)
+    make_critic_network: NetworkFactory | None = None  # None: as make_network
+
+    def value_network(self) -> ValueNetwork:
+        """A fresh state value, on the problem's device."""
+        network = self._critic_network(self.problem.obs_size)
+        return ValueNetwork(network, self.problem.num_tasks, self.critic).to(self.problem.device)
+
+    def twin_critic(self) -> TwinQ:
+        """Fresh twin action values, on the problem's device."""
+        size = self.problem.obs_size + self.problem.action_size
+        twins = TwinQ(lambda: self._critic_network(size), self.problem.num_tasks, self.critic)
+        return twins.to(self.problem.device)
+
+    def _critic_network(self, in_features: int) -> nn.Module:
+        return (self.make_critic_network or self.make_network)(in_features, self.critic.outputs)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import Learner, build_actor
+from varshare_rl.data.rewards import RewardScale
 from varshare_rl.data.rollout import Rollout, RolloutStep
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
-from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss, squared_error
+from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss
 from varshare_rl.ops.returns import gae
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.types import Scalars, Transition, Tree
@@ -40,7 +41,8 @@ class PPOOptions:
     min_log_std: float = -5.0
     max_log_std: float = 1.0
     normalize_observations: bool = True
-    normalize_rewards: bool = True
+    reward_scale: RewardScale = RewardScale.return_std
+    resets: int = 0  # times that networks start anew, spread evenly over the budget
 
 
 class PPO(ActorCritic):
@@ -57,13 +59,17 @@ class PPO(ActorCritic):
     training_draws = "the actor under the draws it acted with, the critic anew at every pass"
     target_name = "advantages"
     replays_draws = True
+    critic: ValueNetwork
 
     def __init__(self, options: PPOOptions, learner: Learner) -> None:
         problem = learner.problem
         log_std_range = (options.min_log_std, options.max_log_std)
-        actor = build_actor(problem, learner.make_network, log_std_range, options.initial_log_std)
-        critic = ValueNetwork(learner.make_network(problem.obs_size, 1)).to(problem.device)
-        super().__init__(options, learner, actor, critic, epsilon=1e-5)
+
+        def build() -> Networks:
+            actor = build_actor(problem, learner.make_network, log_std_range, options.initial_log_std)
+            return actor, learner.value_network()
+
+        super().__init__(options, learner, build, epsilon=1e-5)
         self.options = options
         self.rollout = Rollout(-(-options.rollout_transitions_per_task // problem.envs_per_task))
         self._acted: list[tuple[Tensor, Sample]] = []
@@ -87,13 +93,13 @@ class PPO(ActorCritic):
         log_prob = torch.cat([sample.log_prob for _, sample in self._acted], dim=1)
         self._acted.clear()
         done = transition.terminated | transition.truncated
-        self.reward_normalizer.update(transition.reward, done)
+        self.reward_scaler.update(transition.reward, done)
         self.rollout.add(
             RolloutStep(
                 obs,
                 raw,
                 log_prob,
-                self.reward_normalizer(transition.reward),
+                self.reward_scaler(transition.reward),
                 transition.terminated,
                 transition.truncated,
                 self.normalizer(transition.next_obs),
@@ -112,7 +118,7 @@ class PPO(ActorCritic):
         updates_before = self.updates
         minibatches = self._update_epochs(data)
         self.rollout.clear()
-        self.absorb_if_due(updates_before)
+        self.finish_update(updates_before)
         self.draws.renew()
         metrics: Scalars = {
             f"loss/{name}": torch.stack([minibatch[name] for minibatch in minibatches]).mean()
@@ -171,7 +177,8 @@ class PPO(ActorCritic):
         actor_losses = policy.loss - self.options.entropy_weight * entropy
         actor_norm = self.actor_step(actor_losses + self.elbo.penalty(self.actor, transitions))
 
-        value_loss = squared_error(self.critic(batch["obs"], self.task_ids), batch["target"])
+        self.critic.track(batch["target"])
+        value_loss = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
         critic_norm = self.critic_step(value_loss + self.elbo.penalty(self.critic, transitions))
         self.elbo.step(self.trained_modules(), lambda: self._loss_gap(batch, value_loss))
         self.updates += 1
@@ -189,7 +196,7 @@ class PPO(ActorCritic):
     def _loss_gap(self, batch: dict[str, Tensor], value_loss: Tensor) -> Tensor:
         """Value loss with theta alone minus the value loss, ``[T]``."""
         with theta_only(self.critic):
-            alone = squared_error(self.critic(batch["obs"], self.task_ids), batch["target"])
+            alone = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
         return alone - value_loss.detach()
 
     def memory_bytes(self) -> dict[str, int]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import Learner, build_actor
 from varshare_rl.data.replay import Replay, ReplayBatch
+from varshare_rl.data.rewards import RewardScale
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen
 from varshare_rl.nn.stochastic import theta_only
-from varshare_rl.ops.losses import squared_error
 from varshare_rl.ops.returns import td_target
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
@@ -41,7 +40,8 @@ class SACOptions:
     target_entropy_per_dimension: float = -1.0
     max_grad_norm: float = 1.0
     normalize_observations: bool = False
-    normalize_rewards: bool = False
+    reward_scale: RewardScale = RewardScale.none
+    resets: int = 0  # times that networks start anew, spread evenly over the budget; the replay stays
 
 
 class CriticStep(NamedTuple):
@@ -56,7 +56,8 @@ class CriticStep(NamedTuple):
 class SAC(ActorCritic):
     """SAC with twin critics and an entropy coefficient per task.
 
-    Training passes draw weights anew.
+    Training passes draw weights anew. Under PopArt the entropy coefficient counts in units of the task's values, so
+    a factor on a task's rewards changes nothing.
 
     Args:
         options: see :class:`SACOptions`.
@@ -66,6 +67,7 @@ class SAC(ActorCritic):
         UserError: the actions are discrete.
     """
 
+    critic: TwinQ
     training_draws = "anew at every pass"
     target_name = "target critics"
     replays_draws = False
@@ -74,12 +76,13 @@ class SAC(ActorCritic):
         problem = learner.problem
         if problem.discrete:
             raise UserError("algorithm=sac needs Box actions, and this suite's are Discrete; use algorithm=ppo")
-        actor = build_actor(problem, learner.make_network, (-20.0, 2.0), 0.0)
-        input_size = problem.obs_size + problem.action_size
-        critic = TwinQ(lambda: learner.make_network(input_size, 1)).to(problem.device)
-        super().__init__(options, learner, actor, critic)
+
+        def build() -> Networks:
+            return build_actor(problem, learner.make_network, (-20.0, 2.0), 0.0), learner.twin_critic()
+
+        super().__init__(options, learner, build)
         self.options = options
-        self.target_critic = deepcopy(self.critic).requires_grad_(False)
+        self.target_critic = self.critic.target()
         self.target_critic.train(learner.elbo.options.draw.targets is TargetDraw.sample)
         self.absorbing["critic"] = replace(self.absorbing["critic"], follower=self.target_critic)
         log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
@@ -111,7 +114,7 @@ class SAC(ActorCritic):
         self.replay.add(transition)
         self.normalizer.update(transition.obs)
         done = transition.terminated | transition.truncated
-        self.reward_normalizer.update(transition.reward, done)
+        self.reward_scaler.update(transition.reward, done)
         self.draws.observe(done)
         self.transitions_per_task += transition.reward.shape[1]
         if self.transitions_per_task >= self.options.start_transitions_per_task:
@@ -136,7 +139,7 @@ class SAC(ActorCritic):
         self.draws.renew()
         self.updates += 1
         self.updates_due -= 1.0
-        self.absorb_if_due(self.updates - 1)
+        self.finish_update(self.updates - 1)
         return {
             "loss/critic": critic.losses.mean(),
             "loss/actor": actor_loss,
@@ -152,7 +155,7 @@ class SAC(ActorCritic):
         return ReplayBatch(
             self.normalizer(batch.obs),
             batch.action,
-            self.reward_normalizer(batch.reward),
+            self.reward_scaler(batch.reward),
             batch.terminated,
             self.normalizer(batch.next_obs),
         )
@@ -162,22 +165,18 @@ class SAC(ActorCritic):
         with torch.no_grad():
             following = self.actor(batch.next_obs, self.task_ids).sample()
             next_q = self.target_critic(batch.next_obs, following.action, self.task_ids).amin(0)
-            next_value = next_q - alpha * following.log_prob
+            next_value = next_q - alpha * self.critic.spread() * following.log_prob
             target = td_target(batch.reward, next_value, batch.terminated, self.options.discount)
-        losses, value = self._critic_losses(batch, target)
+        self.critic.track(target, self.target_critic)
+        losses, q = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
         norm = self.critic_step(losses + self.elbo.penalty(self.critic, transitions))
-        return CriticStep(losses.detach(), target, value, norm)
-
-    def _critic_losses(self, batch: ReplayBatch, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared errors of both critics together, ``[T]``, and the mean value."""
-        q = self.critic(batch.obs, batch.action, self.task_ids)  # [2, T, B]
-        return squared_error(q[0], target) + squared_error(q[1], target), q.detach().mean()
+        return CriticStep(losses.detach(), target, q.mean(), norm)
 
     @torch.no_grad()
     def _loss_gap(self, batch: ReplayBatch, critic: CriticStep) -> Tensor:
         """Critic loss with theta alone minus the critic loss, ``[T]``."""
         with theta_only(self.critic):
-            alone, _ = self._critic_losses(batch, critic.target)
+            alone, _ = self.critic.loss(batch.obs, batch.action, self.task_ids, critic.target)
         return alone - critic.losses
 
     def _update_actor(self, batch: ReplayBatch, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,9 +185,17 @@ class SAC(ActorCritic):
         sample = self.actor(batch.obs, self.task_ids).sample()
         with frozen(self.critic):  # a fixed function here: skip its weight gradients
             q = self.critic(batch.obs, sample.action, self.task_ids).amin(0)
-        losses = (alpha * sample.log_prob - q).mean(-1)
+        losses = (alpha * sample.log_prob - q / self.critic.spread()).mean(-1)
         norm = self.actor_step(losses + self.elbo.penalty(self.actor, transitions))
         return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm
+
+    def reset_networks(self) -> None:
+        """Fresh networks, targets, entropy coefficients and optimiser moments; replay and normalisers stay."""
+        super().reset_networks()
+        self.target_critic.load_state_dict(self.critic.state_dict())
+        with torch.no_grad():
+            self.log_alpha.fill_(self.options.initial_entropy_coefficient).log_()
+        self.entropy_step.optimizer.state.clear()
 
     def memory_bytes(self) -> dict[str, int]:
         """Networks with gradients and optimiser, target critics, replay."""

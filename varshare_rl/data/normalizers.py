@@ -1,4 +1,4 @@
-"""Running statistics per task: observations to zero mean and unit variance, rewards to unit return."""
+"""Running statistics per task, and observations brought to zero mean and unit variance by them."""
 
 from __future__ import annotations
 
@@ -73,42 +73,3 @@ class ObservationNormalizer(nn.Module):
         mean = self.moments.mean.float().view(shape)
         std = self.moments.std().float().view(shape)
         return ((obs - mean) / std).clamp(-self.clip, self.clip)
-
-
-class RewardNormalizer(nn.Module):
-    """Rewards divided by the running standard deviation of the discounted return so far, per task.
-
-    The scaling of Engstrom et al. 2020 (section 3, "reward scaling"), with one scale per task. Rewards are
-    scaled before advantages are computed, so values and returns live on one scale.
-
-    Args:
-        num_tasks: ``T``.
-        discount: of the return whose spread is measured.
-        enabled: when False rewards pass unchanged.
-        clip: bound on the scaled rewards.
-    """
-
-    returns: Tensor
-
-    def __init__(self, num_tasks: int, discount: float, enabled: bool, clip: float = 10.0) -> None:
-        super().__init__()
-        self.discount, self.enabled, self.clip = discount, enabled, clip
-        self.moments = RunningMoments(num_tasks, 1)
-        self.register_buffer("returns", torch.zeros(num_tasks, 0, dtype=torch.float64))
-
-    def update(self, reward: Tensor, done: Tensor) -> None:
-        """Take in one vector step: ``reward [T, E]`` and ``done [T, E]`` (terminated or truncated)."""
-        if not self.enabled:
-            return
-        if self.returns.shape != reward.shape:
-            self.returns = torch.zeros_like(reward, dtype=torch.float64)
-        self.returns = self.returns * self.discount + reward
-        self.moments.update(self.returns.unsqueeze(-1))
-        self.returns = self.returns * ~done
-
-    def forward(self, reward: Tensor) -> Tensor:
-        """Scale ``[T, ...]``."""
-        if not self.enabled:
-            return reward
-        std = self.moments.std().float().view(-1, *[1] * (reward.dim() - 1))
-        return (reward / std).clamp(-self.clip, self.clip)

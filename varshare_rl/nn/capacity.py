@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 
 import torch
+from torch import nn
 
-from varshare_rl.nn.options import Architecture, Posterior
+from varshare_rl.nn.options import Architecture
 from varshare_rl.nn.parameters import count_parameters
 from varshare_rl.types import UserError
 
@@ -23,13 +24,13 @@ def with_width(architecture: Architecture, width: int) -> Architecture:
 
 
 def match_width(
-    architecture: Architecture, sizes: Sequence[tuple[int, int]], num_tasks: int, posterior: Posterior
+    architecture: Architecture, build: Callable[[Architecture], Sequence[nn.Module]], num_tasks: int
 ) -> list[int]:
     """The hidden sizes, all equal, that come nearest to ``architecture.active_parameters``.
 
-    What is counted is ``active_per_task`` of :func:`varshare_rl.nn.parameters.count_parameters` over networks with
-    the input and output ``sizes``. They are built without memory, for a number of widths that is logarithmic in the
-    result: the count grows with the width.
+    What is counted is ``active_per_task`` of :func:`varshare_rl.nn.parameters.count_parameters` over the networks
+    that ``build`` makes from an architecture. They are built without memory, for a number of widths that is
+    logarithmic in the result: the count grows with the width.
 
     Raises:
         UserError: no width comes within :data:`TOLERANCE`.
@@ -45,8 +46,7 @@ def match_width(
     def active(width: int) -> int:
         candidate = with_width(architecture, width)
         with torch.device("meta"):
-            networks = [candidate.build(inputs, outputs, num_tasks, posterior) for inputs, outputs in sizes]
-        return count_parameters(networks, num_tasks).active_per_task
+            return count_parameters(build(candidate), num_tasks).active_per_task
 
     below, above = least, least + 1
     while active(above) < target:

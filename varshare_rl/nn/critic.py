@@ -1,36 +1,201 @@
-"""Critics: a state value and twin action values."""
+"""Critics: a state value and twin action values, what their outputs mean, and the losses that go with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.options import Architecture, Blocks
+from varshare_rl.nn.popart import TargetStatistics, TaskAffine
 from varshare_rl.nn.task_rows import TaskIds
+from varshare_rl.ops.categorical import categorical_cross_entropy, categorical_value, support
+from varshare_rl.ops.losses import squared_error
 
 
-class ValueNetwork(nn.Module):
-    """State value ``V(obs)``; ``network`` is a task network with one output."""
+class ValueLoss(Enum):
+    """What a critic learns by: the squared error of a number, or the cross-entropy of a distribution."""
 
-    def __init__(self, network: nn.Module) -> None:
+    squared = "squared"
+    categorical = "categorical"
+
+
+@dataclass
+class CriticOptions:
+    """Options of ``critic``: its networks where they differ from the policy's, its loss, and its units."""
+
+    hidden: list[int] | None = None  # null: as network.hidden
+    layer_norm: bool | None = None  # null: as network.layer_norm
+    blocks: Blocks | None = None  # null: as network.blocks
+    loss: ValueLoss = ValueLoss.squared
+    bins: int = 101  # of the categorical loss: atoms from value_min to value_max,
+    value_min: float = -10.0  # in units of the return, or with popart in standard deviations of the task's targets
+    value_max: float = 10.0
+    popart: bool = False
+    popart_rate: float = 0.01  # weight of one gradient step's targets in their running mean and spread
+
+    @property
+    def outputs(self) -> int:
+        """Width of a critic network's output."""
+        return self.bins if self.loss is ValueLoss.categorical else 1
+
+    def architecture(self, network: Architecture) -> Architecture:
+        """The architecture of the critic's networks: ``network`` with what is given here."""
+        own = {"hidden": self.hidden, "layer_norm": self.layer_norm, "blocks": self.blocks}
+        changed: Any = replace(network, **{name: value for name, value in own.items() if value is not None})  # type: ignore[type-var]
+        return changed  # type: ignore[no-any-return]
+
+
+class CriticHead(nn.Module):
+    """Reads one critic network's outputs ``[T, B, G]`` as values ``[T, B]`` in normalised units.
+
+    Args:
+        num_tasks: ``T``.
+        options: with the squared loss the output is the value, under PopArt after a scale and an offset per task;
+            with the categorical one outputs are logits over the atoms and the value is their mean.
+    """
+
+    atoms: Tensor
+
+    def __init__(self, num_tasks: int, options: CriticOptions) -> None:
         super().__init__()
+        self.categorical = options.loss is ValueLoss.categorical
+        self.low, self.high = options.value_min, options.value_max
+        if self.categorical:
+            self.register_buffer("atoms", support(self.low, self.high, options.bins), persistent=False)
+        # Atoms are fixed: a distribution over them cannot be moved and scaled without giving up the support.
+        self.affine = TaskAffine(num_tasks) if options.popart and not self.categorical else None
+
+    def value(self, outputs: Tensor, task_ids: TaskIds) -> Tensor:
+        """``[T, B, G]`` to ``[T, B]``."""
+        if self.categorical:
+            return categorical_value(outputs, self.atoms)
+        value = outputs.squeeze(-1)
+        return value if self.affine is None else self.affine(value, task_ids)
+
+    def loss(self, outputs: Tensor, target: Tensor, task_ids: TaskIds) -> Tensor:
+        """Loss against normalised targets ``[T, B]``, ``[T]``."""
+        if self.categorical:
+            return categorical_cross_entropy(outputs, target, self.low, self.high)
+        return squared_error(self.value(outputs, task_ids), target)
+
+
+class Critic(nn.Module):
+    """What a value network and twin critics have in common: heads, units, losses.
+
+    With PopArt, ``value = spread_i * (a_i h + c_i) + mean_i`` where ``h`` is a network's output, ``mean_i`` and
+    ``spread_i`` are running statistics of task ``i``'s targets, and losses are in units of ``spread_i`` (van
+    Hasselt et al. 2016; Hessel et al. 2019). Without, mean and spread are 0 and 1.
+
+    Args:
+        num_tasks: ``T``.
+        networks: how many networks there are.
+        options: see :class:`CriticOptions`.
+    """
+
+    def __init__(self, num_tasks: int, networks: int, options: CriticOptions) -> None:
+        super().__init__()
+        self.num_tasks = num_tasks
+        self.heads = nn.ModuleList(CriticHead(num_tasks, options) for _ in range(networks))
+        self.statistics = TargetStatistics(num_tasks, options.popart_rate) if options.popart else None
+
+    def track(self, target: Tensor, *followers: Critic) -> None:
+        """Take targets ``[T, B]`` of all tasks into the statistics and keep every value as it was.
+
+        ``followers`` are critics that share these statistics, such as target critics. Categorical heads cannot
+        keep their values: these move with the statistics, at the statistics' rate.
+        """
+        if self.statistics is None:
+            return
+        move = self.statistics.update(target)
+        for critic in (self, *followers):
+            for head in critic.heads:
+                if head.affine is not None:
+                    head.affine.follow(move)  # type: ignore[union-attr, operator]
+
+    def spread(self) -> Tensor:
+        """The unit of every task's values, ``[T, 1]``: 1 without PopArt."""
+        if self.statistics is None:
+            return torch.ones(self.num_tasks, 1, device=next(self.parameters()).device)
+        return self.statistics.spread.float().unsqueeze(1)
+
+    def target(self) -> Self:
+        """A copy that is not trained and uses posterior means; it shares the statistics."""
+        copy = deepcopy(self).requires_grad_(False).eval()
+        copy.statistics = self.statistics
+        return copy
+
+    def renew(self, fresh: Critic) -> None:
+        """Take over the parameters of ``fresh``; the statistics of the targets stay."""
+        state = {name: value for name, value in fresh.state_dict().items() if not name.startswith("statistics.")}
+        self.load_state_dict(state, strict=False)
+
+    def _value(self, head: int, outputs: Tensor, task_ids: TaskIds) -> Tensor:
+        value: Tensor = self.heads[head].value(outputs, task_ids)  # type: ignore[operator]
+        return value if self.statistics is None else self.statistics.restore(value, task_ids)
+
+    def _loss(self, head: int, outputs: Tensor, target: Tensor, task_ids: TaskIds) -> Tensor:
+        if self.statistics is not None:
+            target = self.statistics.normalize(target, task_ids)
+        loss: Tensor = self.heads[head].loss(outputs, target, task_ids)  # type: ignore[operator]
+        return loss
+
+
+class ValueNetwork(Critic):
+    """State value ``V(obs)``.
+
+    Args:
+        network: task network with ``options.outputs`` outputs.
+        num_tasks: ``T``.
+        options: see :class:`CriticOptions`.
+    """
+
+    def __init__(self, network: nn.Module, num_tasks: int, options: CriticOptions) -> None:
+        super().__init__(num_tasks, 1, options)
         self.network = network
 
     def forward(self, obs: Tensor, task_ids: TaskIds) -> Tensor:
-        """``[T, B, F]`` to ``[T, B]``."""
-        value: Tensor = self.network(obs, task_ids)
-        return value.squeeze(-1)
+        """``[T, B, F]`` to values ``[T, B]`` in the units of the return."""
+        return self._value(0, self.network(obs, task_ids), task_ids)
+
+    def loss(self, obs: Tensor, task_ids: TaskIds, target: Tensor) -> Tensor:
+        """Loss against targets ``[T, B]`` in the units of the return, ``[T]``."""
+        return self._loss(0, self.network(obs, task_ids), target, task_ids)
 
 
-class TwinQ(nn.Module):
-    """Two action values ``Q(obs, action)`` (Fujimoto et al. 2018); ``make`` builds one task network."""
+class TwinQ(Critic):
+    """Two action values ``Q(obs, action)`` (Fujimoto et al. 2018).
 
-    def __init__(self, make: Callable[[], nn.Module]) -> None:
-        super().__init__()
+    Args:
+        make: builds one task network with ``options.outputs`` outputs.
+        num_tasks: ``T``.
+        options: see :class:`CriticOptions`.
+    """
+
+    def __init__(self, make: Callable[[], nn.Module], num_tasks: int, options: CriticOptions) -> None:
+        super().__init__(num_tasks, 2, options)
         self.networks = nn.ModuleList([make(), make()])
 
     def forward(self, obs: Tensor, action: Tensor, task_ids: TaskIds) -> Tensor:
         """``obs [T, B, F]`` and ``action [T, B, A]`` to both values, ``[2, T, B]``."""
+        return self._values(self._outputs(obs, action, task_ids), task_ids)
+
+    def loss(self, obs: Tensor, action: Tensor, task_ids: TaskIds, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of both losses against targets ``[T, B]``, ``[T]``; and both values, ``[2, T, B]``, detached."""
+        outputs = self._outputs(obs, action, task_ids)
+        first, second = (self._loss(head, y, target, task_ids) for head, y in enumerate(outputs))
+        losses = first + second
+        with torch.no_grad():
+            return losses, self._values(outputs, task_ids)
+
+    def _outputs(self, obs: Tensor, action: Tensor, task_ids: TaskIds) -> list[Tensor]:
         x = torch.cat([obs, action], dim=-1)
-        return torch.stack([network(x, task_ids).squeeze(-1) for network in self.networks])
+        return [network(x, task_ids) for network in self.networks]
+
+    def _values(self, outputs: list[Tensor], task_ids: TaskIds) -> Tensor:
+        return torch.stack([self._value(head, y, task_ids) for head, y in enumerate(outputs)])

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import linear_parameters
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.task_weights import FullRankWeights
@@ -46,12 +45,10 @@ class Independent(ArchitectureOptions):
 
     name: str = "independent"
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of batched per-task layers."""
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of batched per-task layers."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return IndependentLayer(inputs, outputs, num_tasks)
 
-        return TaskMLP(
-            [in_features, *self.hidden, out_features], layer, self.activation, layer_norm=self.layer_norm
-        )
+        return self.stack(in_features, out_features, layer)

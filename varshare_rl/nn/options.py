@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import ClassVar, Protocol
 
 from torch import nn
 
+from varshare_rl.nn.bronet import BroNet
+from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.types import UserError
+
+
+class Blocks(Enum):
+    """What hidden layers are made into: a plain stack, or residual blocks with LayerNorm."""
+
+    mlp = "mlp"
+    bronet = "bronet"
 
 
 @dataclass(frozen=True)
@@ -45,6 +56,21 @@ class ArchitectureOptions:
         if not self.hidden:
             raise UserError(f"network={self.name} needs a hidden layer; give network.hidden=[64], for example")
 
+    blocks: Blocks = Blocks.mlp
+
+    def stack(
+        self,
+        in_features: int,
+        out_features: int,
+        layer: Callable[[int, int], nn.Module],
+        temperature: float = 1.0,
+    ) -> nn.Module:
+        """The network of the chosen blocks, from a maker of task layers; BroNet has its LayerNorms anyway."""
+        sizes = [in_features, *self.hidden, out_features]
+        if self.blocks is Blocks.bronet:
+            return BroNet(sizes, layer, self.activation, temperature)
+        return TaskMLP(sizes, layer, self.activation, temperature, self.layer_norm)
+
 
 class Architecture(Protocol):
     """Builds networks ``network(x [T, B, F], task_ids [T]) -> [T, B, G]`` for a number of tasks."""
@@ -58,6 +84,8 @@ class Architecture(Protocol):
 
     def least_width(self) -> int:
         """The narrowest that all hidden layers may be."""
+
+    blocks: Blocks
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network from ``in_features`` to ``out_features``; its linear layers include the head."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import linear_parameters
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear
@@ -47,13 +46,11 @@ class Shared(ArchitectureOptions):
 
     name: str = "shared"
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of shared layers, the first of which sees the one-hot task."""
-        one_hot = [num_tasks] + [0] * len(self.hidden)  # how many one-hot inputs each layer has
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of shared layers, the first of which sees the one-hot task."""
+        one_hot = [num_tasks]  # taken by the layer that is made first
 
         def layer(inputs: int, outputs: int) -> nn.Module:
-            return SharedLayer(inputs, outputs, one_hot.pop(0))
+            return SharedLayer(inputs, outputs, one_hot.pop() if one_hot else 0)
 
-        return TaskMLP(
-            [in_features, *self.hidden, out_features], layer, self.activation, layer_norm=self.layer_norm
-        )
+        return self.stack(in_features, out_features, layer)

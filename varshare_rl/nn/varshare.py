@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import INITIAL_RHO, linear_parameters
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.ops.gaussian import random_signs, softplus_sigma
@@ -92,8 +91,8 @@ class VarShare(ArchitectureOptions):
     default_estimator: ClassVar[str | None] = "local"
     name: str = "varshare"
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of full-rank VarShare layers for ``num_tasks`` tasks."""
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of full-rank VarShare layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return VarShareLayer(
@@ -101,5 +100,4 @@ class VarShare(ArchitectureOptions):
                 estimator=posterior.estimator or "local", particles=posterior.particles,
             )  # fmt: skip
 
-        sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, posterior.temperature, self.layer_norm)
+        return self.stack(in_features, out_features, layer, posterior.temperature)

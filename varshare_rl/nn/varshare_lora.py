@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import INITIAL_MU_STD, INITIAL_RHO, check_positive, linear_parameters
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.ops.gaussian import random_signs, softplus_sigma
@@ -136,8 +135,8 @@ class VarShareLoRA(ArchitectureOptions):
     rank: int = 8
     alpha: float | None = None
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of VarShare-LoRA layers for ``num_tasks`` tasks."""
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of VarShare-LoRA layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return VarShareLoRALayer(
@@ -145,5 +144,4 @@ class VarShareLoRA(ArchitectureOptions):
                 estimator=posterior.estimator or "weight", particles=posterior.particles,
             )  # fmt: skip
 
-        sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, posterior.temperature, self.layer_norm)
+        return self.stack(in_features, out_features, layer, posterior.temperature)

@@ -67,7 +67,7 @@ def record(algorithm: ActorCritic, engine: VectorEngine, episodes: int) -> Recor
                 seen,
                 sample.action,
                 sample.log_prob,
-                algorithm.reward_normalizer(torch.from_numpy(step.reward).to(device)),
+                algorithm.reward_scaler(torch.from_numpy(step.reward).to(device)),
                 torch.from_numpy(step.terminated),
                 truncated,
                 following,

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from varshare_rl.nn.popart import LARGEST_SPREAD, LEAST_SPREAD, TargetStatistics, TaskAffine, rows
+
+RATE = 0.1
+
+
+def test_statistics_per_task_equal_numpy() -> None:
+    """The forgetting mean is a weighted mean of all batches with weights ``(1 - rate)^age``, which sum to 1."""
+    statistics = TargetStatistics(3, RATE)
+    generator = np.random.default_rng(0)
+    scale, middle = np.array([1.0, 100.0, 1e4])[:, None], np.array([-3.0, 0.0, 5e4])[:, None]
+    seen = []
+    for count in range(1, 30):
+        seen.append(generator.normal(size=(3, 50)) * scale * (1 + count / 10) + middle * count / 10)
+        statistics.update(torch.from_numpy(seen[-1]))
+        weights = (1 - RATE) ** np.arange(count)[::-1]
+        weights /= weights.sum()
+        mean = np.einsum("k,ktb->t", weights, np.stack(seen)) / 50
+        second = np.einsum("k,ktb->t", weights, np.square(np.stack(seen))) / 50
+        np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=1e-10)
+        np.testing.assert_allclose(statistics.spread.numpy(), np.sqrt(second - mean**2), rtol=1e-8)
+
+
+def test_the_first_batch_sets_the_statistics_and_moves_nothing() -> None:
+    statistics = TargetStatistics(2, 0.003)
+    assert statistics.mean.tolist() == [0.0, 0.0]
+    assert statistics.spread.tolist() == [1.0, 1.0]
+    target = torch.tensor([[1.0, 3.0], [-10.0, 30.0]])
+    move = statistics.update(target)
+    torch.testing.assert_close(statistics.mean, torch.tensor([2.0, 10.0]).double())
+    torch.testing.assert_close(statistics.spread, torch.tensor([1.0, 20.0]).double())
+    assert move.ratio.tolist() == [1.0, 1.0]
+    assert move.shift.tolist() == [0.0, 0.0]
+    assert statistics.update(target + 1).ratio[1] != 1.0
+
+
+@pytest.mark.parametrize(("size", "bound"), [(0.0, LEAST_SPREAD), (1e9, LARGEST_SPREAD)])
+def test_the_spread_has_a_floor_and_a_ceiling(size: float, bound: float) -> None:
+    statistics = TargetStatistics(1, 0.5)
+    for _ in range(3):
+        statistics.update(torch.tensor([[-size, size]]) + 7)
+    assert statistics.spread.tolist() == [bound]
+
+
+def test_normalize_and_restore_are_inverses() -> None:
+    statistics = TargetStatistics(2, 0.5)
+    target = torch.randn(2, 40, dtype=torch.float64) * torch.tensor([[1.0], [1e4]]).double() + 7
+    statistics.update(target)
+    normal = statistics.normalize(target, torch.arange(2))
+    torch.testing.assert_close(normal.mean(1), torch.zeros(2).double(), atol=1e-12, rtol=0)
+    torch.testing.assert_close(normal.std(1, correction=0), torch.ones(2).double())
+    torch.testing.assert_close(statistics.restore(normal, torch.arange(2)), target, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(statistics.normalize(target[1:], torch.tensor([1])), normal[1:])
+    torch.testing.assert_close(statistics.normalize(target[1], 1), normal[1])
+
+
+def test_the_affine_map_is_the_identity_at_first_and_of_its_own_task() -> None:
+    affine, x = TaskAffine(3), torch.randn(3, 5)
+    assert torch.equal(affine(x, torch.arange(3)), x)
+    with torch.no_grad():
+        affine.scale.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        affine.offset.copy_(torch.tensor([0.0, 0.5, -1.0]))
+    torch.testing.assert_close(affine(x, torch.arange(3))[1], 2 * x[1] + 0.5)
+    order = torch.tensor([2, 0])
+    torch.testing.assert_close(affine(x[order], order), affine(x, torch.arange(3))[order])
+    torch.testing.assert_close(affine(x[2], 2), 3 * x[2] - 1)
+    assert rows(affine.scale, torch.arange(3)).shape == (3, 1)

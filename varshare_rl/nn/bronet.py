@@ -1,0 +1,56 @@
+"""BroNet: residual blocks with LayerNorm, of task layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+from varshare_rl.nn.task_rows import TaskIds
+from varshare_rl.ops.activations import ACTIVATIONS
+
+
+class BroNet(nn.Module):
+    """A wide residual network that stays trainable as it grows (Nauman et al. 2024, section 4, "BroNet").
+
+    ``x_0 = act(norm(layer(x)))``, then for every further hidden size ``x_{k+1} = x_k + norm(layer(act(norm(layer(
+    x_k)))))``, then the head. Two hidden sizes are thus one residual block of two layers.
+
+    Args:
+        sizes: input, hidden and output sizes; the hidden ones are all the same.
+        layer: makes a task layer ``layer(x, task_ids, temperature)`` from its input and output size.
+        activation: a key of ``ACTIVATIONS``.
+        temperature: factor on the spread of every posterior.
+
+    Raises:
+        ValueError: there is no hidden size, or they differ.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        layer: Callable[[int, int], nn.Module],
+        activation: str,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        inputs, *hidden, outputs = sizes
+        if len(set(hidden)) != 1:
+            raise ValueError(f"hidden sizes are {hidden}; residual blocks need at least one, and all the same")
+        widths = [inputs, hidden[0], *[hidden[0]] * (2 * (len(hidden) - 1)), outputs]
+        self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(widths))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[1:-1])
+        self.activation = ACTIVATIONS[activation]
+        self.temperature = temperature
+
+    def forward(self, x: Tensor, task_ids: TaskIds) -> Tensor:
+        """``[T, B, F]`` to ``[T, B, G]``, or any layout the layers take."""
+        x = self.activation(self._normed(0, x, task_ids))
+        for first in range(1, len(self.norms), 2):
+            inner = self.activation(self._normed(first, x, task_ids))
+            x = x + self._normed(first + 1, inner, task_ids)
+        return self.layers[-1](x, task_ids, self.temperature)  # type: ignore[no-any-return]
+
+    def _normed(self, index: int, x: Tensor, task_ids: TaskIds) -> Tensor:
+        return self.norms[index](self.layers[index](x, task_ids, self.temperature))  # type: ignore[no-any-return]
