@@ -79,7 +79,8 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
     def make_network(in_features: int, out_features: int) -> nn.Module:
         return architecture.build(in_features, out_features, problem.num_tasks, posterior)
 
-    learner = Learner(problem, make_network, Elbo(config.elbo, problem.num_tasks))
+    elbo = Elbo(config.elbo, problem.num_tasks)
+    learner = Learner(problem, make_network, elbo, config.gradient, config.optimizer, config.guard)
     return ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
 
 

@@ -49,8 +49,12 @@ class ActorCritic:
         self.problem, self.elbo, self.task_ids = problem, learner.elbo, problem.task_ids
         self.actor, self.critic = actor, critic
         clip = options.max_grad_norm
-        self.actor_step = LossStep(list(actor.parameters()), options.learning_rate, clip, epsilon)
-        self.critic_step = LossStep(list(critic.parameters()), options.critic_learning_rate, clip, epsilon)
+        chosen = (learner.optimizer, learner.guard)
+        self.actor_step = LossStep(actor, options.learning_rate, clip, epsilon, *chosen)
+        self.critic_step = LossStep(critic, options.critic_learning_rate, clip, epsilon, *chosen)
+        gradient = learner.gradient
+        self.actor_step.combine_by(gradient.actor, gradient, problem.num_tasks)
+        self.critic_step.combine_by(gradient.critic, gradient, problem.num_tasks)
         self.normalizer = ObservationNormalizer(
             problem.num_tasks, problem.obs_size, options.normalize_observations
         ).to(problem.device)
@@ -65,6 +69,19 @@ class ActorCritic:
         with posterior_mean(self.actor):
             action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
         return action
+
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
+        self.actor_step.advance(fraction)
+        self.critic_step.advance(fraction)
+
+    def masked_steps(self) -> Tensor:
+        """Steps of actor and critic that each task was left out of, ``[T]``."""
+        masked = torch.zeros(self.problem.num_tasks, dtype=torch.int64)
+        for step in (self.actor_step, self.critic_step):
+            if step.guard.masked is not None:
+                masked += step.guard.masked.cpu()
+        return masked
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and critic."""
@@ -90,12 +107,12 @@ class ActorCritic:
         self.normalizer.load_state_dict(state["normalizer"])
 
     def state(self) -> Tree:
-        """Networks, optimisers, normalisers and the number of updates."""
+        """Networks, steps, normalisers and the number of updates."""
         return {
             **self.policy_state(),
             "reward_normalizer": self.reward_normalizer.state_dict(),
-            "actor_optimizer": self.actor_step.optimizer.state_dict(),
-            "critic_optimizer": self.critic_step.optimizer.state_dict(),
+            "actor_step": self.actor_step.state(),
+            "critic_step": self.critic_step.state(),
             "updates": self.updates,
         }
 
@@ -104,6 +121,6 @@ class ActorCritic:
         self.load_policy_state(state)
         self.reward_normalizer.returns = state["reward_normalizer"]["returns"].to(self.problem.device)
         self.reward_normalizer.load_state_dict(state["reward_normalizer"])
-        self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
+        self.actor_step.load_state(state["actor_step"])
+        self.critic_step.load_state(state["critic_step"])
         self.updates = state["updates"]

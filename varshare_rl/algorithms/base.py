@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.optim.combiners import GradientOptions
 from varshare_rl.optim.elbo import Elbo
+from varshare_rl.optim.guard import GuardOptions
+from varshare_rl.optim.optimizer import OptimizerOptions
 from varshare_rl.types import Scalars, Transition, Tree
 
 #: Builds a task network from its input and output size.
@@ -50,11 +53,17 @@ class Algorithm(Protocol):
     def observe(self, transition: Transition) -> None:
         """Take in the outcome of all that was acted since the last call, ``[T, E, ...]``."""
 
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
+
     def ready(self) -> bool:
         """Whether an update is due."""
 
     def update(self) -> Scalars:
         """One update (for PPO: all epochs on one rollout); returns scalars to log."""
+
+    def masked_steps(self) -> Tensor:
+        """Gradient steps that each task was left out of because its loss had diverged, ``[T]`` on the CPU."""
 
     def act_greedily(self, obs: Tensor) -> Tensor:
         """Deterministic actions on the posterior mean, for evaluation; same shapes as :meth:`act`."""
@@ -101,3 +110,6 @@ class Learner:
     problem: Problem
     make_network: NetworkFactory
     elbo: Elbo
+    gradient: GradientOptions = field(default_factory=GradientOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    guard: GuardOptions = field(default_factory=GuardOptions)

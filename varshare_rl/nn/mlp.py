@@ -9,6 +9,21 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.task_rows import TaskIds
 from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.ops.norm import recorded_layer_norm
+from varshare_rl.ops.recording import Recorder, Recording
+
+
+class SharedLayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` whose scale and offset can have their gradients told apart by task."""
+
+    recorder: Recorder | None = None  # who wants them
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., F]`` to ``[..., F]``."""
+        if self.recorder is None:
+            return super().forward(input)
+        record = Recording(self.recorder, self.weight, self.bias)
+        return recorded_layer_norm(input, self.weight, self.bias, self.eps, record)
 
 
 class TaskMLP(nn.Module):
@@ -35,7 +50,7 @@ class TaskMLP(nn.Module):
         self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(sizes))
         self.activation = ACTIVATIONS[activation]
         self.temperature = temperature
-        self.norms = nn.ModuleList(nn.LayerNorm(size) if layer_norm else nn.Identity() for size in sizes[1:-1])
+        self.norms = nn.ModuleList(SharedLayerNorm(size) if layer_norm else nn.Identity() for size in sizes[1:-1])
 
     def forward(self, x: Tensor, task_ids: TaskIds) -> Tensor:
         """``[T, B, F]`` to ``[T, B, G]``, or any layout the layers take."""

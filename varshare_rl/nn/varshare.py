@@ -22,6 +22,7 @@ from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
 from varshare_rl.ops.linear import linear
+from varshare_rl.ops.recording import Recorder, Recording
 
 
 class VarShareLayer(nn.Module):
@@ -46,6 +47,7 @@ class VarShareLayer(nn.Module):
 
     per_task_parameters = ("mus", "rhos")
     spread_parameters = ("rhos",)
+    recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
 
     def __init__(
         self,
@@ -132,7 +134,8 @@ def local_estimate(layer: VarShareLayer, rows: TaskRows, temperature: float) -> 
 
 
 def _apply(layer: VarShareLayer, rows: TaskRows, residual: Tensor) -> Tensor:
-    shared = linear(rows.x, layer.theta, layer.bias)
+    record = None if layer.recorder is None else Recording(layer.recorder, layer.theta, layer.bias)
+    shared = linear(rows.x, layer.theta, layer.bias, record)
     return torch.baddbmm(shared, rows.x, rows.select(residual).transpose(1, 2))
 
 

@@ -23,6 +23,7 @@ from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
 from varshare_rl.ops.linear import low_rank_linear
+from varshare_rl.ops.recording import Recorder, Recording
 
 
 class VarShareLoRALayer(nn.Module):
@@ -52,6 +53,7 @@ class VarShareLoRALayer(nn.Module):
 
     per_task_parameters = ("mus_A", "rhos_A", "mus_B", "rhos_B")
     spread_parameters = ("rhos_A", "rhos_B")
+    recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
 
     def __init__(
         self,
@@ -159,7 +161,8 @@ def weight_estimate(layer: VarShareLoRALayer, rows: TaskRows, temperature: float
 
 
 def _apply(layer: VarShareLoRALayer, rows: TaskRows, a: Tensor, b: Tensor) -> Tensor:
-    return low_rank_linear(rows.x, layer.theta, layer.bias, rows.select(a), rows.select(b), layer.scale)
+    record = None if layer.recorder is None else Recording(layer.recorder, layer.theta, layer.bias)
+    return low_rank_linear(rows.x, layer.theta, layer.bias, rows.select(a), rows.select(b), layer.scale, record)
 
 
 #: An estimator maps the rows ``[K, B, F]`` with their tasks' weights to ``[K, B, G]``.
