@@ -230,6 +230,10 @@ def _check_relations(config: TrainConfig) -> None:
                 f"gradient.{part}=softmax_temperature weighs tasks by SAC's entropy coefficients, which "
                 f"algorithm={config.algorithm.name} does not have; use algorithm=sac or another gradient"
             )
+    if not config.gradient.fairgrad.alpha > 0:
+        raise UserError(f"gradient.fairgrad.alpha is {config.gradient.fairgrad.alpha}; it must be positive")
+    if config.optimizer.warmup >= 1:
+        raise UserError(f"optimizer.warmup is {config.optimizer.warmup}; it must be below 1, a share of the run")
     if config.guard.explosion and config.guard.explosion <= 1:
         raise UserError(f"guard.explosion is {config.guard.explosion}; it must be above 1, or 0 to switch it off")
     capacity, envs = getattr(config.algorithm, "replay_capacity_per_task", None), config.env.envs_per_task

@@ -28,8 +28,8 @@ class GradNorm:
         n = mean_j w_j |g_j|,  r_i = (L_i / L_i(0)) / mean_j (L_j / L_j(0))
 
     (equations 1 and 2; ``n r_i^a`` is held constant), then brings them back to a sum of ``T``. ``g_i`` is the
-    gradient of task ``i``'s loss ``L_i`` in all shared parameters (the paper takes one layer to save time), ``a`` is
-    ``asymmetry``. A loss of reinforcement learning need be neither positive nor falling: where ``L_i`` or
+    gradient of task ``i``'s loss ``L_i`` in all shared parameters (the paper takes one layer to save time), and
+    ``a`` is ``asymmetry``. A loss of reinforcement learning need be neither positive nor falling: where ``L_i`` or
     ``L_i(0)`` is not positive, ``r_i = 1``. A task that is left out keeps its weight.
     """
 

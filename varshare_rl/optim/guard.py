@@ -54,7 +54,7 @@ class Guard:
         if self.masked is None:
             self.masked = torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
         self._fitting = self._fit(losses.detach())
-        if not (losses.is_cpu or wait or self.looking) or bool(self._fitting.all()):
+        if not (wait or self.looking or self._sees(losses)) or bool(self._fitting.all()):
             return None
         self.masked += ~self._fitting
         kept, self._fitting = self._fitting, torch.ones_like(self._fitting)
@@ -74,10 +74,14 @@ class Guard:
 
     def look(self) -> None:
         """Find out whether a task was left out since the last call; waits for the device."""
-        if self.masked is None or self.masked.is_cpu:
+        if self.masked is None or self._sees(self.masked):
             return
         total = int(self.masked.sum())
         self.looking, self._seen = total != self._seen, total
+
+    def _sees(self, tensor: Tensor) -> bool:
+        """Whether looking at a number costs no waiting for a device."""
+        return tensor.is_cpu
 
     def _fit(self, losses: Tensor) -> Tensor:
         """``[T]`` bool: losses to learn from. Moves the running averages."""

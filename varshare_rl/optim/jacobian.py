@@ -69,7 +69,7 @@ class TaskGradients:
         """``[..., P]`` cut into ``[..., *shape]`` for every shared parameter, without a copy."""
         sizes = [parameter.numel() for parameter in self.shared]
         pieces = torch.split(flat, sizes, dim=-1)
-        return [piece.unflatten(-1, p.shape) for piece, p in zip(pieces, self.shared, strict=True)]
+        return [piece.view(*piece.shape[:-1], *p.shape) for piece, p in zip(pieces, self.shared, strict=True)]
 
     def zeros(self, *leading: int) -> Tensor:
         """Zeros ``[*leading, P]``."""

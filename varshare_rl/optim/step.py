@@ -81,14 +81,16 @@ class LossStep:
 
     def _step(self, norm: Tensor) -> None:
         """Step the optimiser unless the guard forbids it; on a device, the device decides."""
-        if norm.is_cpu:
-            if not self.guard.options.non_finite or bool(torch.isfinite(norm)) or self.guard.drop(norm) is None:
-                self.optimizer.step()
+        here = self._decides_here(norm)
+        dropped = None if here and bool(torch.isfinite(norm)) else self.guard.drop(norm)
+        if here and dropped is not None and bool(dropped):
             return
-        dropped = self.guard.drop(norm)
-        if dropped is not None:
-            self.optimizer.found_inf = dropped  # type: ignore[attr-defined]  # fused Adam skips the step where it is 1
+        self.optimizer.found_inf = None if here else dropped  # type: ignore[attr-defined]  # fused Adam obeys it
         self.optimizer.step()
+
+    def _decides_here(self, tensor: Tensor) -> bool:
+        """Whether looking at a number costs no waiting for a device."""
+        return tensor.is_cpu
 
     def advance(self, fraction: float) -> None:
         """Set learning rates for when ``fraction`` of the run is done, and take note of what the guard saw."""
