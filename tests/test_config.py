@@ -112,7 +112,8 @@ def test_fixed_keys(composed: Composer) -> None:
     """Others script against these names: changing one breaks them."""
     config = composed()
     keys = {
-        "env", "algorithm", "network", "elbo", "gradient", "optimizer", "guard", "total_transitions", "seed", "device", "run_dir", "resume",
+        "env", "algorithm", "network", "elbo", "gradient", "optimizer", "guard", "total_transitions",
+        "seed", "device", "run_dir", "resume",
         "evaluate", "checkpoint", "log",
     }  # fmt: skip
     assert set(config) >= keys

@@ -76,7 +76,7 @@ def test_fairgrad_solves_its_equation_at_any_scale(alpha: float, scale: float) -
 
 
 def torchjd_aggregator(method: Method, tasks: int) -> Callable[[Tensor], Tensor]:
-    """TorchJD's own, on the Jacobian of the losses; what replaces the sum of gradients gets that of ``losses / T``."""
+    """TorchJD's own on the Jacobian of the losses; of ``losses / T`` for what replaces the sum of gradients."""
     plain: dict[Method, Callable[[], Any]] = {
         Method.pcgrad: aggregation.PCGrad,
         Method.cagrad: lambda: aggregation.CAGrad(c=0.4),
