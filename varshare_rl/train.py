@@ -120,6 +120,7 @@ def describe(config: TrainConfig, run: Run) -> None:
             ),
             "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value})",
             "weight draws": weight_draws(config, run),
+            "gradient": f"actor {config.gradient.actor.value}, critic {config.gradient.critic.value}",
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
         },
