@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from varshare_rl.assemble import SUITES, build_suite
 from varshare_rl.cli import config_folder
 from varshare_rl.config import COMPONENTS, TrainConfig, check_config, load_config, register_schemas
+from varshare_rl.optim.combiners import Method
 
 CONFIGS = config_folder()
 
@@ -66,6 +67,7 @@ def test_groups_have_their_choices() -> None:
     assert choices("elbo/prior") == ["adaptive", "fixed", "learned"]
     assert choices("network") == NETWORKS
     assert choices("critic") == ["brc", "default", "popart"]
+    assert choices("gradient") == sorted(method.value for method in Method)
     assert {path.name for path in CONFIGS.iterdir()} >= {"env", "algorithm", "network", "elbo", "train.yaml"}
 
 
@@ -98,11 +100,26 @@ def test_every_network_composes_with_every_algorithm(composed: Composer, network
     assert type(config.algorithm) is COMPONENTS["algorithm"][algorithm]
 
 
+@pytest.mark.parametrize("method", Method)
+def test_every_gradient_is_for_both_and_can_be_chosen_apart(
+    composed: Composer, tmp_path: Path, method: Method
+) -> None:
+    both = as_object(composed("env=pointmass", "algorithm=sac", f"gradient={method.value}"))
+    assert (both.gradient.actor, both.gradient.critic) == (method, method)
+    apart = as_object(composed("env=pointmass", "algorithm=sac", f"gradient.critic={method.value}"))
+    assert (apart.gradient.actor, apart.gradient.critic) == (Method.mean, method)
+    check_config(both)
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(both)))
+    assert load_config(path) == both
+
+
 def test_fixed_keys(composed: Composer) -> None:
     """Others script against these names: changing one breaks them."""
     config = composed()
     keys = {
-        "env", "algorithm", "network", "elbo", "total_transitions", "seed", "device", "run_dir", "resume",
+        "env", "algorithm", "network", "elbo", "gradient", "optimizer", "guard", "total_transitions",
+        "seed", "device", "run_dir", "resume",
         "evaluate", "checkpoint", "log",
     }  # fmt: skip
     assert set(config) >= keys
@@ -174,6 +191,20 @@ TRAINED: dict[str, tuple[str, ...]] = {
         for algorithm in ("ppo", "sac")
         for critic in ("brc", "popart")
     },
+    **{
+        f"pointmass_{algorithm}_{method.value}": (
+            "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"gradient={method.value}",
+            "total_transitions=320",
+        )
+        for algorithm in ("ppo", "sac")
+        for method in Method
+        if algorithm == "sac" or method is not Method.softmax_temperature
+    },
+    "pointmass_apart": (
+        "env=pointmass", "env.horizon=10", "gradient.actor=pcgrad", "gradient.critic=fairgrad",
+        "gradient.fairgrad.alpha=2", "optimizer.schedule=cosine", "optimizer.warmup=0.1",
+        "optimizer.weight_decay=0.01", "optimizer.spread_rate=3", "guard.explosion=100", "total_transitions=320",
+    ),
     "cartpole": ("env=cartpole", "env.horizon=20", "total_transitions=240"),
     "cartpole_identical": ("env=cartpole", "env.variant_set=identical", "env.horizon=20", "total_transitions=160"),
     "lunarlander": ("env=lunarlander", "env.horizon=20", "env.workers=1", "total_transitions=120"),

@@ -129,6 +129,22 @@ WITHOUT_RUN = {
     "negative_reward_scale": (
         ("env=pointmass", "env.tasks=[normal_left]", "env.reward_scales=[-1]"), "reward_scales has -1",
     ),
+    "unknown_gradient": (("env=pointmass", "gradient=sum"), "sum"),
+    "unknown_gradient_of_the_critic": (("env=pointmass", "gradient.critic=sum"), "sum"),
+    "softmax_temperature_with_ppo": (("env=pointmass", "gradient=softmax_temperature"), "algorithm=sac"),
+    "softmax_temperature_of_ppos_critic": (
+        ("env=pointmass", "gradient.critic=softmax_temperature"), "gradient.critic=softmax_temperature",
+    ),
+    "negative_cagrad_radius": (("env=pointmass", "gradient.cagrad.c=-1"), "gradient.cagrad.c is -1"),
+    "no_fairness": (("env=pointmass", "gradient.fairgrad.alpha=0"), "gradient.fairgrad.alpha is 0"),
+    "no_nash_iterations": (("env=pointmass", "gradient.nashmtl.iterations=0"), "nashmtl.iterations is 0"),
+    "unknown_aligned_scale": (("env=pointmass", "gradient.aligned_mtl.scale=max"), "max"),
+    "negative_decay": (("env=pointmass", "optimizer.weight_decay=-0.1"), "optimizer.weight_decay is -0.1"),
+    "unknown_rate_schedule": (("env=pointmass", "optimizer.schedule=steps"), "steps"),
+    "warmup_without_end": (("env=pointmass", "optimizer.warmup=1"), "optimizer.warmup is 1"),
+    "final_rate_above_one": (("env=pointmass", "optimizer.final_rate=2"), "optimizer.final_rate is 2"),
+    "negative_spread_rate": (("env=pointmass", "optimizer.spread_rate=-1"), "optimizer.spread_rate is -1"),
+    "tiny_explosion": (("env=pointmass", "guard.explosion=0.5"), "guard.explosion is 0.5"),
     "missing_resume": (("resume=runs/nowhere",), "runs/nowhere"),
 }  # fmt: skip
 

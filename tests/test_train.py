@@ -18,6 +18,7 @@ from helpers import TINY, TINY_ALGORITHM
 from varshare_rl.algorithms.ppo import PPO
 from varshare_rl.algorithms.sac import SAC
 from varshare_rl.config import load_config
+from varshare_rl.nn import critic
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 
@@ -319,3 +320,36 @@ def test_penalised_layers_report_their_nats_without_being_drawn(command: Command
     assert layers == {
         f"kl_layer/{module}.network.layers.{index}" for module in ("actor", "critic") for index in (0, 1)
     }
+
+
+def test_a_task_that_diverges_is_named_counted_and_left_out(
+    command: Command, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    squared_error = "varshare_rl.nn.critic.squared_error"
+    plain = critic.squared_error
+
+    def broken(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        damaged = target.clone()
+        damaged[2] = math.nan
+        return plain(prediction, damaged)
+
+    monkeypatch.setattr(squared_error, broken)
+    outcome = command("train", *TINY, *TINY_ALGORITHM[algorithm], *RUN)
+    assert outcome.code == 0, outcome.err
+    (warning,) = [line for line in outcome.out.splitlines() if "diverged" in line]
+    assert TASKS[2] in warning
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    counts = {name: value for line in lines for name, value in line.items() if name.startswith("guard/")}
+    assert counts.keys() == {f"guard/{TASKS[2]}"}
+    assert counts[f"guard/{TASKS[2]}"] > 1
+    resumed = command("train", "resume=run", "total_transitions=1280")
+    assert resumed.code == 0, resumed.err
+    assert "diverged" not in resumed.out  # it has been said
+
+
+def test_the_loop_tells_how_much_is_done(command: Command, algorithm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    kind: Any = {"ppo": PPO, "sac": SAC}[algorithm]
+    monkeypatch.setattr(kind, "advance", lambda self, fraction: seen.append(fraction))
+    assert command("train", *TINY, *TINY_ALGORITHM[algorithm], *RUN).code == 0
+    assert seen == [(step + 1) * 16 / 960 for step in range(60)]

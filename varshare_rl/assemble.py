@@ -96,7 +96,10 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
         return make_network
 
     critic = factory(config.critic.architecture(architecture))
-    learner = Learner(problem, factory(architecture), Elbo(config.elbo, problem.num_tasks), config.critic, critic)
+    learner = Learner(
+        problem, factory(architecture), Elbo(config.elbo, problem.num_tasks), config.critic, critic,
+        config.gradient, config.optimizer, config.guard,
+    )  # fmt: skip
     algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
     if config.elbo.absorb.every and not any(any(posterior_layers(m)) for m in algorithm.trained_modules().values()):
         raise UserError(

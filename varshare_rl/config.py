@@ -38,8 +38,11 @@ from varshare_rl.nn import (
 )
 from varshare_rl.nn.critic import CriticOptions
 from varshare_rl.nn.options import Blocks
+from varshare_rl.optim.combiners import GradientOptions, Method
 from varshare_rl.optim.elbo import ElboOptions
+from varshare_rl.optim.guard import GuardOptions
 from varshare_rl.optim.kl_schedules import Band, Constant, Dual, FreeBits, Ramp
+from varshare_rl.optim.optimizer import OptimizerOptions
 from varshare_rl.optim.priors import Adaptive, Fixed, Learned
 from varshare_rl.types import UserError
 
@@ -98,6 +101,9 @@ class TrainConfig:
     network: Any = MISSING
     elbo: ElboOptions = field(default_factory=ElboOptions)
     critic: CriticOptions = field(default_factory=CriticOptions)
+    gradient: GradientOptions = field(default_factory=GradientOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    guard: GuardOptions = field(default_factory=GuardOptions)
     total_transitions: int = 1_000_000  # all tasks together
     seed: int = 0
     device: Device = Device.auto
@@ -230,6 +236,13 @@ RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
         "resets": (0, None),
     },
     "critic": {"bins": (2, None)},
+    "optimizer": {
+        "mean_rate": (0, None),
+        "spread_rate": (0, None),
+        "weight_decay": (0, None),
+        "warmup": (0, 1),
+        "final_rate": (0, 1),
+    },
 }
 
 
@@ -251,6 +264,15 @@ def check_config(config: TrainConfig) -> None:
         ("elbo.absorb.every", config.elbo.absorb.every, 0, None),
         ("elbo.absorb.rate", config.elbo.absorb.rate, 0, 1),
         ("elbo.absorb.max_error", config.elbo.absorb.max_error, 0, None),
+        ("guard.explosion", config.guard.explosion, 0, None),
+        ("gradient.cagrad.c", config.gradient.cagrad.c, 0, None),
+        ("gradient.fairgrad.alpha", config.gradient.fairgrad.alpha, 0, None),
+        ("gradient.nashmtl.max_norm", config.gradient.nashmtl.max_norm, 0, None),
+        ("gradient.nashmtl.solve_every", config.gradient.nashmtl.solve_every, 1, None),
+        ("gradient.nashmtl.iterations", config.gradient.nashmtl.iterations, 1, None),
+        ("gradient.gradvac.decay", config.gradient.gradvac.decay, 0, 1),
+        ("gradient.gradnorm.asymmetry", config.gradient.gradnorm.asymmetry, 0, None),
+        ("gradient.gradnorm.learning_rate", config.gradient.gradnorm.learning_rate, 0, None),
         *((f"network.hidden[{index}]", size, 1, None) for index, size in enumerate(config.network.hidden)),
         *((f"critic.hidden[{index}]", size, 1, None) for index, size in enumerate(config.critic.hidden or [])),
     ]
@@ -289,6 +311,19 @@ def _check_relations(config: TrainConfig) -> None:
     lowest, highest = (getattr(config.algorithm, f"{end}_log_std", 0.0) for end in ("min", "max"))
     if lowest > highest:
         raise UserError(f"algorithm.min_log_std is {lowest}; it must not be above max_log_std, {highest}")
+    for part in ("actor", "critic"):
+        temperature = getattr(config.gradient, part) is Method.softmax_temperature
+        if temperature and not isinstance(config.algorithm, SACOptions):
+            raise UserError(
+                f"gradient.{part}=softmax_temperature weighs tasks by SAC's entropy coefficients, which "
+                f"algorithm={config.algorithm.name} does not have; use algorithm=sac or another gradient"
+            )
+    if not config.gradient.fairgrad.alpha > 0:
+        raise UserError(f"gradient.fairgrad.alpha is {config.gradient.fairgrad.alpha}; it must be positive")
+    if config.optimizer.warmup >= 1:
+        raise UserError(f"optimizer.warmup is {config.optimizer.warmup}; it must be below 1, a share of the run")
+    if config.guard.explosion and config.guard.explosion <= 1:
+        raise UserError(f"guard.explosion is {config.guard.explosion}; it must be above 1, or 0 to switch it off")
     capacity, envs = getattr(config.algorithm, "replay_capacity_per_task", None), config.env.envs_per_task
     if capacity is not None and capacity < envs:
         raise UserError(

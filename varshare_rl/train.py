@@ -122,6 +122,7 @@ def describe(config: TrainConfig, run: Run) -> None:
             "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
             f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}",
             "weight draws": run.algorithm.weight_draws(),
+            "gradient": f"actor {config.gradient.actor.value}, critic {config.gradient.critic.value}",
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
         },

@@ -27,7 +27,7 @@ ARCHITECTURES: dict[str, Callable[[list[int], str], Architecture]] = {
 }
 
 
-def _rounds(update: Callable[[], object], repeats: int) -> Round:
+def rounds_of(update: Callable[[], object], repeats: int) -> Round:
     """Milliseconds per call."""
 
     def work() -> float:
@@ -39,32 +39,33 @@ def _rounds(update: Callable[[], object], repeats: int) -> Round:
     return work
 
 
-def _hidden(hidden: list[int], setting: Setting) -> list[int]:
+def hidden_sizes(hidden: list[int], setting: Setting) -> list[int]:
+    """The sizes, or tiny ones when quick."""
     return [16] if setting.quick else hidden
 
 
 def _sac(name: str, precision: str, setting: Setting) -> Round:
     backend: Any = torch.backends.mkldnn
     backend.matmul.fp32_precision = precision
-    architecture = ARCHITECTURES[name](_hidden(WIDE, setting), "relu")
+    architecture = ARCHITECTURES[name](hidden_sizes(WIDE, setting), "relu")
     algorithm = filled_sac(architecture, TASKS, setting.pick(BATCH, 4), setting.pick(10_000, 20))
-    return _rounds(algorithm.update, setting.pick(5, 1))
+    return rounds_of(algorithm.update, setting.pick(5, 1))
 
 
 def _plain_sac(setting: Setting) -> Round:
-    algorithm = PlainSAC(TASKS, OBS_SIZE, ACTION_SIZE, _hidden(WIDE, setting), setting.pick(10_000, 20))
-    return _rounds(partial(algorithm.update, setting.pick(BATCH, 4)), setting.pick(5, 1))
+    algorithm = PlainSAC(TASKS, OBS_SIZE, ACTION_SIZE, hidden_sizes(WIDE, setting), setting.pick(10_000, 20))
+    return rounds_of(partial(algorithm.update, setting.pick(BATCH, 4)), setting.pick(5, 1))
 
 
 def _ppo(name: str, hidden: list[int], setting: Setting) -> Round:
-    architecture = ARCHITECTURES[name](_hidden(hidden, setting), "tanh")
+    architecture = ARCHITECTURES[name](hidden_sizes(hidden, setting), "tanh")
     algorithm = filled_ppo(architecture, TASKS, setting.pick(ROLLOUT, 8), MINIBATCHES)
 
     def update() -> None:
         algorithm.rollout.position = algorithm.rollout.vector_steps  # the same rollout again
         algorithm.update()
 
-    per_minibatch = _rounds(update, 1)
+    per_minibatch = rounds_of(update, 1)
     return lambda: per_minibatch() / MINIBATCHES
 
 

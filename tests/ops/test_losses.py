@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss, squared_error
+from varshare_rl.ops.losses import finite_mean, normalize_per_task, ppo_policy_loss, squared_error
 
 
 @pytest.mark.parametrize(
@@ -69,3 +69,11 @@ def test_normalize_per_task() -> None:
 
 def test_normalize_a_constant_gives_zeros() -> None:
     assert torch.equal(normalize_per_task(torch.full((1, 4), 3.0)), torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_finite_mean_leaves_out_what_is_not_finite(bad: float) -> None:
+    values = torch.rand(7)
+    assert torch.equal(finite_mean(values), values.mean())
+    assert finite_mean(torch.tensor([1.0, bad, 4.0])).item() == 2.5
+    assert finite_mean(torch.tensor([bad, bad])).item() == 0.0

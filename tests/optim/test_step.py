@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers import hold_noise
 from torch import nn
 
+from varshare_rl.config import COMPONENTS
+from varshare_rl.nn import Posterior
 from varshare_rl.optim.step import LossStep
 
 
@@ -37,3 +40,26 @@ def test_unused_parameters_stay() -> None:
     LossStep([used, unused], 0.1, 1.0)(losses(used))
     assert torch.equal(unused, torch.ones(2))
     assert not torch.equal(used, torch.ones(2))
+
+
+@pytest.mark.parametrize("name", COMPONENTS["network"])
+def test_the_mean_is_plain_backward_to_the_bit(name: str) -> None:
+    networks = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        network = COMPONENTS["network"][name](hidden=[160, 130], layer_norm=True).build(5, 3, 4, Posterior())
+        hold_noise(network)
+        networks.append(network)
+    mine, plain = networks
+    step = LossStep(mine, 0.01, 0.5)
+    adam = torch.optim.Adam(plain.parameters(), lr=0.01, fused=True)
+    x, ids = torch.randn(4, 60, 5), torch.arange(4)
+    for _ in range(3):
+        norm = step(mine(x, ids).square().mean((1, 2)))
+        adam.zero_grad()
+        plain(x, ids).square().mean((1, 2)).mean().backward()
+        assert torch.equal(norm, nn.utils.clip_grad_norm_(plain.parameters(), 0.5))
+        adam.step()
+    for one, other in zip(mine.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert not any(getattr(layer, "recorder", None) for layer in mine.modules())

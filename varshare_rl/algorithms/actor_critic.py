@@ -86,8 +86,12 @@ class ActorCritic:
         self.problem, self.elbo, self.task_ids = problem, learner.elbo, problem.task_ids
         self.actor, self.critic = build()
         clip = options.max_grad_norm
-        self.actor_step = LossStep(list(self.actor.parameters()), options.learning_rate, clip, epsilon)
-        self.critic_step = LossStep(list(self.critic.parameters()), options.critic_learning_rate, clip, epsilon)
+        chosen = (learner.optimizer, learner.guard)
+        self.actor_step = LossStep(self.actor, options.learning_rate, clip, epsilon, *chosen)
+        self.critic_step = LossStep(self.critic, options.critic_learning_rate, clip, epsilon, *chosen)
+        gradient = learner.gradient
+        self.actor_step.combine_by(gradient.actor, gradient, problem.num_tasks)
+        self.critic_step.combine_by(gradient.critic, gradient, problem.num_tasks)
         self.normalizer = ObservationNormalizer(
             problem.num_tasks, problem.obs_size, options.normalize_observations
         ).to(problem.device)
@@ -126,6 +130,8 @@ class ActorCritic:
         """Take note of the share of total_transitions that is done."""
         self.fraction = fraction
         self.elbo.advance(fraction)
+        self.actor_step.advance(fraction)
+        self.critic_step.advance(fraction)
 
     def metrics(self) -> Metrics:
         """State of the controllers of the ELBO, and what the last absorption did."""
@@ -157,6 +163,14 @@ class ActorCritic:
         for step in (self.actor_step, self.critic_step):
             step.optimizer.state.clear()
 
+    def masked_steps(self) -> Tensor:
+        """Steps of actor and critic that each task was left out of, ``[T]``."""
+        masked = torch.zeros(self.problem.num_tasks, dtype=torch.int64)
+        for step in (self.actor_step, self.critic_step):
+            if step.guard.masked is not None:
+                masked += step.guard.masked.cpu()
+        return masked
+
     def trained_modules(self) -> dict[str, nn.Module]:
         """Actor and critic."""
         return {"actor": self.actor, "critic": self.critic}
@@ -181,14 +195,14 @@ class ActorCritic:
         self.normalizer.load_state_dict(state["normalizer"])
 
     def state(self) -> Tree:
-        """Networks, optimisers, normalisers and the number of updates."""
+        """Networks, steps, normalisers and the number of updates."""
         return {
             **self.policy_state(),
             "reward_scaler": self.reward_scaler.state_dict(),
-            "actor_optimizer": self.actor_step.optimizer.state_dict(),
-            "critic_optimizer": self.critic_step.optimizer.state_dict(),
             "elbo": self.elbo.state(),
             "draws": self.draws.state(),
+            "actor_step": self.actor_step.state(),
+            "critic_step": self.critic_step.state(),
             "updates": self.updates,
             "absorbed": {name: float(value) for name, value in self.absorbed.items()},
             "resets_done": self.resets_done,
@@ -197,10 +211,11 @@ class ActorCritic:
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
         self.load_policy_state(state)
-        self.actor_step.optimizer.load_state_dict(state["actor_optimizer"])
-        self.critic_step.optimizer.load_state_dict(state["critic_optimizer"])
+        self.reward_scaler.restore(state["reward_scaler"])
         self.elbo.load_state(state["elbo"])
         self.draws.load_state(state["draws"])
+        self.actor_step.load_state(state["actor_step"])
+        self.critic_step.load_state(state["critic_step"])
         self.updates = state["updates"]
         self.absorbed = state["absorbed"]
         self.resets_done = state["resets_done"]

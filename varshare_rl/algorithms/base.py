@@ -11,7 +11,10 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
+from varshare_rl.optim.combiners import GradientOptions
 from varshare_rl.optim.elbo import Elbo
+from varshare_rl.optim.guard import GuardOptions
+from varshare_rl.optim.optimizer import OptimizerOptions
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
 #: Builds a task network from its input and output size.
@@ -78,6 +81,9 @@ class Algorithm(Protocol):
     def metrics(self) -> Metrics:
         """State of what controls the training, for the log."""
 
+    def masked_steps(self) -> Tensor:
+        """Gradient steps that each task was left out of because its loss had diverged, ``[T]`` on the CPU."""
+
     def trained_modules(self) -> dict[str, nn.Module]:
         """The networks that are trained, by name."""
 
@@ -128,6 +134,9 @@ class Learner:
     elbo: Elbo
     critic: CriticOptions = field(default_factory=CriticOptions)
     make_critic_network: NetworkFactory | None = None  # None: as make_network
+    gradient: GradientOptions = field(default_factory=GradientOptions)
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
+    guard: GuardOptions = field(default_factory=GuardOptions)
 
     def value_network(self) -> ValueNetwork:
         """A fresh state value, on the problem's device."""

@@ -15,7 +15,7 @@ from varshare_rl.data.rollout import Rollout, RolloutStep
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
-from varshare_rl.ops.losses import normalize_per_task, ppo_policy_loss
+from varshare_rl.ops.losses import finite_mean, normalize_per_task, ppo_policy_loss
 from varshare_rl.ops.returns import gae
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.types import Scalars, Transition, Tree
@@ -186,7 +186,7 @@ class PPO(ActorCritic):
             "policy": policy.loss.detach().mean(),
             "value": value_loss.detach().mean(),
             "entropy": entropy.detach().mean(),
-            "approximate_kl": policy.approximate_kl.mean(),
+            "approximate_kl": finite_mean(policy.approximate_kl),  # a task that has diverged stops nobody
             "clip_fraction": policy.clip_fraction.mean(),
             "actor_grad_norm": actor_norm,
             "critic_grad_norm": critic_norm,

@@ -17,6 +17,7 @@ from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen
 from varshare_rl.nn.stochastic import theta_only
 from varshare_rl.ops.returns import td_target
+from varshare_rl.optim.combiners import Method
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Scalars, Transition, Tree, UserError
@@ -89,7 +90,13 @@ class SAC(ActorCritic):
         self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
         dimensions = problem.action_mask.to(problem.device).sum(1).float()
         self.target_entropy = options.target_entropy_per_dimension * dimensions  # [T]
-        self.entropy_step = LossStep([self.log_alpha], options.entropy_learning_rate, 0.0)
+        self.entropy_step = LossStep([self.log_alpha], options.entropy_learning_rate, 0.0, guard=learner.guard)
+        for method, step in (
+            (learner.gradient.actor, self.actor_step),
+            (learner.gradient.critic, self.critic_step),
+        ):
+            if method is Method.softmax_temperature:
+                step.follow_temperature(self.log_alpha)
         self.replay = Replay(
             problem.num_tasks, options.replay_capacity_per_task, problem.obs_size, problem.action_size,
             problem.device,
@@ -211,7 +218,7 @@ class SAC(ActorCritic):
             **super().state(),
             "target_critic": self.target_critic.state_dict(),
             "log_alpha": self.log_alpha.detach(),
-            "entropy_optimizer": self.entropy_step.optimizer.state_dict(),
+            "entropy_step": self.entropy_step.state(),
             "replay": self.replay.state(),
             "transitions_per_task": self.transitions_per_task,
             "updates_due": self.updates_due,
@@ -223,7 +230,7 @@ class SAC(ActorCritic):
         self.target_critic.load_state_dict(state["target_critic"])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
-        self.entropy_step.optimizer.load_state_dict(state["entropy_optimizer"])
+        self.entropy_step.load_state(state["entropy_step"])
         self.replay.load_state(state["replay"])
         self.transitions_per_task = state["transitions_per_task"]
         self.updates_due = state["updates_due"]

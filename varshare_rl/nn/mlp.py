@@ -9,11 +9,26 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.task_rows import TaskIds
 from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.ops.norm import recorded_layer_norm
+from varshare_rl.ops.recording import Recorder, Recording
+
+
+class SharedLayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` whose scale and offset can have their gradients told apart by task."""
+
+    recorder: Recorder | None = None  # who wants them
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., F]`` to ``[..., F]``."""
+        if self.recorder is None:
+            return super().forward(input)
+        record = Recording(self.recorder, self.weight, self.bias)
+        return recorded_layer_norm(input, self.weight, self.bias, self.eps, record)
 
 
 def hidden_norms(hidden: Sequence[int], layer_norm: bool) -> nn.ModuleList:
     """What stands between each hidden layer and its activation: a LayerNorm (Ba et al. 2016), or nothing."""
-    return nn.ModuleList(nn.LayerNorm(size) if layer_norm else nn.Identity() for size in hidden)
+    return nn.ModuleList(SharedLayerNorm(size) if layer_norm else nn.Identity() for size in hidden)
 
 
 class TaskMLP(nn.Module):

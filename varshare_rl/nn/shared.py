@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.initial import linear_parameters
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
-from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.nn.task_rows import TaskIds, TaskRows, all_tasks, task_rows
 from varshare_rl.ops.linear import linear
+from varshare_rl.ops.recording import Recorder, Recording, per_task_offset
 
 
 class SharedLayer(nn.Module):
@@ -18,6 +19,8 @@ class SharedLayer(nn.Module):
     With ``one_hot_tasks > 0`` the layer acts on the input with a one-hot code of the task appended. The
     code is never built: its product with the last columns of ``theta`` is a column of ``theta``.
     """
+
+    recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
 
     def __init__(self, in_features: int, out_features: int, one_hot_tasks: int = 0) -> None:
         super().__init__()
@@ -30,10 +33,20 @@ class SharedLayer(nn.Module):
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """``x [..., F]`` in any layout to ``[..., G]``."""
         if self.one_hot_tasks == 0:
-            return linear(x, self.theta, self.bias)
+            record = None if self.recorder is None else Recording(self.recorder, self.theta, self.bias)
+            return linear(x, self.theta, self.bias, record)
         rows = task_rows(x, task_id, self.one_hot_tasks)
+        if self.recorder is not None:
+            return rows.restore(self._recorded(rows, self.recorder))
         offset = rows.select(self.theta[:, self.in_features :].t() + self.bias)  # [K, G]
         return rows.restore(linear(rows.x, self.theta[:, : self.in_features]).add_(offset.unsqueeze(1)))
+
+    def _recorded(self, rows: TaskRows, recorder: Recorder) -> Tensor:
+        """The same output, by functions that can tell the tasks' gradients apart."""
+        record = Recording(recorder, self.theta, columns=self.in_features)
+        ids = all_tasks(self.one_hot_tasks) if rows.ids is None else rows.ids
+        offset = per_task_offset(self.theta, self.bias, self.in_features, ids.to(self.theta.device), recorder)
+        return linear(rows.x, self.theta[:, : self.in_features], None, record) + offset.unsqueeze(1)
 
     def extra_repr(self) -> str:
         hot = f", one_hot_tasks={self.one_hot_tasks}" if self.one_hot_tasks else ""

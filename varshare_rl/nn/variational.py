@@ -13,6 +13,7 @@ from varshare_rl.nn.initial import check_positive, stack_tasks, unstack_tasks
 from varshare_rl.nn.stochastic import Noise, RowNoise, WeightNoise
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, group_rows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
+from varshare_rl.ops.recording import Recorder, Recording
 from varshare_rl.ops.task_weights import TaskWeights
 
 #: How a training pass draws the weights when no noise is held.
@@ -48,6 +49,7 @@ class VariationalLayer(nn.Module, ABC):
     #: Names of the mean and the ``rho`` of every factor.
     factors: ClassVar[tuple[tuple[str, str], ...]]
     theta: nn.Parameter
+    bias: nn.Parameter | None
     log_prior_scale: Tensor
 
     def __init__(
@@ -73,6 +75,7 @@ class VariationalLayer(nn.Module, ABC):
         self.estimator, self.particles = estimator, particles
         self.noise: Noise | None = None
         self.theta_only = False
+        self.recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
         self.register_buffer("log_prior_scale", torch.full((num_tasks,), float(prior_scale)).log())
 
     @property
@@ -106,28 +109,38 @@ class VariationalLayer(nn.Module, ABC):
 
     def _output(self, rows: TaskRows, temperature: float) -> Tensor:
         if self.theta_only:
-            return self.shared_output(rows.x)
+            return self.shared_output(rows.x, self._recording(rows))
         if not self.training or temperature == 0:
-            return self.output(rows.x, [rows.select(mu) for mu, _ in self.posteriors()])
+            return self._mean(rows)
         if self.noise is not None:
             if isinstance(self.noise, RowNoise):
                 return self._local(rows, temperature, self.noise)
             return self._drawn(rows, temperature, self.noise)
         if self.estimator == "mean":
-            return self.output(rows.x, [rows.select(mu) for mu, _ in self.posteriors()])
+            return self._mean(rows)
         if self.estimator == "local":
             return self._local(rows, temperature, self.draw_row_noise(rows.x.shape[:2]))
         split = rows.split(self.particles)
         noise = self.draw_noise(split.x.shape[0])
         if self.estimator == "flipout":
             return rows.merge(self._flipout(split, temperature, noise))
-        return rows.merge(self.output(split.x, self.weights(noise, temperature, split.ids)))
+        drawn = self.weights(noise, temperature, split.ids)
+        return rows.merge(self.output(split.x, drawn, self._recording(split)))
+
+    def _recording(self, rows: TaskRows) -> Recording | None:
+        """For blocks that are the tasks in order: only then is a block's gradient that of a task."""
+        if self.recorder is None or rows.ids is not None:
+            return None
+        return Recording(self.recorder, self.theta, self.bias)
+
+    def _mean(self, rows: TaskRows) -> Tensor:
+        return self.output(rows.x, [rows.select(mu) for mu, _ in self.posteriors()], self._recording(rows))
 
     def _drawn(self, rows: TaskRows, temperature: float, held: WeightNoise) -> Tensor:
         """With held draws: one per task, or one per group of rows."""
         if held.index is None:
             drawn = self.weights(held.values, temperature)
-            return self.output(rows.x, [rows.select(weight) for weight in drawn])
+            return self.output(rows.x, [rows.select(weight) for weight in drawn], self._recording(rows))
         grouped = group_rows(rows.x.flatten(0, 1), held.index.flatten())
         assert grouped.ids is not None
         assert held.tasks is not None
@@ -138,12 +151,13 @@ class VariationalLayer(nn.Module, ABC):
     def _local(self, rows: TaskRows, temperature: float, noise: RowNoise) -> Tensor:
         means = [rows.select(mu) for mu, _ in self.posteriors()]
         variances = [rows.select(softplus_sigma(rho, temperature).square()) for _, rho in self.posteriors()]
-        return self.local_output(rows.x, means, variances, noise.values)
+        return self.local_output(rows.x, means, variances, noise.values, self._recording(rows))
 
     def _flipout(self, rows: TaskRows, temperature: float, noise: Sequence[Tensor]) -> Tensor:
         means = [rows.select(mu) for mu, _ in self.posteriors()]
         sigmas = [rows.select(softplus_sigma(rho, temperature)) for _, rho in self.posteriors()]
-        return self.flipout_output(rows.x, means, [s * e for s, e in zip(sigmas, noise, strict=True)])
+        deltas = [sigma * epsilon for sigma, epsilon in zip(sigmas, noise, strict=True)]
+        return self.flipout_output(rows.x, means, deltas, self._recording(rows))
 
     def posteriors(self) -> list[tuple[Tensor, Tensor]]:
         """Mean and ``rho`` of every factor, each ``[T, ...]``."""
@@ -162,21 +176,28 @@ class VariationalLayer(nn.Module, ABC):
         return drawn
 
     @abstractmethod
-    def shared_output(self, x: Tensor) -> Tensor:
-        """``x theta^T + bias``, without residuals."""
+    def shared_output(self, x: Tensor, record: Recording | None = None) -> Tensor:
+        """``x theta^T + bias``, without residuals; ``record`` is handed on to the product with ``theta``."""
 
     @abstractmethod
-    def output(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    def output(self, x: Tensor, factors: Sequence[Tensor], record: Recording | None = None) -> Tensor:
         """``x: [K, B, F]`` and one set of factors ``[K, ...]`` per block to ``[K, B, G]``."""
 
     @abstractmethod
     def local_output(
-        self, x: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor], noise: Sequence[Tensor]
+        self,
+        x: Tensor,
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        noise: Sequence[Tensor],
+        record: Recording | None = None,
     ) -> Tensor:
         """The output under a draw of its own for every row, from noise as :meth:`draw_row_noise` gives it."""
 
     @abstractmethod
-    def flipout_output(self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    def flipout_output(
+        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: Recording | None = None
+    ) -> Tensor:
         """The output under the perturbations ``deltas`` of the means, with random signs for every row."""
 
     @abstractmethod

@@ -14,6 +14,7 @@ from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.ops.gaussian import random_signs, softplus_sigma
 from varshare_rl.ops.linear import linear
+from varshare_rl.ops.recording import Recording
 from varshare_rl.ops.task_weights import FullRankWeights
 
 
@@ -57,21 +58,28 @@ class VarShareLayer(VariationalLayer):
         for name, value in self.fresh_factors(num_tasks).items():
             self.register_parameter(name, nn.Parameter(value))
 
-    def shared_output(self, x: Tensor) -> Tensor:
-        return linear(x, self.theta, self.bias)
+    def shared_output(self, x: Tensor, record: Recording | None = None) -> Tensor:
+        return linear(x, self.theta, self.bias, record)
 
-    def output(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        return torch.baddbmm(self.shared_output(x), x, factors[0].transpose(1, 2))
+    def output(self, x: Tensor, factors: Sequence[Tensor], record: Recording | None = None) -> Tensor:
+        return torch.baddbmm(self.shared_output(x, record), x, factors[0].transpose(1, 2))
 
     def local_output(
-        self, x: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor], noise: Sequence[Tensor]
+        self,
+        x: Tensor,
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        noise: Sequence[Tensor],
+        record: Recording | None = None,
     ) -> Tensor:
         spread = torch.bmm(x.square(), variances[0].transpose(1, 2)).clamp_min(1e-16).sqrt()
-        return torch.addcmul(self.output(x, means), spread, noise[0])
+        return torch.addcmul(self.output(x, means, record), spread, noise[0])
 
-    def flipout_output(self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    def flipout_output(
+        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: Recording | None = None
+    ) -> Tensor:
         perturbed = torch.bmm(x * random_signs(x), deltas[0].transpose(1, 2))
-        return torch.addcmul(self.output(x, means), perturbed, random_signs(perturbed))
+        return torch.addcmul(self.output(x, means, record), perturbed, random_signs(perturbed))
 
     def task_weights(self) -> FullRankWeights:
         return FullRankWeights(self.theta, self.mus, softplus_sigma(self.rhos))

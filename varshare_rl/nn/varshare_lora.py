@@ -14,6 +14,7 @@ from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.ops.gaussian import random_signs, softplus_sigma
 from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.recording import Recording
 from varshare_rl.ops.task_weights import LowRankWeights
 
 
@@ -73,24 +74,31 @@ class VarShareLoRALayer(VariationalLayer):
         for name, value in self.fresh_factors(num_tasks).items():
             self.register_parameter(name, nn.Parameter(value))
 
-    def shared_output(self, x: Tensor) -> Tensor:
-        return linear(x, self.theta, self.bias)
+    def shared_output(self, x: Tensor, record: Recording | None = None) -> Tensor:
+        return linear(x, self.theta, self.bias, record)
 
-    def output(self, x: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    def output(self, x: Tensor, factors: Sequence[Tensor], record: Recording | None = None) -> Tensor:
         a, b = factors
-        return low_rank_linear(x, self.theta, self.bias, a, b, self.scale)
+        return low_rank_linear(x, self.theta, self.bias, a, b, self.scale, record)
 
     def local_output(
-        self, x: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor], noise: Sequence[Tensor]
+        self,
+        x: Tensor,
+        means: Sequence[Tensor],
+        variances: Sequence[Tensor],
+        noise: Sequence[Tensor],
+        record: Recording | None = None,
     ) -> Tensor:
         (mean_a, mean_b), (variance_a, variance_b), (noise_z, noise_y) = means, variances, noise
         z = _normal(x, mean_a, variance_a, noise_z)
-        return torch.add(self.shared_output(x), _normal(z, mean_b, variance_b, noise_y), alpha=self.scale)
+        return torch.add(self.shared_output(x, record), _normal(z, mean_b, variance_b, noise_y), alpha=self.scale)
 
-    def flipout_output(self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor]) -> Tensor:
+    def flipout_output(
+        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: Recording | None = None
+    ) -> Tensor:
         (mean_a, mean_b), (delta_a, delta_b) = means, deltas
         z = _flipped(x, mean_a, delta_a)
-        return torch.add(self.shared_output(x), _flipped(z, mean_b, delta_b), alpha=self.scale)
+        return torch.add(self.shared_output(x, record), _flipped(z, mean_b, delta_b), alpha=self.scale)
 
     def task_weights(self) -> LowRankWeights:
         sigmas = (softplus_sigma(self.rhos_A), softplus_sigma(self.rhos_B))

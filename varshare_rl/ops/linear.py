@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from varshare_rl.ops.recording import Recording
+
 _BACKEND: Any = torch.backends.mkldnn
 _ONEDNN = (
     _BACKEND.is_available()
@@ -27,24 +29,33 @@ _WORTH_ONEDNN = 1 << 17
 _BFLOAT16_WIDTH = 64
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, record: Recording | None = None) -> Tensor:
     """``x weight^T + bias``, as ``torch.nn.functional.linear``: ``[..., F]``, ``[G, F]``, ``[G]`` to ``[..., G]``.
 
-    Differentiable at least once; the oneDNN path no more often.
+    Differentiable at least once; the oneDNN path and the recorded one no more often. While ``record`` is listened
+    to, gradients of weight and bias go there, apart by task.
     """
-    if not _suits(x, weight):
+    if record is None and not _suits(x, weight):
         return F.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(x, weight, bias, record)  # type: ignore[no-untyped-call]
     return y
 
 
-def low_rank_linear(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def low_rank_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    record: Recording | None = None,
+) -> Tensor:
     """``x (weight + scale b_k a_k)^T + bias`` for every block ``k``, without building the residual ``b_k a_k``.
 
     ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``a: [K, r, F]``, ``b: [K, G, r]``; returns
-    ``[K, B, G]``. Differentiable once.
+    ``[K, B, G]``. Differentiable once. ``record`` as in :func:`linear`.
     """
-    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale)  # type: ignore[no-untyped-call]
+    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale, record)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -80,33 +91,60 @@ def _unflat(flat: Tensor, like: Tensor) -> Tensor:
     return unflat
 
 
+def _recorded(record: Recording | None, grad: Tensor, x: Tensor) -> bool:
+    """Add the weight's and the bias's gradients to the rows of whoever listens; False if nobody does."""
+    rows = None if record is None else record.takes(x, grad)
+    if rows is None:
+        return False
+    weight, bias = rows
+    if _ONEDNN and x.is_cpu and x.dtype == torch.float32 and x[0].numel() * grad.shape[2] >= _WORTH_ONEDNN:
+        for block, grad_block, x_block in zip(weight, grad, x, strict=True):
+            block.add_(_product(grad_block.t(), x_block.t()))
+    else:
+        weight.baddbmm_(grad.transpose(1, 2), x)
+    if bias is not None:
+        bias.add_(grad.sum(1))
+    return True
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: Recording | None) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.record = record
         return _unflat(_product(x.reshape(-1, x.shape[-1]), weight, bias), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        if need_weight and _recorded(ctx.record, grad, x):
+            need_weight = need_bias = False
         flat = grad.reshape(-1, grad.shape[-1])
         return (
             _unflat(_product(flat, weight.t()), x) if need_x else None,
             _product(flat.t(), x.reshape(-1, x.shape[-1]).t()) if need_weight else None,
             flat.sum(0) if need_bias else None,
+            None,
         )
 
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        record: Recording | None,
     ) -> Tensor:
         z = torch.bmm(x, a.transpose(1, 2))  # [K, B, r]
         ctx.save_for_backward(x, weight, a, b, z)
-        ctx.scale = scale
+        ctx.scale, ctx.record = scale, record
         y = _unflat(_product(x.reshape(-1, x.shape[2]), weight, bias), x)
         return y.baddbmm_(z, b.transpose(1, 2), alpha=scale)
 
@@ -114,7 +152,9 @@ class _LowRankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, z = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+        need_x, need_weight, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
+        if need_weight and _recorded(ctx.record, grad, x):
+            need_weight = need_bias = False
         flat = grad.reshape(-1, grad.shape[2])
         grad_x = grad_a = grad_b = None
         if need_b:  # in this order the long dimension is the contiguous one
@@ -132,5 +172,6 @@ class _LowRankLinear(torch.autograd.Function):
             flat.sum(0) if need_bias else None,
             grad_a,
             grad_b,
+            None,
             None,
         )

@@ -37,6 +37,14 @@ def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     return 0.5 * (prediction - target).square().mean(-1)
 
 
+def finite_mean(values: Tensor) -> Tensor:
+    """Mean over the tasks whose value is finite; ``[T]`` in, a scalar out. Plain ``mean()`` where all are."""
+    mean = values.mean()
+    finite = torch.isfinite(values)
+    others = torch.where(finite, values, 0.0).sum() / finite.sum().clamp_min(1)
+    return torch.where(torch.isfinite(mean), mean, others)
+
+
 def normalize_per_task(advantage: Tensor, epsilon: float = 1e-8) -> Tensor:
     """Zero mean and unit variance within each task; ``[T, ...]`` in and out."""
     flat = advantage.flatten(1)

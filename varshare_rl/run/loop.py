@@ -69,6 +69,7 @@ class Run:
     evaluated_at: int = -1
     scalars: Scalars = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    masked_tasks: set[str] = field(default_factory=set)  # that the screen has named
 
     def __post_init__(self) -> None:
         self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
@@ -166,6 +167,7 @@ class Run:
             metrics |= self.episodes.metrics(self.suite.has_success)
             metrics |= self._nats()
             metrics |= self.algorithm.metrics()
+            metrics |= self._masked()
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
             metrics["time/updates"] = float(self.algorithm.updates)
             metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
@@ -178,6 +180,21 @@ class Run:
         metrics = {f"kl_layer/{layer}": float(nats.mean()) for layer, nats in layers.items()}
         for index, task in enumerate(self.suite.task_names if layers else ()):
             metrics[f"kl/{task}"] = float(sum(nats[index] for nats in layers.values()))
+        return metrics
+
+    def _masked(self) -> Metrics:
+        """``guard/<task>``: steps that a task was left out of, if any; says so when it begins."""
+        metrics: Metrics = {}
+        for task, steps in zip(self.suite.task_names, self.algorithm.masked_steps().tolist(), strict=True):
+            if steps == 0:
+                continue
+            metrics[f"guard/{task}"] = float(steps)
+            if task not in self.masked_tasks:
+                self.masked_tasks.add(task)
+                self.console.message(
+                    f"warning: by {self.transitions:,} transitions the loss of task {task} has diverged; "
+                    f"such steps go on without it and are counted as guard/{task}"
+                )
         return metrics
 
     def phase_shares(self) -> dict[str, float]:
@@ -224,6 +241,7 @@ class Run:
             "evaluated_at": self.evaluated_at,
             "observed_at": self.observed_at,
             "phase_seconds": self.phase_seconds,
+            "masked_tasks": sorted(self.masked_tasks),
             "scalars": {name: float(value) for name, value in self.scalars.items()},
             "algorithm": self.algorithm.state(),
             "engine": self.engine.state(),
@@ -239,6 +257,7 @@ class Run:
         self.observed_at = state.get("observed_at", self.transitions)  # a checkpoint of before there was one
         self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
         self.phase_seconds = state["phase_seconds"]
+        self.masked_tasks = set(state["masked_tasks"])
         self.scalars = state["scalars"]
         self.algorithm.load_state(state["algorithm"])
         self._observation = self.engine.load_state(state["engine"])

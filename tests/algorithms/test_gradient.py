@@ -1,0 +1,128 @@
+"""Steps of PPO and SAC with every combination of gradients: they learn, and go on bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers import collect
+
+from envs.pointmass import PointMassOptions
+from envs.suite import VectorEngine
+from varshare_rl.algorithms.ppo import PPOOptions
+from varshare_rl.algorithms.sac import SACOptions
+from varshare_rl.assemble import build_algorithm, build_suite
+from varshare_rl.config import TrainConfig, check_config
+from varshare_rl.nn import VarShareLoRA
+from varshare_rl.optim.combiners import GradientOptions, Method
+from varshare_rl.optim.optimizer import OptimizerOptions, Schedule
+from varshare_rl.optim.reduction import JacobianReduction, TemperatureReduction
+from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
+
+ALGORITHMS = {
+    "ppo": PPOOptions(rollout_transitions_per_task=20, epochs=2, minibatches=2),
+    "sac": SACOptions(
+        start_transitions_per_task=8,
+        batch_per_task=8,
+        replay_capacity_per_task=100,
+        updates_per_transition_per_task=0.25,
+    ),
+}
+SCHEDULED = OptimizerOptions(schedule=Schedule.cosine, warmup=0.2, weight_decay=0.1, spread_rate=2.0)
+
+
+def make(algorithm: str, actor: Method, critic: Method) -> tuple[VectorEngine, Any]:
+    torch.manual_seed(0)
+    config = TrainConfig(
+        PointMassOptions(envs_per_task=4, horizon=10),
+        ALGORITHMS[algorithm],
+        VarShareLoRA(hidden=[8], layer_norm=True),
+        gradient=GradientOptions(actor, critic),
+        optimizer=SCHEDULED,
+    )
+    check_config(config)
+    suite = build_suite(config)
+    return suite.make_engine(4, 0), build_algorithm(config, suite, torch.device("cpu"))
+
+
+def train(engine: VectorEngine, learner: Any, obs: torch.Tensor, steps: range) -> torch.Tensor:
+    for step in steps:
+        obs = collect(engine, learner, obs, 1)
+        learner.advance((step + 1) / 30)
+        while learner.ready():
+            learner.update()
+    return obs
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("actor", "critic"),
+    [
+        (Method.gradvac, Method.nashmtl),
+        (Method.gradnorm, Method.pcgrad),
+        (Method.softmax_temperature, Method.graddrop),
+    ],
+)
+def test_two_halves_are_one_whole(tmp_path: Any, algorithm: str, actor: Method, critic: Method) -> None:
+    if actor is Method.softmax_temperature and algorithm == "ppo":
+        actor = Method.mean
+    engine, whole = make(algorithm, actor, critic)
+    obs = train(engine, whole, torch.from_numpy(engine.reset()), range(12))
+    assert whole.updates > 0
+    path = save_checkpoint(tmp_path, "last", 12, {"algorithm": whole.state(), "engine": engine.state()})
+    random = torch.get_rng_state()
+    train(engine, whole, obs, range(12, 22))
+
+    other_engine, half = make(algorithm, actor, critic)
+    state = load_checkpoint(path)
+    half.load_state(state["algorithm"])
+    obs = torch.from_numpy(other_engine.load_state(state["engine"]))
+    torch.set_rng_state(random)
+    train(other_engine, half, obs, range(12, 22))
+    assert half.updates == whole.updates
+    for one, other in zip(whole.actor.parameters(), half.actor.parameters(), strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(whole.critic.parameters(), half.critic.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_actor_and_critic_have_their_own() -> None:
+    _, learner = make("sac", Method.softmax_temperature, Method.pcgrad)
+    assert isinstance(learner.actor_step.reduction, TemperatureReduction)
+    assert learner.actor_step.reduction.log_temperature is learner.log_alpha
+    assert isinstance(learner.critic_step.reduction, JacobianReduction)
+
+
+def test_no_shared_parameter_of_the_networks_needs_a_pass_per_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    for algorithm in ALGORITHMS:
+        engine, learner = make(algorithm, Method.pcgrad, Method.pcgrad)
+        for step in (learner.actor_step, learner.critic_step):
+            monkeypatch.delattr(type(step.reduction.gradients), "_one_at_a_time", raising=False)
+        train(engine, learner, torch.from_numpy(engine.reset()), range(12))
+        assert learner.updates > 0
+        for step in (learner.actor_step, learner.critic_step):
+            assert len(step.reduction.gradients.reached) == len(step.reduction.gradients.shared)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_rest_learns_on_when_one_task_breaks(algorithm: str) -> None:
+    engine, learner = make(algorithm, Method.mean, Method.pcgrad)
+    obs = train(engine, learner, torch.from_numpy(engine.reset()), range(6))
+    fields = learner.rollout.fields if algorithm == "ppo" else None
+    before = [parameter.detach().clone() for parameter in learner.actor.parameters()]
+    for step in range(6, 20):
+        obs = collect(engine, learner, obs, 1)
+        if fields is None:
+            learner.replay.rows[3] = float("nan")
+        elif learner.ready():
+            learner.rollout.fields["reward"][3] = float("nan")
+        learner.advance(step / 30)
+        while learner.ready():
+            learner.update()
+    masked = learner.masked_steps().tolist()
+    assert masked[3] > 0
+    assert sum(masked) == masked[3]
+    after = list(learner.actor.parameters())
+    assert all(torch.isfinite(parameter).all() for parameter in after)
+    assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from varshare_rl.nn import Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.optim.optimizer import OptimizerOptions, Schedule, schedule_factor
+from varshare_rl.optim.roles import Kind, roles
+from varshare_rl.optim.step import LossStep
+
+LINEAR = OptimizerOptions(schedule=Schedule.linear)
+WARM = OptimizerOptions(schedule=Schedule.linear, warmup=0.2, final_rate=0.1)
+COSINE = OptimizerOptions(schedule=Schedule.cosine, final_rate=0.2)
+
+
+@pytest.mark.parametrize(
+    ("options", "fraction", "factor"),
+    [
+        (OptimizerOptions(), 0.0, 1.0),
+        (OptimizerOptions(), 1.0, 1.0),
+        (OptimizerOptions(warmup=0.5), 0.25, 0.5),
+        (OptimizerOptions(warmup=0.5), 0.75, 1.0),
+        (LINEAR, 0.0, 1.0),
+        (LINEAR, 0.25, 0.75),
+        (LINEAR, 1.0, 0.0),
+        (LINEAR, 1.1, 0.0),  # the last vector step may pass the budget
+        (WARM, 0.1, 0.5),
+        (WARM, 0.2, 1.0),
+        (WARM, 0.6, 0.55),
+        (WARM, 1.0, 0.1),
+        (COSINE, 0.0, 1.0),
+        (COSINE, 0.5, 0.6),
+        (COSINE, 0.25, 0.2 + 0.8 * (1 + 0.5**0.5) / 2),
+        (COSINE, 1.0, 0.2),
+    ],
+)
+def test_schedules_by_hand(options: OptimizerOptions, fraction: float, factor: float) -> None:
+    assert schedule_factor(options, fraction) == pytest.approx(factor, abs=1e-12)
+
+
+def step_of(options: OptimizerOptions, network: nn.Module | None = None) -> LossStep:
+    network = network or VarShareLoRA(hidden=[4], layer_norm=True).build(3, 2, 2, Posterior())
+    return LossStep(network, 0.01, 0.0, optimizer=options)
+
+
+def moves(step: LossStep, fraction: float | None = None) -> dict[Kind, float]:
+    """How far the first step moves the parameters of each kind: Adam's first step is its rate."""
+    before = [parameter.detach().clone() for parameter in step.parameters]
+    if fraction is not None:
+        step.advance(fraction)
+    loss = torch.stack([sum((p * torch.randn_like(p)).sum() for p in step.parameters)] * 2)  # type: ignore[arg-type]
+    step(loss)
+    found = {}
+    for role, old in zip(step.roles, before, strict=True):
+        found[role.kind] = float((role.parameter.detach() - old).abs().max())
+    return found
+
+
+def test_rates_of_theta_means_and_spreads() -> None:
+    found = moves(step_of(OptimizerOptions(mean_rate=0.5, spread_rate=3.0)))
+    assert found == pytest.approx({Kind.theta: 0.01, Kind.mean: 0.005, Kind.spread: 0.03}, rel=1e-3)
+
+
+def test_a_rate_of_zero_holds_what_it_is_for() -> None:
+    assert moves(step_of(OptimizerOptions(spread_rate=0.0)))[Kind.spread] == 0.0
+
+
+def test_the_schedule_drives_every_rate() -> None:
+    options = OptimizerOptions(mean_rate=0.5, schedule=Schedule.linear)
+    found = moves(step_of(options), fraction=0.75)
+    assert found == pytest.approx({Kind.theta: 0.0025, Kind.mean: 0.00125, Kind.spread: 0.0025}, rel=1e-3)
+    step = step_of(options)
+    for fraction in (0.9, 0.5):  # a function of the fraction, whatever came before
+        step.advance(fraction)
+    assert [group["lr"] for group in step.optimizer.param_groups] == pytest.approx([0.005, 0.0025])
+
+
+def test_weight_decay_by_hand_and_on_weights_only() -> None:
+    network = VarShareLoRA(hidden=[4], layer_norm=True).build(3, 2, 2, Posterior())
+    step = step_of(OptimizerOptions(weight_decay=0.5), network)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    step(torch.stack([0.0 * parameter.sum() for parameter in network.parameters()][:1] * 2))  # a gradient of zero
+    first = next(iter(before))
+    assert first == "layers.0.theta"
+    torch.testing.assert_close(network.layers[0].theta, before[first] * (1 - 0.01 * 0.5))
+    decays = {name for name, role in zip(before, roles(network), strict=True) if role.decays}
+    assert decays == {"layers.0.theta", "layers.1.theta"}
+
+
+@pytest.mark.parametrize(
+    ("network", "expected"),
+    [
+        (Shared(hidden=[4], layer_norm=True), {"theta": "theta, decays", "bias": "theta", "weight": "theta"}),
+        (VarShare(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mean", "rhos": "spread"}),
+        (Independent(hidden=[4]), {"weights": "theta, decays", "biases": "theta"}),
+    ],
+)
+def test_roles(network: Shared | VarShare | Independent, expected: dict[str, str]) -> None:
+    built = network.build(3, 2, 2, Posterior())
+    found = {}
+    for (name, parameter), role in zip(built.named_parameters(), roles(built), strict=True):
+        assert role.parameter is parameter
+        assert role.own == (name.rpartition(".")[2] in ("mus", "rhos", "weights", "biases"))
+        found[name.rpartition(".")[2]] = role.kind.value + (", decays" if role.decays else "")
+    assert found == expected
+
+
+def test_without_options_there_is_one_group_and_adam() -> None:
+    step = step_of(OptimizerOptions())
+    assert type(step.optimizer) is torch.optim.Adam
+    assert len(step.optimizer.param_groups) == 1
+    assert step.optimizer.defaults["fused"]
+
+
+def test_frozen_parameters_are_not_trained() -> None:
+    network = Shared(hidden=[4]).build(3, 2, 2, Posterior())
+    network.layers[0].requires_grad_(False)
+    assert len(LossStep(network, 0.1, 0.0).parameters) == 2

@@ -1,0 +1,277 @@
+"""Ways to combine the tasks' gradients of the shared parameters, through TorchJD, and their options."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from varshare_rl.optim.gradnorm import GradNorm, GradNormOptions
+from varshare_rl.types import Tree, UserError
+
+
+class Method(Enum):
+    """How losses per task become one gradient; the comments give the papers."""
+
+    mean = "mean"  # of the losses
+    pcgrad = "pcgrad"  # Yu et al. 2020, Gradient Surgery for Multi-Task Learning
+    cagrad = "cagrad"  # Liu et al. 2021, Conflict-Averse Gradient Descent for Multi-task Learning
+    fairgrad = "fairgrad"  # Ban and Ji 2024, Fair Resource Allocation in Multi-Task Learning
+    nashmtl = "nashmtl"  # Navon et al. 2022, Multi-Task Learning as a Bargaining Game
+    upgrad = "upgrad"  # Quinton and Rey 2024, Jacobian Descent for Multi-Objective Optimization
+    mgda = "mgda"  # Desideri 2012; Sener and Koltun 2018, Multi-Task Learning as Multi-Objective Optimization
+    imtlg = "imtlg"  # Liu et al. 2021, Towards Impartial Multi-task Learning
+    aligned_mtl = "aligned_mtl"  # Senushkin et al. 2023, Independent Component Alignment
+    gradvac = "gradvac"  # Wang et al. 2021, Gradient Vaccine
+    graddrop = "graddrop"  # Chen et al. 2020, Just Pick a Sign
+    gradnorm = "gradnorm"  # Chen et al. 2018, GradNorm
+    softmax_temperature = "softmax_temperature"  # Yang et al. 2020, Multi-Task RL with Soft Modularization
+
+
+class AlignedScale(Enum):
+    """Which eigenvalue of the Gramian AlignedMTL gives to all of its components."""
+
+    min = "min"
+    median = "median"
+    rmse = "rmse"
+
+
+@dataclass
+class CAGradOptions:
+    """Options of ``cagrad``."""
+
+    c: float = 0.4  # radius of the ball around the mean gradient, as a share of its norm
+
+
+@dataclass
+class FairGradOptions:
+    """Options of ``fairgrad``."""
+
+    alpha: float = 1.0  # fairness: 1 proportional, large max-min
+
+
+@dataclass
+class NashMTLOptions:
+    """Options of ``nashmtl``."""
+
+    max_norm: float = 1.0  # of the combined gradient; 0: none
+    solve_every: int = 1  # steps
+    iterations: int = 20
+
+
+@dataclass
+class AlignedMTLOptions:
+    """Options of ``aligned_mtl``."""
+
+    scale: AlignedScale = AlignedScale.min
+
+
+@dataclass
+class GradVacOptions:
+    """Options of ``gradvac``."""
+
+    decay: float = 0.01  # how quickly the targets of the cosine similarities follow them
+
+
+@dataclass
+class GradientOptions:
+    """Options of ``gradient``: the methods of actor and critic, and their settings."""
+
+    actor: Method = Method.mean
+    critic: Method = Method.mean
+    cagrad: CAGradOptions = field(default_factory=CAGradOptions)
+    fairgrad: FairGradOptions = field(default_factory=FairGradOptions)
+    nashmtl: NashMTLOptions = field(default_factory=NashMTLOptions)
+    aligned_mtl: AlignedMTLOptions = field(default_factory=AlignedMTLOptions)
+    gradvac: GradVacOptions = field(default_factory=GradVacOptions)
+    gradnorm: GradNormOptions = field(default_factory=GradNormOptions)
+
+
+class Combiner(Protocol):
+    """From the tasks' gradients of the shared parameters to one."""
+
+    def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
+        """``rows [T, P]``, the gradients of ``losses [T] / T``, to the gradient to follow, ``[P]``.
+
+        ``kept [T]`` bool: the tasks that count; the other rows are zero. None: all.
+        """
+
+    def state(self) -> Tree:
+        """What it remembers."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state` gave."""
+
+
+class GramianCombiner:
+    """Weights for the gradients that depend on their inner products alone: ``g = sum_i w_i(G) g_i``.
+
+    ``G = J J^T [T, T]`` has the inner products of the tasks' gradients of their own losses, in float64, and is
+    brought to a mean diagonal of 1 before the weights are found, so that tolerances of solvers mean the same at
+    any scale of the losses. Weights of degree ``d`` have ``w(s G) = s^-d w(G)``, which undoes that.
+
+    Args:
+        weighting: ``G`` to ``w [T]``, on the CPU.
+        of_sum: the method replaces the sum of the gradients rather than their mean (PCGrad, GradVac): it is
+            divided by ``T``, so that it equals the mean where nothing conflicts.
+        degree: ``d``; None: the weighting needs ``G`` as it is.
+        memory: what the weighting remembers. It does so per task and cannot be asked about some of them, so
+            while a task is left out the others are averaged.
+    """
+
+    def __init__(
+        self,
+        weighting: Callable[[Tensor], Tensor],
+        of_sum: bool = False,
+        degree: float | None = 0.0,
+        memory: Memory | None = None,
+    ) -> None:
+        self.weighting, self.of_sum, self.degree, self.memory = weighting, of_sum, degree, memory
+
+    def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
+        tasks = len(rows)
+        gramian = (rows @ rows.t()).to("cpu", torch.float64) * tasks**2
+        scale = gramian.diagonal().mean()
+        if not 0.0 < float(scale) < float("inf") or (kept is not None and self.memory is not None):
+            return rows.sum(0)
+        index = torch.arange(tasks) if kept is None else kept.cpu().nonzero().squeeze(1)
+        if self.degree is not None:
+            gramian = gramian / scale
+        found = self.weighting(gramian[index][:, index])
+        if self.degree:
+            found = found * scale**-self.degree
+        weights = torch.zeros(tasks, dtype=torch.float64)
+        weights[index] = found.double() if self.of_sum else found.double() * tasks
+        return weights.to(rows) @ rows
+
+    def state(self) -> Tree:
+        return {} if self.memory is None else self.memory.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        if self.memory is not None:
+            self.memory.load_state(state)
+
+
+class GradDropCombiner:
+    """Every entry keeps the gradients of one sign, drawn by how much of each there is (Chen et al. 2020).
+
+    Not a function of inner products. It replaces the sum, so it is divided by ``T``, as in
+    :class:`GramianCombiner`.
+    """
+
+    def __init__(self, aggregator: Callable[[Tensor], Tensor]) -> None:
+        self.aggregator = aggregator
+
+    def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
+        return self.aggregator(rows)
+
+    def state(self) -> Tree:
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Memory(Protocol):
+    """What a weighting remembers between steps."""
+
+    def state(self) -> Tree: ...
+
+    def load_state(self, state: dict[str, Any]) -> None: ...
+
+
+class _GradVacMemory:
+    """The targets of the cosine similarities, which TorchJD keeps to itself."""
+
+    def __init__(self, weighting: Any) -> None:
+        self.weighting = weighting
+
+    def state(self) -> Tree:
+        return {"targets": self.weighting._phi_t}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        targets = state["targets"]
+        self.weighting._phi_t = targets
+        self.weighting._state_key = None if targets is None else (len(targets), targets.dtype)
+
+
+class _NashMTL:
+    """NashMTL's weights from the Gramian, and what it remembers: the last weights, from which it starts again.
+
+    TorchJD has them from the Jacobian, of which it uses the Gramian and the norm of the combination; both are the
+    same for any ``S`` with ``S S^T = G``, so it is given the symmetric root.
+    """
+
+    def __init__(self, weighting: Any) -> None:
+        self.weighting = weighting
+
+    def __call__(self, gramian: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh(gramian)
+        root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.t()
+        with warnings.catch_warnings():  # of cvxpy, on the form of the problem and inaccurate solutions
+            warnings.simplefilter("ignore")
+            weights: Tensor = self.weighting(root)
+        return weights
+
+    def state(self) -> Tree:
+        return {name: getattr(self.weighting, name) for name in ("step", "prvs_alpha", "normalization_factor")}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self.weighting, name, value)
+        if self.weighting.step > 0:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.weighting._init_optim_problem()
+
+
+def build_combiner(method: Method, options: GradientOptions, num_tasks: int) -> Combiner:
+    """The combiner of a method that needs the gradients per task.
+
+    Raises:
+        UserError: TorchJD or what a method of it needs is not installed.
+    """
+    if method is Method.gradnorm:
+        return GradNorm(options.gradnorm)
+    try:
+        from torchjd import aggregation
+
+        return _from_torchjd(aggregation, method, options, num_tasks)
+    except ImportError as error:
+        raise UserError(
+            f"gradient={method.value} needs TorchJD ({error.msg}); give another gradient, or install it with "
+            "pip install 'varshare_rl[gradient]'"
+        ) from error
+
+
+def _from_torchjd(torchjd: Any, method: Method, options: GradientOptions, num_tasks: int) -> Combiner:
+    if method is Method.graddrop:
+        return GradDropCombiner(torchjd.GradDrop())
+    if method is Method.pcgrad:
+        return GramianCombiner(torchjd.PCGradWeighting(), of_sum=True)
+    if method is Method.gradvac:
+        vaccine = torchjd.GradVacWeighting(beta=options.gradvac.decay)
+        return GramianCombiner(vaccine, of_sum=True, memory=_GradVacMemory(vaccine))
+    if method is Method.nashmtl:
+        chosen = options.nashmtl
+        aggregator = torchjd.NashMTL(num_tasks, chosen.max_norm, chosen.solve_every, chosen.iterations)
+        nash = _NashMTL(aggregator.weighting)
+        return GramianCombiner(nash, degree=None, memory=nash)
+    if method is Method.fairgrad:
+        alpha = options.fairgrad.alpha  # G w = w^(-1 / alpha)
+        return GramianCombiner(torchjd.FairGradWeighting(alpha), degree=alpha / (1.0 + alpha))
+    if method is Method.cagrad:
+        return GramianCombiner(torchjd.CAGradWeighting(options.cagrad.c))
+    if method is Method.aligned_mtl:
+        return GramianCombiner(torchjd.AlignedMTLWeighting(scale_mode=options.aligned_mtl.scale.value))
+    stateless = {
+        Method.upgrad: torchjd.UPGradWeighting,
+        Method.mgda: torchjd.MGDAWeighting,
+        Method.imtlg: torchjd.IMTLGWeighting,
+    }
+    return GramianCombiner(stateless[method]())

@@ -1,0 +1,87 @@
+"""GradNorm (Chen et al. 2018): weights of the tasks that are learned, so that their gradients have like norms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.types import Tree
+
+_LEAST = 1e-3
+
+
+@dataclass
+class GradNormOptions:
+    """Options of ``gradnorm``."""
+
+    asymmetry: float = 0.0  # the paper's alpha: how much more a task that lags behind is to get
+    learning_rate: float = 0.025  # of the weights, by Adam
+
+
+class GradNorm:
+    """Follows ``sum_i w_i g_i / T`` and lets the weights ``w`` descend on
+
+        sum_i | w_i |g_i| - n r_i^a |
+        n = mean_j w_j |g_j|,  r_i = (L_i / L_i(0)) / mean_j (L_j / L_j(0))
+
+    (equations 1 and 2; ``n r_i^a`` is held constant), then brings them back to a sum of ``T``. ``g_i`` is the
+    gradient of task ``i``'s loss ``L_i`` in all shared parameters (the paper takes one layer to save time), and
+    ``a`` is ``asymmetry``. A loss of reinforcement learning need be neither positive nor falling: where ``L_i`` or
+    ``L_i(0)`` is not positive, ``r_i = 1``. A task that is left out keeps its weight.
+    """
+
+    def __init__(self, options: GradNormOptions) -> None:
+        self.options = options
+        self.weights: nn.Parameter | None = None
+        self.first: Tensor | None = None  # [T] losses of the first step
+
+    def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
+        """``rows [T, P]`` to the weighted sum ``[P]``; then one step of the weights."""
+        losses = losses.detach()
+        if self.first is None:
+            self.first = losses.clone()
+            self._start(torch.ones_like(losses))
+        assert self.weights is not None
+        gradient = self.weights.detach() @ rows
+        norms = rows.norm(dim=1)
+        weighted = self.weights.detach() * norms
+        counts = torch.ones_like(norms, dtype=torch.bool) if kept is None else kept
+        counts = counts & torch.isfinite(norms)
+        average = torch.where(counts, weighted, 0.0).sum() / counts.sum().clamp_min(1)
+        lag = weighted - average * self._rates(losses, counts).pow(self.options.asymmetry)
+        self.weights.grad = torch.where(counts, torch.sign(lag) * norms, 0.0)
+        before = self.weights.detach().clone()
+        self.optimizer.step()
+        with torch.no_grad():
+            self.weights.copy_(torch.where(counts, self.weights.clamp_min(_LEAST), before))
+            self.weights.mul_(len(losses) / self.weights.sum())
+        return gradient
+
+    def _rates(self, losses: Tensor, counts: Tensor) -> Tensor:
+        """``r``: how far each task's loss has come, relative to the others; 1 where that says nothing."""
+        assert self.first is not None
+        fits = counts & (losses > 0) & (self.first > 0)
+        share = torch.where(fits, losses / self.first, 0.0)
+        mean = share.sum() / fits.sum().clamp_min(1)
+        return torch.where(fits, share / mean, 1.0)
+
+    def _start(self, weights: Tensor) -> None:
+        self.weights = nn.Parameter(weights)
+        self.optimizer = torch.optim.Adam([self.weights], lr=self.options.learning_rate)
+
+    def state(self) -> Tree:
+        """Weights, their optimiser and the first losses; None before the first step."""
+        if self.weights is None:
+            return {"weights": None}
+        return {"weights": self.weights.detach(), "optimizer": self.optimizer.state_dict(), "first": self.first}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state` gave."""
+        if state["weights"] is None:
+            return
+        self._start(state["weights"].clone())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.first = state["first"]
