@@ -43,8 +43,8 @@ def choose_k(
     if bool((excess > 0).any()):
         worst = int(excess.argmax())
         raise UserError(
-            f"k.max_error={rule.max_error} cannot be met: with all {most} directions task {names[worst]!r} has an error "
-            f"of {float(errors_at(most)[worst]):.3g}; give a larger p or k.max_error (centring leaves a direction out)"
+            f"k.max_error={rule.max_error} cannot be met: with all {most} directions task {names[worst]!r} has an "
+            f"error of {float(errors_at(most)[worst]):.3g}; give a larger p or k.max_error, or method=share"
         )
     low, high = 0, most
     while high - low > 1:
