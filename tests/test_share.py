@@ -146,7 +146,7 @@ WRONG = {
     "unknown_method": (("consolidate", "adapters/task0", "out=basis", "method=svd"), "svd"),
     "wrong_type": (("consolidate", "adapters/task0", "out=basis", "k.fixed=few"), "few"),
     "k_is_no_number": (("consolidate", "adapters/task0", "out=basis", "k=3"), "k is a rule"),
-    "two_rules": (("consolidate", "adapters/task0", "out=basis", "k.fixed=3", "k.explained=0.5"), "k.explained and"),
+    "two_rules": (("consolidate", "adapters/task0", "out=basis", "k.fixed=3", "k.explained=0.5"), "k.explained"),
     "impossible_error": (("consolidate", "adapters/task0", "out=basis", "k.max_error=1.5"), "k.max_error is 1.5"),
     "p_too_small": (("consolidate", "adapters/task0", "out=basis", "p=1"), "layer model.q_proj: k.max_error=0.05"),
     "p_with_delta": (("consolidate", "adapters/task0", "out=basis", "method=delta", "p=1"), "leave p out"),
