@@ -25,8 +25,8 @@ from varshare_rl.continual.share import (
     project,
     put_coefficients,
 )
-from varshare_rl.continual.share import layer_basis as layer_basis_module
-from varshare_rl.continual.share.factors import balance, captured, distance, left_singular, norm
+from varshare_rl.continual.share import fit as fit_module
+from varshare_rl.continual.share.factors import balance, distance, left_singular, norm
 from varshare_rl.types import UserError
 
 METHODS = list(Method)
@@ -286,7 +286,7 @@ def test_the_decomposition_does_not_grow_with_the_past(monkeypatch: pytest.Monke
         widths.append(matrix.shape[1])
         return left_singular(matrix)
 
-    monkeypatch.setattr(layer_basis_module, "left_singular", watched)
+    monkeypatch.setattr(fit_module, "left_singular", watched)
     given = adapters(30, 4)
     share = consolidate({task: given[task] for task in list(given)[:3]}, fixed(8))
     for task in list(given)[3:]:
@@ -411,7 +411,43 @@ def test_products_without_building_them() -> None:
     torch.testing.assert_close(b @ a.mT, whole)
     torch.testing.assert_close(b.mT @ b, torch.diag_embed(singular))
     torch.testing.assert_close(a.mT @ a, torch.diag_embed(singular))
-    for memory in (1, 1 << 26):  # in pieces and at once
-        blocks = captured(left, right, memory)
-        for k in range(1, 10):
-            torch.testing.assert_close(blocks[:, k - 1], whole[:, :k, :k].square().sum((1, 2)))
+
+
+def test_a_task_at_the_bound_does_not_blow_up_the_basis() -> None:
+    """Earlier tasks may lose nothing more: the basis grows by what new adapters need, not to everything."""
+    given = adapters(24, 4, out=60, into=60, shared=6, noise=0.05)
+    strangers = adapters(2, 2, out=60, into=60, seed=5)
+    names = list(given)
+    loose = consolidate({task: given[task] for task in names[:4]}, ShareOptions(k=SizeOptions(max_error=0.3)))
+    worst = max(loose.errors()["layer0"].values())
+    share = consolidate(
+        {task: given[task] for task in names[:4]}, ShareOptions(k=SizeOptions(max_error=worst + 1e-5))
+    )
+    k = share.layers["layer0"].k
+    before = dict(share.errors()["layer0"])
+    share = merge(share, {f"stranger{task}": adapter for task, adapter in strangers.items()})
+    assert k < share.layers["layer0"].k <= k + 4
+    for task, error in before.items():
+        assert share.errors()["layer0"][task] <= max(error, worst + 1e-5) + 2e-6
+    true = measured(share, {task: given[task] for task in before})
+    np.testing.assert_array_less(true, np.array(list(share.errors()["layer0"].values()))[:4] + 1e-5)
+    torch.testing.assert_close(
+        bases(share)[0].basis_B.t() @ bases(share)[0].basis_B,
+        torch.eye(share.layers["layer0"].k),
+        atol=1e-6,
+        rtol=0,
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_rounded_bases_do_not_make_errors(method: Method) -> None:
+    """Columns in float32 are orthonormal to 1e-7, whose root would be reported as an error of 3e-4."""
+    given = adapters(12, MIXED)
+    names = list(given)
+    share = consolidate({task: given[task] for task in names[:11]}, fixed(1000, method))
+    projected = project(share, {"again": given[names[0]]})
+    assert projected.errors()["layer0"]["again"] < 2e-6
+    for _ in range(10):  # nothing is lost by merging with all directions, however often
+        share = merge(share, {f"again{share.merges}": given[names[0]]})
+    assert max(share.errors()["layer0"].values()) < 1e-5
+    assert max(measured(share, {names[3]: given[names[3]]})) < 1e-5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varshare_rl.adapters.adapter import LowRank
-from varshare_rl.continual.share.factors import compress, left_singular, relative
+from varshare_rl.continual.share.factors import compress, left_singular, orthonormal, relative
 from varshare_rl.continual.share.options import ShareOptions
 from varshare_rl.continual.share.size import choose_k
 
@@ -60,11 +60,12 @@ class DeltaBasis:
         """The same basis with one more task, projected onto it."""
         flat = _flat([adapter])
         size = flat.norm(dim=1)
-        own = flat @ self.basis.double().flatten(1).t()
+        exact, fix = orthonormal(self.basis.flatten(1).t())
+        own = flat @ exact
         error = relative((size.square() - own.square().sum(1)).clamp_min(0.0).sqrt(), size)
         return DeltaBasis(
             self.basis,
-            torch.cat([self.coefficients, own.float()]),
+            torch.cat([self.coefficients, torch.linalg.solve(fix, own.t()).t().float()]),
             (*self.norms, *size.tolist()),
             (*self.errors, *error.tolist()),
         )
@@ -82,13 +83,14 @@ def factors_of(coefficients: Tensor, basis: Tensor) -> LowRank:
 def fit_delta(
     past: DeltaBasis | None, new: Sequence[LowRank], options: ShareOptions, names: Sequence[str]
 ) -> DeltaBasis:
-    """Merge new adapters of a layer; see :func:`~varshare_rl.continual.share.layer_basis.fit`."""
+    """Merge new adapters of a layer; see :func:`~varshare_rl.continual.share.fit.fit`."""
     rows = _flat(new)
     sizes = norms = rows.norm(dim=1)
     before = torch.zeros(len(new), dtype=torch.float64)
     stacked = rows
     if past is not None:
-        held, old_basis = past.coefficients.double(), past.basis.double().flatten(1)
+        exact, fix = orthonormal(past.basis.flatten(1).t())
+        held, old_basis = past.coefficients.double() @ fix.t(), exact.t()
         stacked = torch.cat(
             [compress(held.t()).t() @ old_basis, rows]
         )  # at most k rows stand for all earlier tasks

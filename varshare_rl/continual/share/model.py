@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 
 from varshare_rl.adapters.adapter import Adapter, LowRank
 from varshare_rl.continual.share.delta_basis import DeltaBasis, fit_delta
-from varshare_rl.continual.share.layer_basis import Coefficients, LayerBasis, fit
+from varshare_rl.continual.share.fit import fit
+from varshare_rl.continual.share.layer_basis import Coefficients, LayerBasis
 from varshare_rl.continual.share.options import Merge, Method, ShareOptions, check_options
 from varshare_rl.continual.share.storage import BYTES_PER_NUMBER, Storage
 from varshare_rl.types import UserError
