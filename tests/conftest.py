@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from varshare_rl import evaluate, train
+from varshare_rl import evaluate, export, train
 from varshare_rl.cli import run_command
 from varshare_rl.config import register_schemas
 
@@ -56,9 +56,10 @@ def command(
             register_schemas()
         else:
             ConfigStore.instance().store(name="evaluate_schema", node=evaluate.EvaluateConfig)
+            ConfigStore.instance().store(name="export_schema", node=export.ExportConfig)
         code: int | str | None = 0
         try:
-            run_command(name, {"train": train.main, "evaluate": evaluate.main}[name])
+            run_command(name, {"train": train.main, "evaluate": evaluate.main, "export": export.main}[name])
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()

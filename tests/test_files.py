@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from varshare_rl.files import to_json, write_atomically, write_json
+from varshare_rl.files import to_json, whole_folder, write_atomically, write_json
+from varshare_rl.types import UserError
 
 
 def test_write_replaces_the_whole_content(tmp_path: Path) -> None:
@@ -65,3 +66,46 @@ def test_json_has_null_for_what_is_not_finite(tmp_path: Path) -> None:
     assert "\n" not in to_json(value)
     write_json(tmp_path / "x.json", value)
     assert json.loads((tmp_path / "x.json").read_text()) == expected
+
+
+def test_a_folder_appears_whole_and_replaces_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "folder"
+    with whole_folder(target) as hidden:
+        (hidden / "inner").mkdir()
+        write_atomically(hidden / "inner" / "file", "one")
+        assert not target.exists()
+    with whole_folder(target) as hidden:
+        write_atomically(hidden / "other", "two")
+        assert (target / "inner" / "file").read_text() == "one"
+    assert os.listdir(target) == ["other"]
+    assert os.listdir(target.parent) == ["folder"]
+    assert target.stat().st_mode & 0o777 == 0o777 & ~current_umask()
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_half(target: Path) -> None:
+    with whole_folder(target) as hidden:
+        (hidden / "file").write_text("half")
+        raise RuntimeError("stop")
+
+
+def test_a_failure_leaves_the_old_folder_or_none(tmp_path: Path) -> None:
+    for target in (tmp_path / "deep" / "er" / "new", tmp_path / "old"):
+        if target.name == "old":
+            target.mkdir()
+            (target / "file").write_text("kept")
+        with pytest.raises(RuntimeError, match="stop"):
+            write_half(target)
+    assert os.listdir(tmp_path) == ["old"]
+    assert (tmp_path / "old" / "file").read_text() == "kept"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file/below"), whole_folder(tmp_path / "file" / "below"):
+        pass

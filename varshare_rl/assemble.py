@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,17 +21,18 @@ from envs.suite import Suite
 from varshare_rl.algorithms.base import Algorithm, Learner, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
-from varshare_rl.config import Device, MatmulPrecision, TrainConfig
+from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
 from varshare_rl.nn.options import Architecture
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
+from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopOptions, Run
 from varshare_rl.run.results import conditions
 from varshare_rl.run.seeding import seed_everything
 from varshare_rl.run.tracker import Tracker
-from varshare_rl.types import UserError
+from varshare_rl.types import Tree, UserError
 
 SUITES: dict[type, Callable[[Any], Suite]] = {
     PointMassOptions: PointMassSuite,
@@ -96,6 +98,38 @@ def build_problem(suite: Suite, envs_per_task: int, device: torch.device) -> Pro
         action_mask=torch.from_numpy(suite.action_mask),
         device=device,
     )
+
+
+@dataclass(frozen=True)
+class TrainedAgent:
+    """What a run folder holds of an agent, and what it was trained with."""
+
+    config: TrainConfig
+    suite: Suite
+    algorithm: Algorithm
+    device: torch.device
+    checkpoint: Path
+    state: Tree  # of the checkpoint: counters, and the algorithm's own
+
+
+def load_agent(run_dir: Path, kind: str, device: Device) -> TrainedAgent:
+    """The policy in the newest checkpoint of a ``kind`` (last or best) of a run.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or this version cannot read it.
+    """
+    if kind not in ("last", "best"):
+        raise UserError(f"unknown checkpoint {kind!r}; choose last or best")
+    config = load_config(run_dir / "config.yaml")
+    checkpoint = find_checkpoint(run_dir, kind)
+    state = load_checkpoint(checkpoint)
+    chosen = choose_device(device)
+    seed_everything(config.seed)
+    set_matmul_precision(config.matmul_precision)
+    suite = build_suite(config)
+    algorithm = build_algorithm(config, suite, chosen)
+    algorithm.load_policy_state(state["algorithm"])
+    return TrainedAgent(config, suite, algorithm, chosen, checkpoint, state)
 
 
 def run_conditions(config: TrainConfig, suite: Suite, device: torch.device) -> dict[str, Any]:

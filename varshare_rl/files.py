@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
     Raises:
         UserError: the folder cannot be made.
     """
-    target = Path(target)
+    target = Path(target).absolute()
+    made = [parent for parent in target.parents if not parent.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent))
@@ -66,6 +67,9 @@ def whole_folder(target: Path | str) -> Iterator[Path]:
         if aside.is_dir() and not target.exists():
             aside.rename(target)
         shutil.rmtree(hidden, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # another has put something there since
+                parent.rmdir()
         raise
     if aside.is_dir():
         shutil.rmtree(aside)

@@ -8,6 +8,7 @@ nothing is unpickled.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,8 @@ def _read_info(folder: Path) -> AdapterInfo:
             raise TypeError("it is not an object")
         _check_kind(folder, config)
         targets = config.get("target_modules") or ()
+        for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
+            re.compile(pattern)
         info = AdapterInfo(
             base_model=config.get("base_model_name_or_path"),
             rank=int(config["r"]),
@@ -176,9 +179,11 @@ def _read_info(folder: Path) -> AdapterInfo:
             dropout=float(config.get("lora_dropout") or 0.0),
             target_modules=targets if isinstance(targets, str) else tuple(targets),
         )
+        if not 0.0 <= info.dropout < 1.0:
+            raise ValueError(f"lora_dropout is {info.dropout}")
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise UserError(f"cannot read {file}: {type(error).__name__} {error}") from error
     return info
 
@@ -227,7 +232,7 @@ def _factors(folder: Path, module: str, pair: Mapping[str, Tensor], info: Adapte
         if not tensor.is_floating_point():
             raise UserError(f"cannot read the adapter {folder}: {module} has factors of type {tensor.dtype}")
     a, b, rank = pair["a"], pair["b"], info.rank_of(module)
-    if not a.shape[0] == b.shape[1] == rank:
+    if rank < 1 or not a.shape[0] == b.shape[1] == rank:
         raise UserError(
             f"cannot read the adapter {folder}: {module} has factors of rank {a.shape[0]} and {b.shape[1]}, and "
             f"{CONFIG_FILE} states {rank}"

@@ -50,6 +50,36 @@ def count_parameters(modules: Iterable[nn.Module], num_tasks: int) -> ParameterC
     return ParameterCount(shared + num_tasks * per_task, shared + per_task - spread, shared, per_task)
 
 
+@dataclass(frozen=True)
+class TrainableCount:
+    """Parameters of any module by whether they learn, each counted once.
+
+    (:func:`count_parameters` asks another question: how much of an agent belongs to which task.)
+    """
+
+    trainable: int
+    frozen: int
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.trainable + self.frozen
+
+    @property
+    def percent(self) -> float:
+        """Of all parameters those that learn, in per cent."""
+        return 100.0 * self.trainable / max(self.total, 1)
+
+    def __str__(self) -> str:
+        return f"{self.trainable:,} of {self.total:,} parameters learn ({self.percent:.3g} %)"
+
+
+def count_trainable(module: nn.Module) -> TrainableCount:
+    """Count the parameters of any module by ``requires_grad``."""
+    trainable = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return TrainableCount(trainable, sum(parameter.numel() for parameter in module.parameters()) - trainable)
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Inside, no parameter of ``module`` requires a gradient; afterwards those that did do again."""

@@ -1,0 +1,91 @@
+"""Plain networks against the networks they are made from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from naive import scramble
+from torch import nn
+
+from varshare_rl.nn import Architecture, Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.merge import Normalize, merged, merged_policy
+from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.types import UserError
+
+ARCHITECTURES = {"shared": Shared, "independent": Independent, "varshare": VarShare, "varshare_lora": VarShareLoRA}
+IN, OUT, TASKS = 5, 6, 4
+
+
+def build(architecture: Architecture) -> nn.Module:
+    network = architecture.build(IN, OUT, TASKS, Posterior())
+    scramble(network)
+    return network.eval()
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_merged_network_is_the_posterior_mean_of_its_task(name: str, layer_norm: bool) -> None:
+    network = build(ARCHITECTURES[name](hidden=[7, 6], layer_norm=layer_norm)).double()  # type: ignore[arg-type]
+    x = torch.randn(TASKS, 9, IN, dtype=torch.float64)
+    expected = network(x, torch.arange(TASKS))
+    assert not torch.allclose(expected[0], network(x[:1], torch.tensor([1]))[0])  # tasks do differ
+    for task in range(TASKS):
+        plain = merged(network, task)
+        assert {type(module) for module in plain} <= {nn.Linear, nn.Tanh, nn.LayerNorm}
+        torch.testing.assert_close(plain(x[task]), expected[task], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_has_its_module(activation: str) -> None:
+    network = build(VarShareLoRA(hidden=[7], activation=activation))
+    x = torch.randn(TASKS, 9, IN)
+    torch.testing.assert_close(merged(network, 2)(x[2]), network(x, torch.arange(TASKS))[2], rtol=1e-5, atol=1e-6)
+
+
+def test_parameters_are_copies() -> None:
+    network = build(Shared(hidden=[7]))
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    with torch.no_grad():
+        for parameter in merged(network, 0).parameters():
+            parameter.add_(1.0)
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+def test_policies_do_what_their_task_can() -> None:
+    obs, ids = torch.randn(TASKS, 50, IN), torch.arange(TASKS)
+    mask = torch.ones(TASKS, 3, dtype=torch.bool)
+    mask[1, 2] = False
+    for actor in (
+        TanhGaussianActor(build(VarShareLoRA(hidden=[7])), mask),
+        CategoricalActor(VarShare(hidden=[7]).build(IN, 3, TASKS, Posterior()), mask),
+    ):
+        scramble(actor)
+        actor.eval()
+        for task in (0, 1):
+            actions = actor(obs, ids).mode()[task]
+            torch.testing.assert_close(merged_policy(actor, task)(obs[task]), actions, rtol=0, atol=1e-6)
+    assert {int(action) for action in merged_policy(actor, 1)(obs[1])} == {0, 1}
+
+
+def test_normalize_by_hand() -> None:
+    normalize = Normalize(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.1]), clip=3.0)
+    assert normalize(torch.tensor([[5.0, -1.0]])).tolist() == [[2.0, -3.0]]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("task", [-1, TASKS])
+def test_an_unknown_task_is_named(name: str, task: int) -> None:
+    with pytest.raises(IndexError, match=f"unknown task id {task}: this network has {TASKS} tasks"):
+        merged(build(ARCHITECTURES[name](hidden=[7])), task)  # type: ignore[arg-type]
+
+
+def test_what_is_no_perceptron_per_task_is_refused() -> None:
+    with pytest.raises(UserError, match="GRU has no plain form"):
+        merged(nn.GRU(2, 2), 0)
+    network = build(Shared(hidden=[7]))
+    network.get_submodule("layers")[1] = nn.Bilinear(2, 2, 2)  # type: ignore[operator]
+    with pytest.raises(UserError, match="Bilinear has no weight of one task"):
+        merged(network, 0)
+    with pytest.raises(UserError, match="Linear has no plain form"):
+        merged_policy(nn.Linear(2, 2), 0)
