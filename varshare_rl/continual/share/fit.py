@@ -68,8 +68,8 @@ def fit(past: LayerBasis | None, new: Sequence[LowRank], options: ShareOptions, 
     if past is None:
         return LayerBasis(stored(basis_B), stored(basis_A), tuple(own), norms, errors)
     to_B, to_A = basis_B.t() @ past.basis_B.double(), basis_A.t() @ past.basis_A.double()
-    mapped = [coefficients.mapped(to_B, to_A) for coefficients in past.coefficients]
-    return LayerBasis(stored(basis_B), stored(basis_A), (*mapped, *own), (*past.norms, *norms), errors)
+    coefficients = (*mapped(past.coefficients, to_B, to_A), *own)
+    return LayerBasis(stored(basis_B), stored(basis_A), coefficients, (*past.norms, *norms), errors)
 
 
 class _New:

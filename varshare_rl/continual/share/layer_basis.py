@@ -40,13 +40,25 @@ class Coefficients:
         parts = (self.eps_B, self.eps_A, self.std_B, self.std_A)
         return sum(part.numel() for part in parts if part is not None)
 
-    def mapped(self, to_B: Tensor, to_A: Tensor) -> Coefficients:
-        """The same in another basis: means by ``T``, variances by ``T^2`` entry by entry (its marginals)."""
-        stds = (
-            None if std is None else (to.square() @ std.double().square()).sqrt().float()
-            for to, std in ((to_B, self.std_B), (to_A, self.std_A))
-        )
-        return Coefficients((to_B @ self.eps_B.double()).float(), (to_A @ self.eps_A.double()).float(), *stds)
+
+def mapped(tasks: Sequence[Coefficients], to_B: Tensor, to_A: Tensor) -> tuple[Coefficients, ...]:
+    """The same in another basis: means by ``T``, variances by ``T^2`` entry by entry (its marginals).
+
+    ``to_B: [k_B', k_B]``, ``to_A: [k_A', k_A]`` in float64. All tasks' columns go through one product.
+    """
+    widths = [own.eps_B.shape[1] for own in tasks]
+    sides = (
+        torch.split((to @ torch.cat([getattr(own, name) for own in tasks], dim=1).double()).float(), widths, dim=1)  # type: ignore[no-untyped-call]
+        for to, name in ((to_B, "eps_B"), (to_A, "eps_A"))
+    )
+    return tuple(
+        Coefficients(eps_B.contiguous(), eps_A.contiguous(), _spread(own.std_B, to_B), _spread(own.std_A, to_A))
+        for own, eps_B, eps_A in zip(tasks, *sides, strict=True)
+    )
+
+
+def _spread(std: Tensor | None, to: Tensor) -> Tensor | None:
+    return None if std is None else (to.square() @ std.double().square()).sqrt().float()
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,8 @@ class LayerBasis:
         norms = norm(left, right)
         (exact_B, fix_B), (exact_A, fix_A) = orthonormal(self.basis_B), orthonormal(self.basis_A)
         (own,), error = choose_coefficients(exact_B.t() @ left, exact_A.t() @ right, norms, [adapter.rank], options)
-        return own.mapped(fix_B.inverse(), fix_A.inverse()), float(norms), float(relative(error, norms))
+        (own,) = mapped([own], fix_B.inverse(), fix_A.inverse())
+        return own, float(norms), float(relative(error, norms))
 
 
 def canonical_factors(adapters: Sequence[LowRank], options: ShareOptions) -> tuple[Tensor, Tensor]:
