@@ -31,7 +31,8 @@ def common_part(layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Orthonormal ``[out, 16]`` and ``[in, 16]`` of a layer."""
     generator = torch.Generator().manual_seed(1_000_000 + layer)
     out, into = list(LAYERS.values())[layer]
-    return tuple(torch.linalg.qr(torch.randn(size, SHARED, generator=generator))[0] for size in (out, into))  # type: ignore[return-value]
+    left, right = (torch.linalg.qr(torch.randn(size, SHARED, generator=generator)).Q for size in (out, into))
+    return left, right
 
 
 COMMON = [common_part(layer) for layer in range(len(LAYERS))]

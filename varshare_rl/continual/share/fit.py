@@ -24,6 +24,7 @@ from varshare_rl.continual.share.layer_basis import (
     LayerBasis,
     canonical_factors,
     choose_coefficients,
+    mapped,
     stored,
 )
 from varshare_rl.continual.share.options import Method, ShareOptions
@@ -144,16 +145,18 @@ def _decomposed(added: _New, held: _Held | None, options: ShareOptions) -> _Cand
 
 def _extended(added: _New, held: _Held) -> _Candidate:
     """The old basis, then the left singular vectors of what it lacks of the new adapters."""
-    sides = []
-    for basis, columns in ((held.basis_B, added.columns_B), (held.basis_A, added.columns_A)):
-        further = columns - basis @ (basis.t() @ columns)
-        directions, _ = left_singular(further)
-        directions = directions[:, : basis.shape[0] - basis.shape[1]]
-        exact, _ = torch.linalg.qr(torch.cat([basis, directions], dim=1))
-        exact[:, : basis.shape[1]] = basis
-        sides.append(exact)
-    spectra = (torch.ones(sides[0].shape[1]), torch.ones(sides[1].shape[1]))  # only their number is asked for
-    return _Candidate(*sides, spectra, least=max(held.basis_B.shape[1], held.basis_A.shape[1]))
+    pairs = ((held.basis_B, added.columns_B), (held.basis_A, added.columns_A))
+    basis_B, basis_A = (_appended(basis, columns) for basis, columns in pairs)
+    spectra = (torch.ones(basis_B.shape[1]), torch.ones(basis_A.shape[1]))  # only their number is asked for
+    return _Candidate(basis_B, basis_A, spectra, least=max(held.basis_B.shape[1], held.basis_A.shape[1]))
+
+
+def _appended(basis: Tensor, columns: Tensor) -> Tensor:
+    """A basis, and the directions that columns have beside it."""
+    directions, _ = left_singular(columns - basis @ (basis.t() @ columns))
+    directions = directions[:, : basis.shape[0] - basis.shape[1]]
+    exact: Tensor = torch.linalg.qr(torch.cat([basis, directions], dim=1)).Q
+    return torch.cat([basis, exact[:, basis.shape[1] :]], dim=1)
 
 
 def _errors(candidate: _Candidate, k: int, added: _New, held: _Held | None) -> Tensor:

@@ -48,7 +48,7 @@ def mapped(tasks: Sequence[Coefficients], to_B: Tensor, to_A: Tensor) -> tuple[C
     """
     widths = [own.eps_B.shape[1] for own in tasks]
     sides = (
-        torch.split((to @ torch.cat([getattr(own, name) for own in tasks], dim=1).double()).float(), widths, dim=1)  # type: ignore[no-untyped-call]
+        torch.split((to @ torch.cat([getattr(own, name) for own in tasks], dim=1).double()).float(), widths, dim=1)
         for to, name in ((to_B, "eps_B"), (to_A, "eps_A"))
     )
     return tuple(
