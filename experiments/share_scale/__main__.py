@@ -30,7 +30,7 @@ def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
     panels = {
         "mean_error": "mean relative error",
         "stored_bytes": "stored bytes",
-        "seconds": "seconds for a batch",
+        "cpu_seconds": "CPU seconds for a batch",
         "peak_mb_above_start": "peak memory above start, MB",
     }
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2))
@@ -69,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for policy in POLICIES:
         with ProcessPoolExecutor(1, mp_context=spawn) as alone:
             rows += alone.submit(run, policy, given.tasks, given.batch).result()
-        print({key: rows[-1][key] for key in ("policy", "k", "mean_error", "seconds", "stored_bytes")}, flush=True)
+        print(
+            {key: rows[-1][key] for key in ("policy", "k", "mean_error", "cpu_seconds", "stored_bytes")}, flush=True
+        )
     with (given.folder / "results.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -95,7 +95,7 @@ def run(policy: str, tasks: int, batch: int) -> list[dict[str, Any]]:
                 "worst_error": round(float(errors.max()), 5),
                 "mean_error_of_first_batch": round(float(errors[:batch].mean()), 5),
                 "worst_reported_error": round(float(reported.max()), 5),
-                "seconds": round(seconds, 4),
+                "cpu_seconds": round(seconds, 4),
                 "peak_mb_above_start": round(peak_mb, 1),
                 "stored_bytes": int(store.total_bytes),
                 "shared_bytes": store.shared_bytes,
