@@ -82,7 +82,14 @@ def worst(rebuilt: Adapter, original: Adapter) -> float:
 def test_from_adapters_to_a_basis_and_back(given: dict[str, Adapter], share: Command, tmp_path: Path) -> None:
     code, out, err = share("consolidate", *folders(4), "out=made/basis", "k.max_error=0.05")
     assert (code, err) == (0, "")
-    for said in ("model.q_proj", "task3", "worst layer", "bytes for 4 tasks", "smaller than adapters from"):
+    for said in (
+        "model.q_proj",
+        "task3",
+        "worst layer",
+        "bytes for 4 tasks",
+        "smaller than adapters from",
+        "a new task trains",
+    ):
         assert said in out
     code, out, err = share("add", "basis=made/basis", "adapter=adapters/task4")
     assert (code, err) == (0, "")

@@ -53,7 +53,7 @@ def pretrain(updates: int, told_share: float = 0.8) -> Transformer:
         parts = sequences(rules[:told], True, generator), sequences(rules[told:], False, generator)
         tokens, answers = (torch.cat(part) for part in zip(*parts, strict=True))
         optimizer.zero_grad()
-        loss_of(model, tokens, answers).backward()
+        loss_of(model, tokens, answers).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -78,7 +78,7 @@ def train_lora(base: Transformer, rule: Rule, updates: int, rank: int) -> tuple[
     draw = batches(rule)
     for _ in range(updates):
         optimizer.zero_grad()
-        loss_of(model, *draw()).backward()
+        loss_of(model, *draw()).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     return lora.adapter("task"), accuracy(model, rule)
 

@@ -52,6 +52,10 @@ class DeltaBasis:
         """How many numbers one task has of its own."""
         return self.coefficients.shape[1]
 
+    def trained_numbers(self) -> int:
+        """How many coefficients a new task would have."""
+        return self.k
+
     def rebuild(self, index: int) -> LowRank:
         """One task's correction as factors, of whatever rank it has, ``min(out, in)`` at most."""
         return factors_of(self.coefficients[index], self.basis)

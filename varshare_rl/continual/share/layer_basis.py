@@ -98,6 +98,11 @@ class LayerBasis:
         """How many numbers one task has of its own."""
         return self.coefficients[index].numbers()
 
+    def trained_numbers(self) -> int:
+        """How many coefficients a new task of the largest rank here trains."""
+        columns = max(own.eps_B.shape[1] for own in self.coefficients)
+        return columns * (self.basis_B.shape[1] + self.basis_A.shape[1])
+
     def rebuild(self, index: int) -> LowRank:
         """One task's correction as factors of rank ``p``: ``b = basis_B eps_B``, ``a = (basis_A eps_A)^T``."""
         own = self.coefficients[index]

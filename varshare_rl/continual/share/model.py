@@ -65,6 +65,7 @@ class Share:
             task_bytes=BYTES_PER_NUMBER * own / count,
             originals_bytes=BYTES_PER_NUMBER * kept,
             lora_task_bytes=BYTES_PER_NUMBER * sum(self.lora_numbers) / count,
+            trained_numbers=sum(layer.trained_numbers() for layer in self.layers.values()),
         )
 
 
@@ -148,11 +149,16 @@ def put_coefficients(share: Share, task: str, own: Mapping[str, Coefficients]) -
     From now on the task is measured against these coefficients, with an error of 0.
 
     Raises:
-        UserError: ``method=delta``, which has no such coefficients.
+        UserError: ``method=delta``, which has no such coefficients; or a posterior and ``keep_originals``.
         ValueError: ``own`` does not have the basis's layers.
     """
     if set(own) != set(share.layers):
         raise ValueError(f"coefficients of {sorted(own)} do not fit a basis of {sorted(share.layers)}")
+    if share.options.keep_originals and any(part.std_B is not None for part in own.values()):
+        raise UserError(
+            "the coefficients have a posterior, which keep_originals=true cannot carry: it makes all of them anew at "
+            "every merge; consolidate with keep_originals=false"
+        )
     known = task in share.tasks
     layers: dict[str, LayerBasis | DeltaBasis] = {}
     for name, layer in share.layers.items():

@@ -19,6 +19,7 @@ class Storage:
         task_bytes: of the coefficients of one task, mean over tasks.
         originals_bytes: of the adapters that are kept beside them; 0 unless asked for.
         lora_task_bytes: of one task's LoRA adapter, mean over tasks.
+        trained_numbers: what a new task trains that learns coefficients alone, at the largest rank among the tasks.
     """
 
     tasks: int
@@ -26,6 +27,12 @@ class Storage:
     task_bytes: float
     originals_bytes: int
     lora_task_bytes: float
+    trained_numbers: int
+
+    @property
+    def lora_trained_numbers(self) -> float:
+        """What a new LoRA adapter trains."""
+        return self.lora_task_bytes / BYTES_PER_NUMBER
 
     @property
     def total_bytes(self) -> float:
@@ -58,5 +65,8 @@ class Storage:
 
     def as_dict(self) -> dict[str, float | int | None]:
         """All of it by name."""
-        derived = ("total_bytes", "lora_bytes", "saving", "saving_without_basis", "break_even_tasks")
+        derived = (
+            *("total_bytes", "lora_bytes", "saving", "saving_without_basis"),
+            *("break_even_tasks", "lora_trained_numbers"),
+        )
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
