@@ -146,7 +146,7 @@ def report(share: Share, folder: Path, seconds: float) -> None:
         f"({store.lora_task_bytes:,.0f} per task)\n"
         f"that is {store.saving:.2f} times smaller, {store.saving_without_basis:.1f} times without counting the "
         f"basis; smaller than adapters {even}\n"
-        f"a new task trains {store.trained_numbers:,} coefficients, LoRA {store.lora_trained_numbers:,.0f} numbers\n"
+        f"a new task trains {store.trained_numbers:,} numbers, LoRA {store.lora_trained_numbers:,.0f}\n"
         f"written: {folder} ({seconds:.2f} s without reading and writing)"
     )
 

@@ -182,7 +182,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, measure, write."""
     parser = argparse.ArgumentParser(prog="python -m experiments.share_fifty", description=__doc__)
     parser.add_argument("--families", type=int, default=len(FAMILIES) - HELD_OUT, help="that make the basis")
-    parser.add_argument("--base-updates", type=int, default=6000)
+    parser.add_argument("--base-updates", type=int, default=3000)
     parser.add_argument("--updates", type=int, default=300, help="of every adapter and of new coefficients")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--k", type=int, nargs="+", default=[8, 16, 32])
