@@ -195,7 +195,7 @@ def test_mean_and_spread_of_the_output() -> None:
     _, gaussian = layers(0.3)
     x = torch.randn(1, 7)
     with torch.no_grad():
-        draws = torch.cat([gaussian(x, 1) for _ in range(20_000)])
+        draws = torch.cat([gaussian(x, 1) for _ in range(6_000)])
         with posterior_mean(gaussian):
             mean = gaussian(x, 1)[0]
     own, z = gaussian.coefficients.take(1), (x @ gaussian.basis_A)[0]
@@ -206,8 +206,8 @@ def test_mean_and_spread_of_the_output() -> None:
     shared = own.eps_B @ own.eps_B.t() * noise  # rows of the core share h
     covariance = shared - torch.diag(shared.diag()) + torch.diag(core_variance)
     expected = gaussian.basis_B @ covariance @ gaussian.basis_B.t()
-    torch.testing.assert_close(draws.mean(0), mean, atol=0.05, rtol=0)
-    torch.testing.assert_close(draws.var(0), expected.diag(), rtol=0.08, atol=0.01)
+    torch.testing.assert_close(draws.mean(0), mean, atol=0.09, rtol=0)
+    torch.testing.assert_close(draws.var(0), expected.diag(), rtol=0.12, atol=0.01)
 
 
 def test_held_noise_gives_the_same_draw_again() -> None:
