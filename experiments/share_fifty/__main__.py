@@ -1,6 +1,6 @@
 """``python -m experiments.share_fifty``: fifty LoRA adapters, one Share model, ten families that it has not seen.
 
-Writes ``results.json`` and ``results.md`` into this folder; about a quarter of an hour on one core.
+Writes ``results.json`` and ``results.md`` into this folder; some ten minutes on one core.
 """
 
 from __future__ import annotations

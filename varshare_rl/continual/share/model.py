@@ -156,8 +156,8 @@ def put_coefficients(share: Share, task: str, own: Mapping[str, Coefficients]) -
         raise ValueError(f"coefficients of {sorted(own)} do not fit a basis of {sorted(share.layers)}")
     if share.options.keep_originals and any(part.std_B is not None for part in own.values()):
         raise UserError(
-            "the coefficients have a posterior, which keep_originals=true cannot carry: it makes them anew at every "
-            "merge; consolidate with keep_originals=false"
+            "the coefficients have a posterior, which keep_originals=true cannot carry: it makes them anew at "
+            "every merge; consolidate with keep_originals=false"
         )
     known = task in share.tasks
     layers: dict[str, LayerBasis | DeltaBasis] = {}
