@@ -71,3 +71,12 @@ def normal_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log density of ``N(mean, exp(log_std)^2)`` element by element."""
     z = (value - mean) * torch.exp(-log_std)
     return -0.5 * (z.square() + math.log(2.0 * math.pi)) - log_std
+
+
+def gaussian_kl_between(mu: Tensor, sigma: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> Tensor:
+    """``KL(N(mu, sigma^2) || N(prior_mu, prior_sigma^2))`` element by element, in nats.
+
+    ``log(p / sigma) + (sigma^2 + (mu - m)^2) / (2 p^2) - 1/2`` with ``m, p`` of the prior. Shapes that broadcast.
+    """
+    quadratic = (sigma.square() + (mu - prior_mu).square()) * 0.5 / prior_sigma.square()
+    return quadratic + prior_sigma.log() - sigma.log() - 0.5

@@ -1,0 +1,1 @@
+"""One Share model in place of fifty LoRA adapters of a small transformer."""

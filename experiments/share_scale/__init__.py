@@ -1,0 +1,1 @@
+"""How Share behaves when hundreds of adapters arrive one batch after another."""

@@ -1,0 +1,86 @@
+"""``python -m experiments.share_scale``: 500 synthetic adapters in batches of 50, merged in different ways.
+
+Writes ``results.csv``, ``results.json`` (conditions) and ``results.png`` into this folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from experiments.share_scale.measure import LAYERS, POLICIES, RANK, run
+from varshare_rl.files import write_json
+from varshare_rl.run.results import conditions
+
+
+def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
+    """Error, bytes, seconds and memory against the number of tasks."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = {
+        "mean_error": "mean relative error",
+        "stored_bytes": "stored bytes",
+        "cpu_seconds": "CPU seconds for a batch",
+        "peak_mb_above_start": "peak memory above start, MB",
+    }
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2))
+    for axis, (key, label) in zip(axes, panels.items(), strict=True):
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            own = [row for row in rows if row["policy"] == policy]
+            axis.plot([row["tasks"] for row in own], [row[key] for row in own], marker="o", ms=3, label=policy)
+        if key == "stored_bytes":
+            own = [row for row in rows if row["policy"] == rows[0]["policy"]]
+            axis.plot(
+                [row["tasks"] for row in own], [row["lora_bytes"] for row in own], "k--", label="LoRA adapters"
+            )
+            axis.set_yscale("log")
+        axis.set(xlabel="tasks", ylabel=label)
+        axis.set_ylim(bottom=None if key == "stored_bytes" else 0)
+        axis.grid(alpha=0.3)
+    axes[1].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(target, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every policy in a process of its own, so that their peaks of memory are apart."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.share_scale", description=__doc__)
+    parser.add_argument("--tasks", type=int, default=500)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where the results go")
+    given = parser.parse_args(arguments)
+    if given.batch < 1 or given.tasks < given.batch or given.tasks % given.batch:
+        parser.error(f"--tasks {given.tasks} must be a positive multiple of --batch {given.batch}")
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # for the processes to come
+    begin = time.perf_counter()
+    rows: list[dict[str, Any]] = []
+    spawn = multiprocessing.get_context("spawn")
+    for policy in POLICIES:
+        with ProcessPoolExecutor(1, mp_context=spawn) as alone:
+            rows += alone.submit(run, policy, given.tasks, given.batch).result()
+        print(
+            {key: rows[-1][key] for key in ("policy", "k", "mean_error", "cpu_seconds", "stored_bytes")}, flush=True
+        )
+    with (given.folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    seconds = round(time.perf_counter() - begin, 1)
+    about = {"tasks": given.tasks, "batch": given.batch, "layers": LAYERS, "rank": RANK, "seconds": seconds}
+    write_json(given.folder / "results.json", conditions(about, seed=0) | {"threads": 1})
+    draw(rows, given.folder / "results.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Continual learning: what an agent that has learnt some tasks does with the next one."""

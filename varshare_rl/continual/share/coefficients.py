@@ -1,0 +1,177 @@
+"""Trainable coefficients of the tasks of one layer: points, or Gaussian posteriors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.continual.share.layer_basis import Coefficients
+from varshare_rl.continual.share.posterior import Gaussian
+from varshare_rl.nn.initial import INITIAL_RHO, stack_tasks
+from varshare_rl.ops.gaussian import gaussian_kl_between, softplus_sigma
+
+#: The least spread that a posterior is given; softplus reaches 0 nowhere.
+LEAST_STD = 1e-8
+
+
+def fresh_points(count: int, k_B: int, k_A: int, p: int) -> tuple[Tensor, Tensor]:
+    """``eps_B = 0`` and ``eps_A ~ N(0, 1 / k_A)``: no correction yet, and a gradient that is not 0.
+
+    With both sides 0 neither would ever move: each one's gradient has the other as a factor.
+    """
+    return torch.zeros(count, k_B, p), torch.randn(count, k_A, p) / math.sqrt(k_A)
+
+
+class PointCoefficients(nn.Module):
+    """``eps_B [T, k_B, p]`` and ``eps_A [T, k_A, p]`` as they are.
+
+    Args:
+        num_tasks: tasks, ``T``, all fresh; see :func:`fresh_points`.
+        k_B, k_A: directions of the two bases.
+        p: columns.
+    """
+
+    per_task_parameters = ("eps_B", "eps_A")
+
+    def __init__(self, num_tasks: int, k_B: int, k_A: int, p: int) -> None:
+        super().__init__()
+        self.eps_B, self.eps_A = (nn.Parameter(part) for part in fresh_points(num_tasks, k_B, k_A, p))
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks, ``T``."""
+        return self.eps_B.shape[0]
+
+    def forward(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """All tasks' coefficients; ``temperature`` has nothing to act on."""
+        return self.eps_B, self.eps_A
+
+    def add_tasks(self, count: int = 1) -> range:
+        """Append fresh tasks and return their ids; an optimiser must be given the new parameters."""
+        first, (_, k_B, p), k_A = self.num_tasks, self.eps_B.shape, self.eps_A.shape[1]
+        fresh = (part.to(self.eps_B) for part in fresh_points(count, k_B, k_A, p))
+        stack_tasks(self, dict(zip(self.per_task_parameters, fresh, strict=True)))
+        return range(first, self.num_tasks)
+
+    @torch.no_grad()
+    def put(self, task_id: int, own: Coefficients) -> None:
+        """Set one task's coefficients; columns that they lack are 0 on both sides and stay so."""
+        _put(self.eps_B[task_id], own.eps_B)
+        _put(self.eps_A[task_id], own.eps_A)
+
+    @torch.no_grad()
+    def take(self, task_id: int) -> Coefficients:
+        """A copy of one task's coefficients."""
+        return Coefficients(*(part[task_id].detach().cpu().float().clone() for part in (self.eps_B, self.eps_A)))
+
+    def extra_repr(self) -> str:
+        return f"num_tasks={self.num_tasks}, k={self.eps_B.shape[1]}, p={self.eps_B.shape[2]}"
+
+
+class GaussianCoefficients(nn.Module):
+    """Coefficients with a posterior: ``eps ~ N(mu, sigma^2)`` entry by entry, ``sigma = softplus(rho) *
+    temperature``.
+
+    Training passes draw one set of coefficients per task (reparameterised; or the held noise, see
+    :mod:`varshare_rl.nn.stochastic`), evaluation takes the means, which is exact for the mean weight. The prior is
+    a Gaussian of its own for every coefficient, the same for all tasks; it comes from earlier tasks
+    (:func:`~varshare_rl.continual.share.posterior.prior_from_tasks`) and is not trained.
+
+    A fresh task starts with ``mu_B = 0`` and ``mu_A`` drawn around the prior's mean, with the prior's spread but at
+    most ``1 / sqrt(k_A)``: in the prior's gauge, no correction yet, and a gradient that is not 0.
+
+    Args:
+        num_tasks: tasks, ``T``, all fresh.
+        prior: see above; gives the sizes.
+    """
+
+    per_task_parameters = ("mus_B", "rhos_B", "mus_A", "rhos_A")
+    spread_parameters = ("rhos_B", "rhos_A")
+
+    def __init__(self, num_tasks: int, prior: Gaussian) -> None:
+        super().__init__()
+        for name in ("mean_B", "std_B", "mean_A", "std_A"):
+            self.register_buffer(f"prior_{name}", getattr(prior, name).clone())
+        self.noise: tuple[Tensor, ...] | None = None
+        parts = self._fresh(num_tasks)
+        self.mus_B, self.rhos_B, self.mus_A, self.rhos_A = (nn.Parameter(part) for part in parts)
+
+    prior_mean_B: Tensor
+    prior_std_B: Tensor
+    prior_mean_A: Tensor
+    prior_std_A: Tensor
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks, ``T``."""
+        return self.mus_B.shape[0]
+
+    def forward(self, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """All tasks' coefficients ``[T, k_B, p], [T, k_A, p]``: a draw in training, the means otherwise."""
+        if not self.training or temperature == 0.0:
+            return self.mus_B, self.mus_A
+        noise_B, noise_A = self.draw_noise() if self.noise is None else self.noise
+        return (
+            torch.addcmul(self.mus_B, softplus_sigma(self.rhos_B, temperature), noise_B),
+            torch.addcmul(self.mus_A, softplus_sigma(self.rhos_A, temperature), noise_A),
+        )
+
+    def draw_noise(self) -> tuple[Tensor, Tensor]:
+        """Standard normal noise for ``(eps_B, eps_A)``."""
+        return torch.randn_like(self.mus_B), torch.randn_like(self.mus_A)
+
+    def kl(self) -> Tensor:
+        """Divergence of every task's posterior from the prior, ``[T]`` nats. Temperature does not enter."""
+        sides = (
+            (self.mus_B, self.rhos_B, self.prior_mean_B, self.prior_std_B),
+            (self.mus_A, self.rhos_A, self.prior_mean_A, self.prior_std_A),
+        )
+        return torch.stack(
+            [gaussian_kl_between(mu, softplus_sigma(rho), mean, std).sum((1, 2)) for mu, rho, mean, std in sides]
+        ).sum(0)
+
+    def add_tasks(self, count: int = 1) -> range:
+        """Append fresh tasks and return their ids; an optimiser must be given the new parameters."""
+        first = self.num_tasks
+        stack_tasks(self, dict(zip(self.per_task_parameters, self._fresh(count), strict=True)))
+        self.noise = None
+        return range(first, self.num_tasks)
+
+    @torch.no_grad()
+    def put(self, task_id: int, own: Coefficients) -> None:
+        """Set one task's posterior; coefficients that are points get almost no spread."""
+        _put(self.mus_B[task_id], own.eps_B)
+        _put(self.mus_A[task_id], own.eps_A)
+        for rhos, eps, std in ((self.rhos_B, own.eps_B, own.std_B), (self.rhos_A, own.eps_A, own.std_A)):
+            spread = torch.zeros_like(eps) if std is None else std
+            _put(rhos[task_id], _inverse_softplus(spread), rest=_inverse_softplus(torch.zeros(())).item())
+
+    @torch.no_grad()
+    def take(self, task_id: int) -> Coefficients:
+        """A copy of one task's posterior."""
+        parts = (self.mus_B, self.mus_A, softplus_sigma(self.rhos_B), softplus_sigma(self.rhos_A))
+        return Coefficients(*(part[task_id].detach().cpu().float().clone() for part in parts))
+
+    def _fresh(self, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        like_B, like_A = (mean.expand(count, *mean.shape) for mean in (self.prior_mean_B, self.prior_mean_A))
+        spread = self.prior_std_A.clamp_max(1.0 / math.sqrt(like_A.shape[1]))
+        mus_A = like_A + spread * torch.randn_like(like_A)
+        return (
+            torch.zeros_like(like_B), torch.full_like(like_B, INITIAL_RHO),
+            mus_A, torch.full_like(like_A, INITIAL_RHO),
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return f"num_tasks={self.num_tasks}, k={self.mus_B.shape[1]}, p={self.mus_B.shape[2]}"
+
+
+def _inverse_softplus(std: Tensor) -> Tensor:
+    std = std.clamp_min(LEAST_STD)
+    return std + torch.log(-torch.expm1(-std))
+
+
+def _put(target: Tensor, columns: Tensor, rest: float = 0.0) -> None:
+    target.fill_(rest)
+    target[:, : columns.shape[1]] = columns
