@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varshare_rl.config import COMPONENTS
 from varshare_rl.nn import Posterior, Shared, VarShareLoRA
-from varshare_rl.nn.critic import TwinQ
+from varshare_rl.nn.critic import CriticOptions, TwinQ
 from varshare_rl.optim.jacobian import TaskGradients
 from varshare_rl.optim.roles import roles
 
@@ -111,7 +111,8 @@ def test_rows_of_large_float32_layers(name: str) -> None:
 
 
 def test_sampled_weights_and_twin_critics() -> None:
-    critic = TwinQ(lambda: VarShareLoRA(hidden=[7, 6], layer_norm=True).build(IN, 1, TASKS, Posterior()))
+    options = VarShareLoRA(hidden=[7, 6], layer_norm=True)
+    critic = TwinQ(lambda: options.build(IN, 1, TASKS, Posterior()), TASKS, CriticOptions())
     scrambled(critic)
 
     def losses() -> Tensor:

@@ -125,7 +125,9 @@ def contained(losses: Tensor) -> Iterator[None]:
         handles.append(node.register_hook(_finite))
         for tensor in _saved_by(node):
             if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                plain = tensor.data  # unlike a detached one it leaves autograd's count of writes alone
+                plain = _each_once(
+                    tensor.data
+                )  # .data: unlike a detached one it leaves autograd's count of writes alone
                 saved.append((plain, plain.clone()))
                 plain.nan_to_num_(0.0, 0.0, 0.0)
     try:
@@ -135,6 +137,14 @@ def contained(losses: Tensor) -> Iterator[None]:
             handle.remove()
         for plain, before in reversed(saved):
             plain.copy_(before)
+
+
+def _each_once(tensor: Tensor) -> Tensor:
+    """The part of an expanded tensor that has memory of its own."""
+    for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            tensor = tensor.narrow(dimension, 0, 1)
+    return tensor
 
 
 def _finite(grad_inputs: tuple[Tensor | None, ...], grad_outputs: object) -> tuple[Tensor | None, ...]:
