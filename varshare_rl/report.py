@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import torch
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from varshare_rl.assemble import build_algorithm, build_suite
+from varshare_rl.assemble import load_agent
 from varshare_rl.cli import fail, run_command
-from varshare_rl.config import load_config
+from varshare_rl.config import Device
 from varshare_rl.files import write_atomically, write_json
-from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.observatory import latest_observation
 from varshare_rl.run.sharing import sharing_document
 from varshare_rl.types import UserError
@@ -36,22 +34,17 @@ def report_sharing(composed: DictConfig) -> None:
     if OmegaConf.is_missing(composed, "run"):
         raise UserError("run is missing; give the folder of a run: run=runs/<folder>")
     options = cast(SharingReportConfig, OmegaConf.to_object(composed))
-    if options.checkpoint not in ("last", "best"):
-        raise UserError(f"unknown checkpoint {options.checkpoint!r}; choose last or best")
     run_dir = Path(options.run)
     out = run_dir / "report_sharing" if options.out is None else Path(options.out)
-    config = load_config(run_dir / "config.yaml")
-    state = load_checkpoint(find_checkpoint(run_dir, options.checkpoint))
-    suite = build_suite(config)
-    algorithm = build_algorithm(config, suite, torch.device("cpu"))
-    algorithm.load_policy_state(state["algorithm"])
-    document = sharing_document(algorithm.trained_modules(), suite.task_names, state["transitions"])
+    agent = load_agent(run_dir, options.checkpoint, Device.cpu)
+    transitions = agent.state["transitions"]
+    document = sharing_document(agent.algorithm.trained_modules(), agent.suite.task_names, transitions)
     if not document["layers"]:
         raise UserError(
-            f"{run_dir} has network={config.network.name}, whose weights are the same for all tasks: there is no "
+            f"{run_dir} has network={agent.config.network.name}, whose weights are the same for all tasks: there is no "
             "sharing to report; give a run of another network"
         )
-    observed = latest_observation(run_dir, state["transitions"])
+    observed = latest_observation(run_dir, transitions)
     if observed is not None:
         document["conflict"] = observed["conflict"]
     write_figures(out, document)

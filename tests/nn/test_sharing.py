@@ -72,11 +72,13 @@ def test_the_sharing_ratio_is_that_of_the_weights(modules: nn.ModuleDict) -> Non
 
 
 def test_distances_are_those_of_the_weights(modules: nn.ModuleDict) -> None:
-    vectors = torch.cat([built.flatten(1) for built in built_weights(modules)], 1)
-    scale = vectors.square().sum(1).mean().sqrt()
-    torch.testing.assert_close(
-        measured(modules).distance(), torch.cdist(vectors, vectors) / scale, atol=1e-7, rtol=1e-7
-    )
+    """The largest of any layer."""
+    layers = []
+    for built in built_weights(modules):
+        vectors = built.flatten(1)
+        layers.append(torch.cdist(vectors, vectors) / vectors.square().sum(1).mean().sqrt())
+    expected = torch.stack(layers).amax(0)
+    torch.testing.assert_close(measured(modules).distance(), expected, atol=1e-7, rtol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["varshare_lora", "varshare"])
@@ -157,7 +159,7 @@ def test_independent_tasks_share_a_fraction_that_falls_with_their_number() -> No
     assert sharing.sharing == pytest.approx(1 / tasks, rel=0.1)
     assert (sharing.nats, sharing.residual, sharing.relative_spread) == (None, None, None)
     off_diagonal = sharing.distance()[~torch.eye(tasks, dtype=torch.bool)]
-    assert off_diagonal.mean().item() == pytest.approx(math.sqrt(2), rel=0.02)
+    assert off_diagonal.mean().item() == pytest.approx(math.sqrt(2), rel=0.05)
 
 
 def test_a_network_without_weights_per_task_has_no_measures() -> None:

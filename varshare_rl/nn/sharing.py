@@ -140,12 +140,18 @@ class Sharing:
         return cosines(self._gram())
 
     def distance(self) -> Tensor:
-        """``||W_i - W_j|| / root mean square over tasks of ||W_i||``, all layers as one vector, ``[T, T]``.
+        """``||W_i - W_j|| / root mean square over tasks of ||W_i||`` in the layer where it is largest, ``[T, T]``.
 
-        0: the same weights. About ``sqrt(2)``: weights that have nothing to do with each other.
+        0: the same weights. About ``sqrt(2)``: weights that have nothing to do with each other. One layer is enough
+        for two tasks to behave differently, and a head is small beside the rest.
         """
-        mean_square = sum(layer.mean_square for layer in self.layers)
-        return (squared_distances(self._gram()) / mean_square).sqrt() if mean_square > 0 else self._gram() * 0.0
+        distances = [
+            (squared_distances(layer.gram) / layer.mean_square).sqrt()
+            if layer.mean_square > 0
+            else layer.gram * 0.0
+            for layer in self.layers
+        ]
+        return torch.stack(distances).amax(0)
 
     def _gram(self) -> Tensor:
         return torch.stack([layer.gram for layer in self.layers]).sum(0)

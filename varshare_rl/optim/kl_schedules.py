@@ -171,21 +171,25 @@ class Dual:
 
     The weight is the multiplier of the constraint ``KL = budget`` and follows its violation, as in dual ascent,
     on a logarithmic scale: ``weight = exp(m) * (KL / budget)^gain`` with ``m += rate * log(KL / budget)`` after
-    each update. The second factor reacts at once and damps. The violation counts as ``+-log 2`` at most in ``m``,
-    so that a fresh network far above its budget does not wind the weight up.
+    each update. The second factor reacts at once and damps. In ``m`` a violation counts as 20 % at most, so that a
+    fresh network far above its budget does not wind the weight up. A budget above what the tasks take at weight 0
+    cannot be held: the weight then falls to ``least``.
     """
 
     name: str = "dual"
     budget_nats: float = 1000.0
     per_task: bool = False  # a weight for every task; otherwise the mean over tasks is held
-    rate: float = 0.01
-    gain: float = 1.0
+    rate: float = 0.02
+    gain: float = 3.0
     least: float = 1e-6
     most: float = 1e3
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
         """The schedule."""
         return _Dual(self, kl_weight, num_tasks)
+
+
+_BOUND = math.log(1.2)  # what a violation counts as at most in the multiplier
 
 
 class _Dual(_Weighted):
@@ -201,7 +205,7 @@ class _Dual(_Weighted):
         options = self.options
         held = nats.cpu() if options.per_task else nats.mean().cpu().expand(len(nats))
         violation = (held / options.budget_nats).clamp_min(1e-12).log()
-        moved = self.log_multiplier + options.rate * violation.clamp(-math.log(2.0), math.log(2.0))
+        moved = self.log_multiplier + options.rate * violation.clamp(-_BOUND, _BOUND)
         self.log_multiplier = moved.clamp(math.log(options.least), math.log(options.most))
         weight = (self.log_multiplier + options.gain * violation).exp()
         self.weight = weight.clamp(options.least, options.most)

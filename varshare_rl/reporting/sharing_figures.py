@@ -85,7 +85,9 @@ def distance_figure(document: Document) -> Figure:
     tree.spines["left"].set_visible(False)
     tree.set_xlabel("merging distance", fontsize=8)
     number = f"{clusters['count']} cluster{'s' * (clusters['count'] != 1)} at {clusters['threshold']:g}"
-    return _titled(figure, document, f"Relative distance of the tasks' weights: {number} (dashed)")
+    return _titled(
+        figure, document, f"Distance of the tasks' weights in the layer where it is largest: {number} (dashed)"
+    )
 
 
 def layers_figure(document: Document) -> Figure:
