@@ -100,11 +100,7 @@ def main() -> None:
     if not runs:
         raise SystemExit("error: no finished run in these folders; give folders of sweeps")
     rows = [read(run) for run in runs]
-    rows.sort(
-        key=lambda row: (
-            tuple(str(row[name]) for name in COLUMNS[:2]) + (number(row, "kl_weight"), number(row, "seed"))
-        )
-    )
+    rows.sort(key=lambda row: (*(str(row[name]) for name in COLUMNS[:3]), *(number(row, n) for n in COLUMNS[3:5])))
     arguments.folder.mkdir(parents=True, exist_ok=True)
     with (arguments.folder / "sweep.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")

@@ -1,0 +1,74 @@
+"""What the divergence does in agents that really learn: budgets are held, and sharing shows where tasks differ."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import pytest
+from conftest import Command
+
+QUIET = (
+    "evaluate.every=0",
+    "evaluate.episodes=16",
+    "log.quiet=true",
+    "observe.every=0",
+    "device=cpu",
+    "run_dir=run",
+)
+
+
+def train(command: Command, *overrides: str) -> dict[str, Any]:
+    outcome = command("train", *overrides, *QUIET)
+    assert outcome.code == 0, outcome.err
+    summary: dict[str, Any] = json.loads(Path("run/summary.json").read_text())
+    return summary
+
+
+def report(command: Command) -> dict[str, Any]:
+    outcome = command("report", "sharing", "run=run")
+    assert outcome.code == 0, outcome.err
+    document: dict[str, Any] = json.loads(Path("run/report_sharing/sharing.json").read_text())
+    return document
+
+
+@pytest.mark.slow
+def test_dual_control_holds_its_budget_while_the_agent_learns(command: Command) -> None:
+    summary = train(
+        command, "env=pointmass", "elbo/schedule=dual", "elbo.schedule.budget_nats=1000", "elbo.prior_scale=0.1"
+    )
+    assert summary["mean_success"] >= 0.85
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    nats = [
+        (line["transitions"], mean(value for name, value in line.items() if name.startswith("kl/")))
+        for line in lines
+        if any(name.startswith("kl/") for name in line)
+    ]
+    assert nats[0][1] > 5000  # far from it at first
+    assert mean(value for at, value in nats if at > 400_000) == pytest.approx(1000, rel=0.05)
+
+
+@pytest.mark.slow
+def test_identical_tasks_cost_nothing_and_are_one_cluster(command: Command) -> None:
+    summary = train(
+        command, "env=cartpole", "env.variant_set=identical", "elbo.prior_scale=0.05", "elbo.kl_weight=1",
+        "total_transitions=400000",
+    )  # fmt: skip
+    assert summary["mean_return"] > 450
+    assert all(task["kl"] < 10 for task in summary["tasks"].values())
+    document = report(command)
+    assert document["clusters"]["count"] == 1
+    assert document["sharing"] > 0.99
+
+
+@pytest.mark.slow
+def test_the_nats_of_conflicting_tasks_are_in_the_policys_head(command: Command) -> None:
+    summary = train(command, "env=pointmass", "elbo.prior_scale=0.1", "elbo.kl_weight=0.1")
+    assert summary["mean_success"] >= 0.85
+    document = report(command)
+    nats = {layer["name"]: mean(layer["nats"]) for layer in document["layers"]}
+    head = "actor.network.layers.2"
+    assert nats[head] > sum(value for name, value in nats.items() if name != head)
+    assert document["clusters"]["count"] > 1
