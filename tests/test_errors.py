@@ -30,6 +30,8 @@ WITHOUT_RUN = {
     "unknown_device": (("env=pointmass", "device=tpu"), "tpu"),
     "unknown_normalization": (("env=pointmass", "elbo.normalization=lots"), "lots"),
     "unknown_activation": (("env=pointmass", "network.activation=swishy"), "swishy"),
+    "unknown_activation_of_the_critic": (("env=pointmass", "critic.activation=swishy"), "critic.activation"),
+    "unknown_recipe": (("+experiment=nope",), "toppo_mt10"),
     "unknown_estimator": (("env=pointmass", "elbo.estimator=guess"), "guess"),
     "no_particles": (("env=pointmass", "elbo.particles=0"), "elbo.particles is 0"),
     "unknown_draw": (("env=pointmass", "elbo.draw.acting=sometimes"), "sometimes"),

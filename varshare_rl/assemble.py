@@ -76,9 +76,10 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
     """
     problem = build_problem(suite, config.env.envs_per_task, device)
     architecture = cast(Architecture, config.network)
-    if architecture.activation not in ACTIVATIONS:
-        allowed = ", ".join(ACTIVATIONS)
-        raise UserError(f"unknown network.activation {architecture.activation!r}; choose {allowed}")
+    for part, activation in (("network", architecture.activation), ("critic", config.critic.activation)):
+        if activation is not None and activation not in ACTIVATIONS:
+            allowed = ", ".join(ACTIVATIONS)
+            raise UserError(f"unknown {part}.activation {activation!r}; choose {allowed}")
     if architecture.active_parameters is not None:
         architecture.hidden = matched_hidden(config, architecture, problem)
     posterior = config.elbo.posterior()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -161,6 +163,7 @@ def test_the_critics_networks_are_the_policys_but_for_what_is_given() -> None:
     assert CriticOptions().architecture(network) == network
     wide = CriticOptions(hidden=[16], layer_norm=False, blocks=Blocks.bronet).architecture(network)
     assert wide == VarShareLoRA(hidden=[16], layer_norm=False, blocks=Blocks.bronet, rank=3)
+    assert CriticOptions(activation="elu").architecture(network) == replace(network, activation="elu")
     assert network == VarShareLoRA(hidden=[8, 8], layer_norm=True, rank=3)
 
 

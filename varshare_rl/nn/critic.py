@@ -30,6 +30,7 @@ class CriticOptions:
     """Options of ``critic``: its networks where they differ from the policy's, its loss, and its units."""
 
     hidden: list[int] | None = None  # null: as network.hidden
+    activation: str | None = None  # null: as network.activation
     layer_norm: bool | None = None  # null: as network.layer_norm
     blocks: Blocks | None = None  # null: as network.blocks
     loss: ValueLoss = ValueLoss.squared
@@ -46,8 +47,9 @@ class CriticOptions:
 
     def architecture(self, network: Architecture) -> Architecture:
         """The architecture of the critic's networks: ``network`` with what is given here."""
-        own = {"hidden": self.hidden, "layer_norm": self.layer_norm, "blocks": self.blocks}
-        changed: Any = replace(network, **{name: value for name, value in own.items() if value is not None})  # type: ignore[type-var]
+        names = ("hidden", "activation", "layer_norm", "blocks")
+        own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        changed: Any = replace(network, **own)  # type: ignore[type-var]
         return changed  # type: ignore[no-any-return]
 
 

@@ -1,0 +1,181 @@
+"""Every file in ``configs/experiment``: what it says, that nothing else gets into it, and that it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from varshare_rl.assemble import build_algorithm, build_suite, parameter_count
+from varshare_rl.cli import config_folder
+from varshare_rl.config import TrainConfig, check_config, register_schemas
+from varshare_rl.train import flat_options
+
+FOLDER = config_folder() / "experiment"
+DOCS = config_folder().parent / "docs" / "recipes.md"
+
+#: What all published recipes with SAC have in common.
+SAC: dict[str, Any] = {
+    "env.benchmark": "mt10", "env.envs_per_task": 1, "env.horizon": 500, "env.reward_function_version": "v2",
+    "algorithm.name": "sac", "algorithm.discount": 0.99, "algorithm.target_rate": 0.005,
+    "algorithm.learning_rate": 3e-4, "algorithm.critic_learning_rate": 3e-4,
+    "algorithm.normalize_observations": False, "network.activation": "relu",
+}  # fmt: skip
+#: Those of Meta-World+.
+PLUS = SAC | {
+    "total_transitions": 20_000_000, "algorithm.replay_capacity_per_task": 100_000,
+    "algorithm.batch_per_task": 128, "algorithm.start_transitions_per_task": 4000,
+    "algorithm.updates_per_transition_per_task": 1.0, "algorithm.initial_entropy_coefficient": 1.0,
+    "algorithm.target_entropy_per_dimension": -1.0, "algorithm.max_grad_norm": 1.0,
+    "algorithm.reward_scale": "none", "algorithm.resets": 0, "critic.popart": False, "critic.loss": "squared",
+}  # fmt: skip
+TOPPO = {
+    "algorithm.name": "ppo", "network.name": "shared", "network.hidden": "[400, 400, 400]",
+    "network.activation": "relu", "network.layer_norm": False, "critic.popart": True, "critic.layer_norm": True,
+    "algorithm.rollout_transitions_per_task": 10_000, "algorithm.epochs": 16, "algorithm.minibatches": 32,
+    "algorithm.learning_rate": 3e-4, "algorithm.critic_learning_rate": 3e-4, "algorithm.discount": 0.99,
+    "algorithm.gae_lambda": 0.97, "algorithm.clip": 0.2, "algorithm.entropy_weight": 5e-3,
+    "algorithm.max_grad_norm": 1.0, "algorithm.target_kl": "None", "algorithm.reward_scale": "none",
+    "algorithm.normalize_observations": False, "gradient.actor": "pcgrad", "gradient.critic": "fairgrad",
+}  # fmt: skip
+WIDE = {"network.hidden": "[400, 400, 400]", "gradient.actor": "mean", "gradient.critic": "mean"}
+ALPHA = {"algorithm.entropy_learning_rate": 3e-4}
+POPART = {"network.name": "varshare_lora", "critic.popart": True, "critic.layer_norm": True}
+#: The settings of every recipe in full, whether they are defaults or not: a new default must not change a recipe.
+RECIPES: dict[str, dict[str, Any]] = {
+    "mtmhsac_mt10": PLUS | WIDE | ALPHA | {"network.name": "multi_head"},
+    "softmodules_mt10": PLUS | ALPHA | {
+        "network.name": "soft_modularization", "network.hidden": "[256, 256]", "network.modules": 2,
+        "network.embedding": 400, "gradient.actor": "softmax_temperature",
+        "gradient.critic": "softmax_temperature",
+    },
+    "paco_mt10": PLUS | WIDE | ALPHA | {"network.name": "paco", "network.parameter_sets": 5},
+    "moore_mt10": PLUS | WIDE | {
+        "network.name": "moore", "network.experts": 4, "network.multi_head": True,
+        "algorithm.entropy_learning_rate": 1e-4,
+    },
+    "care_mt10": PLUS | WIDE | ALPHA | {
+        "network.name": "care", "network.experts": 6, "network.encoder_width": 50, "network.context": 50,
+    },
+    "brc_mt10": SAC | ALPHA | {
+        "network.name": "task_embedding", "network.embedding": 32, "network.blocks": "bronet",
+        "network.hidden": "[256, 256]", "critic.hidden": "[4096, 4096, 4096]", "critic.blocks": "bronet",
+        "critic.loss": "categorical", "critic.bins": 101, "critic.value_min": -10.0, "critic.value_max": 10.0,
+        "critic.popart": True, "optimizer.weight_decay": 1e-4, "total_transitions": 10_000_000,
+        "algorithm.batch_per_task": 102, "algorithm.updates_per_transition_per_task": 2.0,
+        "algorithm.initial_entropy_coefficient": 0.1, "algorithm.target_entropy_per_dimension": -0.5,
+        "algorithm.max_grad_norm": 0.0, "algorithm.replay_capacity_per_task": 1_000_000,
+        "algorithm.start_transitions_per_task": 5000,
+    },
+    "ars_mt10": SAC | ALPHA | {
+        "network.name": "shared", "network.hidden": "[400, 400, 400, 400]", "network.layer_norm": False,
+        "critic.activation": "tanh", "critic.layer_norm": True, "algorithm.reward_scale": "ars",
+        "algorithm.resets": 4, "algorithm.batch_per_task": 100, "algorithm.max_grad_norm": 0.0,
+        "algorithm.start_transitions_per_task": 25_000, "total_transitions": 20_000_000,
+        "algorithm.updates_per_transition_per_task": 1.0, "algorithm.initial_entropy_coefficient": 1.0,
+        "algorithm.replay_capacity_per_task": 1_000_000, "algorithm.target_entropy_per_dimension": -1.0,
+    },
+    "toppo_mt10": TOPPO | {"env.benchmark": "mt10", "total_transitions": 20_000_000},
+    "toppo_mt50": TOPPO | {"env.benchmark": "mt50", "total_transitions": 100_000_000},
+    "varshare_lora_ppo_mt10": POPART | {
+        "env.benchmark": "mt10", "algorithm.name": "ppo", "gradient.actor": "pcgrad",
+        "gradient.critic": "fairgrad",
+    },
+    "varshare_lora_sac_mt10": POPART | {
+        "env.benchmark": "mt10", "algorithm.name": "sac", "gradient.actor": "mean", "gradient.critic": "pcgrad",
+    },
+}  # fmt: skip
+CPU = [
+    "ars_mt10_cpu", "brc_mt10_cpu", "care_mt10_cpu", "moore_mt10_cpu", "mtmhsac_mt10_cpu", "paco_mt10_cpu",
+    "softmodules_mt10_cpu", "toppo_mt50_cpu", "varshare_lora_sac_mt10_cpu",
+]  # fmt: skip
+#: What a recipe for a CPU may change: sizes, never the method.
+SIZES = {
+    "total_transitions", "env.envs_per_task", "network.hidden", "critic.hidden",
+    "algorithm.updates_per_transition_per_task", "algorithm.replay_capacity_per_task",
+    "algorithm.start_transitions_per_task", "algorithm.rollout_transitions_per_task", "algorithm.epochs",
+    "algorithm.minibatches",
+}  # fmt: skip
+
+
+def composed(*overrides: str) -> TrainConfig:
+    register_schemas()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        config: DictConfig = compose("train", overrides=list(overrides))
+    made = OmegaConf.to_object(config)
+    assert isinstance(made, TrainConfig)
+    return made
+
+
+def test_every_recipe_is_tested_and_documented() -> None:
+    names = {path.stem for path in FOLDER.glob("*.yaml")}
+    assert names == {*RECIPES, *CPU}
+    text = DOCS.read_text()
+    assert [name for name in sorted(names) if f"`{name}`" not in text] == []
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_says_what_was_published(name: str) -> None:
+    config = composed(f"+experiment={name}")
+    check_config(config)
+    flat = flat_options(config)
+    assert {key: flat[key] for key in RECIPES[name]} == RECIPES[name]
+
+
+@pytest.mark.parametrize("name", CPU)
+def test_a_recipe_for_a_cpu_changes_sizes_alone(name: str) -> None:
+    small = composed(f"+experiment={name}")
+    check_config(small)
+    own, whole = flat_options(small), flat_options(composed(f"+experiment={name.removesuffix('_cpu')}"))
+    changed = {key for key in own if own[key] != whole[key]}
+    assert changed
+    assert changed <= SIZES
+    assert small.total_transitions < composed(f"+experiment={name.removesuffix('_cpu')}").total_transitions
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_builds_at_its_size(name: str) -> None:
+    small = ["algorithm.replay_capacity_per_task=10"] if RECIPES[name]["algorithm.name"] == "sac" else []
+    if name == "brc_mt10":  # 268 million parameters
+        small.append("critic.hidden=[64,64,64]")
+    config = composed(f"+experiment={name}", *small)
+    suite = build_suite(config)
+    assert len(suite.task_names) == int(name.rpartition("mt")[2])
+    algorithm = build_algorithm(config, suite, torch.device("cpu"))
+    assert algorithm.trained_modules().keys() == {"actor", "critic"}
+    if name == "toppo_mt50":  # published as 717 thousand
+        assert abs(parameter_count(algorithm, 50).stored - 717_000) < 3_500
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_command_line_wins_over_a_recipe_and_a_recipe_over_tuned_values(name: str) -> None:
+    chosen = ["env=pointmass", "algorithm.learning_rate=0.5", "network.hidden=[8,8]", "critic.hidden=[8]"]
+    config = composed(f"+experiment={name}", *chosen, "total_transitions=123")
+    assert config.env.name == "pointmass"
+    assert (config.network.hidden, config.critic.hidden) == ([8, 8], [8])
+    assert (config.algorithm.learning_rate, config.total_transitions) == (0.5, 123)
+    tuned = ("env=pointmass", f"algorithm={config.algorithm.name}")  # for which there are tuned values
+    assert composed(f"+experiment={name}", *tuned).algorithm == composed(f"+experiment={name}").algorithm
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *CPU])
+def test_makes_an_update(command: Command, folder: Path, name: str) -> None:
+    small = [
+        "env=pointmass", "env.envs_per_task=2", "env.horizon=10", "total_transitions=320", "network.hidden=[8]",
+        "critic.hidden=[8]", "log.quiet=true", "checkpoint.every=0", "evaluate.every=0", "evaluate.episodes=1",
+        "observe.every=0", "device=cpu", "run_dir=run",
+    ]  # fmt: skip
+    if "ppo" in name:
+        small += ["algorithm.rollout_transitions_per_task=20", "algorithm.epochs=1", "algorithm.minibatches=1"]
+    else:
+        small += ["algorithm.start_transitions_per_task=36", "algorithm.batch_per_task=8"]
+        small += ["algorithm.replay_capacity_per_task=100"]
+    outcome = command("train", f"+experiment={name}", *small)
+    assert outcome.code == 0, outcome.err
+    assert json.loads((folder / "run" / "summary.json").read_text())["updates"] >= 1
