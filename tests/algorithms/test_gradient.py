@@ -16,8 +16,10 @@ from varshare_rl.assemble import build_algorithm, build_suite
 from varshare_rl.config import TrainConfig, check_config
 from varshare_rl.nn import VarShareLoRA
 from varshare_rl.optim.combiners import GradientOptions, Method
+from varshare_rl.optim.guard import GuardOptions
 from varshare_rl.optim.optimizer import OptimizerOptions, Schedule
 from varshare_rl.optim.reduction import JacobianReduction, TemperatureReduction
+from varshare_rl.optim.step import LossStep
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
 
 ALGORITHMS = {
@@ -32,7 +34,9 @@ ALGORITHMS = {
 SCHEDULED = OptimizerOptions(schedule=Schedule.cosine, warmup=0.2, weight_decay=0.1, spread_rate=2.0)
 
 
-def make(algorithm: str, actor: Method, critic: Method) -> tuple[VectorEngine, Any]:
+def make(
+    algorithm: str, actor: Method, critic: Method, guard: GuardOptions | None = None
+) -> tuple[VectorEngine, Any]:
     torch.manual_seed(0)
     config = TrainConfig(
         PointMassOptions(envs_per_task=4, horizon=10),
@@ -40,10 +44,45 @@ def make(algorithm: str, actor: Method, critic: Method) -> tuple[VectorEngine, A
         VarShareLoRA(hidden=[8], layer_norm=True),
         gradient=GradientOptions(actor, critic),
         optimizer=SCHEDULED,
+        guard=guard or GuardOptions(),
     )
     check_config(config)
     suite = build_suite(config)
     return suite.make_engine(4, 0), build_algorithm(config, suite, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_reset_forgets_what_steps_remember(algorithm: str) -> None:
+    """Running losses of the old networks, for one, would call every loss of the new ones an explosion."""
+    methods, guard = (Method.gradnorm, Method.gradvac), GuardOptions(explosion=1000.0)
+    engine, learner = make(algorithm, *methods, guard)
+    _, fresh = make(algorithm, *methods, guard)
+    train(engine, learner, torch.from_numpy(engine.reset()), range(12))
+    memories = [(step.reduction.combiner.state(), step.guard.state()) for step in steps(learner)[:2]]
+    assert memories[0][0]["weights"] is not None
+    assert memories[1][0]["targets"] is not None
+    assert all(guarded["steps"] > 0 and guarded["average"] is not None for _, guarded in memories)
+    learner.reset_networks()
+    for step, new in zip(steps(learner), steps(fresh), strict=True):
+        assert not step.optimizer.state
+        assert step.guard.state() == new.guard.state() | {"masked": step.guard.masked}
+        if isinstance(step.reduction, JacobianReduction):
+            assert step.reduction.combiner.state() == new.reduction.combiner.state()
+
+
+def test_all_steps_take_note_of_how_far_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA it is then that a guard finds out about tasks to leave out; until then it drops whole steps."""
+    _, learner = make("sac", Method.mean, Method.mean)
+    noted = []
+    for step in steps(learner):
+        monkeypatch.setattr(step.guard, "look", lambda step=step: noted.append(step))
+    learner.advance(0.5)
+    assert noted == steps(learner)
+
+
+def steps(learner: Any) -> list[LossStep]:
+    entropy = [learner.entropy_step] if hasattr(learner, "entropy_step") else []
+    return [learner.actor_step, learner.critic_step, *entropy]
 
 
 def train(engine: VectorEngine, learner: Any, obs: torch.Tensor, steps: range) -> torch.Tensor:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from varshare_rl.data.rewards import AdaptiveRewardScaler, ReturnStdScaler, RewardScale, reward_scaler
@@ -53,6 +54,13 @@ def test_adaptive_scales_by_hand() -> None:
     torch.testing.assert_close(scaler(2 * torch.ones(4, 3, 5))[2], torch.full((3, 5), 64.0))
     feed(scaler, [6.0, 6.0], [8.0, 8.0], [0.25, 0.25], [0.0, 0.0])  # over both: 4, 8, 1/4
     torch.testing.assert_close(scaler(x)[:, 0], torch.tensor([2.0, 1.0, 32.0, 1.0]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_adaptive_scales_of_others_do_not_follow_a_reward_that_is_not_finite(bad: float) -> None:
+    scaler = AdaptiveRewardScaler(3)
+    feed(scaler, [1.0, 3.0], [8.0, 8.0], [1.0, bad])
+    assert scaler(torch.ones(3, 1))[:, 0].tolist() == [4.0, 1.0, 1.0]
 
 
 def test_adaptive_scales_change_at_a_refresh_only_once_learning_has_begun() -> None:

@@ -80,3 +80,12 @@ def test_loaded_steps_are_its_own() -> None:
     other.load_state(one.state(), torch.device("cpu"))
     other["reward"].fill_(9.0)
     assert one["reward"][0, :2, 0].tolist() == [0, 1]
+
+
+def test_all_fields_are_where_the_observations_are() -> None:
+    """Numbers of draws are made on the CPU; a batch takes the same rows of every field."""
+    rollout = Rollout(2)
+    first = step(0)
+    on_device = {name: value.to("meta") for name, value in vars(first).items() if name != "draws"}
+    rollout.add(RolloutStep(**on_device, draws=first.draws))
+    assert {rollout[name].device.type for name in vars(first)} == {"meta"}

@@ -69,4 +69,37 @@ def test_the_affine_map_is_the_identity_at_first_and_of_its_own_task() -> None:
     order = torch.tensor([2, 0])
     torch.testing.assert_close(affine(x[order], order), affine(x, torch.arange(3))[order])
     torch.testing.assert_close(affine(x[2], 2), 3 * x[2] - 1)
-    assert rows(affine.scale, torch.arange(3)).shape == (3, 1)
+    assert rows(affine.scale, torch.arange(3), x).shape == (3, 1)
+
+
+def test_a_flat_batch_has_each_row_in_its_own_task() -> None:
+    statistics, affine = TargetStatistics(3, 0.5), TaskAffine(3)
+    statistics.update(torch.randn(3, 20) * torch.tensor([[1.0], [10.0], [100.0]]))
+    with torch.no_grad():
+        affine.scale.copy_(torch.tensor([1.0, 2.0, 3.0]))
+    x, ids = torch.randn(5), torch.tensor([2, 0, 0, 1, 2])
+    for function in (statistics.restore, statistics.normalize, affine):
+        alone = [function(x[row], int(task)) for row, task in enumerate(ids)]
+        torch.testing.assert_close(function(x, ids), torch.stack(alone))
+    x = torch.randn(3)  # as many rows as tasks, and in their order
+    torch.testing.assert_close(affine(x, torch.arange(3)), x * torch.tensor([1.0, 2.0, 3.0]))
+
+
+def test_a_target_that_is_not_finite_does_not_count() -> None:
+    statistics, other = TargetStatistics(2, RATE), TargetStatistics(2, RATE)
+    batches = torch.randn(4, 2, 10)
+    for number, batch in enumerate(batches):
+        spoilt = batch.clone()
+        if number in (0, 2):
+            spoilt[1, 3] = float("inf") if number else float("nan")
+        move = statistics.update(spoilt)
+        other.update(batch)
+        if number == 2:
+            assert [value[1].item() for value in move] == [1.0, 0.0]
+    assert torch.equal(statistics.mean[0], other.mean[0])
+    assert torch.equal(statistics.spread[0], other.spread[0])
+    alone = TargetStatistics(1, RATE)
+    for number in (1, 3):
+        alone.update(batches[number, 1:])
+    assert torch.equal(statistics.mean[1:], alone.mean)
+    assert torch.equal(statistics.spread[1:], alone.spread)

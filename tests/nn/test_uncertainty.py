@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varshare_rl.nn import Posterior, Shared, VarShare, VarShareLayer, VarShareLoRA, VarShareLoRALayer
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
-from varshare_rl.nn.critic import TwinQ, ValueNetwork
+from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
 from varshare_rl.nn.uncertainty import (
     draw_weights,
     layer_moments,
@@ -155,7 +155,10 @@ def test_linearised_spread_of_a_network_is_that_of_samples(kind: str, rho: float
     assert not any(parameter.grad is not None for parameter in made.parameters())
 
 
-def test_actions_and_values_of_all_heads() -> None:
+@pytest.mark.parametrize("popart", [False, True])
+def test_actions_and_values_of_all_heads(popart: bool) -> None:
+    critic = CriticOptions(popart=popart)
+    target = torch.randn(TASKS, 30) * 7.0 + torch.tensor([[0.0], [5.0], [100.0]])
     obs = torch.randn(TASKS, 5, 6, dtype=torch.float64)
     mask = torch.tensor([[True, True], [True, False], [True, True]])
     box = predict_actions(TanhGaussianActor(network("lora", 6, 4, -1.0), mask).double(), obs, 12)
@@ -166,9 +169,12 @@ def test_actions_and_values_of_all_heads() -> None:
     choice = predict_actions(CategoricalActor(network("full", 6, 2, -1.0), mask), obs, 12)
     torch.testing.assert_close(choice.mean.sum(-1), torch.ones(TASKS, 5, dtype=torch.float64))
     assert (choice.mean[1, :, 1] == 0).all()
-    value = predict_values(ValueNetwork(network("lora", 6, 1, -1.0)), (obs,), 12)
+    single = ValueNetwork(network("lora", 6, 1, -1.0), TASKS, critic).double()
+    single.track(target)
+    value = predict_values(single, (obs,), 12)
     assert value.mean.shape == value.std.shape == (TASKS, 5)
-    twins = TwinQ(lambda: network("lora", 8, 1, -30.0))
+    twins = TwinQ(lambda: network("lora", 8, 1, -30.0), TASKS, critic).double()
+    twins.track(target)
     action = torch.randn(TASKS, 5, 2, dtype=torch.float64)
     both = predict_values(twins, (obs, action), 3)
     assert both.draws.shape == (6, TASKS, 5)

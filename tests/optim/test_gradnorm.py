@@ -57,3 +57,14 @@ def test_a_task_that_is_left_out_keeps_its_share() -> None:
     assert combiner.weights[0] > 2 * combiner.weights[1]
     assert combiner.weights[2].item() == pytest.approx(1.0, rel=0.3)
     assert combiner.weights.min() > 0
+
+
+def test_it_goes_on_from_its_state_and_starts_again_when_it_forgets() -> None:
+    combiner = GradNorm(GradNormOptions())
+    combiner(ROWS, torch.ones(2), None)
+    other = GradNorm(GradNormOptions())
+    other.load_state(combiner.state())
+    assert torch.equal(other(ROWS, torch.ones(2), None), combiner(ROWS, torch.ones(2), None))
+    other.forget()
+    assert other.state() == {"weights": None}
+    assert other(ROWS, torch.ones(2), None).tolist() == [1.0, 3.0]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from varshare_rl.nn import Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn import MOORE, Independent, PaCo, Posterior, Shared, VarShare, VarShareLoRA
 from varshare_rl.optim.optimizer import OptimizerOptions, Schedule, schedule_factor
 from varshare_rl.optim.roles import Kind, roles
 from varshare_rl.optim.step import LossStep
@@ -94,14 +94,30 @@ def test_weight_decay_by_hand_and_on_weights_only() -> None:
         (Shared(hidden=[4], layer_norm=True), {"theta": "theta, decays", "bias": "theta", "weight": "theta"}),
         (VarShare(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mean", "rhos": "spread"}),
         (Independent(hidden=[4]), {"weights": "theta, decays", "biases": "theta"}),
+        (
+            PaCo(hidden=[4], layer_norm=True),
+            {
+                "compositions": "theta", "weights": "theta, decays", "biases": "theta",
+                "weight": "theta", "bias": "theta",
+            },
+        ),
+        (
+            MOORE(hidden=[4, 4], layer_norm=True, experts=2, multi_head=False),
+            {
+                "mixtures": "theta", "weights": "theta, decays", "biases": "theta", "scales": "theta",
+                "offsets": "theta", "weight": "theta", "bias": "theta", "theta": "theta, decays",
+            },
+        ),
     ],
-)
-def test_roles(network: Shared | VarShare | Independent, expected: dict[str, str]) -> None:
+)  # fmt: skip
+def test_roles(network: Shared | VarShare | Independent | PaCo | MOORE, expected: dict[str, str]) -> None:
     built = network.build(3, 2, 2, Posterior())
     found = {}
     for (name, parameter), role in zip(built.named_parameters(), roles(built), strict=True):
         assert role.parameter is parameter
-        assert role.own == (name.rpartition(".")[2] in ("mus", "rhos", "weights", "biases"))
+        own = {"mus", "rhos", "compositions", "mixtures"}
+        own |= {"weights", "biases"} if isinstance(network, Independent) else set()
+        assert role.own == (name.rpartition(".")[2] in own)
         found[name.rpartition(".")[2]] = role.kind.value + (", decays" if role.decays else "")
     assert found == expected
 

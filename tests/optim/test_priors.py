@@ -115,6 +115,22 @@ def test_adaptive_by_hand() -> None:
     assert module.layers[0].prior_scale[3] > module.layers[0].prior_scale[2] > module.layers[0].prior_scale[0]
 
 
+def test_a_gap_that_is_not_finite_is_no_other_tasks_business() -> None:
+    module = network()
+    prior, other = (Adaptive(interval=1, smoothing=0.5).build(1.0, tasks) for tasks in (TASKS, TASKS - 1))
+    for bad in (math.nan, math.inf):
+        prior.step([module], lambda: torch.tensor([1.0, 2.0, 4.0, bad]))  # noqa: B023
+        other.step([], lambda: torch.tensor([1.0, 2.0, 4.0]))
+        for layer in module.layers:
+            assert layer.prior_scale[:3].tolist() == pytest.approx(other.scales().tolist())
+            assert layer.prior_scale[3].item() == pytest.approx(0.155)  # as the median has
+    assert prior.metrics([module])["loss_gap"] == pytest.approx(7 / 3)
+    prior.step([module], lambda: torch.tensor([1.0, 2.0, 4.0, 9.0]))
+    assert prior.gap[3] == 9.0
+    prior.step([module], lambda: torch.tensor([1.0, 2.0, 4.0, math.nan]))
+    assert prior.gap[3] == 9.0
+
+
 def test_adaptive_asks_for_the_gap_only_when_it_is_due() -> None:
     module = network()
     prior = Adaptive(interval=2).build(1.0, TASKS)

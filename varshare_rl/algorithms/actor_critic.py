@@ -156,12 +156,12 @@ class ActorCritic:
             self.reset_networks()
 
     def reset_networks(self) -> None:
-        """Fresh networks and optimiser moments; normalisers and what was collected stay (Nikishin et al. 2022)."""
+        """Fresh networks and steps; normalisers and what was collected stay (Nikishin et al. 2022)."""
         actor, critic = self._build()
         self.actor.load_state_dict(actor.state_dict())
         self.critic.renew(critic)
         for step in (self.actor_step, self.critic_step):
-            step.optimizer.state.clear()
+            step.forget()
 
     def masked_steps(self) -> Tensor:
         """Steps of actor and critic that each task was left out of, ``[T]``."""

@@ -127,6 +127,11 @@ class SAC(ActorCritic):
         if self.transitions_per_task >= self.options.start_transitions_per_task:
             self.updates_due += self.options.updates_per_transition_per_task * transition.reward.shape[1]
 
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
+        super().advance(fraction)
+        self.entropy_step.advance(fraction)
+
     def ready(self) -> bool:
         """An update is due."""
         return self.updates_due >= 1.0
@@ -202,7 +207,7 @@ class SAC(ActorCritic):
         self.target_critic.load_state_dict(self.critic.state_dict())
         with torch.no_grad():
             self.log_alpha.fill_(self.options.initial_entropy_coefficient).log_()
-        self.entropy_step.optimizer.state.clear()
+        self.entropy_step.forget()
 
     def memory_bytes(self) -> dict[str, int]:
         """Networks with gradients and optimiser, target critics, replay."""

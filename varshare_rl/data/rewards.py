@@ -84,8 +84,8 @@ class AdaptiveRewardScaler(RewardScaler):
 
     Adaptive reward scaling (Cho et al. 2025, equation 6 and algorithm 1). Scales follow the rewards until the first
     :meth:`settle`, and then change at each :meth:`refresh` only, when networks start anew: between, a moving scale
-    would move the targets. Rewards are counted from the beginning of the run. A task whose rewards were all 0 has
-    scale 1.
+    would move the targets. Rewards are counted from the beginning of the run. A task whose rewards were all 0, or
+    one of them not finite, has scale 1 and is nobody's measure.
 
     Args:
         num_tasks: ``T``.
@@ -123,7 +123,8 @@ class AdaptiveRewardScaler(RewardScaler):
 
     def _now(self) -> Tensor:
         mean = self.total / self.count.clamp_min(1.0)
-        return torch.where(mean > 0, mean.max() / mean, 1.0)
+        measured = mean.isfinite() & (mean > 0)
+        return torch.where(measured, torch.where(measured, mean, 0.0).max() / mean, 1.0)
 
 
 def reward_scaler(kind: RewardScale, num_tasks: int, discount: float) -> RewardScaler:

@@ -25,7 +25,7 @@ class RolloutStep:
 
 
 class Rollout:
-    """Preallocated ``[T, S, E, ...]`` storage of ``S`` vector steps; allocated at the first step."""
+    """Preallocated ``[T, S, E, ...]`` storage of ``S`` vector steps on the device of the observations."""
 
     def __init__(self, vector_steps: int) -> None:
         self.vector_steps = vector_steps
@@ -39,7 +39,7 @@ class Rollout:
                 continue
             if name not in self.fields:
                 shape = (value.shape[0], self.vector_steps, *value.shape[1:])
-                self.fields[name] = torch.zeros(shape, dtype=value.dtype, device=value.device)
+                self.fields[name] = torch.zeros(shape, dtype=value.dtype, device=step.obs.device)
             self.fields[name][:, self.position] = value
         self.position += 1
 

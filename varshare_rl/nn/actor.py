@@ -95,6 +95,7 @@ class TanhGaussianActor(nn.Module):
         initial_log_std: added to the network's log standard deviation output.
     """
 
+    per_task_buffers = ("action_mask",)
     action_mask: Tensor
 
     def __init__(
@@ -124,6 +125,7 @@ class CategoricalActor(nn.Module):
         action_mask: ``[T, A]`` bool, False where a task has no such choice.
     """
 
+    per_task_buffers = ("action_mask",)
     action_mask: Tensor
 
     def __init__(self, network: nn.Module, action_mask: Tensor) -> None:

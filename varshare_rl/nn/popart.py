@@ -26,13 +26,15 @@ class TargetStatistics(nn.Module):
     ``m <- m + rate (E[y] - m)`` and ``v <- v + rate (E[y^2] - v)``, both divided by ``1 - (1 - rate)^n`` after
     ``n`` batches, so that the first ones are not drawn towards their start at 0 (the correction of Kingma and Ba
     2015); ``mean = m``, ``spread = sqrt(v - m^2)``, held between 1e-4 and 1e6 (van Hasselt et al. 2016; per task:
-    Hessel et al. 2019). Before there is a batch the mean is 0 and the spread 1. Statistics are float64.
+    Hessel et al. 2019). Before there is a batch the mean is 0 and the spread 1. A task's batch with a target that
+    is not finite does not count for that task. Statistics are float64.
 
     Args:
         num_tasks: ``T``.
         rate: weight of a new batch, in (0, 1].
     """
 
+    per_task_buffers = ("first", "second", "weight", "mean", "spread")
     first: Tensor
     second: Tensor
     weight: Tensor
@@ -42,36 +44,36 @@ class TargetStatistics(nn.Module):
     def __init__(self, num_tasks: int, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        for name in ("first", "second", "mean"):
+        for name in ("first", "second", "weight", "mean"):
             self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
-        self.register_buffer("weight", torch.zeros((), dtype=torch.float64))
         self.register_buffer("spread", torch.ones(num_tasks, dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, target: Tensor) -> Move:
-        """Take in targets ``[T, B]``. The first batch sets the statistics, which moves nothing."""
+        """Take in targets ``[T, B]``. A task's first batch sets its statistics, which moves nothing."""
         target = target.double()
-        unset = self.weight == 0
-        self.first.lerp_(target.mean(1), self.rate)
-        self.second.lerp_(target.square().mean(1), self.rate)
-        self.weight.lerp_(torch.ones_like(self.weight), self.rate)
-        mean = self.first / self.weight
+        counts, set_before = torch.isfinite(target).all(1), self.weight > 0
+        moments = (target.mean(1), target.square().mean(1), torch.ones_like(self.weight))
+        for average, newest in zip((self.first, self.second, self.weight), moments, strict=True):
+            average.copy_(torch.where(counts, average.lerp(newest, self.rate), average))
+        mean = torch.where(counts, self.first / self.weight, self.mean)
         variance = (self.second / self.weight - mean.square()).clamp_min(0.0)
-        spread = variance.sqrt().clamp(LEAST_SPREAD, LARGEST_SPREAD)
-        ratio = torch.where(unset, 1.0, self.spread / spread)
-        shift = torch.where(unset, 0.0, (self.mean - mean) / spread)
+        spread = torch.where(counts, variance.sqrt().clamp(LEAST_SPREAD, LARGEST_SPREAD), self.spread)
+        ratio = torch.where(set_before, self.spread / spread, 1.0)
+        shift = torch.where(set_before, (self.mean - mean) / spread, 0.0)
         self.mean.copy_(mean)
         self.spread.copy_(spread)
         return Move(ratio, shift)
 
     def normalize(self, value: Tensor, task_ids: TaskIds) -> Tensor:
         """``(value - mean) / spread``, ``[T, B]``."""
-        mean, spread = (rows(statistic, task_ids).to(value.dtype) for statistic in (self.mean, self.spread))
+        mean, spread = (rows(statistic, task_ids, value).to(value.dtype) for statistic in (self.mean, self.spread))
         return (value - mean) / spread
 
     def restore(self, normalized: Tensor, task_ids: TaskIds) -> Tensor:
         """``spread * normalized + mean``, ``[T, B]``."""
-        mean, spread = (rows(statistic, task_ids).to(normalized.dtype) for statistic in (self.mean, self.spread))
+        statistics = (self.mean, self.spread)
+        mean, spread = (rows(values, task_ids, normalized).to(normalized.dtype) for values in statistics)
         return torch.addcmul(mean, spread, normalized)
 
 
@@ -91,7 +93,7 @@ class TaskAffine(nn.Module):
 
     def forward(self, x: Tensor, task_ids: TaskIds) -> Tensor:
         """``[T, B]`` in and out."""
-        return torch.addcmul(rows(self.offset, task_ids), rows(self.scale, task_ids), x)
+        return torch.addcmul(rows(self.offset, task_ids, x), rows(self.scale, task_ids, x), x)
 
     @torch.no_grad()
     def follow(self, move: Move) -> None:
@@ -100,10 +102,12 @@ class TaskAffine(nn.Module):
         self.offset.copy_(move.ratio * self.offset + move.shift)
 
 
-def rows(stacked: Tensor, task_ids: TaskIds) -> Tensor:
-    """Entries of ``stacked [T]`` as ``[K, 1]`` for the tasks of a task-major batch, or ``[]`` for one task."""
+def rows(stacked: Tensor, task_ids: TaskIds, like: Tensor) -> Tensor:
+    """Entries of ``stacked [T]`` for the tasks of ``like``, in a shape that broadcasts with it.
+
+    ``like`` is ``[K, B]`` with ids ``[K]``, flat ``[N]`` with ids ``[N]``, or of any shape with one id.
+    """
     ids = torch.as_tensor(task_ids)
-    if ids.dim() == 1 and torch.equal(ids, all_tasks(len(stacked))):
-        return stacked.unsqueeze(1)
-    chosen = stacked[ids.to(stacked.device)]
-    return chosen if ids.dim() == 0 else chosen.unsqueeze(1)
+    everything = ids.dim() == 1 and torch.equal(ids, all_tasks(len(stacked)))
+    chosen = stacked if everything else stacked[ids.to(stacked.device)]
+    return chosen.unsqueeze(1) if ids.dim() == 1 and like.dim() == 2 else chosen

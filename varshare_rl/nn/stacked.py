@@ -19,7 +19,10 @@ class StackedLinear(nn.Module):
 
     Attributes:
         weights: ``[M, G, F]``; biases: ``[M, G]``. All are shared by the tasks.
+        stacks_copies: dim 0 of the parameters counts copies of a layer.
     """
+
+    stacks_copies = True
 
     def __init__(self, copies: int, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -42,6 +45,8 @@ class StackedLinear(nn.Module):
 
 class StackedNorm(nn.Module):
     """LayerNorm (Ba et al. 2016) with a scale and an offset of its own for every copy, both ``[M, H]``."""
+
+    stacks_copies = True
 
     def __init__(self, copies: int, features: int) -> None:
         super().__init__()

@@ -57,9 +57,9 @@ class Moments(NamedTuple):
 def draw_weights(module: nn.Module, draws: int, temperature: float = 1.0) -> dict[str, Tensor]:
     """Parameters and buffers of ``module`` for ``draws * T`` tasks, by dotted name, for ``functional_call``.
 
-    Block ``p T + i`` is draw ``p`` of task ``i``'s posterior as a mean; what other layers keep per task, and the
-    actors' action mask, is repeated. Module and generator apart, nothing is changed: draws come from torch's
-    global generator.
+    Block ``p T + i`` is draw ``p`` of task ``i``'s posterior as a mean; what modules keep per task besides is
+    repeated, parameters and the buffers that they name in ``per_task_buffers``. The module stays as it is; draws
+    come from torch's global generator.
     """
     drawn: dict[str, Tensor] = {}
     for path, child in module.named_modules():
@@ -74,8 +74,8 @@ def draw_weights(module: nn.Module, draws: int, temperature: float = 1.0) -> dic
                 sigma = _repeat(softplus_sigma(child.get_parameter(rhos).detach(), temperature), draws)
                 value = torch.addcmul(value, sigma, torch.randn_like(value))
             drawn[prefix + name] = value
-        if isinstance(child, TanhGaussianActor | CategoricalActor):
-            drawn[f"{prefix}action_mask"] = _repeat(child.action_mask, draws)
+        for name in getattr(child, "per_task_buffers", ()):
+            drawn[prefix + name] = _repeat(child.get_buffer(name), draws)
     return drawn
 
 

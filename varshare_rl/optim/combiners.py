@@ -101,6 +101,9 @@ class Combiner(Protocol):
         ``kept [T]`` bool: the tasks that count; the other rows are zero. None: all.
         """
 
+    def forget(self) -> None:
+        """Remember nothing, as at the start."""
+
     def state(self) -> Tree:
         """What it remembers."""
 
@@ -149,6 +152,10 @@ class GramianCombiner:
         weights[index] = found.double() if self.of_sum else found.double() * tasks
         return weights.to(rows) @ rows
 
+    def forget(self) -> None:
+        if self.memory is not None:
+            self.memory.forget()
+
     def state(self) -> Tree:
         return {} if self.memory is None else self.memory.state()
 
@@ -170,6 +177,9 @@ class GradDropCombiner:
     def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
         return self.aggregator(rows)
 
+    def forget(self) -> None:
+        pass
+
     def state(self) -> Tree:
         return {}
 
@@ -179,6 +189,8 @@ class GradDropCombiner:
 
 class Memory(Protocol):
     """What a weighting remembers between steps."""
+
+    def forget(self) -> None: ...
 
     def state(self) -> Tree: ...
 
@@ -190,6 +202,9 @@ class _GradVacMemory:
 
     def __init__(self, weighting: Any) -> None:
         self.weighting = weighting
+
+    def forget(self) -> None:
+        self.weighting.reset()
 
     def state(self) -> Tree:
         return {"targets": self.weighting._phi_t}
@@ -217,6 +232,9 @@ class _NashMTL:
             warnings.simplefilter("ignore")
             weights: Tensor = self.weighting(root)
         return weights
+
+    def forget(self) -> None:
+        self.weighting.reset()
 
     def state(self) -> Tree:
         return {name: getattr(self.weighting, name) for name in ("step", "prvs_alpha", "normalization_factor")}

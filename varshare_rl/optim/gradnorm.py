@@ -30,7 +30,8 @@ class GradNorm:
     (equations 1 and 2; ``n r_i^a`` is held constant), then brings them back to a sum of ``T``. ``g_i`` is the
     gradient of task ``i``'s loss ``L_i`` in all shared parameters (the paper takes one layer to save time), and
     ``a`` is ``asymmetry``. A loss of reinforcement learning need be neither positive nor falling: where ``L_i`` or
-    ``L_i(0)`` is not positive, ``r_i = 1``. A task that is left out keeps its weight.
+    ``L_i(0)`` is not positive, ``r_i = 1``. A task that is left out keeps its weight. What there is per task is on
+    the CPU, wherever the rows are.
     """
 
     def __init__(self, options: GradNormOptions) -> None:
@@ -40,15 +41,15 @@ class GradNorm:
 
     def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
         """``rows [T, P]`` to the weighted sum ``[P]``; then one step of the weights."""
-        losses = losses.detach()
+        losses = losses.detach().cpu()
         if self.first is None:
             self.first = losses.clone()
             self._start(torch.ones_like(losses))
         assert self.weights is not None
-        gradient = self.weights.detach() @ rows
-        norms = rows.norm(dim=1)
+        gradient = self.weights.detach().to(rows) @ rows
+        norms = rows.norm(dim=1).cpu()
         weighted = self.weights.detach() * norms
-        counts = torch.ones_like(norms, dtype=torch.bool) if kept is None else kept
+        counts = torch.ones_like(norms, dtype=torch.bool) if kept is None else kept.cpu()
         counts = counts & torch.isfinite(norms)
         average = torch.where(counts, weighted, 0.0).sum() / counts.sum().clamp_min(1)
         lag = weighted - average * self._rates(losses, counts).pow(self.options.asymmetry)
@@ -71,6 +72,10 @@ class GradNorm:
     def _start(self, weights: Tensor) -> None:
         self.weights = nn.Parameter(weights)
         self.optimizer = torch.optim.Adam([self.weights], lr=self.options.learning_rate)
+
+    def forget(self) -> None:
+        """Equal weights again; the next losses are the first."""
+        self.weights = self.first = None
 
     def state(self) -> Tree:
         """Weights, their optimiser and the first losses; None before the first step."""

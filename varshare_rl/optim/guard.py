@@ -79,6 +79,10 @@ class Guard:
         total = int(self.masked.sum())
         self.looking, self._seen = total != self._seen, total
 
+    def forget(self) -> None:
+        """Drop the running averages: losses of other parameters are no measure. Counts stay."""
+        self._average, self._steps = None, 0
+
     def _sees(self, tensor: Tensor) -> bool:
         """Whether looking at a number costs no waiting for a device."""
         return tensor.is_cpu

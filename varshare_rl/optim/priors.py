@@ -124,7 +124,8 @@ class Adaptive:
 
     Every ``interval`` updates the gap of each task, critic loss with theta alone minus critic loss with the
     residuals, enters a moving average. Its robust z-score over tasks, ``(gap - median) / (1.4826 MAD)``, is
-    squashed by a sigmoid into ``[least, most]``.
+    squashed by a sigmoid into ``[least, most]``. A gap that is not finite does not count; a task that has had no
+    other is taken for the median.
     """
 
     name: str = "adaptive"
@@ -150,6 +151,7 @@ class _Adaptive(_Fixed):
         if self.steps % self.options.interval != 0:
             return
         newest = gap().cpu()
+        newest = torch.where(newest.isfinite(), newest, self.gap)
         old = torch.where(self.gap.isnan(), newest, self.gap)
         self.gap = old + self.options.smoothing * (newest - old)
         scale = self.scales()
@@ -158,17 +160,17 @@ class _Adaptive(_Fixed):
 
     def scales(self) -> Tensor:
         """The prior scale of every task, ``[T]``."""
-        middle = self.gap.quantile(0.5)
-        deviation = 1.4826 * (self.gap - middle).abs().quantile(0.5)
-        z = (self.gap - middle) / deviation.clamp_min(1e-8)
+        middle = self.gap.nanquantile(0.5)
+        deviation = 1.4826 * (self.gap - middle).abs().nanquantile(0.5)
+        z = ((self.gap - middle) / deviation.clamp_min(1e-8)).nan_to_num(0.0)
         return self.options.least + (self.options.most - self.options.least) * torch.sigmoid(z)
 
     def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
-        if bool(self.gap.isnan().any()):
+        if bool(self.gap.isnan().all()):
             return {}
         scales = self.scales()
         return {
-            "loss_gap": float(self.gap.mean()),
+            "loss_gap": float(self.gap.nanmean()),
             "prior_scale": float(scales.mean()),
             "prior_scale_least": float(scales.min()),
             "prior_scale_most": float(scales.max()),

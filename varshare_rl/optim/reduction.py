@@ -28,6 +28,9 @@ class Reduction(Protocol):
     def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         """``kept [T]`` bool: the tasks that count. The others' losses are 0, without a gradient."""
 
+    def forget(self) -> None:
+        """Remember nothing, as at the start."""
+
     def state(self) -> Tree:
         """What it remembers."""
 
@@ -42,6 +45,9 @@ class MeanReduction:
 
     def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         torch.autograd.backward(losses.mean())
+
+    def forget(self) -> None:
+        pass
 
     def state(self) -> Tree:
         return {}
@@ -74,6 +80,9 @@ class TemperatureReduction:
             if parameter.grad is not None:
                 parameter.grad.mul_(back.view(-1, *[1] * (parameter.dim() - 1)))
 
+    def forget(self) -> None:
+        pass
+
     def state(self) -> Tree:
         return {}
 
@@ -99,6 +108,9 @@ class JacobianReduction:
         for index, gradient in enumerate(self.gradients.views(combined)):
             if index in reached:
                 self.gradients.shared[index].grad = gradient
+
+    def forget(self) -> None:
+        self.combiner.forget()
 
     def state(self) -> Tree:
         return {"gradients": self.gradients.state(), "combiner": self.combiner.state()}

@@ -110,6 +110,12 @@ class LossStep:
         self.scheduled.advance(fraction)
         self.guard.look()
 
+    def forget(self) -> None:
+        """Start afresh for parameters that do: no moments, no running losses, no memory of the reduction."""
+        self.optimizer.state.clear()
+        self.guard.forget()
+        self.reduction.forget()
+
     def state(self) -> Tree:
         """Optimiser, what the reduction remembers, and the guard's counts."""
         return {
