@@ -37,6 +37,8 @@ WITHOUT_RUN = {
     "unknown_draw": (("env=pointmass", "elbo.draw.acting=sometimes"), "sometimes"),
     "unknown_schedule": (("env=pointmass", "elbo/schedule=wave"), "wave"),
     "unknown_prior": (("env=pointmass", "elbo/prior=flat"), "flat"),
+    "schedule_with_a_dot": (("env=pointmass", "elbo.schedule=ramp"), "elbo/schedule=ramp"),
+    "prior_with_a_dot": (("env=pointmass", "elbo.prior=learned"), "elbo/prior=learned"),
     "key_of_another_schedule": (("env=pointmass", "elbo/schedule=ramp", "elbo.schedule.low=1"), "low"),
     "schedule_without_weight": (
         ("env=pointmass", "elbo/schedule=dual", "elbo.kl_weight=0"),
@@ -147,6 +149,18 @@ WITHOUT_RUN = {
     "final_rate_above_one": (("env=pointmass", "optimizer.final_rate=2"), "optimizer.final_rate is 2"),
     "negative_spread_rate": (("env=pointmass", "optimizer.spread_rate=-1"), "optimizer.spread_rate is -1"),
     "tiny_explosion": (("env=pointmass", "guard.explosion=0.5"), "guard.explosion is 0.5"),
+    "negative_alpha": (("env=pointmass", "network.alpha=-1"), "network.alpha is -1"),
+    "endless_kl_weight": (("env=pointmass", "elbo.kl_weight=inf"), "elbo.kl_weight is inf"),
+    "endless_prior": (("env=pointmass", "elbo.prior_scale=inf"), "elbo.prior_scale is inf"),
+    "endless_rate": (("env=pointmass", "algorithm.learning_rate=inf"), "algorithm.learning_rate is inf"),
+    "no_number_for_the_entropy": (
+        ("env=pointmass", "algorithm=sac", "algorithm.target_entropy_per_dimension=nan"),
+        "algorithm.target_entropy_per_dimension is nan",
+    ),
+    "negative_workers": (("env=lunarlander", "env.workers=-1"), "env.workers is -1"),
+    "group_by_a_number": (("env=pointmass", "gradient=0.5"), "group"),
+    "group_by_a_switch": (("env=true",), "group"),
+    "empty_run_dir": (("env=pointmass", "run_dir="), "run_dir is empty"),
     "missing_resume": (("resume=runs/nowhere",), "runs/nowhere"),
 }  # fmt: skip
 

@@ -97,7 +97,7 @@ def test_onnx_computes_the_actions_of_evaluation(command: Command, case: str) ->
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_peft_files_hold_the_base_and_the_correction(command: Command, algorithm: str) -> None:
     agent = train(command, "network.rank=3", algorithm=algorithm)
-    export(command, f"task={TASK}", "format=peft", "critic=true", "out=files")
+    export(command, f"task={TASK}", "format=peft", "critics=true", "out=files")
     critics = ["critic"] if algorithm == "ppo" else ["critic_0", "critic_1"]
     folders = [name for network in ("actor", *critics) for name in (network, f"{network}_base")]
     assert sorted(os.listdir("files")) == sorted(
@@ -135,7 +135,7 @@ WRONG = {
     "unknown_run": (("run=nowhere", f"task={TASK}", "format=torch"), "nowhere"),
     "unknown_task": (("run=run", "task=reach-v9", "format=torch"), "reach-v9"),
     "unknown_checkpoint": (("run=run", f"task={TASK}", "format=torch", "checkpoint=first"), "'first'"),
-    "critic_elsewhere": (("run=run", f"task={TASK}", "format=torch", "critic=true"), "format=peft"),
+    "critic_elsewhere": (("run=run", f"task={TASK}", "format=torch", "critics=true"), "format=peft"),
     "no_adapters": (("run=run", f"task={TASK}", "format=peft"), "this run's is shared"),
     "out_is_there": (("run=run", f"task={TASK}", "format=torch", "out=run"), "out=run is there"),
     "out_below_a_file": (("run=run", f"task={TASK}", "format=torch", "out=run/config.yaml/x"), "config.yaml/x"),

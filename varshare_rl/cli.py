@@ -35,12 +35,21 @@ def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
 
+    composing = True
+
     def job(composed: DictConfig) -> None:
+        nonlocal composing
+        composing = False
         with errors_in_one_line():  # inside the job, or Hydra adds lines of its own
             main(composed)
 
     with errors_in_one_line():
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
+        try:
+            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
+        except ValueError as error:  # Hydra's word for a group chosen by what is not a name, such as env=true
+            if not composing:
+                raise
+            raise UserError(f"{error}; give the name of one of the group's files") from error
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
 from operator import attrgetter
 from pathlib import Path
@@ -261,6 +261,7 @@ def check_config(config: TrainConfig) -> None:
         ("log.every", config.log.every, 0, None),
         ("observe.every", config.observe.every, 0, None),
         ("env.envs_per_task", config.env.envs_per_task, 1, None),
+        ("env.workers", getattr(config.env, "workers", None), 0, None),
         ("elbo.absorb.every", config.elbo.absorb.every, 0, None),
         ("elbo.absorb.rate", config.elbo.absorb.rate, 0, 1),
         ("elbo.absorb.max_error", config.elbo.absorb.max_error, 0, None),
@@ -288,6 +289,19 @@ def check_config(config: TrainConfig) -> None:
             allowed = f"at least {least}" if most is None else f"between {least} and {most}"
             raise UserError(f"{name} is {value}; it must be {allowed}")
     _check_relations(config)
+    _check_finite("", asdict(config))
+
+
+def _check_finite(name: str, value: Any) -> None:
+    """Refuse infinity and NaN wherever a number is asked for."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            _check_finite(f"{name}.{key}" if name else key, entry)
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            _check_finite(f"{name}[{index}]", entry)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} is {value}; it must be a finite number")
 
 
 def _check_relations(config: TrainConfig) -> None:
@@ -295,11 +309,12 @@ def _check_relations(config: TrainConfig) -> None:
     _check_elbo(config.elbo)
     if config.elbo.absorb.every and config.elbo.absorb.rate == 0:
         raise UserError("elbo.absorb.rate is 0, which moves nothing; give up to 1, or elbo.absorb.every=0")
-    if getattr(config.network, "alpha", None) == 0:
-        raise UserError("network.alpha is 0, which switches every adapter off; give a positive number or null")
-    if getattr(config.network, "alpha", None) is not None and config.network.rank is None:
+    alpha = getattr(config.network, "alpha", None)
+    if alpha is not None and not alpha > 0:
+        raise UserError(f"network.alpha is {alpha:g}; it must be positive, or null for the rank")
+    if alpha is not None and config.network.rank is None:
         raise UserError(
-            f"network.alpha is {config.network.alpha} and scales a low-rank residual, but network.rank is null; "
+            f"network.alpha is {alpha} and scales a low-rank residual, but network.rank is null; "
             "leave one of them out"
         )
     _check_critic(config)
@@ -332,6 +347,10 @@ def _check_relations(config: TrainConfig) -> None:
 
 
 def _check_elbo(elbo: ElboOptions) -> None:
+    for part in ("schedule", "prior"):
+        given = getattr(elbo, part)
+        if not is_dataclass(given):
+            raise UserError(f"elbo.{part} is {given}; choose one with a slash: elbo/{part}={given}")
     if not elbo.prior_scale > 0:
         raise UserError(f"elbo.prior_scale is {elbo.prior_scale}; it must be positive")
     schedule, prior = elbo.schedule, elbo.prior

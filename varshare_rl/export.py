@@ -53,7 +53,7 @@ class ExportConfig:
     format: Format = MISSING
     out: str | None = None  # default: <run>/export/<task>_<format>
     checkpoint: str = "last"
-    critic: bool = False  # format=peft: the critic's adapters too
+    critics: bool = False  # format=peft: the critics' adapters too; `critic` is a config group and cannot be a key
 
 
 def main(composed: DictConfig) -> None:
@@ -62,8 +62,8 @@ def main(composed: DictConfig) -> None:
         if OmegaConf.is_missing(composed, name):
             raise UserError(f"{name} is missing; give {name}={example}")
     options = cast(ExportConfig, OmegaConf.to_object(composed))
-    if options.critic and options.format is not Format.peft:
-        raise UserError(f"critic=true goes with format=peft only; format={options.format.value} holds the policy")
+    if options.critics and options.format is not Format.peft:
+        raise UserError(f"critics=true goes with format=peft only; format={options.format.value} holds the policy")
     if options.format is Format.onnx:
         _need("onnx", "onnxscript")
     run_dir = Path(options.run)
@@ -130,7 +130,7 @@ def _normalize(algorithm: ActorCritic, task: int) -> Normalize | None:
 
 def _write_peft(folder: Path, algorithm: ActorCritic, task: int, options: ExportConfig) -> None:
     """An adapter folder and its base for every network, what LoRA has no room for, and how to use them."""
-    networks = {"actor": algorithm.actor.network, **(_critics(algorithm.critic) if options.critic else {})}
+    networks = {"actor": algorithm.actor.network, **(_critics(algorithm.critic) if options.critics else {})}
     side: dict[str, Tensor] = {}
     for name, network in networks.items():
         adapter, base = task_adapter(network, task), base_network(network)

@@ -135,6 +135,8 @@ def new_run_dir(config: TrainConfig, suite: Suite) -> Path:
     Raises UserError if there is a run in it.
     """
     if config.run_dir is not None:
+        if not config.run_dir:
+            raise UserError("run_dir is empty; give a folder, or leave it out for runs/<name>")
         path = Path(config.run_dir)
     elif HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         job = HydraConfig.get()
