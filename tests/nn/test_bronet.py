@@ -5,7 +5,7 @@ import torch
 from naive import scramble
 from torch import Tensor, nn
 
-from varshare_rl.nn import Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn import Independent, Posterior, Shared, TaskEmbedding, VarShare, VarShareLoRA
 from varshare_rl.nn.bronet import BroNet
 from varshare_rl.nn.options import ArchitectureOptions, Blocks
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
@@ -13,6 +13,7 @@ from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 ARCHITECTURES: dict[str, type[ArchitectureOptions]] = {
     "shared": Shared, "independent": Independent, "varshare": VarShare, "varshare_lora": VarShareLoRA,
+    "task_embedding": TaskEmbedding,
 }  # fmt: skip
 
 
@@ -61,6 +62,8 @@ def test_shared_is_a_plain_sequential() -> None:
 # Layers 5 -> 7, 7 -> 7 four times, 7 -> 3:
 # weights 35 + 4 * 49 + 21 = 252, biases 5 * 7 + 3 = 38, norms 5 * 14 = 70.
 COUNTS = {
+    # 266 + 4 * 56 + 24 of layers, 70 of norms; and an embedding of 32 for each of the tasks
+    "task_embedding": ParameterCount(584 + 4 * 32, 584 + 32, 584, 32),
     "shared": ParameterCount(360 + 28, 360 + 28, 360 + 28, 0),  # one-hot: 4 more columns of 7
     "independent": ParameterCount(70 + 4 * 290, 360, 70, 290),
     "varshare": ParameterCount(360 + 4 * 504, 360 + 252, 360, 504),
