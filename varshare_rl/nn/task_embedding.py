@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import check_positive, linear_parameters
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
@@ -65,14 +64,13 @@ class TaskEmbedding(ArchitectureOptions):
     name: str = "task_embedding"
     embedding: int = 32
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of shared layers, the first of which sees the embedding."""
-        first = [True] + [False] * len(self.hidden)
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of shared layers, the first of which sees the embedding."""
+        embedding = [self.embedding]  # taken by the layer that is made first
 
         def layer(inputs: int, outputs: int) -> nn.Module:
-            if first.pop(0):
-                return TaskEmbeddingLayer(inputs, outputs, num_tasks, self.embedding)
+            if embedding:
+                return TaskEmbeddingLayer(inputs, outputs, num_tasks, embedding.pop())
             return SharedLayer(inputs, outputs)
 
-        sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, layer_norm=self.layer_norm)
+        return self.stack(in_features, out_features, layer)
