@@ -124,6 +124,7 @@ WITHOUT_RUN = {
     "endless_values": (("env=pointmass", "critic.value_max=inf"), "value_max inf"),
     "no_popart_rate": (("env=pointmass", "critic.popart_rate=0"), "popart_rate is 0.0"),
     "negative_critic_hidden": (("env=pointmass", "critic.hidden=[8,0]"), "critic.hidden[1] is 0"),
+    "band_without_spread": (("env=pointmass", "network=l2_soft", "elbo/schedule=band"), "network=l2_soft"),
     "uneven_blocks": (("env=pointmass", "critic.blocks=bronet", "critic.hidden=[8,9]"), "hidden is [8, 9]"),
     "no_blocks": (("env=pointmass", "network.blocks=bronet", "network.hidden=[]"), "hidden is []"),
     "bronet_without_norm": (("env=pointmass", "critic.blocks=bronet", "critic.layer_norm=false"), "layer_norm"),

@@ -27,8 +27,10 @@ from varshare_rl.nn.capacity import match_width, with_width
 from varshare_rl.nn.options import Architecture, Blocks
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.nn.posteriors import posterior_layers
+from varshare_rl.nn.stochastic import stochastic_layers
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
+from varshare_rl.optim.kl_schedules import Band
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopOptions, Run
@@ -106,6 +108,12 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
         raise UserError(
             f"network={architecture.name} has no residuals for elbo.absorb.every={config.elbo.absorb.every} "
             "to absorb; use varshare_lora or varshare, or give 0"
+        )
+    modules = algorithm.trained_modules().values()
+    if isinstance(config.elbo.schedule, Band) and not any(any(stochastic_layers(m)) for m in modules):
+        raise UserError(
+            f"network={architecture.name} has no posterior, whose spread elbo/schedule=band is about; "
+            "use varshare_lora or varshare, or another elbo/schedule"
         )
     return algorithm
 

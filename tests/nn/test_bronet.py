@@ -5,15 +5,15 @@ import torch
 from naive import scramble
 from torch import Tensor, nn
 
-from varshare_rl.nn import Independent, Posterior, Shared, TaskEmbedding, VarShare, VarShareLoRA
+from varshare_rl.nn import Independent, L2Soft, LoRA, Posterior, Shared, TaskEmbedding, VarShare, VarShareLoRA
 from varshare_rl.nn.bronet import BroNet
 from varshare_rl.nn.options import ArchitectureOptions, Blocks
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 ARCHITECTURES: dict[str, type[ArchitectureOptions]] = {
-    "shared": Shared, "independent": Independent, "varshare": VarShare, "varshare_lora": VarShareLoRA,
-    "task_embedding": TaskEmbedding,
+    "shared": Shared, "independent": Independent, "varshare": VarShare, "varshare_lora": VarShareLoRA, "lora": LoRA,
+    "l2_soft": L2Soft, "task_embedding": TaskEmbedding,
 }  # fmt: skip
 
 
@@ -69,6 +69,9 @@ COUNTS = {
     "varshare": ParameterCount(360 + 4 * 504, 360 + 252, 360, 504),
     # rank 8: factors of 8 * (5 + 7) + 4 * 8 * (7 + 7) + 8 * (7 + 3) = 624
     "varshare_lora": ParameterCount(360 + 4 * 1248, 360 + 624, 360, 1248),
+    "lora": ParameterCount(360 + 4 * 624, 360 + 624, 360, 624),
+    "l2_soft": ParameterCount(360 + 4 * 624, 360 + 624, 360, 624),
+    "task_embedding": ParameterCount(584 + 4 * 32, 584 + 32, 584, 32),  # 32 more columns of 7
 }
 
 

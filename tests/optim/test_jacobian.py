@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from varshare_rl.config import COMPONENTS
 from varshare_rl.nn import Posterior, Shared, VarShareLoRA
 from varshare_rl.nn.critic import CriticOptions, TwinQ
+from varshare_rl.nn.options import Blocks
 from varshare_rl.optim.jacobian import TaskGradients
 from varshare_rl.optim.roles import roles
 
@@ -20,7 +21,7 @@ IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 IDS = torch.arange(TASKS)
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
 #: Architectures all of whose shared parameters come out of one pass.
-RECORDED = {"shared", "varshare", "varshare_lora"}
+RECORDED = {"shared", "varshare", "varshare_lora", "lora", "l2_soft", "multi_head"}
 
 
 def scrambled(network: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -95,6 +96,12 @@ def test_rows_are_the_tasks_gradients(name: str, layer_norm: bool) -> None:
     if name in RECORDED:
         assert gradients.slow == []
         assert gradients.mixed == set()
+
+
+def test_residual_blocks_need_one_pass() -> None:
+    network = scrambled(VarShareLoRA(hidden=[6, 6], blocks=Blocks.bronet).build(IN, OUT, TASKS, Posterior()))
+    gradients = assert_equal_to_one_by_one(network, lambda: losses_of(network))
+    assert gradients.slow == []
 
 
 @pytest.mark.parametrize("name", sorted(RECORDED))

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from varshare_rl.nn.mlp import hidden_norms
 from varshare_rl.nn.task_rows import TaskIds
 from varshare_rl.ops.activations import ACTIVATIONS
 
@@ -40,7 +41,7 @@ class BroNet(nn.Module):
             raise ValueError(f"hidden sizes are {hidden}; residual blocks need at least one, and all the same")
         widths = [inputs, hidden[0], *[hidden[0]] * (2 * (len(hidden) - 1)), outputs]
         self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(widths))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths[1:-1])
+        self.norms = hidden_norms(widths[1:-1], layer_norm=True)
         self.activation = ACTIVATIONS[activation]
         self.temperature = temperature
 

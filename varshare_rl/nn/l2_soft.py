@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from varshare_rl.nn.initial import check_positive
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.residual import ResidualLayer
 
@@ -63,11 +62,10 @@ class L2Soft(ArchitectureOptions):
     rank: int | None = 8  # null: full rank
     alpha: float | None = None
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of penalised residual layers for ``num_tasks`` tasks."""
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of penalised residual layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return L2SoftLayer(inputs, outputs, num_tasks, self.rank, self.alpha, posterior.prior_scale)
 
-        sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, layer_norm=self.layer_norm)
+        return self.stack(in_features, out_features, layer)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.residual import ResidualLayer
 
@@ -24,11 +23,10 @@ class LoRA(ArchitectureOptions):
     rank: int = 8
     alpha: float | None = None
 
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
-        """An MLP of low-rank residual layers for ``num_tasks`` tasks."""
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of low-rank residual layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return ResidualLayer(inputs, outputs, num_tasks, self.rank, self.alpha)
 
-        sizes = [in_features, *self.hidden, out_features]
-        return TaskMLP(sizes, layer, self.activation, layer_norm=self.layer_norm)
+        return self.stack(in_features, out_features, layer)

@@ -33,7 +33,7 @@ class Posterior:
 
 @dataclass
 class ArchitectureOptions:
-    """Options of every architecture: sizes of the hidden layers, their activation, LayerNorm before it.
+    """Options of every architecture: sizes of the hidden layers, their activation, LayerNorm before it, blocks.
 
     With ``active_parameters`` the hidden layers get one width, such that the whole agent has about so many active
     parameters per task (see :mod:`varshare_rl.nn.capacity`); ``hidden`` then only says how many layers there are.
@@ -46,6 +46,7 @@ class ArchitectureOptions:
     activation: str = "tanh"
     layer_norm: bool = False
     active_parameters: int | None = None
+    blocks: Blocks = Blocks.mlp
 
     def least_width(self) -> int:
         """The narrowest that all hidden layers may be."""
@@ -55,8 +56,6 @@ class ArchitectureOptions:
         """Raise UserError unless there is a hidden layer."""
         if not self.hidden:
             raise UserError(f"network={self.name} needs a hidden layer; give network.hidden=[64], for example")
-
-    blocks: Blocks = Blocks.mlp
 
     def stack(
         self,
@@ -81,11 +80,10 @@ class Architecture(Protocol):
     activation: str
     layer_norm: bool
     active_parameters: int | None
+    blocks: Blocks
 
     def least_width(self) -> int:
         """The narrowest that all hidden layers may be."""
-
-    blocks: Blocks
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network from ``in_features`` to ``out_features``; its linear layers include the head."""

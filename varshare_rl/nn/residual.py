@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.initial import INITIAL_MU_STD, check_positive, linear_parameters
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.recording import Recorder, Recording
 from varshare_rl.ops.task_weights import FullRankWeights, LowRankWeights, TaskWeights
 
 
@@ -29,6 +30,8 @@ class ResidualLayer(nn.Module):
         theta: ``[G, F]``; bias: ``[G]``; factors_A: ``[T, rank, F]`` and factors_B: ``[T, G, rank]``, or
             residuals: ``[T, G, F]``; scale: ``alpha / rank``.
     """
+
+    recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
 
     def __init__(
         self, in_features: int, out_features: int, num_tasks: int, rank: int | None = 8, alpha: float | None = None
@@ -54,11 +57,12 @@ class ResidualLayer(nn.Module):
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """Apply each row's own task's weight; layouts and errors as in ``VarShareLoRALayer.forward``."""
         rows = task_rows(x, task_id, self.num_tasks)
+        record = None if self.recorder is None else Recording(self.recorder, self.theta, self.bias)
         if self.rank is None:
-            shared = linear(rows.x, self.theta, self.bias)
+            shared = linear(rows.x, self.theta, self.bias, record)
             return rows.restore(torch.baddbmm(shared, rows.x, rows.select(self.residuals).transpose(1, 2)))
         a, b = rows.select(self.factors_A), rows.select(self.factors_B)
-        return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, self.scale))
+        return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, self.scale, record))
 
     def task_weights(self) -> TaskWeights:
         """The weights of all tasks, see :mod:`varshare_rl.nn.sharing`."""
