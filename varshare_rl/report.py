@@ -41,8 +41,8 @@ def report_sharing(composed: DictConfig) -> None:
     document = sharing_document(agent.algorithm.trained_modules(), agent.suite.task_names, transitions)
     if not document["layers"]:
         raise UserError(
-            f"{run_dir} has network={agent.config.network.name}, whose weights are the same for all tasks: there is no "
-            "sharing to report; give a run of another network"
+            f"{run_dir} has network={agent.config.network.name}, whose weights are the same for all tasks: there "
+            "is no sharing to report; give a run of another network"
         )
     observed = latest_observation(run_dir, transitions)
     if observed is not None:
