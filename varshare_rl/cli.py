@@ -49,7 +49,7 @@ def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
         except ValueError as error:  # Hydra's word for a group chosen by what is not a name, such as env=true
             if not composing:
                 raise
-            raise UserError(f"{error}; give the name of one of the group's files") from error
+            raise UserError(f"{error}; a group such as env or gradient takes a name") from error
 
 
 @contextmanager
