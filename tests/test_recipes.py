@@ -164,7 +164,7 @@ def test_the_command_line_wins_over_a_recipe_and_a_recipe_over_tuned_values(name
     assert composed(f"+experiment={name}", *tuned).algorithm == composed(f"+experiment={name}").algorithm
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *CPU])
+@pytest.mark.parametrize("name", [*RECIPES, *(pytest.param(name, marks=pytest.mark.slow) for name in CPU)])
 def test_makes_an_update(command: Command, folder: Path, name: str) -> None:
     small = [
         "env=pointmass", "env.envs_per_task=2", "env.horizon=10", "total_transitions=320", "network.hidden=[8]",

@@ -62,8 +62,6 @@ def test_shared_is_a_plain_sequential() -> None:
 # Layers 5 -> 7, 7 -> 7 four times, 7 -> 3:
 # weights 35 + 4 * 49 + 21 = 252, biases 5 * 7 + 3 = 38, norms 5 * 14 = 70.
 COUNTS = {
-    # 266 + 4 * 56 + 24 of layers, 70 of norms; and an embedding of 32 for each of the tasks
-    "task_embedding": ParameterCount(584 + 4 * 32, 584 + 32, 584, 32),
     "shared": ParameterCount(360 + 28, 360 + 28, 360 + 28, 0),  # one-hot: 4 more columns of 7
     "independent": ParameterCount(70 + 4 * 290, 360, 70, 290),
     "varshare": ParameterCount(360 + 4 * 504, 360 + 252, 360, 504),
