@@ -78,6 +78,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             axis.set_xscale("log")
             if measure == "nats":
                 axis.set_yscale("symlog", linthresh=1.0)
+                axis.set_ylim(bottom=0.0)
             axis.set_ylabel(label)
             axis.grid(alpha=0.3)
             if line == 0:
