@@ -12,7 +12,7 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from varshare_rl import calibrate, evaluate, prune, report, train
+from varshare_rl import calibrate, evaluate, export, prune, report, train
 from varshare_rl.cli import run_command
 from varshare_rl.config import register_schemas
 
@@ -36,9 +36,16 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 
-COMMANDS = {"train": train.main, "evaluate": evaluate.main, "prune": prune.main, "calibrate": calibrate.main}
+COMMANDS = {
+    "train": train.main,
+    "evaluate": evaluate.main,
+    "export": export.main,
+    "prune": prune.main,
+    "calibrate": calibrate.main,
+}
 OPTIONS: dict[str, type] = {
     "evaluate": evaluate.EvaluateConfig,
+    "export": export.ExportConfig,
     "prune": prune.PruneConfig,
     "calibrate": calibrate.CalibrateConfig,
 }

@@ -24,8 +24,8 @@ from varshare_rl.continual.share import (
 )
 from varshare_rl.continual.share.coefficients import GaussianCoefficients, PointCoefficients
 from varshare_rl.continual.share.posterior import Gaussian, align, plain_prior, prior_from_tasks
-from varshare_rl.nn.stochastic import StochasticLayer, hold_noise, posterior_mean, stochastic_layers
-from varshare_rl.ops.gaussian import gaussian_kl, gaussian_kl_between
+from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers, posterior_mean
+from varshare_rl.ops.gaussian import gaussian_kl_between, posterior_kl
 
 K_B, K_A, P = 4, 5, 2
 
@@ -41,10 +41,10 @@ def test_divergence_by_hand() -> None:
     # N(1, 2^2) from N(3, 4^2): log 2 + (4 + 4) / 32 - 1/2
     found = gaussian_kl_between(*(torch.tensor(value, dtype=torch.float64) for value in (1.0, 2.0, 3.0, 4.0)))
     assert float(found) == pytest.approx(math.log(2) + 0.25 - 0.5, abs=1e-12)
-    mu, sigma = torch.randn(5), torch.rand(5) + 0.1
-    torch.testing.assert_close(
-        gaussian_kl_between(mu, sigma, torch.zeros(5), torch.full((5,), 0.7)), gaussian_kl(mu, sigma, 0.7)
-    )
+    mu, sigma = torch.randn(1, 5), torch.rand(1, 5) + 0.1
+    entries = gaussian_kl_between(mu, sigma, torch.zeros(5), torch.full((5,), 0.7))
+    together = posterior_kl(mu, sigma.expm1().log(), torch.tensor([0.7]).log())
+    torch.testing.assert_close(entries.sum(1), together)
 
 
 def test_divergence_of_a_layer_against_torch_and_monte_carlo() -> None:
@@ -212,11 +212,11 @@ def test_mean_and_spread_of_the_output() -> None:
 
 def test_held_noise_gives_the_same_draw_again() -> None:
     _, gaussian = layers(0.5)
-    assert isinstance(gaussian.coefficients, StochasticLayer)
-    assert not isinstance(layers(0.5)[0].coefficients, StochasticLayer)
-    assert [name for name, _ in stochastic_layers(nn.ModuleDict({"layer": gaussian}))] == ["layer.coefficients"]
+    assert isinstance(gaussian.coefficients, PenalizedLayer)
+    assert not isinstance(layers(0.5)[0].coefficients, PenalizedLayer)
+    assert [name for name, _ in penalized_layers(nn.ModuleDict({"layer": gaussian}))] == ["layer.coefficients"]
     x = torch.randn(4, 7)
-    hold_noise(gaussian)
+    gaussian.coefficients.noise = gaussian.coefficients.draw_noise()
     torch.testing.assert_close(gaussian(x, 2), gaussian(x, 2), rtol=0, atol=0)
     gaussian.coefficients.add_tasks(1)
     assert gaussian.coefficients.noise is None  # of fewer tasks

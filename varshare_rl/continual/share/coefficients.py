@@ -74,8 +74,8 @@ class GaussianCoefficients(nn.Module):
     """Coefficients with a posterior: ``eps ~ N(mu, sigma^2)`` entry by entry, ``sigma = softplus(rho) *
     temperature``.
 
-    Training passes draw one set of coefficients per task (reparameterised; or the held noise, see
-    :mod:`varshare_rl.nn.stochastic`), evaluation takes the means, which is exact for the mean weight. The prior is
+    Training passes draw one set of coefficients per task (reparameterised; with :attr:`noise` if
+    that is set), evaluation takes the means, which is exact for the mean weight. The prior is
     a Gaussian of its own for every coefficient, the same for all tasks; it comes from earlier tasks
     (:func:`~varshare_rl.continual.share.posterior.prior_from_tasks`) and is not trained.
 
