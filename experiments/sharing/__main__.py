@@ -74,10 +74,17 @@ def main() -> None:
         for run, result in zip(found, results[name], strict=True):
             budget = result["budget_nats"]
             label = f"seed {result['seed']}" if budget is None else f"budget {budget:g}, seed {result['seed']}"
-            axis.plot(*zip(*nats(run), strict=True), label=label, linewidth=1)
+            color = (
+                None
+                if budget is None
+                else f"C{sorted({other['budget_nats'] for other in results[name]}).index(budget)}"
+            )
+            axis.plot(*zip(*nats(run), strict=True), label=label, linewidth=1, color=color)
             if budget is not None:
                 axis.axhline(budget, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(title=name, xlabel="transitions", ylabel="nats per task", yscale="symlog")
+        axis.set(title=name, xlabel="transitions", ylabel="nats per task")
+        axis.set_yscale("symlog" if name == "identical" else "log")
+        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     figure.tight_layout()
