@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import penalized_layers
+from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
 
 
 @dataclass(frozen=True)
@@ -103,10 +103,15 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def summed_kl(layers: Sequence[PenalizedLayer]) -> Tensor:
+    """Sum of what the weights per task of ``layers``, at least one, cost: ``[T]`` nats."""
+    return torch.stack([layer.kl() for layer in layers]).sum(0)
+
+
 def total_kl(module: nn.Module, num_tasks: int) -> Tensor:
     """Sum of what the layers' weights per task cost, ``[T]`` nats; zeros where nothing does."""
-    layers = [layer.kl() for _, layer in penalized_layers(module)]
+    layers = [layer for _, layer in penalized_layers(module)]
     if layers:
-        return torch.stack(layers).sum(0)
+        return summed_kl(layers)
     like = next(module.parameters())
     return like.new_zeros(num_tasks)

@@ -24,12 +24,7 @@ def prior_spread(layer: VariationalLayer) -> Tensor:
     if len(layer.factors) == 1:
         return layer.prior_scale
     rank = layer.posteriors()[0][0].shape[1]
-    return layer.prior_scale.square() * (layer_scale(layer) * math.sqrt(rank))
-
-
-def layer_scale(layer: VariationalLayer) -> float:
-    """What the product of the factors is multiplied by."""
-    return float(getattr(layer, "scale", 1.0))
+    return layer.prior_scale.square() * (layer.scale * math.sqrt(rank))
 
 
 @torch.no_grad()

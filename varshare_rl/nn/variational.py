@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from typing import ClassVar
 
 import torch
@@ -16,8 +17,18 @@ from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
 from varshare_rl.ops.recording import Recorder, Recording
 from varshare_rl.ops.task_weights import TaskWeights
 
-#: How a training pass draws the weights when no noise is held.
-ESTIMATORS = ("weight", "local", "flipout", "mean")
+
+class Estimator(Enum):
+    """How a training pass draws the weights when no noise is held, see :class:`VariationalLayer`."""
+
+    weight = "weight"
+    local = "local"
+    flipout = "flipout"
+    mean = "mean"
+
+
+#: Their names.
+ESTIMATORS = tuple(estimator.value for estimator in Estimator)
 
 
 class VariationalLayer(nn.Module, ABC):
@@ -51,6 +62,7 @@ class VariationalLayer(nn.Module, ABC):
     theta: nn.Parameter
     bias: nn.Parameter | None
     log_prior_scale: Tensor
+    scale: float = 1.0  # what the residual that the factors make is multiplied by
 
     def __init__(
         self,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.draws import Draw
 from varshare_rl.nn.options import Posterior
-from varshare_rl.nn.parameters import total_kl
+from varshare_rl.nn.parameters import summed_kl
 from varshare_rl.nn.stochastic import penalized_layers
+from varshare_rl.nn.variational import Estimator
 from varshare_rl.optim.absorption import AbsorbOptions
 from varshare_rl.optim.kl_schedules import Constant
 from varshare_rl.optim.priors import Fixed, LossGap
@@ -26,15 +27,6 @@ class KLNormalization(Enum):
     data = "data"  # transitions of this task that the loss averages over: kl_weight = 1 is the plain ELBO
     parameters = "parameters"  # parameters of this task's posterior
     none = "none"  # 1
-
-
-class Estimator(Enum):
-    """How training passes draw the weights, see :class:`varshare_rl.nn.variational.VariationalLayer`."""
-
-    weight = "weight"
-    local = "local"
-    flipout = "flipout"
-    mean = "mean"
 
 
 class TargetDraw(Enum):
@@ -83,16 +75,19 @@ class Elbo:
     """
 
     def __init__(self, options: ElboOptions, num_tasks: int) -> None:
-        self.options, self.num_tasks = options, num_tasks
+        self.options = options
         self.schedule = options.schedule.build(options.kl_weight, num_tasks)
         self.prior = options.prior.build(options.prior_scale, num_tasks)
         self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
 
     def penalty(self, module: nn.Module, transitions_per_task: int) -> Tensor | float:
         """Weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or where no layer has a divergence."""
-        if self.options.kl_weight == 0.0 or next(penalized_layers(module), None) is None:
+        if self.options.kl_weight == 0.0:
             return 0.0
-        nats = total_kl(module, self.num_tasks)
+        layers = [layer for _, layer in penalized_layers(module)]  # the search is not free: once per penalty
+        if not layers:
+            return 0.0
+        nats = summed_kl(layers)
         self._nats[id(module)] = nats.detach()
         penalty: Tensor = self.schedule.penalty(nats) / self._divisor(module, transitions_per_task)
         return penalty
