@@ -1,7 +1,7 @@
 """What every continual-learning method is: how one network goes from task to task.
 
-A method governs one network (the policy's; a critic's as well, where the run says so) and sees nothing of algorithms,
-environments or runs. Networks are built for one task, ``T = 1``: called as ``network(x [1, B, F], task_ids [1])``
+A method governs one network (the policy's; a critic's as well, where the run says so) and sees nothing of
+algorithms, environments or runs. Networks are built for one task, ``T = 1``: called as ``network(x [1, B, F], task_ids [1])``
 with the id 0, whatever the task's place in the sequence.
 """
 
@@ -62,7 +62,7 @@ class Origin:
         base: the state dict of the weights that its tasks share, for a network of :meth:`Shape.plain`.
         adapters: of every earlier task in order, by the paths of the linear layers (``layers.0``, ...); their
             spread is in ``spreads``. Empty adapters for an agent without corrections.
-        spreads: standard deviations of the factors by path, as ``(a [r, in], b [out, r])``; empty without posteriors.
+        spreads: standard deviations of the factors by path, ``(a [r, in], b [out, r])``; empty without posteriors.
     """
 
     base: Mapping[str, Tensor]
@@ -100,8 +100,8 @@ class MethodOptions:
 class Method(ABC):
     """How one network learns one task after another.
 
-    For task ``i`` the run calls :meth:`begin`, trains the network that it returns, and calls :meth:`end` with it. Only
-    parameters that require a gradient are trained. In between and afterwards :meth:`policy` gives the network with
+    For task ``i`` the run calls :meth:`begin`, trains the network that it returns, and calls :meth:`end` with it.
+    Only parameters that require a gradient are trained. In between and afterwards :meth:`policy` gives the network with
     which a task is acted. When a run is resumed within task ``i``, the state from before the task is put back,
     :meth:`begin` is called again, and the network's own ``state_dict`` is loaded; so whatever changes while a task
     is learnt must be in there, and :meth:`begin` must build the same modules each time.
@@ -131,7 +131,7 @@ class Method(ABC):
         """What is added to the loss of the task being learnt, ``[1]``; it is trained on so many transitions."""
         return 0.0
 
-    def advance(self, network: nn.Module, fraction: float) -> None:
+    def advance(self, network: nn.Module, fraction: float) -> None:  # noqa: B027 (most methods have nothing to do)
         """Take note that so much of the task's transitions is done."""
 
     @abstractmethod
