@@ -1,8 +1,8 @@
 """What every continual-learning method is: how one network goes from task to task.
 
 A method governs one network (the policy's; a critic's as well, where the run says so) and sees nothing of
-algorithms, environments or runs. Networks are built for one task, ``T = 1``: called as ``network(x [1, B, F], task_ids [1])``
-with the id 0, whatever the task's place in the sequence.
+algorithms, environments or runs. Networks are built for one task, ``T = 1``: called as
+``network(x [1, B, F], task_ids [1])`` with the id 0, whatever the task's place in the sequence.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Method(ABC):
     """How one network learns one task after another.
 
     For task ``i`` the run calls :meth:`begin`, trains the network that it returns, and calls :meth:`end` with it.
-    Only parameters that require a gradient are trained. In between and afterwards :meth:`policy` gives the network with
-    which a task is acted. When a run is resumed within task ``i``, the state from before the task is put back,
+    Only parameters that require a gradient are trained. In between and afterwards :meth:`policy` gives the network
+    with which a task is acted. When a run is resumed within task ``i``, the state from before the task is put back,
     :meth:`begin` is called again, and the network's own ``state_dict`` is loaded; so whatever changes while a task
     is learnt must be in there, and :meth:`begin` must build the same modules each time.
 
