@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import gymnasium
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from envs.cartpole import CartPoleOptions, CartPoleSuite
 from envs.gymnasium_suite import GymnasiumOptions, GymnasiumSuite
@@ -70,8 +71,23 @@ def build_suite(config: TrainConfig) -> Suite:
     return SUITES[type(config.env)](config.env)
 
 
-def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> Algorithm:
-    """The algorithm with fresh networks, drawn from torch's global generator.
+class NetworkSource(Protocol):
+    """Gives an algorithm other networks than ``network`` would, and takes part in their training."""
+
+    def network(self, part: str, in_features: int, out_features: int) -> nn.Module:
+        """The next network of ``actor`` or ``critic``."""
+
+    def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
+        """As :class:`varshare_rl.algorithms.base.Regularizer` has it."""
+
+    def advance(self, fraction: float) -> None:
+        """The same."""
+
+
+def build_algorithm(
+    config: TrainConfig, suite: Suite, device: torch.device, source: NetworkSource | None = None
+) -> Algorithm:
+    """The algorithm with fresh networks, drawn from torch's global generator, or with those of a ``source``.
 
     With ``network.active_parameters`` the widths that follow from it are written to ``network.hidden`` of
     ``config``, so that they are in whatever is made of it later, ``config.yaml`` first of all.
@@ -84,24 +100,14 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
             raise UserError(f"unknown {part}.activation {activation!r}; choose {allowed}")
     if architecture.active_parameters is not None:
         architecture.hidden = matched_hidden(config, architecture, problem)
-    posterior = config.elbo.posterior()
-
-    def factory(architecture: Architecture) -> NetworkFactory:
-        def make_network(in_features: int, out_features: int) -> nn.Module:
-            network = architecture.build(in_features, out_features, problem.num_tasks, posterior)
-            if architecture.blocks is Blocks.bronet and not any(isinstance(x, BroNet) for x in network.modules()):
-                raise UserError(
-                    f"network={architecture.name} puts its layers together in its own way, without blocks=bronet; "
-                    "choose blocks=mlp or another network"
-                )
-            return network
-
-        return make_network
-
-    critic = factory(config.critic.architecture(architecture))
+    actor, critic = (
+        (network_factory(config, architecture, problem.num_tasks), critic_factory(config, problem.num_tasks))
+        if source is None
+        else (partial(source.network, "actor"), partial(source.network, "critic"))
+    )
     learner = Learner(
-        problem, factory(architecture), Elbo(config.elbo, problem.num_tasks), config.critic, critic,
-        config.gradient, config.optimizer, config.guard,
+        problem, actor, Elbo(config.elbo, problem.num_tasks), config.critic, critic,
+        config.gradient, config.optimizer, config.guard, source,
     )  # fmt: skip
     algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
     if config.elbo.absorb.every and not any(any(posterior_layers(m)) for m in algorithm.trained_modules().values()):
@@ -116,6 +122,27 @@ def build_algorithm(config: TrainConfig, suite: Suite, device: torch.device) -> 
             "use varshare_lora or varshare, or another elbo/schedule"
         )
     return algorithm
+
+
+def network_factory(config: TrainConfig, architecture: Architecture, num_tasks: int) -> NetworkFactory:
+    """Makes networks of an architecture. The factory raises UserError for blocks that it does not have."""
+    posterior = config.elbo.posterior()
+
+    def make_network(in_features: int, out_features: int) -> nn.Module:
+        network = architecture.build(in_features, out_features, num_tasks, posterior)
+        if architecture.blocks is Blocks.bronet and not any(isinstance(x, BroNet) for x in network.modules()):
+            raise UserError(
+                f"network={architecture.name} puts its layers together in its own way, without blocks=bronet; "
+                "choose blocks=mlp or another network"
+            )
+        return network
+
+    return make_network
+
+
+def critic_factory(config: TrainConfig, num_tasks: int) -> NetworkFactory:
+    """Makes the critic's networks."""
+    return network_factory(config, config.critic.architecture(config.network), num_tasks)
 
 
 def matched_hidden(config: TrainConfig, architecture: Architecture, problem: Problem) -> list[int]:
@@ -211,18 +238,24 @@ def parameter_count(algorithm: Algorithm, num_tasks: int) -> ParameterCount:
 
 
 def build_run(
-    config: TrainConfig, suite: Suite, run_dir: Path, resumed_at: int | None = None, seconds: float = 0.0
+    config: TrainConfig,
+    suite: Suite,
+    run_dir: Path,
+    resumed_at: int | None = None,
+    seconds: float = 0.0,
+    source: NetworkSource | None = None,
 ) -> Run:
     """All parts of a training run: seeds, networks, logs, engine. The engine starts to get ready at once.
 
-    A run that goes on was ``resumed_at`` so many transitions, after so many ``seconds``.
+    A run that goes on was ``resumed_at`` so many transitions, after so many ``seconds``. A ``source`` gives it other
+    networks than ``config.network`` would.
 
     The run folder is made when nothing of the configuration can be wrong any more.
     """
     device = choose_device(config.device)
     seed_everything(config.seed)
     set_matmul_precision(config.matmul_precision)
-    algorithm = build_algorithm(config, suite, device)
+    algorithm = build_algorithm(config, suite, device, source)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.base import Learner
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.data.rewards import RewardScale, reward_scaler
-from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.actor import Actor
 from varshare_rl.nn.critic import Critic
-from varshare_rl.nn.draws import PolicyDraws
+from varshare_rl.nn.draws import Draw, PolicyDraws
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.optim.absorption import Absorbing, absorb_all
@@ -34,23 +34,30 @@ class ActorCriticOptions(Protocol):
 
 
 #: A policy and its critic.
-Networks = tuple[TanhGaussianActor | CategoricalActor, Critic]
+Networks = tuple[Actor, Critic]
 
 
 class GreedyPolicy:
-    """The mode of the policy, under the draws of ``elbo.draw.evaluation``."""
+    """The mode of a policy, under the draws of ``elbo.draw.evaluation``.
 
-    def __init__(self, agent: ActorCritic, envs_per_task: int) -> None:
-        self.agent = agent
-        mode = agent.elbo.options.draw.evaluation
-        self.draws = PolicyDraws(mode, agent.actor, agent.problem.num_tasks, envs_per_task)
+    Args:
+        actor: the policy of ``T`` tasks; normalizer: of its observations.
+        mode: how the policy's weights are drawn.
+        envs_per_task: environments that act side by side.
+    """
+
+    def __init__(
+        self, actor: Actor, normalizer: ObservationNormalizer, mode: Draw, num_tasks: int, envs_per_task: int
+    ) -> None:
+        self.actor, self.normalizer = actor, normalizer
+        self.task_ids = torch.arange(num_tasks)
+        self.draws = PolicyDraws(mode, actor, num_tasks, envs_per_task)
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """``[T, E, F]`` to actions ``[T, E, ...]``."""
-        agent = self.agent
         with self.draws.acting(obs.shape[1]):
-            action: Tensor = agent.actor(agent.normalizer(obs), agent.task_ids).mode()
+            action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
         return action
 
     def observe(self, done: Tensor) -> None:
@@ -84,6 +91,7 @@ class ActorCritic:
     ) -> None:
         problem = learner.problem
         self.problem, self.elbo, self.task_ids = problem, learner.elbo, problem.task_ids
+        self.regularizer = learner.regularizer
         self.actor, self.critic = build()
         clip = options.max_grad_norm
         chosen = (learner.optimizer, learner.guard)
@@ -111,7 +119,8 @@ class ActorCritic:
 
     def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
         """The mode of the policy."""
-        return GreedyPolicy(self, envs_per_task)
+        mode = self.elbo.options.draw.evaluation
+        return GreedyPolicy(self.actor, self.normalizer, mode, self.problem.num_tasks, envs_per_task)
 
     def weight_draws(self) -> str:
         """With which weights it acts, learns and is evaluated."""
@@ -130,8 +139,17 @@ class ActorCritic:
         """Take note of the share of total_transitions that is done."""
         self.fraction = fraction
         self.elbo.advance(fraction)
+        if self.regularizer is not None:
+            self.regularizer.advance(fraction)
         self.actor_step.advance(fraction)
         self.critic_step.advance(fraction)
+
+    def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
+        """What is added to the losses of ``actor`` or ``critic``, ``[T]``: by the ELBO and the regulariser."""
+        penalty = self.elbo.penalty(self.trained_modules()[part], transitions_per_task)
+        if self.regularizer is None:
+            return penalty
+        return penalty + self.regularizer.penalty(part, transitions_per_task)
 
     def metrics(self) -> Metrics:
         """State of the controllers of the ELBO, and what the last absorption did."""

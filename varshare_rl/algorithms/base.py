@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.actor import Actor, CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
 from varshare_rl.optim.combiners import GradientOptions
 from varshare_rl.optim.elbo import Elbo
@@ -114,15 +114,26 @@ def build_actor(
     make_network: NetworkFactory,
     log_std_range: tuple[float, float],
     initial_log_std: float,
-) -> TanhGaussianActor | CategoricalActor:
+) -> Actor:
     """The policy that fits the action space, on the problem's device."""
-    actor: TanhGaussianActor | CategoricalActor
+    actor: Actor
     if problem.discrete:
         actor = CategoricalActor(make_network(problem.obs_size, problem.action_size), problem.action_mask)
     else:
         network = make_network(problem.obs_size, 2 * problem.action_size)
         actor = TanhGaussianActor(network, problem.action_mask, log_std_range, initial_log_std)
     return actor.to(problem.device)
+
+
+class Regularizer(Protocol):
+    """What takes part in the training of an algorithm's networks beside the losses, such as a continual-learning
+    method. Parts are ``actor`` and ``critic``."""
+
+    def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
+        """What is added to the losses of a part, ``[T]``; they average over so many transitions per task."""
+
+    def advance(self, fraction: float) -> None:
+        """Take note of the share of total_transitions that is done."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +148,7 @@ class Learner:
     gradient: GradientOptions = field(default_factory=GradientOptions)
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     guard: GuardOptions = field(default_factory=GuardOptions)
+    regularizer: Regularizer | None = None
 
     def value_network(self) -> ValueNetwork:
         """A fresh state value, on the problem's device."""

@@ -175,11 +175,11 @@ class PPO(ActorCritic):
         policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], self.options.clip)
         entropy = distribution.entropy().mean(-1)
         actor_losses = policy.loss - self.options.entropy_weight * entropy
-        actor_norm = self.actor_step(actor_losses + self.elbo.penalty(self.actor, transitions))
+        actor_norm = self.actor_step(actor_losses + self.penalty("actor", transitions))
 
         self.critic.track(batch["target"])
         value_loss = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
-        critic_norm = self.critic_step(value_loss + self.elbo.penalty(self.critic, transitions))
+        critic_norm = self.critic_step(value_loss + self.penalty("critic", transitions))
         self.elbo.step(self.trained_modules(), lambda: self._loss_gap(batch, value_loss))
         self.updates += 1
         return {

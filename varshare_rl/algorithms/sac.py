@@ -181,7 +181,7 @@ class SAC(ActorCritic):
             target = td_target(batch.reward, next_value, batch.terminated, self.options.discount)
         self.critic.track(target, self.target_critic)
         losses, q = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
-        norm = self.critic_step(losses + self.elbo.penalty(self.critic, transitions))
+        norm = self.critic_step(losses + self.penalty("critic", transitions))
         return CriticStep(losses.detach(), target, q.mean(), norm)
 
     @torch.no_grad()
@@ -198,7 +198,7 @@ class SAC(ActorCritic):
         with frozen(self.critic):  # a fixed function here: skip its weight gradients
             q = self.critic(batch.obs, sample.action, self.task_ids).amin(0)
         losses = (alpha * sample.log_prob - q / self.critic.spread()).mean(-1)
-        norm = self.actor_step(losses + self.elbo.penalty(self.actor, transitions))
+        norm = self.actor_step(losses + self.penalty("actor", transitions))
         return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm
 
     def reset_networks(self) -> None:

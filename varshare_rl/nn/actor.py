@@ -111,6 +111,10 @@ class TanhGaussianActor(nn.Module):
         self.log_std_range = log_std_range
         self.initial_log_std = initial_log_std
 
+    def with_network(self, network: nn.Module, action_mask: Tensor) -> TanhGaussianActor:
+        """The same kind of policy for another network, of the tasks in ``action_mask [T, A]``."""
+        return TanhGaussianActor(network, action_mask, self.log_std_range, self.initial_log_std)
+
     def forward(self, obs: Tensor, task_ids: TaskIds) -> TanhNormal:
         """``obs [T, B, F]`` for all tasks in order to their action distributions."""
         mean, log_std = self.network(obs, task_ids).chunk(2, dim=-1)
@@ -133,6 +137,14 @@ class CategoricalActor(nn.Module):
         self.network = network
         self.register_buffer("action_mask", action_mask.unsqueeze(1), persistent=False)
 
+    def with_network(self, network: nn.Module, action_mask: Tensor) -> CategoricalActor:
+        """The same kind of policy for another network, of the tasks in ``action_mask [T, A]``."""
+        return CategoricalActor(network, action_mask)
+
     def forward(self, obs: Tensor, task_ids: TaskIds) -> Categorical:
         """``obs [T, B, F]`` for all tasks in order to their action distributions."""
         return Categorical(masked_logits(self.network(obs, task_ids), self.action_mask))
+
+
+#: A policy of either kind.
+Actor = TanhGaussianActor | CategoricalActor

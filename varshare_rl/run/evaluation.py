@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from envs.suite import Suite, VectorEngine
-from varshare_rl.algorithms.base import Algorithm
+from varshare_rl.algorithms.base import Algorithm, EvaluationPolicy
 from varshare_rl.nn.stochastic import penalized_layers
 from varshare_rl.run.seeding import load_rng_state, rng_state
 from varshare_rl.run.threads import one_thread
@@ -66,24 +67,41 @@ def layer_nats(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float6
     }
 
 
-@one_thread()
 def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes: int) -> Evaluation:
-    """Run ``episodes`` episodes of every task, always from the same starts.
+    """:func:`play` with the algorithm's own policy, and the nats of its networks."""
+    device = next(next(iter(algorithm.trained_modules().values())).parameters()).device
+    tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device)
+    layers = layer_nats(algorithm.trained_modules())
+    for index, row in enumerate(tasks.values()):
+        row["kl"] = float(sum(nats[index] for nats in layers.values())) if layers else None
+    return Evaluation(tasks)
 
-    Leaves torch's random state as it was, whatever draws of weights the evaluation makes.
+
+@one_thread()
+def play(
+    make_policy: Callable[[int], EvaluationPolicy],
+    suite: Suite,
+    engine: VectorEngine,
+    episodes: int,
+    device: torch.device,
+) -> dict[str, dict[str, float | None]]:
+    """Run ``episodes`` episodes of every task, always from the same starts; means as in :class:`Evaluation`.
+
+    ``make_policy`` makes the policy for a number of environments per task.
+
+    Leaves torch's random state as it was, whatever draws of weights the policy makes.
 
     Episode ``j`` of slot ``e`` is episode ``j * E + e`` of its task; slots step on until every task has its
     episodes, and what comes after is not counted, so short episodes are not favoured.
     """
     num_tasks, envs = engine.num_tasks, engine.envs_per_task
-    device = next(next(iter(algorithm.trained_modules().values())).parameters()).device
     totals = {name: np.zeros((num_tasks, episodes)) for name in ("return", "episode_steps")}
     flags = {name: np.zeros((num_tasks, episodes), dtype=bool) for name in ("success", "success_final")}
     episode = np.tile(np.arange(envs), (num_tasks, 1))  # the episode that each slot is in, [T, E]
     task = np.arange(num_tasks)[:, None].repeat(envs, 1)
     obs = engine.reset()
     random = rng_state()
-    policy = algorithm.evaluation_policy(envs)
+    policy = make_policy(envs)
     while (episode < episodes).any():
         step = engine.step(policy.act(torch.from_numpy(obs).to(device)).cpu().numpy())
         policy.observe(torch.from_numpy(step.terminated | step.truncated))
@@ -96,12 +114,10 @@ def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes:
         flags["success_final"][where] = step.success[open_slots]
         episode[step.terminated | step.truncated] += envs
     load_rng_state(random)
-    layers = layer_nats(algorithm.trained_modules())
     tasks: dict[str, dict[str, float | None]] = {}
     for index, name in enumerate(suite.task_names):
         row: dict[str, Any] = {key: float(value[index].mean()) for key, value in totals.items()}
         for key, value in flags.items():
             row[key] = float(value[index].mean()) if suite.has_success else None
-        row["kl"] = float(sum(nats[index] for nats in layers.values())) if layers else None
         tasks[name] = row
-    return Evaluation(tasks)
+    return tasks
