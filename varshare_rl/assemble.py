@@ -100,11 +100,13 @@ def build_algorithm(
             raise UserError(f"unknown {part}.activation {activation!r}; choose {allowed}")
     if architecture.active_parameters is not None:
         architecture.hidden = matched_hidden(config, architecture, problem)
-    actor, critic = (
-        (network_factory(config, architecture, problem.num_tasks), critic_factory(config, problem.num_tasks))
-        if source is None
-        else (partial(source.network, "actor"), partial(source.network, "critic"))
-    )
+    actor: NetworkFactory
+    critic: NetworkFactory
+    if source is None:
+        actor = network_factory(config, architecture, problem.num_tasks)
+        critic = network_factory(config, config.critic.architecture(architecture), problem.num_tasks)
+    else:
+        actor, critic = partial(source.network, "actor"), partial(source.network, "critic")
     learner = Learner(
         problem, actor, Elbo(config.elbo, problem.num_tasks), config.critic, critic,
         config.gradient, config.optimizer, config.guard, source,
@@ -138,11 +140,6 @@ def network_factory(config: TrainConfig, architecture: Architecture, num_tasks: 
         return network
 
     return make_network
-
-
-def critic_factory(config: TrainConfig, num_tasks: int) -> NetworkFactory:
-    """Makes the critic's networks."""
-    return network_factory(config, config.critic.architecture(config.network), num_tasks)
 
 
 def matched_hidden(config: TrainConfig, architecture: Architecture, problem: Problem) -> list[int]:
@@ -247,8 +244,8 @@ def build_run(
 ) -> Run:
     """All parts of a training run: seeds, networks, logs, engine. The engine starts to get ready at once.
 
-    A run that goes on was ``resumed_at`` so many transitions, after so many ``seconds``. A ``source`` gives it other
-    networks than ``config.network`` would.
+    A run that goes on was ``resumed_at`` so many transitions, after so many ``seconds``. A ``source`` gives it
+    other networks than ``config.network`` would.
 
     The run folder is made when nothing of the configuration can be wrong any more.
     """

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -28,11 +32,14 @@ def config_folder() -> Path:
     raise UserError(f"the configs folder is missing beside {package}; install the package again")
 
 
-def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
+def run_command(name: str, main: Callable[[DictConfig], None], aliases: Mapping[str, str] | None = None) -> None:
     """Compose ``configs/<name>.yaml`` with the command line and call ``main`` with it.
 
-    What the user got wrong is one line on stderr and exit code 2.
+    What the user got wrong is one line on stderr and exit code 2. ``aliases`` are further names of options, which
+    Python would not allow as names.
     """
+    for alias, option in (aliases or {}).items():
+        sys.argv[1:] = [re.sub(rf"^{alias}=", f"{option}=", item) for item in sys.argv[1:]]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
 
     composing = True
@@ -50,6 +57,29 @@ def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
             if not composing:
                 raise
             raise UserError(f"{error}; a group such as env or gradient takes a name") from error
+
+
+def new_run_dir(run_dir: str | None, parts: Sequence[str]) -> Path:
+    """The folder of a new run: ``run_dir``, or a name made of the choices in ``parts``; jobs of a sweep share one.
+
+    Raises:
+        UserError: there is a run in it.
+    """
+    if run_dir is not None:
+        if not run_dir:
+            raise UserError("run_dir is empty; give a folder, or leave it out for runs/<name>")
+        path = Path(run_dir)
+    elif HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        job = HydraConfig.get()
+        choices = re.sub(r"[^\w.+-]+", "_", job.job.override_dirname.replace("=", "-"))  # no = in resume=<folder>
+        if len(choices) > 150:  # file systems end names at 255 bytes
+            choices = f"{job.job.num}_{choices[:150]}"
+        path = Path(job.sweep.dir) / (choices.strip("_") or str(job.job.num))
+    else:
+        path = Path("runs") / f"{'_'.join(parts)}_{time.strftime('%Y%m%d-%H%M%S')}"
+    if (path / "metrics.jsonl").exists() or (path / "config.yaml").exists():
+        raise UserError(f"{path} holds a run already; go on with resume={path}, or give another run_dir")
+    return path
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
 from operator import attrgetter
@@ -154,15 +155,25 @@ def blank_config() -> TrainConfig:
 
 def register_schemas() -> None:
     """Make the typed options known to Hydra, as ``<group>/<name>_schema``."""
+    ConfigStore.instance().store(name="train_schema", node=blank_config())
+    register_components(COMPONENTS)
+
+
+def register_components(components: Mapping[str, Mapping[str, type]]) -> None:
+    """Make the options of components known to Hydra, by group and name."""
     store = ConfigStore.instance()
-    store.store(name="train_schema", node=blank_config())
-    for group, options in COMPONENTS.items():
+    for group, options in components.items():
         for name, node in options.items():
             store.store(group=group, name=f"{name}_schema", node=node, package=group.replace("/", "."))
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read the ``config.yaml`` of a run folder.
+    """Read the ``config.yaml`` of a run folder; errors as in :func:`read_config`."""
+    return cast(TrainConfig, read_config(path, blank_config(), COMPONENTS))
+
+
+def read_config(path: Path, blank: Any, components: Mapping[str, Mapping[str, type]]) -> Any:
+    """Read a file into a configuration with nothing chosen yet.
 
     Raises:
         UserError: the file is missing or is not a configuration of this version.
@@ -171,12 +182,12 @@ def load_config(path: Path) -> TrainConfig:
         raise UserError(f"no config.yaml in {path.parent}; give the folder of a run (runs/<name>)")
     try:
         stored: Any = OmegaConf.load(path)
-        config = OmegaConf.structured(blank_config())
-        for group, options in COMPONENTS.items():
+        config = OmegaConf.structured(blank)
+        for group, options in components.items():
             key = group.replace("/", ".")
             chosen = options[OmegaConf.select(stored, f"{key}.name", throw_on_missing=True)]
             OmegaConf.update(config, key, OmegaConf.structured(chosen), merge=False)
-        return cast(TrainConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
+        return OmegaConf.to_object(OmegaConf.merge(config, stored))
     except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 import shlex
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from envs.suite import Suite
 from varshare_rl.assemble import build_run, build_suite, parameter_count
-from varshare_rl.cli import run_command
+from varshare_rl.cli import new_run_dir, run_command
 from varshare_rl.config import TrainConfig, check_config, load_config, register_schemas
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -36,7 +32,8 @@ def main(composed: DictConfig) -> None:
         return
     check_config(config)
     suite = build_suite(config)
-    run_dir = new_run_dir(config, suite)
+    parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
+    run_dir = new_run_dir(config.run_dir, parts)
     run = build_run(config, suite, run_dir)
     train(config, run, None)
 
@@ -127,29 +124,6 @@ def describe(config: TrainConfig, run: Run) -> None:
             "transitions": f"{config.total_transitions:,} in total",
         },
     )
-
-
-def new_run_dir(config: TrainConfig, suite: Suite) -> Path:
-    """The folder of a new run: ``run_dir``, or a name made from the choices; jobs of a sweep share one.
-
-    Raises UserError if there is a run in it.
-    """
-    if config.run_dir is not None:
-        if not config.run_dir:
-            raise UserError("run_dir is empty; give a folder, or leave it out for runs/<name>")
-        path = Path(config.run_dir)
-    elif HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        job = HydraConfig.get()
-        choices = re.sub(r"[^\w.+-]+", "_", job.job.override_dirname.replace("=", "-"))  # no = in resume=<folder>
-        if len(choices) > 150:  # file systems end names at 255 bytes
-            choices = f"{job.job.num}_{choices[:150]}"
-        path = Path(job.sweep.dir) / (choices.strip("_") or str(job.job.num))
-    else:
-        parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
-        path = Path("runs") / f"{'_'.join(parts)}_{time.strftime('%Y%m%d-%H%M%S')}"
-    if (path / "metrics.jsonl").exists() or (path / "config.yaml").exists():
-        raise UserError(f"{path} holds a run already; go on with resume={path}, or give another run_dir")
-    return path
 
 
 def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:

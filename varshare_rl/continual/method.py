@@ -114,6 +114,8 @@ class Method(ABC):
 
     #: Whether :meth:`policy` is the same network for all tasks, so that a policy needs no task id.
     task_free: ClassVar[bool] = False
+    #: Whether every task trains the same parameters, so that an optimiser's moments can go on.
+    keeps_parameters: ClassVar[bool] = False
 
     def __init__(self, options: Any, shape: Shape, origin: Origin | None = None) -> None:
         self.options, self.shape, self.origin = options, shape, origin

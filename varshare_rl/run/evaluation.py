@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from envs.suite import Suite, VectorEngine
 from varshare_rl.algorithms.base import Algorithm, EvaluationPolicy
@@ -55,6 +55,27 @@ class Evaluation:
             if mean is not None:
                 metrics[f"eval/mean_{name}"] = mean
         return metrics
+
+
+class SideBySide:
+    """Policies of one task each, acting together as one policy of ``T`` tasks.
+
+    Args:
+        makers: of every task in order, makes its policy for a number of environments.
+        envs_per_task: that number.
+    """
+
+    def __init__(self, makers: Sequence[Callable[[int], EvaluationPolicy]], envs_per_task: int) -> None:
+        self.policies = [make(envs_per_task) for make in makers]
+
+    def act(self, obs: Tensor) -> Tensor:
+        """``[T, E, F]`` to ``[T, E, ...]``."""
+        return torch.cat([policy.act(obs[task : task + 1]) for task, policy in enumerate(self.policies)])
+
+    def observe(self, done: Tensor) -> None:
+        """``[T, E]``."""
+        for task, policy in enumerate(self.policies):
+            policy.observe(done[task : task + 1])
 
 
 @torch.no_grad()

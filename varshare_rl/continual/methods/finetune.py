@@ -30,6 +30,7 @@ class Finetune(Method):
     """One network for all tasks, trained on each in turn: the baseline that forgets."""
 
     task_free = True
+    keeps_parameters = True
 
     def __init__(self, options: FinetuneOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)

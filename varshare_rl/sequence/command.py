@@ -1,0 +1,77 @@
+"""The command line of ``python -m varshare_rl.continual``."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import cast
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from varshare_rl.cli import new_run_dir, run_command
+from varshare_rl.config import read_config
+from varshare_rl.files import write_atomically
+from varshare_rl.run.loop import Interrupted
+from varshare_rl.sequence.config import (
+    CONTINUAL_COMPONENTS,
+    ContinualConfig,
+    blank_continual_config,
+    check_continual_config,
+    register_continual_schemas,
+)
+from varshare_rl.sequence.learner import SequenceRun
+from varshare_rl.sequence.parts import go_on_from, load_origin, new_places
+from varshare_rl.types import UserError
+
+
+def command() -> None:
+    """The command line."""
+    register_continual_schemas()
+    run_command("continual", main, aliases={"from": "origin"})
+
+
+def main(composed: DictConfig) -> None:
+    """Learn as configured; called by Hydra, once per job of a sweep."""
+    config = cast(ContinualConfig, OmegaConf.to_object(composed))
+    resumed = config.resume
+    if resumed is not None:
+        run_dir = Path(resumed)
+        config = stored_config(run_dir)
+    else:
+        check_continual_config(config)
+        suite = new_places(config)[0].suite.name
+        run_dir = new_run_dir(config.run_dir, (suite, config.algorithm.name, config.method.name, f"s{config.seed}"))
+    agent = load_origin(config, config.device)
+    if agent is not None:
+        config = go_on_from(config, agent)
+    sequence = SequenceRun(config, run_dir, agent)
+    if resumed is None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    else:
+        sequence.load()
+    try:
+        sequence.learn()
+    except Interrupted as stop:
+        sequence.console.message(
+            f"stopped by {stop}, all saved; go on with:\n"
+            f"    python -m varshare_rl.continual {shlex.quote(f'resume={run_dir}')}"
+        )
+        raise SystemExit(stop.exit_code) from None
+
+
+def stored_config(run_dir: Path) -> ContinualConfig:
+    """The configuration of a run to go on with. Raises UserError if there is none, or if options are given."""
+    if not run_dir.is_dir():
+        raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
+    given = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
+    if given:
+        raise UserError(f"{given[0]} cannot be changed when a sequence of tasks is resumed; give resume= alone")
+    if (run_dir / "summary.json").exists():
+        raise UserError(f"{run_dir} has learnt all its tasks already; its results are in summary.json")
+    config = cast(
+        ContinualConfig, read_config(run_dir / "config.yaml", blank_continual_config(), CONTINUAL_COMPONENTS)
+    )
+    check_continual_config(config)
+    return config

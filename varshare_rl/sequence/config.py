@@ -1,0 +1,157 @@
+"""The typed configuration of a continual-learning run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from envs.suite import Suite
+from varshare_rl.algorithms.sac import SACOptions
+from varshare_rl.config import COMPONENTS, TrainConfig, blank_config, check_config, register_components
+from varshare_rl.continual.governor import CriticCarry
+from varshare_rl.continual.method import Method, MethodOptions, Origin, Shape
+from varshare_rl.continual.methods.finetune import Finetune, FinetuneOptions
+from varshare_rl.nn.shared import Shared
+from varshare_rl.optim.combiners import Method as Combiner
+from varshare_rl.types import UserError
+
+#: The methods: options and class by name of the group ``method``.
+METHODS: dict[str, tuple[type[MethodOptions], type[Method]]] = {
+    "finetune": (FinetuneOptions, Finetune),
+}
+CONTINUAL_COMPONENTS = {**COMPONENTS, "method": {name: options for name, (options, _) in METHODS.items()}}
+
+
+class TaskIds(Enum):
+    """Whether a policy is told in evaluation which task it is in."""
+
+    known = "known"
+    hidden = "hidden"  # the learnt task whose policy earns the most in a few episodes is taken
+
+
+@dataclass
+class CarryOptions:
+    """Options of ``carry``: what besides the policy goes from one task to the next."""
+
+    critic: CriticCarry = CriticCarry.finetune
+    optimizer: bool = False  # moments of the optimisers; for methods that keep their parameters
+    replay: bool = False  # SAC's memory
+
+
+@dataclass
+class ContinualConfig(TrainConfig):
+    """A sequence of tasks, learnt one after another. ``env.tasks`` are the tasks in order.
+
+    ``total_transitions`` are divided equally among the tasks; ``evaluate.every``, ``checkpoint.every`` and
+    ``log.every`` count within a task.
+    """
+
+    method: Any = MISSING
+    origin: str | None = None  # run folder of an agent to go on from (``from=`` on the command line)
+    repeats: int = 1  # how many times the tasks come round
+    carry: CarryOptions = field(default_factory=CarryOptions)
+    task_ids: TaskIds = TaskIds.known
+    selection_episodes: int = 64  # of each task spent on finding a policy, with hidden ids
+    similar_episodes: int = (
+        16  # of each earlier policy on a new task, where the method starts from the most similar
+    )
+    memory_transitions: int = 2000  # made with the policy after each task, for what the method keeps of it
+
+
+def blank_continual_config() -> ContinualConfig:
+    """The configuration with nothing chosen yet."""
+    return ContinualConfig(elbo=blank_config().elbo)
+
+
+def register_continual_schemas() -> None:
+    """Make the typed options known to Hydra."""
+    ConfigStore.instance().store(name="continual_schema", node=blank_continual_config())
+    register_components(CONTINUAL_COMPONENTS)
+
+
+def method_maker(config: ContinualConfig) -> Callable[[Shape, Origin | None], Method]:
+    """Makes the chosen method for a network."""
+    made = METHODS[config.method.name][1]
+    return lambda shape, origin: made(config.method, shape, origin)
+
+
+def check_continual_config(config: ContinualConfig) -> None:
+    """Refuse what cannot be, before anything is built.
+
+    Raises:
+        UserError: names the option, its value, and what is allowed.
+    """
+    check_config(config)
+    for name, value, least in (
+        ("repeats", config.repeats, 1),
+        ("selection_episodes", config.selection_episodes, 1),
+        ("similar_episodes", config.similar_episodes, 1),
+        ("memory_transitions", config.memory_transitions, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}; it must be at least {least}")
+    if type(config.network) is not Shared:
+        raise UserError(
+            f"network={config.network.name} is for many tasks at once; here the method says what the layers are: "
+            "leave network out, and give sizes as network.hidden=[64,64]"
+        )
+    if config.network.active_parameters is not None:
+        raise UserError("network.active_parameters counts parameters of many tasks; give network.hidden here")
+    if config.algorithm.resets:
+        raise UserError(
+            f"algorithm.resets is {config.algorithm.resets}; a task's network cannot start anew here, give 0"
+        )
+    if config.elbo.absorb.every:
+        raise UserError("elbo.absorb would move what earlier tasks use; leave it at 0 here")
+    for part in ("actor", "critic"):
+        combiner = getattr(config.gradient, part)
+        if combiner is not Combiner.mean:
+            raise UserError(
+                f"gradient.{part}={combiner.value} combines tasks, and here one is learnt at a time; use mean"
+            )
+    if config.carry.replay and not isinstance(config.algorithm, SACOptions):
+        raise UserError(f"carry.replay=true, and algorithm={config.algorithm.name} has no replay memory; use sac")
+    if config.carry.optimizer and not METHODS[config.method.name][1].keeps_parameters:
+        keep = ", ".join(name for name, (_, made) in METHODS.items() if made.keeps_parameters)
+        raise UserError(
+            f"carry.optimizer=true, and method={config.method.name} trains other parameters in every task; "
+            f"leave it out, or use one of {keep}"
+        )
+
+
+def with_task_list(env: Any, suite: Suite) -> Any:
+    """The options of an environment with its tasks as a list, for suites that know them by another name too.
+
+    Meta-World's benchmarks draw goals for all tasks together, so a task's goals depend on the list; named one by
+    one, tasks have goals of their own.
+    """
+    if getattr(env, "benchmark", None) is not None:
+        return replace(env, benchmark=None, tasks=list(suite.task_names))
+    return env
+
+
+def one_task(env: Any, suite: Suite, index: int) -> Any:
+    """The options of an environment with one of its tasks.
+
+    Raises:
+        UserError: the suite is not a list of tasks.
+    """
+    if hasattr(env, "ids"):
+        return replace(env, ids=[env.ids[index]])
+    if not hasattr(env, "tasks"):
+        raise UserError(f"env={env.name} has no list of tasks that could be learnt one by one")
+    changes: dict[str, Any] = {"tasks": [suite.task_names[index]]}
+    if getattr(env, "reward_scales", None):
+        changes["reward_scales"] = [env.reward_scales[index]]
+    return replace(env, **changes)
+
+
+def train_config(config: ContinualConfig, **changes: Any) -> TrainConfig:
+    """The part that is a training run, with changes."""
+    own = {entry.name: getattr(config, entry.name) for entry in fields(TrainConfig)}
+    return TrainConfig(**{**own, **changes})

@@ -1,0 +1,302 @@
+"""One agent learns one task after another, by the loop that trains all agents."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+
+from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.assemble import TrainedAgent, build_run, choose_device, run_conditions
+from varshare_rl.continual.governor import CriticCarry, Governor
+from varshare_rl.files import write_json
+from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from varshare_rl.run.console import Console
+from varshare_rl.run.seeding import seed_everything
+from varshare_rl.run.tracker import METRICS_FILE, Tracker
+from varshare_rl.sequence.config import (
+    ContinualConfig,
+    TaskIds,
+    method_maker,
+    train_config,
+)
+from varshare_rl.sequence.evaluation import SEED_STEP, Evaluator, visited
+from varshare_rl.sequence.parts import (
+    new_places,
+    old_normalizers,
+    old_places,
+    origins,
+    pooled_normalizer,
+    probe,
+)
+from varshare_rl.types import Tree, UserError
+
+TASKS_FOLDER = "tasks"
+
+
+@dataclass
+class Progress:
+    """What a sequence has found so far, all of it in its checkpoint.
+
+    Attributes:
+        rows: evaluations of all tasks, before learning and after every task.
+        curves: success (or return) against transitions of every task that was learnt.
+        costs: parameters, seconds and bytes of every task that was learnt.
+        normalizers: statistics of observations that each learnt task's policy has.
+        carried: what the next task takes over from the last one's training.
+        seconds: of everything.
+    """
+
+    rows: list[dict[str, list[float | None]]] = field(default_factory=list)
+    curves: list[dict[str, list[float]]] = field(default_factory=list)
+    costs: list[dict[str, Any]] = field(default_factory=list)
+    normalizers: list[dict[str, Tensor]] = field(default_factory=list)
+    carried: Tree | None = None
+    seconds: float = 0.0
+
+
+class SequenceRun:
+    """Learns the tasks in turn and evaluates all of them after each.
+
+    Args:
+        config: checked.
+        run_dir: its folder.
+        agent: what it goes on from, or None.
+    """
+
+    def __init__(self, config: ContinualConfig, run_dir: Path, agent: TrainedAgent | None) -> None:
+        self.config, self.run_dir = config, run_dir
+        self.device = choose_device(config.device)
+        old, new = old_places(agent), new_places(config)
+        self.old_tasks, self.places = len(old), old + new
+        self.transitions_per_task = config.total_transitions // len(new)
+        if self.transitions_per_task < 1:
+            raise UserError(
+                f"total_transitions is {config.total_transitions} for {len(new)} tasks; give at least one for each"
+            )
+        seed_everything(config.seed)
+        first = new[0]
+        assert first.alone is not None
+        self.actor, shapes = probe(train_config(config, env=first.env), first.alone, self.device)
+        if agent is not None and agent.suite.observation_space.shape != first.suite.observation_space.shape:
+            raise UserError(
+                f"from={config.origin} observes other things than env={config.env.name}; choose an env as there"
+            )
+        self.governor = Governor(
+            shapes, method_maker(config), config.carry.critic, {} if agent is None else origins(agent)
+        )
+        self.progress = Progress(normalizers=[] if agent is None else old_normalizers(agent))
+        self.evaluator = Evaluator(
+            config, self.places, self.governor, self.actor, self.progress.normalizers, self.device
+        )
+        self.console = Console(config.total_transitions, quiet=config.log.quiet)
+
+    @property
+    def learnt(self) -> int:
+        """Tasks learnt by now, those before the sequence among them."""
+        return self.old_tasks + len(self.progress.costs)
+
+    def learn(self) -> None:
+        """Go through the tasks that are left, and write the summary.
+
+        Raises:
+            Interrupted: a signal came; everything has been saved.
+        """
+        started = time.monotonic() - self.progress.seconds
+        done = len(self.progress.costs) * self.transitions_per_task
+        resumed = bool(self.progress.rows)
+        self.tracker = Tracker(self.run_dir, done if resumed else None, self.progress.seconds)
+        try:
+            if not self.progress.rows:
+                self._evaluate()
+                self._save(started)
+            while self.learnt < len(self.places):
+                self._learn_task(self.learnt)
+                self._evaluate()
+                self._save(started)
+        finally:
+            self.tracker.close()
+            self.evaluator.close()
+        write_json(self.run_dir / "summary.json", self.document())
+        self.console.message(f"done: {self.run_dir / 'summary.json'}")
+
+    def _learn_task(self, number: int) -> None:
+        """Train on one task and take what it leaves behind."""
+        place = self.places[number]
+        position = number - self.old_tasks
+        folder = self.run_dir / TASKS_FOLDER / f"{position:02d}_{place.name.replace(' ', '_')}"
+        started = time.monotonic()
+        similar = self.evaluator.most_similar(number, self.learnt) if self._wants_similar() else None
+        config = train_config(
+            self.config,
+            env=place.env,
+            seed=(self.config.seed + SEED_STEP * position) % 2**32,
+            total_transitions=self.transitions_per_task,
+        )
+        seed_everything(config.seed)
+        self.governor.begin(number, similar)
+        self.console.message(
+            f"task {position + 1} of {len(self.places) - self.old_tasks}: {place.name}, "
+            f"{self.governor.trained_parameters():,} parameters of the policy learn"
+        )
+        cost: dict[str, Any] = {"trained_parameters": self.governor.trained_parameters(), "transitions": 0}
+        curve = {"transitions": [0.0], "success": [self._score(self.progress.rows[-1], number)]}
+        assert place.alone is not None
+        state = self._unfinished(folder)
+        before = (None, 0.0) if state is None else (state["transitions"], state["seconds"])
+        run = build_run(config, place.alone, folder, *before, self.governor)
+        agent = cast(ActorCritic, run.algorithm)
+        try:
+            if state is None:
+                self._hand_over(agent, similar)
+                run.start()
+            else:
+                run.load_state(state)
+            if self.governor.trainable():
+                run.train()
+                cost["transitions"] = run.transitions
+            obs, action = visited(agent, run.engine, self.config.memory_transitions)
+            read_curve(folder, f"eval/mean_{self.measure}", curve)
+        finally:
+            run.close()
+        self.governor.end(obs, action)
+        self.progress.normalizers.append(_copied(agent.normalizer.state_dict()))
+        self.progress.carried = self._taken_over(agent)
+        self.progress.curves.append(curve)
+        stored = self.governor.stored()
+        cost["stored_bytes"] = {"shared": stored.shared, "tasks": stored.tasks, "memory": stored.memory}
+        cost["seconds"] = round(time.monotonic() - started, 3)
+        self.progress.costs.append(cost)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the sequence's own has all that is needed
+
+    def _unfinished(self, folder: Path) -> Tree | None:
+        """The state of a task that was interrupted; what cannot be gone on with is removed."""
+        if not (folder / "checkpoints").is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return load_checkpoint(find_checkpoint(folder))
+
+    def _hand_over(self, agent: ActorCritic, similar: int | None) -> None:
+        """Give the new task's training what it takes over from the last one's."""
+        progress = self.progress
+        if similar is not None:
+            agent.normalizer.load_state_dict(progress.normalizers[similar])
+        elif progress.normalizers and self.learnt == self.old_tasks:
+            agent.normalizer.load_state_dict(pooled_normalizer(list(progress.normalizers)))
+        elif progress.normalizers:
+            agent.normalizer.load_state_dict(progress.normalizers[-1])
+        if progress.carried is None:
+            return
+        carried = progress.carried
+        if self.config.carry.critic is CriticCarry.finetune:
+            agent.critic.load_state_dict(agent.critic.state_dict() | carried["critic"])
+        if self.config.carry.optimizer:
+            agent.actor_step.load_state(carried["actor_step"])
+        if self.config.carry.replay:
+            cast(Any, agent).replay.load_state(carried["replay"])
+
+    def _taken_over(self, agent: ActorCritic) -> Tree:
+        """What a next task's training may take over: heads and units of the critic, and what ``carry`` names."""
+        rest = {key: value for key, value in agent.critic.state_dict().items() if not key.startswith("network")}
+        carried: Tree = {"critic": _copied(rest)}
+        if self.config.carry.optimizer:
+            carried["actor_step"] = agent.actor_step.state()
+        if self.config.carry.replay:
+            carried["replay"] = cast(Any, agent).replay.state()
+        return carried
+
+    @property
+    def measure(self) -> str:
+        """``success`` where the suites have it, otherwise ``return``."""
+        return "success" if all(place.suite.has_success for place in self.places) else "return"
+
+    def _score(self, row: Mapping[str, list[float | None]], number: int) -> float:
+        value = row[self.measure][number]
+        assert value is not None
+        return value
+
+    def _evaluate(self) -> None:
+        """Evaluate all tasks and note the row; tasks not learnt yet are acted with the last learnt one's policy."""
+        learnt = self.learnt
+        acting: list[int | None] = [min(n, learnt - 1) if learnt else None for n in range(len(self.places))]
+        if self.config.task_ids is TaskIds.hidden and learnt > 1 and not self.governor.method.task_free:
+            acting = list(self.evaluator.select(learnt))
+        played = self.evaluator.play(acting, self.config.evaluate.episodes)
+        row = {name: [result[name] for result in played] for name in ("success", "return")}
+        if self.config.task_ids is TaskIds.hidden:
+            row["acted_as"] = [None if task is None else float(task) for task in acting]
+        self.progress.rows.append(row)
+        names = [place.name for place in self.places]
+        done = len(self.progress.costs) * self.transitions_per_task
+        scores = [self._score(row, number) for number in range(len(names))]
+        metrics = {f"continual/{name}": score for name, score in zip(names, scores, strict=True)}
+        seen = scores[:learnt] or scores
+        self.tracker.log(metrics | {"continual/mean_of_learnt": sum(seen) / len(seen)}, done)
+        self.console.table(f"all tasks after {learnt - self.old_tasks}", dict(zip(names, played, strict=True)))
+
+    def _wants_similar(self) -> bool:
+        start = getattr(self.config.method, "start", None)
+        return getattr(start, "value", None) == "similar" and self.learnt > 0
+
+    def document(self) -> dict[str, Any]:
+        """What ``summary.json`` says."""
+        progress, config = self.progress, self.config
+        first = self.places[-1].alone
+        assert first is not None
+        document: dict[str, Any] = {
+            "format": "continual",
+            "method": config.method.name,
+            "algorithm": config.algorithm.name,
+            "suite": self.places[-1].suite.name,
+            "tasks": [place.name for place in self.places],
+            "old_tasks": self.old_tasks,
+            "task_ids": config.task_ids.value,
+            "carried": {
+                "critic": config.carry.critic.value,
+                "optimizer": config.carry.optimizer,
+                "replay": config.carry.replay,
+            },
+            "measure": self.measure,
+            "success": [row["success"] for row in progress.rows],
+            "return": [row["return"] for row in progress.rows],
+            "curves": progress.curves,
+            "per_task": progress.costs,
+            "transitions": sum(cost["transitions"] for cost in progress.costs),
+            "seconds": round(progress.seconds, 3),
+            "conditions": run_conditions(train_config(config), first, self.device),
+        }
+        if config.task_ids is TaskIds.hidden:
+            document["acted_as"] = [row["acted_as"] for row in progress.rows]
+        return document
+
+    def _save(self, started: float) -> None:
+        self.progress.seconds = time.monotonic() - started
+        done = len(self.progress.costs) * self.transitions_per_task
+        tree: Tree = {"progress": vars(self.progress), "governor": self.governor.state()}
+        save_checkpoint(self.run_dir, "last", done, tree)
+
+    def load(self) -> None:
+        """Put back the newest checkpoint of the folder."""
+        tree = load_checkpoint(find_checkpoint(self.run_dir))
+        self.progress = Progress(**tree["progress"])
+        self.evaluator.normalizers = self.progress.normalizers
+        self.governor.load_state(tree["governor"])
+
+
+def read_curve(folder: Path, name: str, curve: dict[str, list[float]]) -> None:
+    """Append the evaluations that a task's training has logged as ``name``."""
+    for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        if name in entry:
+            curve["transitions"].append(float(entry["transitions"]))
+            curve["success"].append(float(entry[name]))
+
+
+def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in state.items()}

@@ -1,0 +1,195 @@
+"""What a sequence of tasks is made of: its places, its networks' shapes, and the agent that it goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from envs.suite import Suite
+from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.assemble import TrainedAgent, build_algorithm, build_suite, load_agent
+from varshare_rl.config import TrainConfig
+from varshare_rl.continual.likelihood import UnitGaussian, policy_likelihood
+from varshare_rl.continual.method import LayerFactory, Likelihood, Origin, Shape
+from varshare_rl.nn.actor import Actor
+from varshare_rl.nn.options import ArchitectureOptions
+from varshare_rl.nn.shared import SharedLayer
+from varshare_rl.sequence.config import ContinualConfig, one_task, with_task_list
+from varshare_rl.types import UserError
+
+#: Observations that count for the statistics of earlier tasks when a new one goes on from them.
+INHERITED_OBSERVATIONS = 10_000
+
+
+@dataclass(frozen=True)
+class Place:
+    """One task of a sequence.
+
+    Attributes:
+        name: unique in the sequence.
+        suite, index: the suite that it is evaluated in, and which of its tasks it is.
+        env: options of its environment alone; None for a task that was learnt before the sequence.
+        alone: the suite of that.
+    """
+
+    name: str
+    suite: Suite
+    index: int
+    env: Any = None
+    alone: Suite | None = None
+
+
+class Blueprint:
+    """Takes down which networks an algorithm asks for, and gives it plain ones.
+
+    Attributes:
+        sizes: input and output size of each network, by part.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        network: ArchitectureOptions = config.network
+        self.architectures = {"actor": network, "critic": cast(Any, config.critic.architecture(config.network))}
+        self.sizes: dict[str, list[tuple[int, int]]] = {"actor": [], "critic": []}
+
+    def network(self, part: str, in_features: int, out_features: int) -> nn.Module:
+        """A plain network."""
+        self.sizes[part].append((in_features, out_features))
+        return self._stack(part, in_features, out_features, SharedLayer)
+
+    def penalty(self, part: str, transitions_per_task: int) -> float:
+        """None."""
+        return 0.0
+
+    def advance(self, fraction: float) -> None:
+        """Nothing moves."""
+
+    def shapes(self, actor: Actor) -> dict[str, list[Shape]]:
+        """The shapes of all networks, by part; ``actor`` is the policy that the algorithm has built."""
+        likelihoods: dict[str, Likelihood] = {"actor": policy_likelihood(actor), "critic": UnitGaussian()}
+        return {
+            part: [self._shape(part, *size, likelihoods[part]) for size in sizes]
+            for part, sizes in self.sizes.items()
+        }
+
+    def _shape(self, part: str, in_features: int, out_features: int, likelihood: Likelihood) -> Shape:
+        def stack(layer: LayerFactory) -> nn.Module:
+            return self._stack(part, in_features, out_features, layer)
+
+        return Shape(in_features, out_features, stack, likelihood)
+
+    def _stack(self, part: str, in_features: int, out_features: int, layer: LayerFactory) -> nn.Module:
+        network: nn.Module = self.architectures[part].stack(in_features, out_features, layer)
+        return network
+
+
+def new_places(config: ContinualConfig) -> list[Place]:
+    """The tasks that are learnt, in order, as many times as they come round.
+
+    Raises:
+        UserError: the environment is no list of tasks, or they differ in their spaces.
+    """
+    env = with_task_list(config.env, build_suite(config))
+    whole = build_suite(replace(config, env=env))
+    found = []
+    for index, name in enumerate(whole.task_names):
+        own = one_task(env, whole, index)
+        alone = build_suite(replace(config, env=own))
+        for space in ("observation_space", "action_space"):
+            mine, common = getattr(alone, space), getattr(whole, space)
+            if mine.shape != common.shape or getattr(mine, "n", None) != getattr(common, "n", None):
+                raise UserError(
+                    f"{space} of {name} is {mine}, of others {common}; tasks of a sequence must agree in it"
+                )
+        found.append(Place(name, whole, index, own, alone))
+    again = [replace(place, name=f"{place.name} ({n + 1})") for n in range(1, config.repeats) for place in found]
+    return found + again
+
+
+def go_on_from(config: ContinualConfig, agent: TrainedAgent) -> ContinualConfig:
+    """The configuration with networks as the agent has them.
+
+    Raises:
+        UserError: the agent was trained by another algorithm.
+    """
+    if type(agent.config.algorithm) is not type(config.algorithm):
+        raise UserError(
+            f"from={config.origin} was trained with algorithm={agent.config.algorithm.name}, and "
+            f"algorithm={config.algorithm.name} is chosen; choose the same"
+        )
+    theirs = agent.config.network
+    names = ("hidden", "activation", "layer_norm", "blocks")
+    network = replace(config.network, **{name: getattr(theirs, name) for name in names})
+    return replace(config, network=network, critic=agent.config.critic)
+
+
+def load_origin(config: ContinualConfig, device: Any) -> TrainedAgent | None:
+    """The agent of ``from=``, if one is given."""
+    if config.origin is None:
+        return None
+    agent = load_agent(Path(config.origin), "last", device)
+    if not isinstance(agent.algorithm, ActorCritic):
+        raise UserError(f"from={config.origin} has no policy and critic to go on from; give a run of ppo or sac")
+    return agent
+
+
+def origins(agent: TrainedAgent) -> dict[str, list[Origin]]:
+    """What the networks of an agent leave for those of a sequence, by part."""
+    from varshare_rl.continual.from_agent import origin_of
+
+    algorithm = cast(ActorCritic, agent.algorithm)
+    critic = algorithm.critic
+    networks = [critic.network] if hasattr(critic, "network") else list(critic.networks)  # type: ignore[arg-type]
+    count = len(agent.suite.task_names)
+    return {
+        "actor": [origin_of(algorithm.actor.network, count)],
+        "critic": [origin_of(cast(nn.Module, network), count) for network in networks],
+    }
+
+
+def old_normalizers(agent: TrainedAgent) -> list[dict[str, Tensor]]:
+    """The statistics of an agent's observations, one state for every task."""
+    state = cast(ActorCritic, agent.algorithm).normalizer.state_dict()
+    return [
+        {name: value if value.dim() == 0 else value[task : task + 1].clone() for name, value in state.items()}
+        for task in range(len(agent.suite.task_names))
+    ]
+
+
+def pooled_normalizer(states: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Statistics of the observations of several tasks together, which new ones soon outweigh.
+
+    The variance is the mean variance plus the variance of the means.
+    """
+    count = states[0]["moments.count"]
+    if float(count) == 0:
+        return dict(states[0])
+    means = torch.stack([state["moments.mean"] for state in states])
+    variances = torch.stack([state["moments.squared_deviations"] for state in states]) / count
+    variance = variances.mean(0) + means.var(0, unbiased=False)
+    kept = count.clamp(max=INHERITED_OBSERVATIONS)
+    return {
+        "moments.count": kept,
+        "moments.mean": means.mean(0),
+        "moments.squared_deviations": variance * kept,
+    }
+
+
+def probe(config: TrainConfig, suite: Suite, device: torch.device) -> tuple[Actor, dict[str, list[Shape]]]:
+    """A policy of the kind that the algorithm makes, and the shapes of all its networks."""
+    blueprint = Blueprint(config)
+    with torch.random.fork_rng(devices=[]):
+        algorithm = build_algorithm(config, suite, device, blueprint)
+    assert isinstance(algorithm, ActorCritic)
+    return algorithm.actor, blueprint.shapes(algorithm.actor)
+
+
+def old_places(agent: TrainedAgent | None) -> list[Place]:
+    """The tasks of the agent that a sequence goes on from."""
+    if agent is None:
+        return []
+    return [Place(name, agent.suite, index) for index, name in enumerate(agent.suite.task_names)]
