@@ -15,6 +15,7 @@ from hydra.core.config_store import ConfigStore
 from varshare_rl import calibrate, evaluate, export, prune, report, train
 from varshare_rl.cli import run_command
 from varshare_rl.config import register_schemas
+from varshare_rl.sequence import command as continual
 
 # Small matrices: a second thread costs more than it brings, and tests run side by side.
 torch.set_num_threads(1)
@@ -68,6 +69,8 @@ def command(
         monkeypatch.setattr(sys, "argv", [f"varshare_rl.{name}", *arguments])
         if name == "report":
             return ended(report.main)
+        if name == "continual":
+            return ended(continual.command)
         if name == "train":
             register_schemas()
         else:

@@ -37,5 +37,17 @@ class _Tanh(torch.autograd.Function):
         return slope
 
 
+def leaky_relu(x: Tensor) -> Tensor:
+    """``max(x, 0.2 x)``: the slope that TensorFlow has as its default, and with it the agents of Continual World."""
+    return F.leaky_relu_(x, LEAKY_SLOPE)
+
+
+LEAKY_SLOPE = 0.2
 #: Activations between layers, by name. They may overwrite their argument.
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu_, "tanh": tanh, "silu": F.silu, "elu": F.elu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu_,
+    "tanh": tanh,
+    "silu": F.silu,
+    "elu": F.elu,
+    "leaky_relu": leaky_relu,
+}

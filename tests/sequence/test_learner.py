@@ -1,0 +1,147 @@
+"""A sequence of tasks: learnt by the loop, evaluated after each, stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Command
+from helpers import TINY, TINY_ALGORITHM
+
+from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.loop import Interrupted, Run
+from varshare_rl.sequence.config import METHODS
+
+SEQUENCE = (
+    "env=light8", "env.tasks=[normal_left,normal_right,swapped_left]", "total_transitions=480", "env.envs_per_task=4",
+    "evaluate.every=80", "memory_transitions=20", "selection_episodes=4", "similar_episodes=2",
+)  # fmt: skip
+PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
+SAC = (*TINY, *TINY_ALGORITHM["sac"], *SEQUENCE)
+
+
+def without_clock(document: Any) -> Any:
+    """The document without what the clock decides."""
+    if isinstance(document, dict):
+        return {key: without_clock(value) for key, value in document.items() if "second" not in key}
+    return [without_clock(item) for item in document] if isinstance(document, list) else document
+
+
+def results(run: str) -> Any:
+    return without_clock(json.loads((Path(run) / "summary.json").read_text()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_every_method_learns_a_sequence(command: Command, method: str, algorithm: str) -> None:
+    overrides = PPO if algorithm == "ppo" else SAC
+    outcome = command("continual", *overrides, f"method={method}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    document = results("run")
+    assert document["tasks"] == ["normal_left", "normal_right", "swapped_left"]
+    assert [len(row) for row in document["success"]] == [3, 3, 3, 3]
+    assert len(document["curves"]) == len(document["per_task"]) == 3
+    assert document["per_task"][0]["trained_parameters"] > 0
+    assert document["per_task"][0]["transitions"] == 160
+    assert document["curves"][0]["transitions"] == [0.0, 80.0, 160.0]
+    assert all(sum(cost["stored_bytes"].values()) > 0 for cost in document["per_task"])
+    assert not list(Path("run/tasks").rglob("state.json"))  # what is needed is in the sequence's own checkpoint
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("at", ["within", "between"])
+def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
+    command: Command, monkeypatch: pytest.MonkeyPatch, method: str, at: str
+) -> None:
+    """Stopped in the middle of the second task, or after the first one."""
+    assert command("continual", *PPO, f"method={method}", "run_dir=whole").code == 0
+    calls = {"train": 0}
+    train, step = Run.train, Run._after_step
+
+    def interrupted(run: Run) -> None:
+        step(run)
+        if calls["train"] == 2 and run.transitions == 80:
+            run.save("last")
+            raise Interrupted(15)
+
+    def counted(run: Run) -> Any:
+        calls["train"] += 1
+        if at == "between" and calls["train"] == 2:
+            raise KeyboardInterrupt
+        return train(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_after_step", interrupted)
+        patched.setattr(Run, "train", counted)
+        outcome = command("continual", *PPO, f"method={method}", "run_dir=halves")
+    if method == "frozen":  # nothing is trained in the second task
+        return
+    assert outcome.code == (130 if at == "between" else 143)
+    if at == "within":
+        assert "python -m varshare_rl.continual resume=halves" in outcome.out
+    outcome = command("continual", "resume=halves")
+    assert outcome.code == 0, outcome.err
+    assert results("halves") == results("whole")
+    states = [load_checkpoint(find_checkpoint(Path(run))) for run in ("whole", "halves")]
+    assert str(without_clock(states[0]["governor"])) == str(without_clock(states[1]["governor"]))
+
+
+def test_hidden_task_ids_are_found_by_return(command: Command) -> None:
+    outcome = command("continual", *PPO, "method=copies", "task_ids=hidden", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    document = results("run")
+    assert document["task_ids"] == "hidden"
+    assert all(task in (0.0, 1.0, 2.0) for task in document["acted_as"][-1])
+
+
+def test_what_is_carried_over(command: Command) -> None:
+    carried = ("carry.critic=method", "carry.optimizer=true", "carry.replay=true")
+    assert command("continual", *SAC, "method=finetune", *carried, "run_dir=run").code == 0
+    assert results("run")["carried"] == {"critic": "method", "optimizer": True, "replay": True}
+    assert command("continual", *PPO, "method=finetune", "carry.critic=fresh", "run_dir=fresh").code == 0
+
+
+def test_tasks_that_come_round_again_have_places_of_their_own(command: Command) -> None:
+    assert command("continual", *PPO, "method=finetune", "repeats=2", "run_dir=run").code == 0
+    document = results("run")
+    assert document["tasks"][3:] == ["normal_left (2)", "normal_right (2)", "swapped_left (2)"]
+    assert len(document["success"]) == 7
+    assert document["per_task"][0]["transitions"] == 80
+
+
+@pytest.mark.parametrize("env", ["cartpole", "lunarlander"])
+def test_other_suites(command: Command, env: str) -> None:
+    options = (
+        *TINY, *TINY_ALGORITHM["ppo"], f"env={env}", "env.horizon=20", "total_transitions=160",
+        "memory_transitions=8", "method=ewc", "run_dir=run",
+    )  # fmt: skip
+    outcome = command("continual", *options)
+    assert outcome.code == 0, outcome.err
+
+
+WRONG = {
+    "network": (("network=varshare_lora",), "network=varshare_lora is for many tasks"),
+    "resets": (("algorithm.resets=1",), "algorithm.resets is 1"),
+    "combiner": (("gradient=pcgrad",), "gradient.actor=pcgrad combines tasks"),
+    "absorption": (("elbo.absorb.every=2",), "elbo.absorb"),
+    "no_replay": (("carry.replay=true",), "carry.replay=true, and algorithm=ppo has no replay memory"),
+    "no_moments": (("carry.optimizer=true", "method=lora"), "trains other parameters in every task"),
+    "repeats": (("repeats=0",), "repeats is 0; it must be at least 1"),
+    "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
+    "method": (("method=nothing",), "nothing"),
+    "origin": (("from=nowhere",), "nowhere"),
+    "resume": (("resume=nowhere",), "no run folder nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_line(command: Command, folder: Path, name: str) -> None:
+    overrides, said = WRONG[name]
+    base = () if name == "resume" else (*PPO, "run_dir=run")
+    outcome = command("continual", *base, *overrides)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not any(folder.iterdir())
