@@ -44,8 +44,9 @@ class PackedLayer(nn.Module):
     @torch.no_grad()
     def allot(self, free: Tensor) -> None:
         """Train the ``free [G, F]`` (bool) entries of ``theta`` and hold the others as they are."""
-        self.fixed = self.theta.masked_fill(free, 0.0)
-        self.trained, self.pruned = free.clone(), torch.zeros_like(self.pruned)
+        self.trained = torch.empty_like(self.trained).copy_(free)
+        self.fixed = self.theta.masked_fill(self.trained, 0.0)
+        self.pruned = torch.zeros_like(self.pruned)
 
     @torch.no_grad()
     def prune(self, share: float) -> None:

@@ -43,26 +43,28 @@ class Quadratic:
 
     def __call__(self, network: nn.Module) -> Tensor:
         """Its value at the parameters of a network, 0-d."""
-        total = torch.zeros((), device=next(network.parameters()).device)
-        for name, parameter in network.named_parameters():
-            away = parameter - self.centre[name].to(parameter)
-            total = total + (self.precision[name].to(parameter) * away.square()).sum()
-        return total + self.offset
+        parts = [
+            (self.precision[name] * (parameter - self.centre[name]).square()).sum()
+            for name, parameter in network.named_parameters()
+        ]
+        return torch.stack(parts).sum() + self.offset
+
+    def to(self, device: torch.device) -> Quadratic:
+        """The same on a device."""
+        precision = {name: value.to(device) for name, value in self.precision.items()}
+        return Quadratic(precision, {name: value.to(device) for name, value in self.centre.items()}, self.offset)
 
     def plus(self, other: Quadratic) -> Quadratic:
         """The sum of both, which is one quadratic again.
 
-        ``p (x - a)^2 + q (x - b)^2 = (p + q) (x - c)^2 + p q / (p + q) (a - b)^2`` where ``c = (p a + q b) / (p +
-        q)``.
+        ``p (x - a)^2 + q (x - b)^2 = (p + q) (x - c)^2 + p q / (p + q) (a - b)^2`` with
+        ``c = (p a + q b) / (p + q)``.
         """
         precision, centre, offset = {}, {}, self.offset + other.offset
         for name, p in self.precision.items():
-            q = other.precision[name].to(p)
-            away = other.centre[name].to(p) - self.centre[name]
+            q, away = other.precision[name], other.centre[name] - self.centre[name]
             precision[name] = p + q
-            share = torch.where(
-                precision[name] > 0, q / precision[name], 0.0
-            )  # where both are 0, c may be anything
+            share = torch.where(p + q > 0, q / (p + q), 0.0)  # where both are 0, c may be anything
             centre[name] = self.centre[name] + share * away
             offset += float((p * share * away.square()).sum())
         return Quadratic(precision, centre, offset)
@@ -95,6 +97,9 @@ class EWC(Method):
         """``weight / 2`` times the quadratic, ``[1]``."""
         if self.quadratic is None:
             return 0.0
+        device = next(network.parameters()).device
+        if next(iter(self.quadratic.centre.values())).device != device:
+            self.quadratic = self.quadratic.to(device)  # once, after a state was loaded
         penalty: Tensor = 0.5 * self.options.weight * self.quadratic(network).reshape(1)
         return penalty
 
@@ -105,16 +110,12 @@ class EWC(Method):
         fisher = diagonal_fisher(network, inputs[:, chosen], self.shape.likelihood)
         self.weights = state_copy(network)
         centre = {name: self.weights[name] for name in fisher}
-        new, old = Quadratic(fisher, centre), self.quadratic
-        if old is None:
-            self.quadratic = new
-        elif options.online:
-            running = {
-                name: options.decay * old.precision[name].to(value) + value for name, value in fisher.items()
-            }
-            self.quadratic = Quadratic(running, centre)
-        else:
-            self.quadratic = old.plus(new)
+        new = Quadratic(fisher, centre)
+        if self.quadratic is not None:
+            old = self.quadratic.to(inputs.device)
+            running = {name: options.decay * old.precision[name] + value for name, value in fisher.items()}
+            new = Quadratic(running, centre) if options.online else old.plus(new)
+        self.quadratic = new
         self.tasks += 1
 
     def policy(self, task: int) -> nn.Module:
