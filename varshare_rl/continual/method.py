@@ -166,6 +166,11 @@ class Method(ABC):
             network.load_state_dict(dict(self.origin.base))
         return network
 
+    def check_learnt(self, task: int) -> None:
+        """Raise IndexError unless the task is one of those that were learnt."""
+        if not 0 <= task < self.tasks:
+            raise IndexError(f"unknown task id {task}: {self.tasks} tasks were learnt (0 to {self.tasks - 1})")
+
 
 def tensor_bytes(*tensors: Tensor) -> int:
     """Bytes of some tensors."""

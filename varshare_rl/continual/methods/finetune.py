@@ -47,6 +47,7 @@ class Finetune(Method):
 
     def policy(self, task: int) -> nn.Module:
         """The one network."""
+        self.check_learnt(task)
         return settled(self._network())
 
     def stored(self) -> Stored:

@@ -1,0 +1,256 @@
+"""What holds for every continual-learning method: one table of methods times invariants."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from toys import IN, OUT, SHAPES, TASK_IDS, Learning, error, learn, make_origin, mlp_shape, outputs
+
+import envs
+from varshare_rl.continual.method import Method, MethodOptions, Origin, Shape
+from varshare_rl.continual.methods.copies import Copies, CopiesOptions, Start
+from varshare_rl.continual.methods.ewc import EWC, EWCOptions
+from varshare_rl.continual.methods.finetune import Finetune, FinetuneOptions
+from varshare_rl.continual.methods.frozen import Frozen, FrozenOptions
+from varshare_rl.continual.methods.packnet import PackNet, PackNetOptions
+from varshare_rl.continual.methods.pnn import PNN, PNNOptions
+from varshare_rl.continual.methods.replay import Replay, ReplayOptions
+from varshare_rl.continual.methods.shared_private import SharedPrivate, SharedPrivateOptions
+from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method with small options, and what it promises."""
+
+    method: type[Method]
+    options: MethodOptions
+    keeps_old: bool = True  # later tasks leave earlier ones' policies as they are, to the bit
+    learns_later: bool = True  # the second task is learnt at all
+    exact_origin: bool = True  # an origin's task is acted by its base with its adapter, to the bit
+
+    def build(self, shape: Shape, origin: Origin | None = None) -> Any:
+        return self.method(self.options, shape, origin)
+
+
+CASES: dict[str, Case] = {
+    "finetune": Case(Finetune, FinetuneOptions(), keeps_old=False, exact_origin=False),
+    "frozen": Case(Frozen, FrozenOptions(), learns_later=False, exact_origin=False),
+    "copies": Case(Copies, CopiesOptions()),
+    "copies_base": Case(Copies, CopiesOptions(start=Start.base)),
+    "copies_scratch": Case(Copies, CopiesOptions(start=Start.scratch)),
+    "shared_private": Case(SharedPrivate, SharedPrivateOptions()),
+    "ewc": Case(EWC, EWCOptions(weight=100.0, fisher_samples=16), keeps_old=False, exact_origin=False),
+    "ewc_online": Case(
+        EWC, EWCOptions(weight=100.0, fisher_samples=16, online=True), keeps_old=False, exact_origin=False
+    ),
+    "replay": Case(Replay, ReplayOptions(samples_per_task=32, batch=16), keeps_old=False, exact_origin=False),
+    "packnet": Case(PackNet, PackNetOptions()),
+    "pnn": Case(PNN, PNNOptions(lateral=4)),
+}
+ORIGINS: dict[str, Callable[[Shape], Origin | None]] = {
+    "new": lambda shape: None,
+    "origin": make_origin,
+    "base_only": lambda shape: make_origin(shape, tasks=0),
+}
+
+case_names = pytest.mark.parametrize("name", CASES)
+origin_names = pytest.mark.parametrize("origin", ORIGINS)
+
+
+@case_names
+@origin_names
+@pytest.mark.parametrize("shape", SHAPES)
+def test_networks_are_of_one_task_and_old_policies_stay(name: str, origin: str, shape: str) -> None:
+    case, made = CASES[name], SHAPES[shape]()
+    method = case.build(made, ORIGINS[origin](made))
+    first = method.tasks
+    assert first == (2 if origin == "origin" else 0)
+    learnt: dict[int, torch.Tensor] = {task: outputs(method.policy(task)) for task in range(first)}
+    for task in range(first, first + 3):
+        network = method.begin(task)
+        assert network(torch.randn(1, 5, IN), TASK_IDS).shape == (1, 5, OUT)
+        Learning(method, task, steps=4).finish()
+        assert method.tasks == task + 1
+        policy = method.policy(task)
+        assert not policy.training
+        assert not any(parameter.requires_grad for parameter in policy.parameters())
+        learnt[task] = outputs(policy)
+        if case.keeps_old:
+            for old, before in learnt.items():
+                assert torch.equal(outputs(method.policy(old)), before), f"task {old} after {task}"
+
+
+@case_names
+def test_policies_of_an_origin(name: str) -> None:
+    case, shape = CASES[name], mlp_shape(16, 16)
+    origin = make_origin(shape)
+    method = case.build(shape, origin)
+    learn(method, 1, steps=2)
+    for task, adapter in enumerate(origin.adapters):
+        expected = shape.plain()
+        state = {key: value.clone() for key, value in origin.base.items()}
+        for path, factor in adapter.items():
+            state[f"{path}.theta"] += factor.scale * (factor.b @ factor.a)
+        expected.load_state_dict(state)
+        got = outputs(method.policy(task))
+        if case.method.task_free:
+            assert torch.equal(got, outputs(method.policy(method.tasks - 1)))
+        if case.exact_origin:
+            assert torch.equal(got, outputs(expected))
+
+
+@case_names
+@origin_names
+def test_learning_helps(name: str, origin: str) -> None:
+    case, shape = CASES[name], mlp_shape(16, 16)
+    method = case.build(shape, ORIGINS[origin](shape))
+    for place, task in enumerate((method.tasks, method.tasks + 1)):
+        before = error(method.begin(task), task)
+        Learning(method, task, steps=150).finish()
+        after = error(method.policy(task), task)
+        if case.learns_later or (place == 0 and origin == "new"):
+            assert after < 0.5 * before
+        else:
+            assert after == before
+
+
+@case_names
+def test_a_network_that_is_finished_is_the_policy(name: str) -> None:
+    method = CASES[name].build(mlp_shape(16, 16))
+    for task in range(2):
+        learning = Learning(method, task, steps=4)
+        learning.finish()
+        assert torch.equal(outputs(method.policy(task)), outputs(learning.network))
+
+
+@case_names
+@pytest.mark.parametrize("task", [-1, 3])
+def test_unknown_tasks_are_named(name: str, task: int) -> None:
+    method = CASES[name].build(mlp_shape(8))
+    learn(method, 3, steps=1)
+    with pytest.raises(IndexError, match=f"unknown task id {task}"):
+        method.policy(task)
+
+
+def on_disk(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The tree as a checkpoint gives it back."""
+    return load_checkpoint(save_checkpoint(folder, "last", 1, tree))
+
+
+@case_names
+@origin_names
+@pytest.mark.parametrize("shape", ["mlp", "bronet"])
+def test_resume_within_a_task_is_exact(name: str, origin: str, shape: str, tmp_path: Path) -> None:
+    made = SHAPES[shape]()
+    given = ORIGINS[origin](made)
+    method = CASES[name].build(made, given)
+    learn(method, 2, steps=4)
+    before = method.state()  # a run writes it from within the task
+    learning = Learning(method, method.tasks, steps=8)
+    for point in (3, 6):  # before and after half the task
+        learning.run(point - learning.step)
+        tree = {"method": before, "learning": learning.state(), "rng": torch.get_rng_state()}
+        saved = on_disk(tree, tmp_path / str(point))
+        torch.manual_seed(point)
+        again = CASES[name].build(made, given)
+        again.load_state(saved["method"])
+        resumed = Learning(again, again.tasks, steps=8)
+        resumed.load_state(saved["learning"])
+        torch.set_rng_state(saved["rng"])
+        resumed.finish()
+        learn(again, 1, steps=4)
+        results = [outputs(again.policy(task)) for task in range(again.tasks)]
+        torch.set_rng_state(saved["rng"])
+        if point == 3:
+            first = results
+        else:
+            learning.finish()
+            learn(method, 1, steps=4)
+            straight = [outputs(method.policy(task)) for task in range(method.tasks)]
+            for one, two, three in zip(first, results, straight, strict=True):
+                assert torch.equal(one, three)
+                assert torch.equal(two, three)
+
+
+@case_names
+@origin_names
+def test_a_state_that_was_given_out_does_not_change(name: str, origin: str, tmp_path: Path) -> None:
+    shape = mlp_shape(8)
+    method = CASES[name].build(shape, ORIGINS[origin](shape))
+    learn(method, 1, steps=2)
+    state = method.state()
+    saved = on_disk(state, tmp_path)
+    learn(method, 2, steps=4)
+    _assert_same(state, saved)
+    again = CASES[name].build(shape, method.origin)
+    again.load_state(state)
+    _assert_same(again.state(), saved)
+    assert again.tasks == method.tasks - 2
+
+
+def _assert_same(one: Any, two: Any) -> None:
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            _assert_same(one[key], two[key])
+    elif isinstance(one, list):
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            _assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+        assert not one.requires_grad
+    else:
+        assert one == two
+
+
+@case_names
+@origin_names
+def test_bytes_never_shrink_and_the_network_is_in_them(name: str, origin: str) -> None:
+    shape = mlp_shape(16, 16)
+    method = CASES[name].build(shape, ORIGINS[origin](shape))
+    network = 4 * sum(parameter.numel() for parameter in shape.plain().parameters())
+    seen = []
+    for _ in range(3):
+        learn(method, 1, steps=2)
+        stored = method.stored()
+        assert stored.total == stored.shared + stored.tasks + stored.memory
+        seen.append(stored)
+    assert seen[0].shared + seen[0].tasks >= network
+    for earlier, later in pairwise(seen):
+        assert later.shared == earlier.shared
+        assert later.tasks >= earlier.tasks
+        assert later.memory >= earlier.memory
+
+
+def forgotten(name: str) -> float:
+    """What the first of two tasks loses while the second is learnt."""
+    torch.manual_seed(1)
+    method = CASES[name].build(mlp_shape(32, 32))
+    Learning(method, 0, steps=300).finish()
+    before = error(method.policy(0), 0)
+    Learning(method, 1, steps=300).finish()
+    assert error(method.policy(1), 1) < 0.1
+    return error(method.policy(0), 0) - before
+
+
+def test_finetuning_forgets_and_the_others_forget_less() -> None:
+    naive = forgotten("finetune")
+    assert naive > 0.1
+    for name in ("ewc", "ewc_online", "replay"):
+        assert forgotten(name) < 0.5 * naive
+
+
+@case_names
+def test_options_can_be_chosen_by_their_name(name: str) -> None:
+    options = CASES[name].options
+    assert type(options)().name == options.name
+    file = Path(envs.__file__).parent.parent / "configs" / "method" / f"{options.name}.yaml"
+    assert file.read_text() == f"defaults:\n  - {options.name}_schema\n"
