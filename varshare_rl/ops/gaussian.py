@@ -56,6 +56,16 @@ class _PosteriorKL(torch.autograd.Function):
         return mu * weighted_precision, grad_rho, grad_prior
 
 
+def drawn_product(x: Tensor, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+    """``x W^T`` for a fresh ``W ~ N(mean, variance)`` at every row (Kingma, Salimans and Welling 2015).
+
+    ``N(x mean^T, (x^2) variance^T)``: the rows of ``W`` are independent. ``x: [K, B, F]``, ``mean, variance:
+    [K, G, F]``, standard normal ``noise: [K, B, G]``; returns ``[K, B, G]``.
+    """
+    spread = torch.bmm(x.square(), variance.transpose(1, 2)).clamp_min(1e-16).sqrt()
+    return torch.addcmul(torch.bmm(x, mean.transpose(1, 2)), spread, noise)
+
+
 def random_signs(like: Tensor) -> Tensor:
     """Independent -1 and 1 with even odds, in the shape of ``like``.
 
