@@ -237,8 +237,8 @@ class VariationalLayer(nn.Module, ABC):
     def give_prior(self, prior: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Have :meth:`kl` measure from ``N(mean, std^2)`` entry by entry in place of ``N(0, prior_scale^2)``.
 
-        ``prior`` has mean and standard deviation of every factor, in shapes that broadcast to ``[T, ...]``. They are
-        buffers that follow the layer to its device, and not in its state dict: who gives a prior gives it again.
+        ``prior`` has mean and standard deviation of every factor, in shapes that broadcast to ``[T, ...]``. They
+        are buffers that follow the layer to its device, and not in its state dict: who gives a prior gives it again.
         """
         for (name, _), pair in zip(self.factors, prior, strict=True):
             for part, value in zip(("mean", "std"), pair, strict=True):

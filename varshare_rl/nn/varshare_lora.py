@@ -91,7 +91,9 @@ class VarShareLoRALayer(VariationalLayer):
     ) -> Tensor:
         (mean_a, mean_b), (variance_a, variance_b), (noise_z, noise_y) = means, variances, noise
         z = drawn_product(x, mean_a, variance_a, noise_z)
-        return torch.add(self.shared_output(x, record), drawn_product(z, mean_b, variance_b, noise_y), alpha=self.scale)
+        return torch.add(
+            self.shared_output(x, record), drawn_product(z, mean_b, variance_b, noise_y), alpha=self.scale
+        )
 
     def flipout_output(
         self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: Recording | None = None

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+#: The least spread that a posterior is given.
+LEAST_SIGMA = 1e-8
+
 _POWERS_OF_TWO = 1 << torch.arange(32, dtype=torch.int64)
 
 
@@ -17,6 +20,12 @@ def softplus_sigma(rho: Tensor, temperature: float = 1.0) -> Tensor:
     """Standard deviation ``sigma = softplus(rho) * temperature`` (Blundell et al. 2015, section 3.2)."""
     sigma = F.softplus(rho)
     return sigma if temperature == 1.0 else sigma * temperature
+
+
+def inverse_softplus(sigma: Tensor) -> Tensor:
+    """``rho`` with ``softplus(rho) = sigma``, of at least :data:`LEAST_SIGMA`: softplus reaches 0 nowhere."""
+    sigma = sigma.clamp_min(LEAST_SIGMA)
+    return sigma + torch.log(-torch.expm1(-sigma))
 
 
 def posterior_kl(mu: Tensor, rho: Tensor, log_prior_scale: Tensor) -> Tensor:

@@ -12,10 +12,7 @@ from varshare_rl.continual.share.layer_basis import Coefficients
 from varshare_rl.continual.share.posterior import Gaussian
 from varshare_rl.nn.initial import INITIAL_RHO, stack_tasks
 from varshare_rl.nn.stochastic import Noise, WeightNoise
-from varshare_rl.ops.gaussian import gaussian_kl_between, softplus_sigma
-
-#: The least spread that a posterior is given; softplus reaches 0 nowhere.
-LEAST_STD = 1e-8
+from varshare_rl.ops.gaussian import gaussian_kl_between, inverse_softplus, softplus_sigma
 
 
 def fresh_points(count: int, k_B: int, k_A: int, p: int) -> tuple[Tensor, Tensor]:
@@ -168,7 +165,7 @@ class GaussianCoefficients(nn.Module):
         _put(self.mus_A[task_id], own.eps_A)
         for rhos, eps, std in ((self.rhos_B, own.eps_B, own.std_B), (self.rhos_A, own.eps_A, own.std_A)):
             spread = torch.zeros_like(eps) if std is None else std
-            _put(rhos[task_id], _inverse_softplus(spread), rest=_inverse_softplus(torch.zeros(())).item())
+            _put(rhos[task_id], inverse_softplus(spread), rest=inverse_softplus(torch.zeros(())).item())
 
     @torch.no_grad()
     def take(self, task_id: int) -> Coefficients:
@@ -187,11 +184,6 @@ class GaussianCoefficients(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, k={self.mus_B.shape[1]}, p={self.mus_B.shape[2]}"
-
-
-def _inverse_softplus(std: Tensor) -> Tensor:
-    std = std.clamp_min(LEAST_STD)
-    return std + torch.log(-torch.expm1(-std))
 
 
 def _put(target: Tensor, columns: Tensor, rest: float = 0.0) -> None:

@@ -142,11 +142,11 @@ class ShareLinear(nn.Module):
         """With a draw of its own for every row, in two stages as in ``VarShareLoRALayer``, inside the basis."""
         noise_A, noise_B = held.values
         mus_B, mus_A = rows.select(own.mus_B), rows.select(own.mus_A)
-        var_B, var_A = (
-            rows.select(softplus_sigma(rho, temperature).square()) for rho in (own.rhos_B, own.rhos_A)
-        )
+        var_B, var_A = (rows.select(softplus_sigma(rho, temperature).square()) for rho in (own.rhos_B, own.rhos_A))
         inside = drawn_product(rows.x @ self.basis_A, mus_A.mT, var_A.mT, noise_A)  # [K, B, p]
-        return linear(rows.x, self.theta, self.bias) + drawn_product(inside, mus_B, var_B, noise_B) @ self.basis_B.t()
+        return (
+            linear(rows.x, self.theta, self.bias) + drawn_product(inside, mus_B, var_B, noise_B) @ self.basis_B.t()
+        )
 
     def _with_temporary(self, rows: TaskRows, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Append the temporary factors to those of their task's rows, and zeros to the others'."""
