@@ -15,7 +15,7 @@ from varshare_rl.nn.actor import Actor
 from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.draws import Draw, PolicyDraws
 from varshare_rl.nn.parameters import shared_parameters
-from varshare_rl.nn.variational import VariationalLayer
+from varshare_rl.nn.stochastic import drawn_layers
 from varshare_rl.optim.absorption import Absorbing, absorb_all
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Metrics, Scalars, Tree
@@ -124,7 +124,7 @@ class ActorCritic:
 
     def weight_draws(self) -> str:
         """With which weights it acts, learns and is evaluated."""
-        layer = next((layer for layer in self.actor.modules() if isinstance(layer, VariationalLayer)), None)
+        layer = next((layer for _, layer in drawn_layers(self.actor)), None)
         if layer is None:
             return "none: this network has no posteriors"
         draw = self.elbo.options.draw

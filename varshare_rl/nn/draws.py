@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import Noise, RowNoise, WeightNoise, holding, posterior_mean, stochastic_layers
+from varshare_rl.nn.stochastic import Noise, RowNoise, WeightNoise, drawn_layers, holding, posterior_mean
 from varshare_rl.types import Tree
 
 
@@ -38,7 +38,7 @@ class PolicyDraws:
         self, mode: Draw, module: nn.Module, num_tasks: int, envs_per_task: int, recorded: bool = False
     ) -> None:
         self.module, self.recorded = module, recorded
-        self.layers = dict(stochastic_layers(module))
+        self.layers = dict(drawn_layers(module))
         self.mode = mode if self.layers else Draw.mean
         self.shape = (num_tasks, envs_per_task)
         self._acted = 0  # environments of every task that have acted in this vector step

@@ -41,25 +41,37 @@ Noise = WeightNoise | RowNoise
 
 @runtime_checkable
 class PenalizedLayer(Protocol):
-    """A layer whose weights per task cost something."""
+    """A layer whose weights per task cost something.
+
+    Whoever adds the cost to the loss on their own account sets ``paid_apart`` on the layer, which the ELBO then
+    leaves alone.
+    """
 
     def kl(self) -> Tensor:
         """What each task's weights cost, ``[T]`` nats."""
 
 
 @runtime_checkable
-class StochasticLayer(PenalizedLayer, Protocol):
+class DrawnLayer(PenalizedLayer, Protocol):
     """A layer with a posterior over weights per task; ``kl`` is its divergence from the prior."""
 
+    estimator: str  # how training passes draw when no noise is held
+    particles: int  # draws per task and pass of theirs
     noise: Noise | None  # what training passes use, when held
     theta_only: bool  # leave the residuals out
-    log_prior_scale: Tensor  # [T]
 
     def draw_noise(self, count: int) -> tuple[Tensor, ...]:
         """Fresh noise for ``count`` draws of one task's weights."""
 
     def row_noise_sizes(self) -> tuple[int, ...]:
         """Widths of the noise of one row, when every row has a draw of its own."""
+
+
+@runtime_checkable
+class StochasticLayer(DrawnLayer, Protocol):
+    """A layer with a posterior whose prior has zero mean and one scale per task, which can be moved."""
+
+    log_prior_scale: Tensor  # [T]
 
     def second_moment(self) -> Tensor:
         """Mean of ``mu^2 + sigma^2`` over one task's Gaussian weights, ``[T]``."""
@@ -72,8 +84,15 @@ def penalized_layers(module: nn.Module) -> Iterator[tuple[str, PenalizedLayer]]:
             yield name, child
 
 
+def drawn_layers(module: nn.Module) -> Iterator[tuple[str, DrawnLayer]]:
+    """All layers inside ``module`` that draw their weights, with their dotted names, in order."""
+    for name, child in module.named_modules():
+        if isinstance(child, DrawnLayer):
+            yield name, child
+
+
 def stochastic_layers(module: nn.Module) -> Iterator[tuple[str, StochasticLayer]]:
-    """All stochastic layers inside ``module`` with their dotted names, in order."""
+    """Those among them whose prior's scale can be moved."""
     for name, child in module.named_modules():
         if isinstance(child, StochasticLayer):
             yield name, child
@@ -82,7 +101,7 @@ def stochastic_layers(module: nn.Module) -> Iterator[tuple[str, StochasticLayer]
 @contextmanager
 def holding(module: nn.Module, noise: Mapping[str, Noise]) -> Iterator[None]:
     """Inside, training passes use the given noise, by layer name; afterwards what they used before."""
-    layers = dict(stochastic_layers(module))
+    layers = dict(drawn_layers(module))
     before = {name: layer.noise for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.noise = noise[name]
@@ -95,8 +114,8 @@ def holding(module: nn.Module, noise: Mapping[str, Noise]) -> Iterator[None]:
 
 @contextmanager
 def theta_only(module: nn.Module) -> Iterator[None]:
-    """Inside, the stochastic layers of ``module`` apply their shared weights alone."""
-    layers = [layer for _, layer in stochastic_layers(module)]
+    """Inside, the layers with a posterior of ``module`` apply their shared weights alone."""
+    layers = [layer for _, layer in drawn_layers(module)]
     for layer in layers:
         layer.theta_only = True
     try:

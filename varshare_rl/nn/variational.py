@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.initial import check_positive, stack_tasks, unstack_tasks
 from varshare_rl.nn.stochastic import Noise, RowNoise, WeightNoise
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, group_rows, task_rows
-from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
+from varshare_rl.ops.gaussian import gaussian_kl_between, posterior_kl, softplus_sigma
 from varshare_rl.ops.recording import Recorder, Recording
 from varshare_rl.ops.task_weights import TaskWeights
 
@@ -55,6 +55,7 @@ class VariationalLayer(nn.Module, ABC):
         log_prior_scale: ``[T]``, natural logarithm of each task's prior standard deviation.
         noise: the noise that training passes use, or None for fresh noise.
         theta_only: leave the residuals out altogether.
+        paid_apart: somebody else adds the divergence to the loss, and the ELBO does not.
     """
 
     #: Names of the mean and the ``rho`` of every factor.
@@ -87,6 +88,8 @@ class VariationalLayer(nn.Module, ABC):
         self.estimator, self.particles = estimator, particles
         self.noise: Noise | None = None
         self.theta_only = False
+        self.paid_apart = False
+        self._has_prior = False
         self.recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
         self.register_buffer("log_prior_scale", torch.full((num_tasks,), float(prior_scale)).log())
 
@@ -226,8 +229,29 @@ class VariationalLayer(nn.Module, ABC):
 
     def kl(self) -> Tensor:
         """Divergence of the posteriors from their priors, in nats per task, ``[T]``. No temperature in it."""
+        if self._has_prior:
+            return self._kl_from_given()
         divergences = [posterior_kl(mu, rho, self.log_prior_scale) for mu, rho in self.posteriors()]
         return divergences[0] if len(divergences) == 1 else torch.stack(divergences).sum(0)
+
+    def give_prior(self, prior: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Have :meth:`kl` measure from ``N(mean, std^2)`` entry by entry in place of ``N(0, prior_scale^2)``.
+
+        ``prior`` has mean and standard deviation of every factor, in shapes that broadcast to ``[T, ...]``. They
+        are buffers that follow the layer to its device, and not in its state dict: who gives a prior gives it again.
+        """
+        for (name, _), pair in zip(self.factors, prior, strict=True):
+            for part, value in zip(("mean", "std"), pair, strict=True):
+                self.register_buffer(f"prior_{part}_of_{name}", value.to(self.theta), persistent=False)
+        self._has_prior = True
+
+    def _kl_from_given(self) -> Tensor:
+        divergences = []
+        for name, rho in self.factors:
+            mean, std = (self.get_buffer(f"prior_{part}_of_{name}") for part in ("mean", "std"))
+            mu, sigma = self.get_parameter(name), softplus_sigma(self.get_parameter(rho))
+            divergences.append(gaussian_kl_between(mu, sigma, mean, std).flatten(1).sum(1))
+        return torch.stack(divergences).sum(0)
 
     @torch.no_grad()
     def second_moment(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.initial import INITIAL_MU_STD, INITIAL_RHO, check_positive, linear_parameters
 from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import random_signs, softplus_sigma
+from varshare_rl.ops.gaussian import drawn_product, random_signs, softplus_sigma
 from varshare_rl.ops.linear import linear, low_rank_linear
 from varshare_rl.ops.recording import Recording
 from varshare_rl.ops.task_weights import LowRankWeights
@@ -90,8 +90,10 @@ class VarShareLoRALayer(VariationalLayer):
         record: Recording | None = None,
     ) -> Tensor:
         (mean_a, mean_b), (variance_a, variance_b), (noise_z, noise_y) = means, variances, noise
-        z = _normal(x, mean_a, variance_a, noise_z)
-        return torch.add(self.shared_output(x, record), _normal(z, mean_b, variance_b, noise_y), alpha=self.scale)
+        z = drawn_product(x, mean_a, variance_a, noise_z)
+        return torch.add(
+            self.shared_output(x, record), drawn_product(z, mean_b, variance_b, noise_y), alpha=self.scale
+        )
 
     def flipout_output(
         self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: Recording | None = None
@@ -120,12 +122,6 @@ class VarShareLoRALayer(VariationalLayer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
-
-
-def _normal(x: Tensor, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
-    """``x W^T`` for a fresh ``W ~ N(mean, variance)`` at every row: ``[K, B, F]`` and ``[K, G, F]``."""
-    spread = torch.bmm(x.square(), variance.transpose(1, 2)).clamp_min(1e-16).sqrt()
-    return torch.addcmul(torch.bmm(x, mean.transpose(1, 2)), spread, noise)
 
 
 def _flipped(x: Tensor, mean: Tensor, delta: Tensor) -> Tensor:

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+#: The least spread that a posterior is given.
+LEAST_SIGMA = 1e-8
+
 _POWERS_OF_TWO = 1 << torch.arange(32, dtype=torch.int64)
 
 
@@ -17,6 +20,12 @@ def softplus_sigma(rho: Tensor, temperature: float = 1.0) -> Tensor:
     """Standard deviation ``sigma = softplus(rho) * temperature`` (Blundell et al. 2015, section 3.2)."""
     sigma = F.softplus(rho)
     return sigma if temperature == 1.0 else sigma * temperature
+
+
+def inverse_softplus(sigma: Tensor) -> Tensor:
+    """``rho`` with ``softplus(rho) = sigma``, of at least :data:`LEAST_SIGMA`: softplus reaches 0 nowhere."""
+    sigma = sigma.clamp_min(LEAST_SIGMA)
+    return sigma + torch.log(-torch.expm1(-sigma))
 
 
 def posterior_kl(mu: Tensor, rho: Tensor, log_prior_scale: Tensor) -> Tensor:
@@ -54,6 +63,16 @@ class _PosteriorKL(torch.autograd.Function):
         grad_rho = (sigma * weighted_precision).sub_(weight / sigma).mul_(slope)
         grad_prior = grad * (ctx.entries - squares * precision) if ctx.needs_input_grad[2] else None
         return mu * weighted_precision, grad_rho, grad_prior
+
+
+def drawn_product(x: Tensor, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
+    """``x W^T`` for a fresh ``W ~ N(mean, variance)`` at every row (Kingma, Salimans and Welling 2015).
+
+    ``N(x mean^T, (x^2) variance^T)``: the rows of ``W`` are independent. ``x: [K, B, F]``, ``mean, variance:
+    [K, G, F]``, standard normal ``noise: [K, B, G]``; returns ``[K, B, G]``.
+    """
+    spread = torch.bmm(x.square(), variance.transpose(1, 2)).clamp_min(1e-16).sqrt()
+    return torch.addcmul(torch.bmm(x, mean.transpose(1, 2)), spread, noise)
 
 
 def random_signs(like: Tensor) -> Tensor:

@@ -81,10 +81,15 @@ class Elbo:
         self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
 
     def penalty(self, module: nn.Module, transitions_per_task: int) -> Tensor | float:
-        """Weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or where no layer has a divergence."""
+        """Weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or where no layer has a divergence.
+
+        Layers with ``paid_apart`` are not in it: somebody else adds their divergence to the loss.
+        """
         if self.options.kl_weight == 0.0:
             return 0.0
-        layers = [layer for _, layer in penalized_layers(module)]  # the search is not free: once per penalty
+        layers = [  # the search is not free: once per penalty
+            layer for _, layer in penalized_layers(module) if not getattr(layer, "paid_apart", False)
+        ]
         if not layers:
             return 0.0
         nats = summed_kl(layers)

@@ -33,6 +33,7 @@ from varshare_rl.continual.share.coefficients import GaussianCoefficients, Point
 from varshare_rl.continual.share.posterior import Gaussian, plain_prior
 from varshare_rl.nn import Posterior, VarShareLoRA
 from varshare_rl.nn.parameters import count_parameters, total_kl
+from varshare_rl.nn.stochastic import WeightNoise
 from varshare_rl.types import UserError
 
 TASKS, IN, OUT, K, P = 5, 7, 6, 4, 2
@@ -76,8 +77,8 @@ def weight_of(layer: ShareLinear, task: int) -> Tensor:
         eps_B, eps_A = own.mus_B[task], own.mus_A[task]
         if own.training:
             assert own.noise is not None
-            eps_B = eps_B + F.softplus(own.rhos_B[task]) * own.noise[0][task]
-            eps_A = eps_A + F.softplus(own.rhos_A[task]) * own.noise[1][task]
+            eps_B = eps_B + F.softplus(own.rhos_B[task]) * own.noise.values[0][task]
+            eps_A = eps_A + F.softplus(own.rhos_A[task]) * own.noise.values[1][task]
     weight = layer.theta + layer.basis_B @ eps_B @ (layer.basis_A @ eps_A).t()
     if layer.temporary is not None and layer.temporary_task == task:
         new = layer.temporary
@@ -91,7 +92,7 @@ def weight_of(layer: ShareLinear, task: int) -> Tensor:
 def test_equals_a_loop_over_rows(kind: str, layout: str, training: bool) -> None:
     layer = layer_of(kind).train(training)
     if isinstance(layer.coefficients, GaussianCoefficients):
-        layer.coefficients.noise = layer.coefficients.draw_noise()
+        layer.coefficients.noise = WeightNoise(layer.coefficients.draw_noise())
     shape, ids = LAYOUTS[layout]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     if isinstance(ids, int):
@@ -120,7 +121,7 @@ def test_equals_a_loop_over_rows(kind: str, layout: str, training: bool) -> None
 def test_gradients(kind: str) -> None:
     layer = layer_of(kind)
     if isinstance(layer.coefficients, GaussianCoefficients):
-        layer.coefficients.noise = layer.coefficients.draw_noise()
+        layer.coefficients.noise = WeightNoise(layer.coefficients.draw_noise())
     names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
     x = torch.randn(3, 2, IN, dtype=torch.float64, requires_grad=True)
 

@@ -24,7 +24,7 @@ from varshare_rl.continual.share import (
 )
 from varshare_rl.continual.share.coefficients import GaussianCoefficients, PointCoefficients
 from varshare_rl.continual.share.posterior import Gaussian, align, plain_prior, prior_from_tasks
-from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers, posterior_mean
+from varshare_rl.nn.stochastic import PenalizedLayer, WeightNoise, penalized_layers, posterior_mean
 from varshare_rl.ops.gaussian import gaussian_kl_between, posterior_kl
 
 K_B, K_A, P = 4, 5, 2
@@ -216,7 +216,7 @@ def test_held_noise_gives_the_same_draw_again() -> None:
     assert not isinstance(layers(0.5)[0].coefficients, PenalizedLayer)
     assert [name for name, _ in penalized_layers(nn.ModuleDict({"layer": gaussian}))] == ["layer.coefficients"]
     x = torch.randn(4, 7)
-    gaussian.coefficients.noise = gaussian.coefficients.draw_noise()
+    gaussian.coefficients.noise = WeightNoise(gaussian.coefficients.draw_noise())
     torch.testing.assert_close(gaussian(x, 2), gaussian(x, 2), rtol=0, atol=0)
     gaussian.coefficients.add_tasks(1)
     assert gaussian.coefficients.noise is None  # of fewer tasks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,8 @@ from torch import Tensor, nn
 from varshare_rl.continual.share.layer_basis import Coefficients
 from varshare_rl.continual.share.posterior import Gaussian
 from varshare_rl.nn.initial import INITIAL_RHO, stack_tasks
-from varshare_rl.ops.gaussian import gaussian_kl_between, softplus_sigma
-
-#: The least spread that a posterior is given; softplus reaches 0 nowhere.
-LEAST_STD = 1e-8
+from varshare_rl.nn.stochastic import Noise, WeightNoise
+from varshare_rl.ops.gaussian import gaussian_kl_between, inverse_softplus, softplus_sigma
 
 
 def fresh_points(count: int, k_B: int, k_A: int, p: int) -> tuple[Tensor, Tensor]:
@@ -74,8 +73,8 @@ class GaussianCoefficients(nn.Module):
     """Coefficients with a posterior: ``eps ~ N(mu, sigma^2)`` entry by entry, ``sigma = softplus(rho) *
     temperature``.
 
-    Training passes draw one set of coefficients per task (reparameterised; with :attr:`noise` if
-    that is set), evaluation takes the means, which is exact for the mean weight. The prior is
+    Training passes draw one set of coefficients per task (reparameterised), or use the noise that is held, see
+    :mod:`varshare_rl.nn.stochastic`; evaluation takes the means, which is exact for the mean weight. The prior is
     a Gaussian of its own for every coefficient, the same for all tasks; it comes from earlier tasks
     (:func:`~varshare_rl.continual.share.posterior.prior_from_tasks`) and is not trained.
 
@@ -85,8 +84,13 @@ class GaussianCoefficients(nn.Module):
     Args:
         num_tasks: tasks, ``T``, all fresh.
         prior: see above; gives the sizes.
+
+    Attributes:
+        noise: what training passes use, or None for fresh noise; theta_only: the layer leaves the coefficients out;
+            paid_apart: somebody else than the ELBO adds :meth:`kl` to the loss.
     """
 
+    estimator, particles = "weight", 1
     per_task_parameters = ("mus_B", "rhos_B", "mus_A", "rhos_A")
     spread_parameters = ("rhos_B", "rhos_A")
 
@@ -94,7 +98,8 @@ class GaussianCoefficients(nn.Module):
         super().__init__()
         for name in ("mean_B", "std_B", "mean_A", "std_A"):
             self.register_buffer(f"prior_{name}", getattr(prior, name).clone())
-        self.noise: tuple[Tensor, ...] | None = None
+        self.noise: Noise | None = None
+        self.theta_only = self.paid_apart = False
         parts = self._fresh(num_tasks)
         self.mus_B, self.rhos_B, self.mus_A, self.rhos_A = (nn.Parameter(part) for part in parts)
 
@@ -112,15 +117,29 @@ class GaussianCoefficients(nn.Module):
         """All tasks' coefficients ``[T, k_B, p], [T, k_A, p]``: a draw in training, the means otherwise."""
         if not self.training or temperature == 0.0:
             return self.mus_B, self.mus_A
-        noise_B, noise_A = self.draw_noise() if self.noise is None else self.noise
-        return (
-            torch.addcmul(self.mus_B, softplus_sigma(self.rhos_B, temperature), noise_B),
-            torch.addcmul(self.mus_A, softplus_sigma(self.rhos_A, temperature), noise_A),
-        )
+        held = self.noise
+        return self.drawn(held.values if isinstance(held, WeightNoise) else self.draw_noise(), temperature)
 
-    def draw_noise(self) -> tuple[Tensor, Tensor]:
-        """Standard normal noise for ``(eps_B, eps_A)``."""
-        return torch.randn_like(self.mus_B), torch.randn_like(self.mus_A)
+    def drawn(
+        self, noise: Sequence[Tensor], temperature: float, tasks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """``mu + sigma * noise`` of the given tasks (None: all in order), ``[K, k_B, p], [K, k_A, p]``."""
+        pairs = ((self.mus_B, self.rhos_B), (self.mus_A, self.rhos_A))
+        drawn = []
+        for (mu, rho), epsilon in zip(pairs, noise, strict=True):
+            ids = slice(None) if tasks is None else tasks.to(mu.device)
+            drawn.append(torch.addcmul(mu[ids], softplus_sigma(rho, temperature)[ids], epsilon))
+        return drawn[0], drawn[1]
+
+    def draw_noise(self, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Standard normal noise for ``count`` draws of ``(eps_B, eps_A)``; None: one for each task."""
+        count = self.num_tasks if count is None else count
+        noise_B, noise_A = (mu.new_empty(count, *mu.shape[1:]).normal_() for mu in (self.mus_B, self.mus_A))
+        return noise_B, noise_A
+
+    def row_noise_sizes(self) -> tuple[int, int]:
+        """Widths of the noise of one row in :class:`~varshare_rl.continual.share.layer.ShareLinear`: ``p, k_B``."""
+        return self.mus_B.shape[2], self.mus_B.shape[1]
 
     def kl(self) -> Tensor:
         """Divergence of every task's posterior from the prior, ``[T]`` nats. Temperature does not enter."""
@@ -146,7 +165,7 @@ class GaussianCoefficients(nn.Module):
         _put(self.mus_A[task_id], own.eps_A)
         for rhos, eps, std in ((self.rhos_B, own.eps_B, own.std_B), (self.rhos_A, own.eps_A, own.std_A)):
             spread = torch.zeros_like(eps) if std is None else std
-            _put(rhos[task_id], _inverse_softplus(spread), rest=_inverse_softplus(torch.zeros(())).item())
+            _put(rhos[task_id], inverse_softplus(spread), rest=inverse_softplus(torch.zeros(())).item())
 
     @torch.no_grad()
     def take(self, task_id: int) -> Coefficients:
@@ -165,11 +184,6 @@ class GaussianCoefficients(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_tasks={self.num_tasks}, k={self.mus_B.shape[1]}, p={self.mus_B.shape[2]}"
-
-
-def _inverse_softplus(std: Tensor) -> Tensor:
-    std = std.clamp_min(LEAST_STD)
-    return std + torch.log(-torch.expm1(-std))
 
 
 def _put(target: Tensor, columns: Tensor, rest: float = 0.0) -> None:

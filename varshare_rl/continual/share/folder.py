@@ -26,7 +26,7 @@ from varshare_rl.continual.share.layer_basis import Coefficients, LayerBasis
 from varshare_rl.continual.share.model import Share
 from varshare_rl.continual.share.options import Method, ShareOptions
 from varshare_rl.files import to_json, whole_folder, write_atomically
-from varshare_rl.types import UserError
+from varshare_rl.types import Tree, UserError
 
 FORMAT_VERSION = 1
 BASIS_FILE = "basis.json"
@@ -49,10 +49,7 @@ def write_basis(folder: Path | str, share: Share) -> None:
     document: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "options": OmegaConf.to_container(OmegaConf.structured(share.options), enum_to_str=True),
-        "tasks": list(share.tasks),
-        "lora_numbers": list(share.lora_numbers),
-        "merges": share.merges,
-        "layers": {name: _describe(layer) for name, layer in share.layers.items()},
+        **_described(share),
         "storage": share.storage().as_dict(),
         "files": {
             name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -93,14 +90,30 @@ def read_basis(folder: Path | str) -> Share:
     try:
         options = OmegaConf.merge(OmegaConf.structured(ShareOptions), document["options"])
         made: Any = OmegaConf.to_object(options)
-        tensors = load(files[TENSOR_FILE])
-        layers = {name: _layer(name, stated, tensors, made) for name, stated in document["layers"].items()}
-        tasks = tuple(document["tasks"])
-        originals = _originals(tasks, load(files[ORIGINALS_FILE])) if ORIGINALS_FILE in files else {}
-        return Share(made, tasks, layers, tuple(document["lora_numbers"]), originals, document["merges"])
+        originals = load(files[ORIGINALS_FILE]) if ORIGINALS_FILE in files else {}
+        return _unpacked(document, load(files[TENSOR_FILE]), originals, made)
     except (SafetensorError, OmegaConfBaseException, KeyError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"cannot read the basis {folder}: {reason}; make it again") from error
+
+
+def share_state(share: Share) -> Tree:
+    """A model as a tree for a checkpoint, without its options."""
+    return {**_described(share), "tensors": _tensors(share), "originals": _original_tensors(share)}
+
+
+def share_of(state: Tree, options: ShareOptions) -> Share:
+    """The model of which :func:`share_state` made a tree."""
+    return _unpacked(state, state["tensors"], state["originals"], options)
+
+
+def _unpacked(
+    stated: Mapping[str, Any], tensors: Mapping[str, Tensor], originals: Mapping[str, Tensor], options: ShareOptions
+) -> Share:
+    layers = {name: _layer(name, of_layer, tensors, options) for name, of_layer in stated["layers"].items()}
+    tasks = tuple(stated["tasks"])
+    kept = _originals(tasks, originals) if originals else {}
+    return Share(options, tasks, layers, tuple(stated["lora_numbers"]), kept, stated["merges"])
 
 
 def _document(folder: Path) -> dict[str, Any]:
@@ -130,6 +143,16 @@ def _content(file: Path, stated: Mapping[str, Any]) -> bytes:
     if len(content) != stated["bytes"] or hashlib.sha256(content).hexdigest() != stated["sha256"]:
         raise UserError(f"cannot read {file}: its content was changed; make it again")
     return content
+
+
+def _described(share: Share) -> dict[str, Any]:
+    """All but the options and the tensors."""
+    return {
+        "tasks": list(share.tasks),
+        "lora_numbers": list(share.lora_numbers),
+        "merges": share.merges,
+        "layers": {name: _describe(layer) for name, layer in share.layers.items()},
+    }
 
 
 def _describe(layer: LayerBasis | DeltaBasis) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import LowRank
 from varshare_rl.continual.share.coefficients import GaussianCoefficients, PointCoefficients
-from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
-from varshare_rl.ops.linear import low_rank_linear
+from varshare_rl.nn.stochastic import RowNoise, WeightNoise
+from varshare_rl.nn.task_rows import TaskIds, TaskRows, group_rows, task_rows
+from varshare_rl.ops.gaussian import drawn_product, softplus_sigma
+from varshare_rl.ops.linear import linear, low_rank_linear
 
 
 class TemporaryDirections(nn.Module):
@@ -103,12 +105,48 @@ class ShareLinear(nn.Module):
         if task_id is None:
             raise ValueError("no task ids: call the layer with them, or the model inside using_tasks(model, ids)")
         rows = task_rows(x, task_id, self.num_tasks)
-        eps_B, eps_A = self.coefficients(temperature)
-        a = rows.select(eps_A).mT @ self.basis_A.t()
-        b = self.basis_B @ rows.select(eps_B)
+        own = self.coefficients
+        if isinstance(own, GaussianCoefficients):
+            if own.theta_only:
+                return rows.restore(linear(rows.x, self.theta, self.bias))
+            held = own.noise if own.training and temperature > 0 else None
+            if isinstance(held, RowNoise):
+                return rows.restore(self._drawn_by_row(rows, own, temperature, held))
+            if held is not None and held.index is not None:
+                return rows.restore(self._drawn_by_index(rows, own, temperature, held))
+        a, b = self._factors(*(rows.select(eps) for eps in own(temperature)))
         if self.temporary is not None:
             a, b = self._with_temporary(rows, a, b)
         return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, 1.0))
+
+    def _factors(self, eps_B: Tensor, eps_A: Tensor) -> tuple[Tensor, Tensor]:
+        """``a [K, p, in]`` and ``b [K, out, p]`` of coefficients ``[K, k, p]``."""
+        return eps_A.mT @ self.basis_A.t(), self.basis_B @ eps_B
+
+    def _drawn_by_index(
+        self, rows: TaskRows, own: GaussianCoefficients, temperature: float, held: WeightNoise
+    ) -> Tensor:
+        """With held draws of which each row names one."""
+        assert held.index is not None
+        assert held.tasks is not None
+        grouped = group_rows(rows.x.flatten(0, 1), held.index.flatten())
+        assert grouped.ids is not None
+        values = [value.index_select(0, grouped.ids.to(value.device)) for value in held.values]
+        a, b = self._factors(*own.drawn(values, temperature, held.tasks[grouped.ids.to(held.tasks.device)]))
+        y = low_rank_linear(grouped.x, self.theta, self.bias, a, b, 1.0)
+        return grouped.restore(y).view(*rows.x.shape[:2], -1)
+
+    def _drawn_by_row(
+        self, rows: TaskRows, own: GaussianCoefficients, temperature: float, held: RowNoise
+    ) -> Tensor:
+        """With a draw of its own for every row, in two stages as in ``VarShareLoRALayer``, inside the basis."""
+        noise_A, noise_B = held.values
+        mus_B, mus_A = rows.select(own.mus_B), rows.select(own.mus_A)
+        var_B, var_A = (rows.select(softplus_sigma(rho, temperature).square()) for rho in (own.rhos_B, own.rhos_A))
+        inside = drawn_product(rows.x @ self.basis_A, mus_A.mT, var_A.mT, noise_A)  # [K, B, p]
+        return (
+            linear(rows.x, self.theta, self.bias) + drawn_product(inside, mus_B, var_B, noise_B) @ self.basis_B.t()
+        )
 
     def _with_temporary(self, rows: TaskRows, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Append the temporary factors to those of their task's rows, and zeros to the others'."""
