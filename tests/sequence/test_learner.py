@@ -15,8 +15,9 @@ from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.sequence.config import METHODS
 
 SEQUENCE = (
-    "env=light8", "env.tasks=[normal_left,normal_right,swapped_left]", "total_transitions=480", "env.envs_per_task=4",
-    "evaluate.every=80", "memory_transitions=20", "selection_episodes=4", "similar_episodes=2",
+    "env=light8", "env.tasks=[normal_left,normal_right,swapped_left]", "total_transitions=480",
+    "env.envs_per_task=4", "evaluate.every=80", "memory_transitions=20", "selection_episodes=4",
+    "similar_episodes=2",
 )  # fmt: skip
 PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
 SAC = (*TINY, *TINY_ALGORITHM["sac"], *SEQUENCE)
@@ -77,6 +78,7 @@ def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
         patched.setattr(Run, "train", counted)
         outcome = command("continual", *PPO, f"method={method}", "run_dir=halves")
     if method == "frozen":  # nothing is trained in the second task
+        assert outcome.code == 0
         return
     assert outcome.code == (130 if at == "between" else 143)
     if at == "within":
@@ -119,6 +121,51 @@ def test_other_suites(command: Command, env: str) -> None:
     )  # fmt: skip
     outcome = command("continual", *options)
     assert outcome.code == 0, outcome.err
+
+
+ADAPTING = ("lora", "share", "varshare", "frozen", "copies", "pnn", "shared_private")
+
+
+@pytest.fixture
+def trained(command: Command) -> str:
+    """A run of two tasks with normalised observations."""
+    options = (*TINY, *TINY_ALGORITHM["ppo"], "env.tasks=[normal_left,flipped_up]", "env.envs_per_task=4")
+    normal = ("algorithm.normalize_observations=true", "network.layer_norm=true", "elbo.draw.acting=per_update")
+    assert command("train", *options, *normal, "total_transitions=640", "run_dir=trained").code == 0
+    return "trained"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sequence_goes_on_from_a_multi_task_agent(command: Command, trained: str, method: str) -> None:
+    """The old tasks do as well as their agent in evaluation, and as ever after by methods that promise it."""
+    options = (*PPO, "env.tasks=[normal_right,swapped_left]", "algorithm.normalize_observations=true")
+    outcome = command("continual", *options, f"method={method}", f"from={trained}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    document = results("run")
+    assert document["old_tasks"] == 2
+    assert document["tasks"] == ["normal_left", "flipped_up", "normal_right", "swapped_left"]
+    before = [row[:2] for row in document["return"]]
+    if method in ADAPTING:
+        assert before[0] == before[1] == before[2]
+    if method in ("lora", "share", "varshare", "copies", "pnn"):
+        summary = json.loads(Path("trained/summary.json").read_text())
+        returns = [summary["tasks"][task]["return"] for task in document["tasks"][:2]]
+        assert before[0] == pytest.approx(returns, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "varshare"])
+def test_adapters_start_from_the_most_similar_task(command: Command, trained: str, method: str) -> None:
+    options = (*PPO, "env.tasks=[normal_right]", f"method={method}", "method.start=similar", f"from={trained}")
+    outcome = command("continual", *options, "algorithm.normalize_observations=true", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_network_without_corrections_is_no_origin(command: Command) -> None:
+    options = (*TINY, *TINY_ALGORITHM["ppo"], "network=soft_modularization", "total_transitions=160")
+    assert command("train", *options, "run_dir=trained").code == 0
+    outcome = command("continual", *PPO, "from=trained", "run_dir=run")
+    assert outcome.code == 2
+    assert "networks that a sequence can go on from" in outcome.err
 
 
 WRONG = {

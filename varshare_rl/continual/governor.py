@@ -110,6 +110,12 @@ class Governor:
                 size = method.shape.in_features
                 method.end(network, obs if size == obs.shape[-1] else both)
 
+    def skip(self) -> None:
+        """Count a task in which nothing was trained."""
+        for part, methods in self.methods.items():
+            for method, network in zip(methods, self.networks[part], strict=True):
+                method.end(network, torch.zeros(1, 0, method.shape.in_features))
+
     def policy(self, task: int) -> nn.Module:
         """The policy's network for a task that has been learnt."""
         return self.method.policy(task)

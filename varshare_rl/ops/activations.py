@@ -38,7 +38,7 @@ class _Tanh(torch.autograd.Function):
 
 
 def leaky_relu(x: Tensor) -> Tensor:
-    """``max(x, 0.2 x)``: the slope that TensorFlow has as its default, and with it the agents of Continual World."""
+    """``max(x, 0.2 x)``: with the slope that is TensorFlow's default, and so that of Continual World's agents."""
     return F.leaky_relu_(x, LEAKY_SLOPE)
 
 

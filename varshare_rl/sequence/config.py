@@ -15,7 +15,17 @@ from varshare_rl.algorithms.sac import SACOptions
 from varshare_rl.config import COMPONENTS, TrainConfig, blank_config, check_config, register_components
 from varshare_rl.continual.governor import CriticCarry
 from varshare_rl.continual.method import Method, MethodOptions, Origin, Shape
+from varshare_rl.continual.methods.copies import Copies, CopiesOptions
+from varshare_rl.continual.methods.ewc import EWC, EWCOptions
 from varshare_rl.continual.methods.finetune import Finetune, FinetuneOptions
+from varshare_rl.continual.methods.frozen import Frozen, FrozenOptions
+from varshare_rl.continual.methods.lora import Lora, LoraOptions
+from varshare_rl.continual.methods.packnet import PackNet, PackNetOptions
+from varshare_rl.continual.methods.pnn import PNN, PNNOptions
+from varshare_rl.continual.methods.replay import Replay, ReplayOptions
+from varshare_rl.continual.methods.share import ShareMethod, ShareMethodOptions
+from varshare_rl.continual.methods.shared_private import SharedPrivate, SharedPrivateOptions
+from varshare_rl.continual.methods.varshare import VarShareMethod, VarShareMethodOptions
 from varshare_rl.nn.shared import Shared
 from varshare_rl.optim.combiners import Method as Combiner
 from varshare_rl.types import UserError
@@ -23,6 +33,16 @@ from varshare_rl.types import UserError
 #: The methods: options and class by name of the group ``method``.
 METHODS: dict[str, tuple[type[MethodOptions], type[Method]]] = {
     "finetune": (FinetuneOptions, Finetune),
+    "copies": (CopiesOptions, Copies),
+    "frozen": (FrozenOptions, Frozen),
+    "shared_private": (SharedPrivateOptions, SharedPrivate),
+    "ewc": (EWCOptions, EWC),
+    "replay": (ReplayOptions, Replay),
+    "packnet": (PackNetOptions, PackNet),
+    "pnn": (PNNOptions, PNN),
+    "lora": (LoraOptions, Lora),
+    "share": (ShareMethodOptions, ShareMethod),
+    "varshare": (VarShareMethodOptions, VarShareMethod),
 }
 CONTINUAL_COMPONENTS = {**COMPONENTS, "method": {name: options for name, (options, _) in METHODS.items()}}
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, build_run, choose_device, run_conditions
+from varshare_rl.config import TrainConfig
 from varshare_rl.continual.governor import CriticCarry, Governor
+from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.files import write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from varshare_rl.run.console import Console
@@ -28,6 +30,7 @@ from varshare_rl.sequence.config import (
 )
 from varshare_rl.sequence.evaluation import SEED_STEP, Evaluator, visited
 from varshare_rl.sequence.parts import (
+    Place,
     new_places,
     old_normalizers,
     old_places,
@@ -141,16 +144,35 @@ class SequenceRun:
         )
         seed_everything(config.seed)
         self.governor.begin(number, similar)
+        cost: dict[str, Any] = {"trained_parameters": self.governor.trained_parameters(), "transitions": 0}
         self.console.message(
             f"task {position + 1} of {len(self.places) - self.old_tasks}: {place.name}, "
-            f"{self.governor.trained_parameters():,} parameters of the policy learn"
+            f"{cost['trained_parameters']:,} parameters of the policy learn"
         )
-        cost: dict[str, Any] = {"trained_parameters": self.governor.trained_parameters(), "transitions": 0}
         curve = {"transitions": [0.0], "success": [self._score(self.progress.rows[-1], number)]}
+        if self.governor.trainable():
+            cost["transitions"] = self._train(place, config, folder, similar, curve)
+        else:
+            self.governor.skip()
+            self.progress.normalizers.append(self._inherited_normalizer(similar))
+        self.progress.curves.append(curve)
+        stored = self.governor.stored()
+        cost["stored_bytes"] = {"shared": stored.shared, "tasks": stored.tasks, "memory": stored.memory}
+        cost["seconds"] = round(time.monotonic() - started, 3)
+        self.progress.costs.append(cost)
+
+    def _train(
+        self, place: Place, config: TrainConfig, folder: Path, similar: int | None, curve: dict[str, list[float]]
+    ) -> int:
+        """Run the loop on one task, or its rest, and let the methods take what it leaves; returns its transitions.
+
+        Raises:
+            Interrupted: a signal came; the state has been saved.
+        """
         assert place.alone is not None
         state = self._unfinished(folder)
-        before = (None, 0.0) if state is None else (state["transitions"], state["seconds"])
-        run = build_run(config, place.alone, folder, *before, self.governor)
+        resumed_at, seconds = (None, 0.0) if state is None else (state["transitions"], state["seconds"])
+        run = build_run(config, place.alone, folder, resumed_at, seconds, self.governor)
         agent = cast(ActorCritic, run.algorithm)
         try:
             if state is None:
@@ -158,22 +180,16 @@ class SequenceRun:
                 run.start()
             else:
                 run.load_state(state)
-            if self.governor.trainable():
-                run.train()
-                cost["transitions"] = run.transitions
+            run.train()
             obs, action = visited(agent, run.engine, self.config.memory_transitions)
-            read_curve(folder, f"eval/mean_{self.measure}", curve)
         finally:
             run.close()
+        read_curve(folder, f"eval/mean_{self.measure}", curve)
         self.governor.end(obs, action)
         self.progress.normalizers.append(_copied(agent.normalizer.state_dict()))
         self.progress.carried = self._taken_over(agent)
-        self.progress.curves.append(curve)
-        stored = self.governor.stored()
-        cost["stored_bytes"] = {"shared": stored.shared, "tasks": stored.tasks, "memory": stored.memory}
-        cost["seconds"] = round(time.monotonic() - started, 3)
-        self.progress.costs.append(cost)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the sequence's own has all that is needed
+        return run.transitions
 
     def _unfinished(self, folder: Path) -> Tree | None:
         """The state of a task that was interrupted; what cannot be gone on with is removed."""
@@ -182,18 +198,25 @@ class SequenceRun:
             return None
         return load_checkpoint(find_checkpoint(folder))
 
+    def _inherited_normalizer(self, similar: int | None) -> dict[str, Tensor]:
+        """Statistics of observations that a new task starts from: those of the similar task, or of the last one.
+
+        After an agent of several tasks they are those of all of them together.
+        """
+        known = self.progress.normalizers
+        if similar is not None:
+            return known[similar]
+        if not known:
+            size = self.governor.shapes["actor"][0].in_features
+            return _copied(ObservationNormalizer(1, size, enabled=True).state_dict())
+        return pooled_normalizer(known) if self.learnt == self.old_tasks else known[-1]
+
     def _hand_over(self, agent: ActorCritic, similar: int | None) -> None:
         """Give the new task's training what it takes over from the last one's."""
-        progress = self.progress
-        if similar is not None:
-            agent.normalizer.load_state_dict(progress.normalizers[similar])
-        elif progress.normalizers and self.learnt == self.old_tasks:
-            agent.normalizer.load_state_dict(pooled_normalizer(list(progress.normalizers)))
-        elif progress.normalizers:
-            agent.normalizer.load_state_dict(progress.normalizers[-1])
-        if progress.carried is None:
+        agent.normalizer.load_state_dict(self._inherited_normalizer(similar))
+        carried = self.progress.carried
+        if carried is None:
             return
-        carried = progress.carried
         if self.config.carry.critic is CriticCarry.finetune:
             agent.critic.load_state_dict(agent.critic.state_dict() | carried["critic"])
         if self.config.carry.optimizer:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from envs.suite import Suite
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, build_algorithm, build_suite, load_agent
 from varshare_rl.config import TrainConfig
+from varshare_rl.continual.from_agent import origin_of
 from varshare_rl.continual.likelihood import UnitGaussian, policy_likelihood
 from varshare_rl.continual.method import LayerFactory, Likelihood, Origin, Shape
 from varshare_rl.nn.actor import Actor
@@ -139,8 +140,6 @@ def load_origin(config: ContinualConfig, device: Any) -> TrainedAgent | None:
 
 def origins(agent: TrainedAgent) -> dict[str, list[Origin]]:
     """What the networks of an agent leave for those of a sequence, by part."""
-    from varshare_rl.continual.from_agent import origin_of
-
     algorithm = cast(ActorCritic, agent.algorithm)
     critic = algorithm.critic
     networks = [critic.network] if hasattr(critic, "network") else list(critic.networks)  # type: ignore[arg-type]
@@ -160,7 +159,7 @@ def old_normalizers(agent: TrainedAgent) -> list[dict[str, Tensor]]:
     ]
 
 
-def pooled_normalizer(states: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def pooled_normalizer(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Statistics of the observations of several tasks together, which new ones soon outweigh.
 
     The variance is the mean variance plus the variance of the means.

@@ -44,6 +44,8 @@ class Copies(Method):
     it is fine-tuning that keeps every task's end.
     """
 
+    keeps_parameters = True
+
     def __init__(self, options: CopiesOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
         self.copies: list[dict[str, Tensor]] = []

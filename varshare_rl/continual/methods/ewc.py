@@ -83,6 +83,7 @@ class EWC(Method):
     """
 
     task_free = True
+    keeps_parameters = True
 
     def __init__(self, options: EWCOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)

@@ -52,6 +52,8 @@ class PackNet(Method):
         UserError: the network has no hidden layer.
     """
 
+    keeps_parameters = True
+
     def __init__(self, options: PackNetOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
         network = self.base_network()

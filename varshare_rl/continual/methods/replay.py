@@ -42,6 +42,7 @@ class Replay(Method):
     """
 
     task_free = True
+    keeps_parameters = True
 
     def __init__(self, options: ReplayOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)

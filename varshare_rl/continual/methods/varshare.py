@@ -89,8 +89,8 @@ class VarShareMethod(Method):
 
     ``pooled`` moment-matches the earlier posteriors after :func:`~varshare_rl.continual.share.posterior.align` has
     turned them to agree, ``m = mean_i mu_i`` and ``s^2 = mean_i (sigma_i^2 + (mu_i - m)^2)``. A posterior that
-    starts at the prior's mean takes the spread of the posteriors, not that between them: noise of that size is what the
-    earlier tasks were acted with. Corrections of an origin without posteriors count with the spread that fresh
+    starts at the prior's mean takes the spread of the posteriors, not that between them: noise of that size is what
+    the earlier tasks were acted with. Corrections of an origin without posteriors count with the spread that fresh
     ones start with.
 
     Raises:
