@@ -87,7 +87,8 @@ def test_the_measures_against_the_equations_term_by_term() -> None:
         ([0, 30, 40], [0.2, 0.4, 1.0], (9 + 7) / 40),
         ([0, 7, 9], [1.0, 1.0, 1.0], 1.0),
         ([0, 10], [0.5, None], None),
-        ([10], [0.5], None),
+        ([10], [0.5], 0.5),
+        ([10], [None], None),
         ([], [], None),
     ],
 )
@@ -141,7 +142,7 @@ def test_the_measures_of_a_document() -> None:
 def test_forward_transfer_against_references_by_name() -> None:
     """Two curves of b are averaged; c was perfect alone, so nothing could be gained there."""
     reference = {
-        "tasks": ["b", "c", "b", "a"],
+        "tasks": ["b", "c", "b (2)", "a"],
         "old_tasks": 0,
         "curves": [
             {"transitions": [0, 200], "success": [0.0, 0.4]},

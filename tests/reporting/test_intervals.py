@@ -24,5 +24,7 @@ def test_many_runs_as_the_normal_approximation() -> None:
     error = values.std() / np.sqrt(len(values))
     found = bootstrap_interval(values.tolist())
     assert found is not None
-    assert found == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.05 * error * 2)
+    assert found == pytest.approx(
+        (values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.05 * error * 2
+    )
     assert found == bootstrap_interval(values.tolist())

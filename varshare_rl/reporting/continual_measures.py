@@ -1,12 +1,13 @@
 """What a sequence of tasks has taught and cost an agent: performance, forgetting and transfer, as pure functions.
 
-``results [N + 1, N]``, ``R`` below, has the success (or return) of ``N`` tasks: row 0 before anything is learnt, row
-``i`` after the ``i``-th task of the sequence. Tasks count from 1 in the equations, so ``R[i, i]`` is a task right
-after it was learnt, and ``R[N, i]`` at the end. NaN is a value that nobody has measured.
+``results [N + 1, N]``, ``R`` below, has the success (or return) of ``N`` tasks: row 0 before anything is learnt,
+row ``i`` after the ``i``-th task of the sequence. Tasks count from 1 in the equations, so ``R[i, i]`` is a task
+right after it was learnt, and ``R[N, i]`` at the end. NaN is a value that nobody has measured.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ def final_performance(results: Values) -> Values:
 
     Wolczyk et al. 2021 (Continual World), Lopez-Paz and Ranzato 2017 (GEM, there ACC).
     """
-    return results[-1]
+    final: Values = results[-1]
+    return final
 
 
 def learnt_performance(results: Values) -> Values:
@@ -81,7 +83,8 @@ def normalized_area(transitions: Sequence[float], success: Sequence[float | None
 
         AUC = 1 / (t_K - t_1) * sum over k of  (t_k+1 - t_k) (p_k + p_k+1) / 2
 
-    (Wolczyk et al. 2021.) None for fewer than two points, and where a success is None.
+    (Wolczyk et al. 2021.) A curve of one point, of a task on which nothing was trained, is level. None for no
+    point, and where a success is None.
 
     Raises:
         ValueError: lengths differ, or ``transitions`` do not rise.
@@ -91,7 +94,9 @@ def normalized_area(transitions: Sequence[float], success: Sequence[float | None
         raise ValueError(f"a curve has {at.size} transitions and {values.size} successes")
     if (np.diff(at) <= 0).any():
         raise ValueError("the transitions of a curve do not rise")
-    if len(at) < 2 or np.isnan(values).any():
+    if len(at) < 2:
+        return mean_or_none(values)
+    if np.isnan(values).any():
         return None
     return float(np.trapezoid(values, at) / (at[-1] - at[0]))
 
@@ -138,9 +143,9 @@ def measures(document: Document, reference_document: Document | None = None) -> 
     """All measures of a run from its document (``summary.json``, see docs/continual.md).
 
     Tasks that the run began with count in ``old_change`` alone, ``mean over them of R[N, j] - R[0, j]``. Forward
-    transfer needs the success curves of a reference, where tasks are found by name; areas of several curves of one
-    name are averaged. Its mean is over the tasks that have one. ``per_task`` has the learnt tasks in order. What
-    cannot be known is None.
+    transfer needs the success curves of a reference, where tasks are found by :func:`original_name`; areas of
+    several curves of one name are averaged. Its mean is over the tasks that have one. ``per_task`` has the learnt
+    tasks in order. What cannot be known is None.
 
     Raises:
         ValueError: the shapes of results or curves do not fit the tasks.
@@ -150,10 +155,13 @@ def measures(document: Document, reference_document: Document | None = None) -> 
     results = as_results(matrix[:, old:])
     learnt = document["tasks"][old:]
     if len(learnt) != results.shape[1] or len(learnt) != len(document["curves"]):
-        raise ValueError(f"{len(learnt)} learnt tasks, {results.shape[1]} results, {len(document['curves'])} curves")
+        raise ValueError(
+            f"{len(learnt)} learnt tasks, {results.shape[1]} results, {len(document['curves'])} curves"
+        )
     areas = _areas(document) if name == "success" else [None] * len(learnt)
     references = {} if reference_document is None else _areas_by_name(reference_document)
-    transfers = [forward_transfer(area, references.get(task)) for task, area in zip(learnt, areas, strict=True)]
+    alone = [references.get(original_name(task)) for task in learnt]
+    transfers = [forward_transfer(area, other) for area, other in zip(areas, alone, strict=True)]
     zero_shot = [None, *zero_shot_transfer(results)]
     return {
         "measure": name,
@@ -172,12 +180,17 @@ def measures(document: Document, reference_document: Document | None = None) -> 
                 "forgetting": _known(forgetting(results)[index]),
                 "zero_shot_transfer": _known(zero_shot[index]),
                 "area": areas[index],
-                "reference_area": references.get(task),
+                "reference_area": alone[index],
                 "forward_transfer": transfers[index],
             }
             for index, task in enumerate(learnt)
         ],
     }
+
+
+def original_name(task: str) -> str:
+    """The task that comes round again under this name: ``push (2)`` is a further ``push``."""
+    return re.sub(r" \([0-9]+\)$", "", task)
 
 
 def pooled_reference(documents: Sequence[Document]) -> Document:
@@ -200,7 +213,7 @@ def _areas(document: Document) -> list[float | None]:
 def _areas_by_name(document: Document) -> dict[str, float | None]:
     found: dict[str, list[float | None]] = {}
     for task, area in zip(document["tasks"][document["old_tasks"] :], _areas(document), strict=True):
-        found.setdefault(task, []).append(area)
+        found.setdefault(original_name(task), []).append(area)
     return {task: mean_of_known(areas) for task, areas in found.items()}
 
 

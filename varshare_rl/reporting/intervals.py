@@ -14,8 +14,8 @@ RESAMPLES = 9999
 def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % percentile interval of the mean by the bootstrap (Efron 1979), the same for the same values.
 
-    ``RESAMPLES`` times as many values are drawn with replacement; the ends are the 2.5 and 97.5 % quantiles of their
-    means. None for fewer than two values. With few values it is too narrow: of two it never leaves their range.
+    ``RESAMPLES`` times as many values are drawn with replacement; the ends are the 2.5 and 97.5 % quantiles of
+    their means. None for fewer than two values. With few values it is too narrow.
     """
     if len(values) < 2:
         return None
