@@ -91,8 +91,8 @@ def report_continual(composed: DictConfig, folders: Sequence[str]) -> None:
     options = cast(ContinualReportConfig, OmegaConf.to_object(composed))
     if not folders:
         raise UserError("no runs to report; give their folders: report continual runs/<a> runs/<b>")
-    runs = read_continual_runs(folders)
-    references = read_continual_runs(reference_folders(options.reference))
+    reference = reference_folders(options.reference)
+    runs, references = read_continual_runs(folders), read_continual_runs(reference)
     if not runs:
         raise UserError(f"no run among {', '.join(folders)}; give the folders of continual runs")
     from varshare_rl.reporting.continual_table import compare, group_labels, screen_tables

@@ -177,8 +177,8 @@ def _check_document(run: ContinualRun) -> None:
         numbers += [entry["stored_bytes"][name] for name in ("shared", "tasks", "memory")]
     if not all(isinstance(number, int | float) for number in numbers):
         raise TypeError("seconds, parameters or bytes that are no numbers")
-    if not all(isinstance(document[name], str) for name in ("method", "algorithm", "suite", "task_ids")):
-        raise TypeError("method, algorithm, suite or task_ids that is no text")
+    if not all(isinstance(document[name], str) for name in ("method", "algorithm", "suite", "measure", "task_ids")):
+        raise TypeError("method, algorithm, suite, measure or task_ids that is no text")
     for name in ("critic", "optimizer", "replay"):
         _ = document["carried"][name]
 
