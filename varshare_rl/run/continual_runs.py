@@ -120,7 +120,8 @@ def _run_folders(folder: Path) -> list[Path]:
     inside = sorted(path.parent for path in folder.glob(f"*/{SUMMARY_FILE}"))
     if not inside:
         raise UserError(
-            f"{folder} holds no finished continual run: there is no {SUMMARY_FILE}; give folders of runs or of sweeps"
+            f"{folder} holds no finished continual run: there is no {SUMMARY_FILE}; give folders of runs, or one "
+            "that holds them"
         )
     return inside
 
