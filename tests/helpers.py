@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,3 +78,62 @@ def collect(engine: VectorEngine, learner: Any, obs: Tensor, vector_steps: int) 
         learner.observe(Transition(obs, action, torch.from_numpy(step.reward), *ends, successor))
         obs = torch.from_numpy(step.obs)
     return obs
+
+
+def continual_document(
+    method: str = "finetune",
+    seed: int = 0,
+    tasks: Sequence[str] = ("a", "b"),
+    old: Sequence[str] = (),
+    learnt: float = 0.8,
+    lost: float = 0.5,
+    **changes: Any,
+) -> dict[str, Any]:
+    """What a continual run writes, from made-up numbers.
+
+    Every task has a success of 0.1 before it is learnt, ``learnt`` after it, and loses ``lost`` with the next one;
+    old ones have 0.9 and end at 0.6. Curves rise in a straight line, so that their area is ``learnt / 2``.
+    """
+    rows = [
+        [0.9 - 0.3 * moment / len(tasks) for _ in old]
+        + [0.1 if moment <= place else learnt - lost * (moment > place + 1) for place in range(len(tasks))]
+        for moment in range(len(tasks) + 1)
+    ]
+    document = {
+        "format": "continual",
+        "method": method,
+        "algorithm": "sac",
+        "suite": "pointmass",
+        "tasks": [*old, *tasks],
+        "old_tasks": len(old),
+        "task_ids": "known",
+        "carried": {"critic": "finetune", "optimizer": False, "replay": False},
+        "measure": "success",
+        "success": rows,
+        "return": [[100.0 * value for value in row] for row in rows],
+        "curves": [{"transitions": [0.0, 500.0, 1000.0], "success": [0.0, learnt / 2, learnt]} for _ in tasks],
+        "measures": {},
+        "per_task": [
+            {
+                "trained_parameters": 900 if place == 0 else 40 + 20 * (place - 1),
+                "seconds": 5.0,
+                "transitions": 1000,
+                "stored_bytes": {"shared": 3000, "tasks": 100 * (place + 1), "memory": 50},
+            }
+            for place in range(len(tasks))
+        ],
+        "transitions": 1000 * len(tasks),
+        "seconds": 10.0 + seed,
+        "conditions": {"seed": seed, "horizon": 200},
+    }
+    return document | changes
+
+
+def write_continual(folder: Path | str, document: Mapping[str, Any], config: str | None = None) -> Path:
+    """A run folder with the document, and a configuration if there is one."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "summary.json").write_text(json.dumps(document))
+    if config is not None:
+        (path / "config.yaml").write_text(config)
+    return path

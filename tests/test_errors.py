@@ -220,6 +220,13 @@ def test_evaluate_explains_in_one_line(
         (("sharing", "run=."), "config.yaml"),
         (("sharing", "run=.", "checkpoint=middle"), "middle"),
         (("sharing", "run=.", "no_such_key=1"), "no_such_key"),
+        (("continual",), "no runs to report"),
+        (("continual", "out=there"), "no runs to report"),
+        (("continual", "runs/nowhere"), "runs/nowhere holds no finished continual run"),
+        (("continual", "."), "there is no summary.json"),
+        (("continual", "multirun.yaml"), "no run among multirun.yaml"),
+        (("continual", ".", "no_such_key=1"), "no_such_key"),
+        (("continual", ".", "reference=3"), "reference is 3"),
     ],
 )
 def test_report_explains_in_one_line(

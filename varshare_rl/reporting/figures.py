@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from varshare_rl.reporting.palettes import DIVERGING, MISSING, SEQUENTIAL
 
-#: Cells of a heat map hold their number up to this many to a side.
+#: Cells of a heat map hold their number up to this many to a side, unless told otherwise.
 ANNOTATED = 14
 
 Matrix = npt.NDArray[np.float64]
@@ -49,8 +49,12 @@ def draw_heat_map(
     high: float,
     label: str,
     signed: bool = False,
+    annotated: int = ANNOTATED,
 ) -> Any:
-    """Draw ``matrix [R, C]`` with named rows and columns and a colour bar that says ``label``."""
+    """Draw ``matrix [R, C]`` with named rows and columns and a colour bar that says ``label``.
+
+    Cells hold their number where neither side is longer than ``annotated``.
+    """
     image = axes.imshow(
         np.ma.masked_invalid(matrix), cmap=colour_map(DIVERGING if signed else SEQUENTIAL), aspect="auto",
         norm=Normalize(low, high if high > low else low + 1.0),
@@ -63,7 +67,7 @@ def draw_heat_map(
     axes.grid(which="minor", color="white", linewidth=1)
     axes.spines[:].set_visible(False)
     axes.tick_params(which="minor", length=0)
-    if max(matrix.shape) <= ANNOTATED:
+    if max(matrix.shape) <= annotated:
         _annotate(axes, image, matrix)
     bar = axes.figure.colorbar(image, ax=axes, fraction=0.046, pad=0.02)
     bar.set_label(label, fontsize=8)

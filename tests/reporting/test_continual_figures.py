@@ -1,0 +1,93 @@
+"""The figures show the numbers of the documents."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import continual_document
+
+from varshare_rl.reporting.continual_figures import comparison_figures, run_figures
+from varshare_rl.reporting.continual_measures import measures
+from varshare_rl.reporting.continual_table import compare, group_labels
+from varshare_rl.reporting.figures import to_png
+
+
+def rows(*documents: dict[str, Any], reference: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    labels = group_labels(documents, [{}] * len(documents))
+    return compare(labels, documents, [measures(document, reference) for document in documents])
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        continual_document(),
+        continual_document(old=("x", "y")),
+        continual_document(tasks=[f"task {index}" for index in range(20)]),
+        continual_document(tasks=("a",)),
+        continual_document(success=None, measure="return"),
+        continual_document(success=[[None, None], [0.8, None], [0.3, 0.8]]),
+    ],
+    ids=["plain", "old", "many", "one", "return", "unknown"],
+)
+def test_every_run_has_its_figures(document: dict[str, Any]) -> None:
+    figures = run_figures(document)
+    assert set(figures) == {"matrix", "tasks"}
+    for figure in figures.values():
+        assert to_png(figure, dpi=40).startswith(b"\x89PNG")
+
+
+def test_the_matrix_has_the_numbers_and_frames_what_was_just_learnt() -> None:
+    document = continual_document(tasks=("a", "b", "c"), old=("x",))
+    axes = run_figures(document)["matrix"].axes[0]
+    shown = axes.images[0].get_array()
+    assert shown is not None
+    np.testing.assert_allclose(shown, document["success"])
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["x", "a", "b", "c"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["(nothing)", "a", "b", "c"]
+    assert {text.get_text() for text in axes.texts} >= {"0.10", "0.80", "0.90", "0.60"}
+    framed = [(round(frame.get_x() + 0.5), round(frame.get_y() + 0.5)) for frame in axes.patches]
+    assert framed == [(1, 1), (2, 2), (3, 3)]  # columns and rows
+
+
+def test_the_lines_are_the_columns() -> None:
+    document = continual_document(tasks=("a", "b", "c"), old=("x",))
+    figure = run_figures(document)["tasks"]
+    axes = figure.axes[0]
+    by_label = {line.get_label(): np.asarray(line.get_ydata()) for line in axes.lines}
+    columns = np.array(document["success"])
+    np.testing.assert_allclose(by_label["x (old)"], columns[:, 0])
+    np.testing.assert_allclose(by_label["b"], columns[2:, 2])
+    means = [columns[1, 1], columns[2, 1:3].mean(), columns[3, 1:].mean()]
+    np.testing.assert_allclose(by_label["mean of those learnt"], means)
+    assert "finetune on pointmass, seed 0" in figure.get_suptitle()
+
+
+def test_the_comparison_has_a_panel_per_measure_and_a_point_per_method() -> None:
+    documents = [continual_document(seed=seed, learnt=0.7 + 0.1 * seed) for seed in range(2)]
+    documents.append(continual_document("ewc", lost=0.1))
+    made = rows(*documents, reference=continual_document(learnt=0.4))
+    figures = comparison_figures(made, "success")
+    assert set(figures) == {"measures", "bytes"}
+    panels = figures["measures"].axes
+    assert [axes.get_xlabel() for axes in panels] == ["performance P", "forgetting F", "forward transfer FT"]
+    assert [label.get_text() for label in panels[0].get_yticklabels()] == ["finetune", "ewc"]
+    drawn = [np.asarray(line.get_xdata()).tolist() for line in panels[0].lines]
+    finetune = made[0]["performance"]
+    assert [finetune["low"], finetune["high"]] in drawn
+    assert [finetune["mean"]] in drawn
+    assert finetune["runs"] in drawn
+    points = {
+        line.get_label(): (line.get_xdata()[0], line.get_ydata()[0])  # type: ignore[index]
+        for line in figures["bytes"].axes[0].lines
+    }
+    assert points["ewc"] == (3250.0, made[1]["performance"]["mean"])
+    for figure in figures.values():
+        assert to_png(figure, dpi=40).startswith(b"\x89PNG")
+
+
+def test_methods_beyond_the_colours_are_told_apart_by_their_markers() -> None:
+    made = rows(*(continual_document(f"method {index}") for index in range(10)))
+    lines = comparison_figures(made, "success")["bytes"].axes[0].lines
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 10

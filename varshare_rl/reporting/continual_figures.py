@@ -1,0 +1,181 @@
+"""The figures of continual learning: of a run, from its document, and of methods beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+
+from varshare_rl.reporting.continual_measures import Document, Values, document_results
+from varshare_rl.reporting.figures import colour_map, draw_heat_map, new_figure
+from varshare_rl.reporting.palettes import QUALITATIVE, SEQUENTIAL
+
+Row = Mapping[str, Any]
+
+#: The sequences of the literature have up to 20 tasks (CW20), whose numbers still fit into their cells.
+ANNOTATED = 24
+#: What methods are compared by, as far as there are numbers, and what it is called.
+COMPARED = {
+    "performance": "performance P",
+    "forgetting": "forgetting F",
+    "forward_transfer": "forward transfer FT",
+    "old_change": "change of old tasks",
+}
+INK = "#222222"
+
+
+def run_figures(document: Document) -> dict[str, Figure]:
+    """``matrix``, every task after every task, and ``tasks``, the same as lines."""
+    return {"matrix": matrix_figure(document), "tasks": tasks_figure(document)}
+
+
+def matrix_figure(document: Document) -> Figure:
+    """The results as a heat map: a row per moment, a column per task; a frame where a task has just been learnt."""
+    name, matrix = document_results(document)
+    old = document["old_tasks"]
+    figure = new_figure(3.4 + 0.46 * matrix.shape[1], 2.4 + 0.34 * len(matrix))
+    axes = figure.subplots()
+    low, high = (0.0, 1.0) if name == "success" else _range(matrix)
+    draw_heat_map(axes, matrix, _moments(document), document["tasks"], low, high, name, annotated=ANNOTATED)
+    for index in range(len(matrix) - 1):
+        place = (old + index - 0.5, index + 0.5)
+        frame = Rectangle(place, 1.0, 1.0, fill=False, edgecolor=QUALITATIVE[1], linewidth=1.8, zorder=3)
+        axes.add_patch(frame)
+    if old:
+        axes.axvline(old - 0.5, color=INK, linewidth=1.6)
+    axes.set_ylabel("after learning", fontsize=8)
+    return _titled(figure, document, f"Each task's {name} after each task of the sequence")
+
+
+def tasks_figure(document: Document) -> Figure:
+    """A line per task over the sequence, dashed until it is learnt, and the mean of all tasks learnt by then."""
+    name, matrix = document_results(document)
+    old, tasks = document["old_tasks"], document["tasks"]
+    figure = new_figure(4.6 + 0.32 * len(matrix), max(3.6, 1.6 + 0.19 * (len(tasks) + 1)))
+    axes = figure.subplots()
+    moments = np.arange(len(matrix))
+    for index, (task, colour) in enumerate(zip(tasks, _colours(len(tasks)), strict=True)):
+        learnt = max(index - old + 1, 0)
+        axes.plot(moments[: learnt + 1], matrix[: learnt + 1, index], "--", color=colour, linewidth=0.9, alpha=0.6)
+        label = f"{task} (old)" if index < old else task
+        axes.plot(moments[learnt:], matrix[learnt:, index], color=colour, linewidth=1.4, label=label)
+        if index >= old:
+            axes.plot(learnt, matrix[learnt, index], "o", color=colour, markersize=5)
+    if len(matrix) > 2:
+        means = [float(matrix[moment, old : old + moment].mean()) for moment in moments[1:]]
+        axes.plot(moments[1:], means, color=INK, linewidth=2.6, label="mean of those learnt")
+    axes.set_xticks(moments, _moments(document), rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xlabel("after learning", fontsize=8)
+    axes.set_ylabel(name, fontsize=8)
+    if name == "success":
+        axes.set_ylim(-0.03, 1.03)
+    _plain(axes)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    return _titled(figure, document, f"Each task's {name}: dots where it has just been learnt, dashed before")
+
+
+def comparison_figures(rows: Sequence[Row], measure: str) -> dict[str, Figure]:
+    """``measures`` and ``bytes``, from the rows of :func:`~varshare_rl.reporting.continual_table.compare`."""
+    return {"measures": measures_figure(rows, measure), "bytes": bytes_figure(rows, measure)}
+
+
+def measures_figure(rows: Sequence[Row], measure: str) -> Figure:
+    """A panel per measure: means over seeds with their intervals, and every run as a small dot."""
+    shown = [
+        name for name in COMPARED if name == "performance" or any(row[name]["mean"] is not None for row in rows)
+    ]
+    figure = new_figure(2.0 + 3.0 * len(shown), 1.5 + 0.38 * len(rows))
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, shown, strict=True):
+        for place, row in enumerate(rows):
+            _draw_spread(axes, row[name], place, QUALITATIVE[place % len(QUALITATIVE)])
+        if name != "performance":
+            axes.axvline(0.0, color=INK, linewidth=0.8)
+        elif measure == "success":
+            axes.set_xlim(-0.03, 1.03)
+        axes.set_xlabel(COMPARED[name], fontsize=8)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+        _plain(axes)
+    panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
+    panels[0].set_ylim(len(rows) - 0.5, -0.5)
+    figure.suptitle(
+        f"{measure.capitalize()}: means over seeds with 95 % bootstrap intervals, dots are runs", fontsize=10
+    )
+    return figure
+
+
+def bytes_figure(rows: Sequence[Row], measure: str) -> Figure:
+    """Performance at the end against the bytes stored then, on a logarithmic axis."""
+    figure = new_figure(6.4, 4.2)
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        spread, kept = row["performance"], row["stored_bytes"]["mean"]
+        if spread["mean"] is None:
+            continue
+        colour = QUALITATIVE[place % len(QUALITATIVE)]
+        if spread["low"] is not None:
+            axes.plot([kept] * 2, [spread["low"], spread["high"]], color=colour, linewidth=1.6)
+        marker = "osD^vP"[place // len(QUALITATIVE) % 6]
+        axes.plot(kept, spread["mean"], marker, color=colour, markersize=7, label=row["label"])
+    stored = [row["stored_bytes"]["mean"] for row in rows]
+    axes.set_xscale("log")
+    axes.set_xlim(min(stored) / 2, max(stored) * 2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("bytes stored at the end: shared, per task and memory", fontsize=8)
+    axes.set_ylabel(f"mean {measure} at the end", fontsize=8)
+    if measure == "success":
+        axes.set_ylim(-0.03, 1.03)
+    axes.grid(color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    _plain(axes)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False)
+    figure.suptitle(f"{measure.capitalize()} against what has to be kept", fontsize=10)
+    return figure
+
+
+def _draw_spread(axes: Axes, spread: Mapping[str, Any], place: int, colour: str) -> None:
+    if spread["mean"] is None:
+        return
+    runs = [value for value in spread["runs"] if value is not None]
+    if len(runs) > 1:
+        apart = np.linspace(0.1, 0.3, len(runs))
+        axes.plot(runs, place + apart, ".", color=colour, markersize=4, alpha=0.7, clip_on=False)
+    if spread["low"] is not None:
+        axes.plot([spread["low"], spread["high"]], [place] * 2, color=colour, linewidth=2.0)
+    axes.plot(spread["mean"], place, "o", color=colour, markersize=6, clip_on=False)
+
+
+def _moments(document: Document) -> list[str]:
+    return ["(nothing)", *document["tasks"][document["old_tasks"] :]]
+
+
+def _colours(number: int) -> Sequence[Any]:
+    if number <= len(QUALITATIVE):
+        return QUALITATIVE[:number]
+    ramp = colour_map(SEQUENTIAL)
+    return [ramp(place) for place in np.linspace(0.0, 0.92, number)]  # the light end is hard to see on white
+
+
+def _range(matrix: Values) -> tuple[float, float]:
+    known = matrix[np.isfinite(matrix)]
+    return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _titled(figure: Figure, document: Document, title: str) -> Figure:
+    figure.suptitle(
+        f"{title}\n{document['method']} on {document['suite']}, seed {document['conditions']['seed']}", fontsize=10
+    )
+    return figure
