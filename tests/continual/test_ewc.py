@@ -98,6 +98,9 @@ def test_penalty_is_that_of_the_paper(online: bool) -> None:
     assert isinstance(penalty, Tensor)
     assert penalty.shape == (1,)
     torch.testing.assert_close(penalty.item(), 3.0 * expected, rtol=1e-4, atol=0.0)
+    again = EWC(options, method.shape)
+    again.load_state(method.state())
+    assert again.penalty(network, SAMPLES) == penalty
 
 
 def test_nothing_is_held_before_the_first_task_ends() -> None:

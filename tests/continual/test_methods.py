@@ -184,7 +184,7 @@ def test_resume_within_a_task_is_exact(name: str, origin: str, shape: str, tmp_p
 def test_a_state_that_was_given_out_does_not_change(name: str, origin: str, tmp_path: Path) -> None:
     shape = mlp_shape(8)
     method = CASES[name].build(shape, ORIGINS[origin](shape))
-    learn(method, 1, steps=2)
+    learn(method, 2, steps=2)
     state = method.state()
     saved = on_disk(state, tmp_path)
     learn(method, 2, steps=4)
@@ -193,6 +193,21 @@ def test_a_state_that_was_given_out_does_not_change(name: str, origin: str, tmp_
     again.load_state(state)
     _assert_same(again.state(), saved)
     assert again.tasks == method.tasks - 2
+
+
+@case_names
+def test_what_is_done_to_a_network_after_its_task_changes_nothing(name: str, tmp_path: Path) -> None:
+    method = CASES[name].build(mlp_shape(8))
+    for task in range(2):
+        learning = Learning(method, task, steps=2)
+        learning.finish()
+        saved = on_disk(method.state(), tmp_path / str(task))
+        policy = method.policy(task)
+        with torch.no_grad():
+            for network in (learning.network, policy):
+                for tensor in network.state_dict().values():
+                    tensor.copy_(torch.ones_like(tensor))
+        _assert_same(method.state(), saved)
 
 
 def _assert_same(one: Any, two: Any) -> None:

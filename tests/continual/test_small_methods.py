@@ -66,16 +66,16 @@ def test_unknown_tasks_of_an_origin_are_named() -> None:
         origin_policy(shape, make_origin(shape), 2)
 
 
-@pytest.mark.parametrize("origin", [False, True])
-def test_frozen_has_nothing_to_train_after_the_first_task(origin: bool) -> None:
+@pytest.mark.parametrize("origin", [None, 0, 2])
+def test_frozen_has_nothing_to_train_after_the_first_task(origin: int | None) -> None:
     shape = mlp_shape(16)
-    method = Frozen(FrozenOptions(), shape, make_origin(shape) if origin else None)
+    method = Frozen(FrozenOptions(), shape, None if origin is None else make_origin(shape, tasks=origin))
     trained = []
     for _ in range(2):
         network = method.begin(method.tasks)
         trained.append(any(parameter.requires_grad for parameter in network.parameters()))
         learn(method, 1, steps=1)
-    assert trained == [not origin, False]
+    assert trained == [origin is None, False]
     assert method.stored() == Stored(NETWORK, 0)
 
 
