@@ -18,7 +18,7 @@ from varshare_rl.algorithms.base import Learner, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.continual.from_agent import origin_of
 from varshare_rl.continual.low_rank import linear_layers, mean_of
-from varshare_rl.continual.method import LayerFactory, Method, Origin, Shape
+from varshare_rl.continual.method import LayerFactory, Method, Origin, Shape, Stored
 from varshare_rl.continual.methods.lora import AdapterStart, Lora, LoraOptions
 from varshare_rl.continual.methods.share import Learn, ShareMethod, ShareMethodOptions
 from varshare_rl.continual.methods.varshare import (
@@ -359,7 +359,7 @@ def test_share_with_all_directions_is_lora() -> None:
         torch.manual_seed(5)
         for task in range(4):
             learn(method, task, 20)
-    assert pair[1].share is not None and not pair[1].waiting  # type: ignore[attr-defined]
+    assert pair[1].stored().shared > pair[0].stored().shared  # there is a basis
     for task in range(4):
         torch.testing.assert_close(outputs(pair[1], task), outputs(pair[0], task), atol=1e-4, rtol=1e-4)
 
@@ -416,7 +416,9 @@ def test_what_is_stored() -> None:
         basis = 4 * sum(layer.basis_B.numel() + layer.basis_A.numel() for layer in parts)  # type: ignore[union-attr]
         own = 4 * sum(layer.task_numbers(task) for layer in parts for task in range(2))
         kept = 2 * adapter if method is originals else 0
-        assert method.stored() == type(method.stored())(base + basis, own, kept)
+        assert method.stored() == Stored(base + basis, own, kept)
+    learn(originals, 3, 2)
+    assert originals.stored().memory == 3 * adapter  # the temporary directions' alone
 
 
 def test_an_origin_is_a_basis_at_once_and_its_adapters_are_kept() -> None:

@@ -21,8 +21,8 @@ def origin_of(network: nn.Module, num_tasks: int) -> Origin:
     """The origin that a multi-task network of low-rank corrections is.
 
     ``theta``, biases and norms are the base, in the names of :meth:`Shape.plain` with the same hidden sizes and
-    blocks; task ``i``'s factors, or the means of their posteriors, are adapter ``i``. Base plus adapter computes bit
-    for bit what the network computes for the task in evaluation. Spreads come from VarShare-LoRA alone.
+    blocks; task ``i``'s factors, or the means of their posteriors, are adapter ``i``. Base plus adapter computes
+    bit for bit what the network computes for the task in evaluation. Spreads come from VarShare-LoRA alone.
 
     Args:
         network: of ``network=varshare_lora``, ``lora`` or ``l2_soft``.

@@ -25,7 +25,7 @@ from varshare_rl.continual.low_rank import (
 from varshare_rl.continual.method import Method, MethodOptions, Origin, Shape, Stored, settled
 from varshare_rl.continual.share.layer_basis import Coefficients
 from varshare_rl.continual.share.posterior import align
-from varshare_rl.nn.initial import INITIAL_RHO
+from varshare_rl.nn.initial import INITIAL_RHO, check_positive
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.ops.gaussian import inverse_softplus, softplus_sigma
@@ -91,8 +91,8 @@ class VarShareMethod(Method):
 
     ``pooled`` moment-matches the earlier posteriors after :func:`~varshare_rl.continual.share.posterior.align` has
     turned them to agree, ``m = mean_i mu_i`` and ``s^2 = mean_i (sigma_i^2 + (mu_i - m)^2)``. A posterior that
-    starts at the prior's mean takes the spread of the posteriors, not that between them: noise of that size is what the
-    earlier tasks were acted with. Corrections of an origin without posteriors count with the spread that fresh
+    starts at the prior's mean takes the spread of the posteriors, not that between them: noise of that size is what
+    the earlier tasks were acted with. Corrections of an origin without posteriors count with the spread that fresh
     ones start with.
 
     Raises:
@@ -101,6 +101,8 @@ class VarShareMethod(Method):
 
     def __init__(self, options: VarShareMethodOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
+        alpha = 1.0 if options.alpha is None else options.alpha
+        check_positive(rank=options.rank, alpha=alpha, prior_scale=options.prior_scale)
         self.base = FrozenBase(shape, origin)
         self.scale = 1.0 if options.alpha is None else options.alpha / options.rank
         self.adapters: list[Adapter] = [] if origin is None else [dict(adapter) for adapter in origin.adapters]
