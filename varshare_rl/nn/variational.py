@@ -238,7 +238,7 @@ class VariationalLayer(nn.Module, ABC):
         """Have :meth:`kl` measure from ``N(mean, std^2)`` entry by entry in place of ``N(0, prior_scale^2)``.
 
         ``prior`` has mean and standard deviation of every factor, in shapes that broadcast to ``[T, ...]``. They
-        are buffers that follow the layer to its device, not in its state dict: who gives a prior gives it again.
+        are buffers that follow the layer to its device but are not in its state dict: a prior is given again.
         """
         for (name, _), pair in zip(self.factors, prior, strict=True):
             for part, value in zip(("mean", "std"), pair, strict=True):

@@ -18,6 +18,7 @@ from varshare_rl.config import TrainConfig
 from varshare_rl.continual.governor import CriticCarry, Governor
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.files import write_json
+from varshare_rl.reporting.continual_measures import measures
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.seeding import seed_everything
@@ -296,6 +297,7 @@ class SequenceRun:
         }
         if config.task_ids is TaskIds.hidden:
             document["acted_as"] = [row["acted_as"] for row in progress.rows]
+        document["measures"] = measures(document)
         return document
 
     def _save(self, started: float) -> None:

@@ -24,7 +24,15 @@ from varshare_rl.continual.share import (
 )
 from varshare_rl.continual.share.coefficients import GaussianCoefficients, PointCoefficients
 from varshare_rl.continual.share.posterior import Gaussian, align, plain_prior, prior_from_tasks
-from varshare_rl.nn.stochastic import PenalizedLayer, WeightNoise, penalized_layers, posterior_mean
+from varshare_rl.nn.stochastic import (
+    PenalizedLayer,
+    RowNoise,
+    WeightNoise,
+    drawn_layers,
+    penalized_layers,
+    posterior_mean,
+    stochastic_layers,
+)
 from varshare_rl.ops.gaussian import gaussian_kl_between, posterior_kl
 
 K_B, K_A, P = 4, 5, 2
@@ -220,6 +228,56 @@ def test_held_noise_gives_the_same_draw_again() -> None:
     torch.testing.assert_close(gaussian(x, 2), gaussian(x, 2), rtol=0, atol=0)
     gaussian.coefficients.add_tasks(1)
     assert gaussian.coefficients.noise is None  # of fewer tasks
+
+
+def test_held_draws_by_row_of_a_batch_are_each_rows_own_weight() -> None:
+    """Two draws for each of three tasks, dealt to the rows: against a weight built for every row."""
+    _, gaussian = layers(0.5)
+    own, tasks = gaussian.coefficients, torch.tensor([0, 0, 1, 1, 2, 2])
+    assert isinstance(own, GaussianCoefficients)
+    values = own.draw_noise(6)
+    index = torch.tensor([[0, 1, 1, 0], [3, 2, 3, 3], [4, 5, 5, 4]])
+    own.noise = WeightNoise(values, index, tasks)
+    x = torch.randn(3, 4, 7)
+    y = gaussian(x, torch.arange(3))
+    for task in range(3):
+        for row in range(4):
+            draw = int(index[task, row])
+            eps_B = own.mus_B[task] + F.softplus(own.rhos_B[task]) * values[0][draw]
+            eps_A = own.mus_A[task] + F.softplus(own.rhos_A[task]) * values[1][draw]
+            weight = gaussian.theta + gaussian.basis_B @ eps_B @ (gaussian.basis_A @ eps_A).t()
+            torch.testing.assert_close(y[task, row], F.linear(x[task, row], weight, gaussian.bias))
+    with posterior_mean(gaussian):
+        means = gaussian(x, torch.arange(3))
+    own.noise = WeightNoise(tuple(torch.zeros_like(value) for value in values), index, tasks)
+    torch.testing.assert_close(gaussian(x, torch.arange(3)), means)
+
+
+@torch.no_grad()
+def test_a_draw_for_every_row_is_distributed_as_a_draw_of_the_weight() -> None:
+    _, gaussian = layers(0.3)
+    own = gaussian.coefficients
+    assert isinstance(own, GaussianCoefficients)
+    rows = 20_000
+    x, ids = torch.randn(3, 1, 7), torch.arange(3)
+    own.noise = RowNoise(tuple(torch.randn(3, rows, size) for size in own.row_noise_sizes()))
+    by_row = gaussian(x.expand(3, rows, 7), ids)
+    values = own.draw_noise(3 * rows)
+    index = torch.arange(3 * rows).view(3, rows)
+    own.noise = WeightNoise(values, index, torch.arange(3).repeat_interleave(rows))
+    by_weight = gaussian(x.expand(3, rows, 7), ids)
+    torch.testing.assert_close(by_row.mean(1), by_weight.mean(1), atol=0.08, rtol=0)
+    for task in range(3):
+        torch.testing.assert_close(by_row[task].T.cov(), by_weight[task].T.cov(), rtol=0.1, atol=0.15)
+    own.theta_only = True
+    torch.testing.assert_close(gaussian(x, ids), F.linear(x, gaussian.theta, gaussian.bias))
+
+
+def test_coefficients_draw_but_have_no_scale_to_be_moved() -> None:
+    points, gaussian = (nn.ModuleDict({"layer": layer}) for layer in layers(0.5))
+    assert [name for name, _ in drawn_layers(gaussian)] == ["layer.coefficients"]
+    assert not list(stochastic_layers(gaussian))
+    assert not list(drawn_layers(points))
 
 
 def test_a_fresh_task_starts_in_the_priors_gauge() -> None:

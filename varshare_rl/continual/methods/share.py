@@ -212,8 +212,8 @@ class ShareMethod(Method):
 
     def _learns_lora(self) -> bool:
         known = len(self.waiting) + (0 if self.share is None else len(self.share.tasks))
-        few: bool = known < self.options.initial_tasks
-        return few
+        first: int = self.options.initial_tasks
+        return known < first
 
     def _take_lora(self, task: int, adapter: Adapter) -> None:
         if self.share is not None:  # of an origin with fewer tasks than are to come first

@@ -25,7 +25,7 @@ from varshare_rl.continual.low_rank import (
 from varshare_rl.continual.method import Method, MethodOptions, Origin, Shape, Stored, settled
 from varshare_rl.continual.share.layer_basis import Coefficients
 from varshare_rl.continual.share.posterior import align
-from varshare_rl.nn.initial import INITIAL_RHO
+from varshare_rl.nn.initial import INITIAL_RHO, check_positive
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.ops.gaussian import inverse_softplus, softplus_sigma
@@ -57,7 +57,9 @@ class VarShareMethodOptions(MethodOptions):
         prior: see :class:`PriorFrom`; ``standard`` as long as there is no earlier posterior.
         start: see :class:`PosteriorStart`.
         prior_scale: standard deviation of the standard prior.
-        kl_weight: factor on the divergence from the prior; 1 is the plain ELBO.
+        kl_weight: factor on the divergence from the prior; 1 is the plain ELBO. Earlier posteriors are narrow
+            priors, and under ``previous`` they hold a little tighter with every task, so it is less than
+            ``elbo.kl_weight``.
     """
 
     name: str = "varshare"
@@ -66,7 +68,7 @@ class VarShareMethodOptions(MethodOptions):
     prior: PriorFrom = PriorFrom.previous
     start: PosteriorStart = PosteriorStart.prior
     prior_scale: float = 1.0
-    kl_weight: float = 0.01
+    kl_weight: float = 0.001
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class VarShareMethod(Method):
 
     def __init__(self, options: VarShareMethodOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
+        alpha = 1.0 if options.alpha is None else options.alpha
+        check_positive(rank=options.rank, alpha=alpha, prior_scale=options.prior_scale)
         self.base = FrozenBase(shape, origin)
         self.scale = 1.0 if options.alpha is None else options.alpha / options.rank
         self.adapters: list[Adapter] = [] if origin is None else [dict(adapter) for adapter in origin.adapters]

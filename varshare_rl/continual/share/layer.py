@@ -169,7 +169,10 @@ class ShareLinear(nn.Module):
         a, b = (self.basis_A.cpu().float() @ own.eps_A).t(), self.basis_B.cpu().float() @ own.eps_B
         if self.temporary is not None and task_id == self.temporary_task:
             own_a, own_b = (factor.cpu().float() for factor in self.temporary.factors())
-            a, b = torch.cat([a, own_a]), torch.cat([b, own_b], dim=1)
+            if not own.eps_B.any():  # fresh coefficients, which are nothing and rest
+                a, b = own_a, own_b
+            else:
+                a, b = torch.cat([a, own_a]), torch.cat([b, own_b], dim=1)
         return LowRank(a.contiguous(), b.contiguous())
 
     def extra_repr(self) -> str:
