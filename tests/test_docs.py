@@ -8,14 +8,15 @@ from pathlib import Path
 
 import envs
 from varshare_rl.config import COMPONENTS, TrainConfig
+from varshare_rl.sequence.config import METHODS, blank_continual_config
 
 DOCS = Path(envs.__file__).resolve().parent.parent / "docs"
 
 
-def keys(options: object, prefix: str) -> set[str]:
-    """Dotted names of all options that can be set, names of components left out."""
+def keys(options: object, prefix: str, of: type | None = None) -> set[str]:
+    """Dotted names of all options that can be set, names of components left out; ``of``: those of this class."""
     found: set[str] = set()
-    for option in fields(options):  # type: ignore[arg-type]
+    for option in fields(of or options):  # type: ignore[arg-type]
         value = getattr(options, option.name)
         name = f"{prefix}{option.name}"
         if is_dataclass(value):
@@ -35,4 +36,15 @@ def test_configuration_md_has_every_key_once() -> None:
     named = [key for row in rows for key in re.findall(r"`([\w.]+)`", row)]
     single = text.partition("`network.rank`, `network.alpha`")[2].partition("belong to single")[0]
     named += ["network.rank", "network.alpha", *re.findall(r"`(network\.\w+)`", single)]
+    assert sorted(named) == sorted(expected)
+
+
+def test_continual_md_has_every_key_of_its_own_once() -> None:
+    expected = keys(blank_continual_config(), "") - keys(blank_continual_config(), "", TrainConfig)
+    for options, _ in METHODS.values():
+        expected |= keys(options(), "method.")
+    expected = (expected - {"origin", "method"}) | {"from"}
+    text = (DOCS / "continual.md").read_text().partition("## Options")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    named = [key for row in rows for key in re.findall(r"`([\w.]+)`", row)]
     assert sorted(named) == sorted(expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
 from enum import Enum
 from operator import attrgetter
@@ -295,12 +295,21 @@ def check_config(config: TrainConfig) -> None:
             for name, bounds in ranges.items()
             if hasattr(options, name)
         ]
+    check_limits(limits)
+    _check_relations(config)
+    _check_finite("", asdict(config))
+
+
+def check_limits(limits: Iterable[tuple[str, float | None, float, float | None]]) -> None:
+    """Refuse numbers outside their bounds: name, value (None: not given), least, and most (None: no bound).
+
+    Raises:
+        UserError: names the first of them.
+    """
     for name, value, least, most in limits:
         if value is not None and not (value >= least and (most is None or value <= most)):
             allowed = f"at least {least}" if most is None else f"between {least} and {most}"
             raise UserError(f"{name} is {value}; it must be {allowed}")
-    _check_relations(config)
-    _check_finite("", asdict(config))
 
 
 def _check_finite(name: str, value: Any) -> None:

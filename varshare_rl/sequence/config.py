@@ -12,7 +12,14 @@ from omegaconf import MISSING
 
 from envs.suite import Suite
 from varshare_rl.algorithms.sac import SACOptions
-from varshare_rl.config import COMPONENTS, TrainConfig, blank_config, check_config, register_components
+from varshare_rl.config import (
+    COMPONENTS,
+    TrainConfig,
+    blank_config,
+    check_config,
+    check_limits,
+    register_components,
+)
 from varshare_rl.continual.governor import CriticCarry
 from varshare_rl.continual.method import Method, MethodOptions, Origin, Shape
 from varshare_rl.continual.methods.copies import Copies, CopiesOptions
@@ -45,6 +52,21 @@ METHODS: dict[str, tuple[type[MethodOptions], type[Method]]] = {
     "varshare": (VarShareMethodOptions, VarShareMethod),
 }
 CONTINUAL_COMPONENTS = {**COMPONENTS, "method": {name: options for name, (options, _) in METHODS.items()}}
+
+#: Least and most of options that some methods have; None: no bound.
+METHOD_RANGES: dict[str, tuple[float, float | None]] = {
+    "rank": (1, None),
+    "initial_tasks": (0, None),
+    "kl_weight": (0, None),
+    "weight": (0, None),
+    "fisher_samples": (1, None),
+    "decay": (0, 1),
+    "samples_per_task": (1, None),
+    "batch": (1, None),
+    "share_per_task": (0, 1),
+    "prune_at": (0, 1),
+    "lateral": (1, None),
+}
 
 
 class TaskIds(Enum):
@@ -107,14 +129,18 @@ def check_continual_config(config: ContinualConfig) -> None:
         UserError: names the option, its value, and what is allowed.
     """
     check_config(config)
-    for name, value, least in (
-        ("repeats", config.repeats, 1),
-        ("selection_episodes", config.selection_episodes, 1),
-        ("similar_episodes", config.similar_episodes, 1),
-        ("memory_transitions", config.memory_transitions, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
+    names = ("repeats", "selection_episodes", "similar_episodes", "memory_transitions")
+    check_limits((name, getattr(config, name), 1, None) for name in names)
+    method = config.method
+    check_limits(
+        (f"method.{name}", getattr(method, name), *bounds)
+        for name, bounds in METHOD_RANGES.items()
+        if hasattr(method, name)
+    )
+    for name in ("alpha", "prior_scale", "prior_tasks", "share_per_task"):
+        value = getattr(method, name, None)
+        if value is not None and not value > 0:
+            raise UserError(f"method.{name} is {value:g}; it must be positive")
     if type(config.network) is not Shared:
         raise UserError(
             f"network={config.network.name} is for many tasks at once; here the method says what the layers are: "
