@@ -588,8 +588,12 @@ def test_a_pooled_prior_matches_moments_over_all_posteriors() -> None:
 
 def test_factors_of_another_scale_are_the_same_prior() -> None:
     agent = trained_agent(2, VarShareLoRA(rank=RANK, alpha=6.0))
-    method = VarShareMethod(replace(VARSHARE, alpha=1.0), SHAPE, origin_of(agent, 2))
+    origin = origin_of(agent, 2)
+    method = VarShareMethod(replace(VARSHARE, alpha=1.0), SHAPE, origin)
     network = method.begin(2).eval()
+    std_b = origin.spreads[1]["layers.1"][1] * 6.0  # scales of 3 and of 1/2
+    torch.testing.assert_close(network.get_buffer("layers.1.prior_std_of_mus_B"), std_b)
+    assert float(total_kl(network, 1).detach()) == pytest.approx(0.0, abs=1e-3)
     torch.testing.assert_close(network(inputs(), IDS), agent.eval()(inputs(), IDS + 1), atol=1e-5, rtol=1e-5)
 
 
