@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.base import Learner
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.data.rewards import RewardScale, reward_scaler
-from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.actor import CategoricalActor, PolicyDistribution, TanhGaussianActor
 from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.draws import PolicyDraws
 from varshare_rl.nn.parameters import shared_parameters
@@ -50,8 +50,7 @@ class GreedyPolicy:
         """``[T, E, F]`` to actions ``[T, E, ...]``."""
         agent = self.agent
         with self.draws.acting(obs.shape[1]):
-            action: Tensor = agent.actor(agent.normalizer(obs), agent.task_ids).mode()
-        return action
+            return agent.policy(agent.normalizer(obs)).mode()
 
     def observe(self, done: Tensor) -> None:
         """New episodes may get new draws."""
@@ -108,6 +107,11 @@ class ActorCritic:
         self.updates = 0
         self.resets_planned, self.resets_done, self.fraction = options.resets, 0, 0.0
         self._build = build
+
+    def policy(self, obs: Tensor) -> PolicyDistribution:
+        """The distribution over actions for normalised observations ``[T, B, F]``."""
+        distribution: PolicyDistribution = self.actor(obs, self.task_ids)
+        return distribution
 
     def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
         """The mode of the policy."""
