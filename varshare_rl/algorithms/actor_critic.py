@@ -185,11 +185,12 @@ class ActorCritic:
         return 4 * 4 * sum(parameter.numel() for module in modules for parameter in module.parameters())
 
     def policy_state(self) -> Tree:
-        """Actor, critic and observation statistics."""
+        """Actor, critic, observation statistics, and the reward statistics that values are in units of."""
         return {
             "actor": self.actor.state_dict(),
             "critic": self.critic.state_dict(),
             "normalizer": self.normalizer.state_dict(),
+            "reward_scaler": self.reward_scaler.state_dict(),
         }
 
     def load_policy_state(self, state: Tree) -> None:
@@ -197,12 +198,13 @@ class ActorCritic:
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
         self.normalizer.load_state_dict(state["normalizer"])
+        if "reward_scaler" in state:  # best checkpoints of earlier versions have none
+            self.reward_scaler.restore(state["reward_scaler"])
 
     def state(self) -> Tree:
         """Networks, steps, normalisers and the number of updates."""
         return {
             **self.policy_state(),
-            "reward_scaler": self.reward_scaler.state_dict(),
             "elbo": self.elbo.state(),
             "draws": self.draws.state(),
             "actor_step": self.actor_step.state(),
@@ -215,7 +217,6 @@ class ActorCritic:
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
         self.load_policy_state(state)
-        self.reward_scaler.restore(state["reward_scaler"])
         self.elbo.load_state(state["elbo"])
         self.draws.load_state(state["draws"])
         self.actor_step.load_state(state["actor_step"])

@@ -215,12 +215,22 @@ class SAC(ActorCritic):
             "replay": 4 * self.replay.rows.numel(),
         }
 
+    def policy_state(self) -> Tree:
+        """What every actor-critic has, and the entropy coefficients that values contain."""
+        return {**super().policy_state(), "log_alpha": self.log_alpha.detach()}
+
+    def load_policy_state(self, state: Tree) -> None:
+        """Put back what :meth:`policy_state` gave."""
+        super().load_policy_state(state)
+        if "log_alpha" in state:  # best checkpoints of earlier versions have none
+            with torch.no_grad():
+                self.log_alpha.copy_(state["log_alpha"])
+
     def state(self) -> Tree:
         """Networks, targets, optimisers, normalisers, replay and counters."""
         return {
             **super().state(),
             "target_critic": self.target_critic.state_dict(),
-            "log_alpha": self.log_alpha.detach(),
             "entropy_step": self.entropy_step.state(),
             "replay": self.replay.state(),
             "transitions_per_task": self.transitions_per_task,
@@ -231,8 +241,6 @@ class SAC(ActorCritic):
         """Put back what :meth:`state` gave."""
         super().load_state(state)
         self.target_critic.load_state_dict(state["target_critic"])
-        with torch.no_grad():
-            self.log_alpha.copy_(state["log_alpha"])
         self.entropy_step.load_state(state["entropy_step"])
         self.replay.load_state(state["replay"])
         self.transitions_per_task = state["transitions_per_task"]
