@@ -18,7 +18,7 @@ OBS_SIZE, ACTION_SIZE = 39, 4
 def learner(architecture: Architecture, num_tasks: int) -> Learner:
     """What an algorithm is built from, for one environment per task on the CPU."""
     mask = torch.ones(num_tasks, ACTION_SIZE, dtype=torch.bool)
-    problem = Problem(num_tasks, 1, OBS_SIZE, ACTION_SIZE, False, mask, torch.device("cpu"))
+    problem = Problem(num_tasks, 1, OBS_SIZE, ACTION_SIZE, False, mask, torch.device("cpu"), 500)
     elbo = ElboOptions()
     return Learner(
         problem,

@@ -179,10 +179,21 @@ class ActorCritic:
         """Actor and critic."""
         return {"actor": self.actor, "critic": self.critic}
 
-    def trained_bytes(self) -> int:
-        """Bytes of float32 parameters, their gradients and Adam's two moments."""
-        modules = self.trained_modules().values()
-        return 4 * 4 * sum(parameter.numel() for module in modules for parameter in module.parameters())
+    def common_bytes(self, vector_steps: int = 0) -> dict[str, int]:
+        """Predicted bytes of what every training holds, without what there is none of.
+
+        ``networks``: float32 parameters, their gradients and Adam's two moments; ``task gradients``: rows of
+        gradients of the shared parameters that are combined, one per task; ``draws``: of the policy's weights,
+        with ``vector_steps`` between updates.
+        """
+        modules, problem = self.trained_modules().values(), self.problem
+        steps = (self.actor_step, self.critic_step)
+        held = {
+            "networks": 4 * 4 * sum(parameter.numel() for module in modules for parameter in module.parameters()),
+            "task gradients": sum(step.reduction.memory_bytes(problem.num_tasks) for step in steps),
+            "draws": self.draws.memory_bytes(vector_steps, problem.horizon),
+        }
+        return {name: size for name, size in held.items() if size}
 
     def policy_state(self) -> Tree:
         """Actor, critic, observation statistics, and the reward statistics that values are in units of."""

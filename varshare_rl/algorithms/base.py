@@ -32,6 +32,7 @@ class Problem:
     discrete: bool
     action_mask: Tensor  # [T, A] bool
     device: torch.device
+    horizon: int  # the longest episode in steps
 
     @property
     def task_ids(self) -> Tensor:

@@ -200,12 +200,12 @@ class PPO(ActorCritic):
         return alone - value_loss.detach()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Networks with gradients and optimiser; rollout: observations, action, two floats, two flags, draws."""
+        """What every training holds; rollout: observations, action, two floats, two flags, which draws."""
         problem = self.problem
         row = 4 * (2 * problem.obs_size + 2) + (8 if problem.discrete else 4 * problem.action_size) + 2
         row += self.draws.bytes_per_step()
         return {
-            "networks": self.trained_bytes(),
+            **self.common_bytes(self.rollout.vector_steps),
             "rollout": problem.num_tasks * self.rollout.vector_steps * problem.envs_per_task * row,
         }
 

@@ -208,9 +208,9 @@ class SAC(ActorCritic):
         self.entropy_step.forget()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Networks with gradients and optimiser, target critics, replay."""
+        """What every training holds, target critics, replay."""
         return {
-            "networks": self.trained_bytes(),
+            **self.common_bytes(),
             "targets": 4 * sum(parameter.numel() for parameter in self.target_critic.parameters()),
             "replay": 4 * self.replay.rows.numel(),
         }
