@@ -41,8 +41,8 @@ def test_ratios_are_of_the_same_round() -> None:
 
 
 def test_a_dead_contender_is_named() -> None:
-    with pytest.raises(RuntimeError, match="contender 'no such' of layer died"):
-        measure("layer", ["no such"], 1, Setting(quick=True, threads=1))
+    with pytest.raises(RuntimeError, match=r"contender 'no such' of experiments\.bench\.layer died"):
+        measure("experiments.bench.layer", ["no such"], 1, Setting(quick=True, threads=1))
 
 
 def test_wrong_choices_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

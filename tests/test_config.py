@@ -78,7 +78,7 @@ def test_every_tuned_file_belongs_to_a_combination() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
-@pytest.mark.parametrize("env", ENVIRONMENTS)
+@pytest.mark.parametrize("env", [env for env in ENVIRONMENTS if env != "cw20"])  # repeats are for continual
 def test_every_environment_composes_with_every_algorithm(composed: Composer, env: str, algorithm: str) -> None:
     config = as_object(composed(f"env={env}", f"algorithm={algorithm}", *NEEDED.get(env, [])))
     check_config(config)

@@ -252,6 +252,7 @@ def test_report_explains_in_one_line(
         ("calibrate", ("run=runs/nowhere",), "runs/nowhere"),
         ("calibrate", ("run=.", "episodes=0"), "episodes is 0"),
         ("calibrate", ("run=.", "draws=1"), "draws is 1"),
+        ("calibrate", ("run=.", "checkpoint=middle"), "unknown checkpoint 'middle'"),
         ("calibrate", ("run=.", "no_such_key=1"), "no_such_key"),
     ],
 )

@@ -45,7 +45,7 @@ def observations_and_actions(agent: TrainedAgent, task: str) -> tuple[Tensor, Te
     return obs[index], agent.algorithm.evaluation_policy(32).act(obs)[index]
 
 
-@pytest.mark.parametrize("network", ["varshare_lora", "varshare", "shared", "independent"])
+@pytest.mark.parametrize("network", ["varshare_lora", "varshare", "shared", "independent", "l2_soft", "multi_head"])
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_torch_files_compute_the_actions_of_evaluation(command: Command, algorithm: str, network: str) -> None:
     agent = train(command, f"network={network}", "network.layer_norm=true", algorithm=algorithm)

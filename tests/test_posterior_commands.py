@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
+
+from varshare_rl.assemble import load_agent
+from varshare_rl.config import Device
+from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
 
 def read(path: str) -> dict[str, Any]:
@@ -67,9 +72,35 @@ def test_the_best_checkpoint_and_signal_to_noise(command: Command, run: str) -> 
     assert told["checkpoint"].startswith("best-")
     assert 0 < told["kept"] < told["units"]
     assert command("evaluate", "run=small", "episodes=1").code == 0
-    outcome = command("calibrate", "run=small", "episodes=1", "draws=2")
-    assert outcome.code == 2
-    assert "no reward statistics" in outcome.err
+    assert command("calibrate", "run=small", "episodes=1", "draws=2").code == 0
+
+
+def test_the_best_checkpoint_is_calibrated_in_its_own_units(command: Command, run: str) -> None:
+    (best,) = Path(run, "checkpoints").glob("best-*")
+    last = load_checkpoint(find_checkpoint(Path(run)))
+    state = load_checkpoint(best)
+    assert load_agent(Path(run), "best", Device.cpu).algorithm.policy_state().keys() == state["algorithm"].keys()
+    # both are of the end of the run: the same weights, and the same calibration if all it needs is there
+    torch.testing.assert_close(state["algorithm"]["actor"], last["algorithm"]["actor"], rtol=0, atol=0)
+    told = []
+    for checkpoint in ("last", "best"):
+        outcome = command("calibrate", f"run={run}", f"checkpoint={checkpoint}", "episodes=2", "draws=3")
+        assert outcome.code == 0, outcome.err
+        told.append(read("run/calibration.json"))
+        assert told[-1]["conditions"]["checkpoint"].startswith(f"{checkpoint}-")
+    assert told[0]["tasks"] == told[1]["tasks"]
+
+
+def test_a_checkpoint_without_the_units_of_its_values_is_not_calibrated(command: Command, run: str) -> None:
+    (best,) = Path(run, "checkpoints").glob("best-*")
+    state = load_checkpoint(best)
+    del state["algorithm"]["reward_scaler"]
+    save_checkpoint(Path(run), "best", state["transitions"], state)
+    assert command("prune", f"run={run}", "checkpoint=best", "out=small").code == 0
+    for arguments in ((f"run={run}", "checkpoint=best"), ("run=small",)):
+        outcome = command("calibrate", *arguments)
+        assert outcome.code == 2
+        assert "no reward statistics" in outcome.err
 
 
 def test_calibration_has_its_figures_and_repeats(command: Command, run: str) -> None:

@@ -188,6 +188,7 @@ def build_problem(suite: Suite, envs_per_task: int, device: torch.device) -> Pro
         discrete=discrete,
         action_mask=torch.from_numpy(suite.action_mask),
         device=device,
+        horizon=suite.horizon,
     )
 
 

@@ -23,9 +23,10 @@ from varshare_rl.types import UserError
 
 @dataclass
 class CalibrateConfig:
-    """Which run, how many episodes of every task, and how many draws of the weights."""
+    """Which run, which of its checkpoints (``last`` or ``best``), episodes of every task, and draws of weights."""
 
     run: str = MISSING
+    checkpoint: str = "last"
     episodes: int = 10
     draws: int = 32
     device: Device = Device.auto
@@ -41,7 +42,7 @@ def main(composed: DictConfig) -> None:
         if value < least:
             raise UserError(f"{name} is {value}; it must be at least {least}")
     run_dir = Path(options.run)
-    agent = load_agent(run_dir, "last", options.device)
+    agent = load_agent(run_dir, options.checkpoint, options.device)
     algorithm = _with_value_units(agent, run_dir)
     config, suite = agent.config, agent.suite
     seed = config.seed if options.seed is None else options.seed
@@ -82,12 +83,11 @@ def _with_value_units(agent: TrainedAgent, run_dir: Path) -> ActorCritic:
             f"{run_dir} was trained with network={agent.config.network.name}, whose critic has no posterior "
             "to check; give a run of network=varshare_lora or varshare"
         )
-    rewards = agent.state["algorithm"].get("reward_scaler")
-    if rewards is None:
+    if "reward_scaler" not in agent.state["algorithm"]:
         raise UserError(
-            f"{agent.checkpoint} has no reward statistics, which values are in units of; prune from `last`"
+            f"{agent.checkpoint} has no reward statistics, which values are in units of: it goes back to a best "
+            "checkpoint of an earlier version; give checkpoint=last, or prune from that"
         )
-    algorithm.reward_scaler.restore(rewards)
     return algorithm
 
 

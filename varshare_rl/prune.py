@@ -27,9 +27,6 @@ from varshare_rl.run.console import Console
 from varshare_rl.run.recording import Recording, record
 from varshare_rl.types import UserError
 
-#: What a pruned checkpoint keeps of an algorithm's state: its policy and the units of its values.
-KEPT_STATE = ("reward_scaler", "log_alpha")
-
 
 @dataclass
 class PruneConfig:
@@ -114,7 +111,7 @@ def write_pruned(
     """The pruned policy as a run folder of its own, with its configuration and ``pruning.json``."""
     saved = agent.state["algorithm"]
     tree = {name: agent.state[name] for name in ("transitions", "updates", "seconds")}
-    tree["algorithm"] = {**algorithm.policy_state(), **{name: saved[name] for name in KEPT_STATE if name in saved}}
+    tree["algorithm"] = {name: state for name, state in algorithm.policy_state().items() if name in saved}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

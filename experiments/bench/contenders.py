@@ -34,7 +34,7 @@ Contender = Callable[[Setting], Round]
 
 @dataclass
 class _Process:
-    """A contender at the other end of two pipes."""
+    """A contender at the other end of two pipes, of a ``module`` with a table ``CONTENDERS``."""
 
     module: str
     name: str
@@ -79,7 +79,7 @@ class _Process:
 
 
 def measure(module: str, names: Sequence[str], rounds: int, setting: Setting) -> dict[str, list[float]]:
-    """Results of ``rounds`` rounds of every contender, after one round that does not count.
+    """Results of ``rounds`` rounds of every contender of a module, after one round that does not count.
 
     Each round visits all contenders; the one that begins moves on, so that no one always follows the same.
     """
@@ -105,7 +105,7 @@ def serve(module: str, name: str, setting: Setting, answers: TextIO) -> None:
     """The contender's side: build it, then one round for every line on standard input."""
     if setting.threads:
         torch.set_num_threads(setting.threads)
-    contenders: dict[str, Contender] = importlib.import_module(f"experiments.bench.{module}").CONTENDERS
+    contenders: dict[str, Contender] = importlib.import_module(module).CONTENDERS
     work = contenders[name](setting)
     print(0.0, file=answers, flush=True)
     for _ in sys.stdin:

@@ -137,7 +137,7 @@ CONTENDERS: dict[str, Contender] = {
 
 def run(rounds: int, setting: Setting) -> list[Section]:
     """One environment per task, random actions, one episode with its resets per round."""
-    values = measure("engine", list(CONTENDERS), rounds, setting)
+    values = measure(__name__, list(CONTENDERS), rounds, setting)
     ratios = [
         Ratio("ours, fast path, 2 workers", "gymnasium async (10 processes)", Goal(3.5, at_least=True)),
         Ratio("ours, fast path, in process", "gymnasium sync", Goal(2.5, at_least=True)),

@@ -75,5 +75,5 @@ def run(rounds: int, setting: Setting) -> list[Section]:
             rows = ROLLOUT // MINIBATCHES
             title = f"PPO minibatch of {TASKS} tasks x {rows} rows, {network} {size}: combinations of gradients"
             ratios = [Ratio(name, mean) for name in names if name != mean]
-            sections.append(Section(title, "ms", measure("gradient", names, rounds, setting), ratios))
+            sections.append(Section(title, "ms", measure(__name__, names, rounds, setting), ratios))
     return sections

@@ -68,7 +68,7 @@ CONTENDERS: dict[str, Contender] = {
 
 def run(rounds: int, setting: Setting) -> list[Section]:
     """The layer of the published size."""
-    values = measure("layer", list(CONTENDERS), rounds, setting)
+    values = measure(__name__, list(CONTENDERS), rounds, setting)
     ratios = [
         Ratio("VarShareLoRALayer", "loop over tasks", Goal(0.5)),
         Ratio("VarShareLoRALayer", "nn.Linear"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varshare_rl.algorithms.base import Learner, Problem
+from varshare_rl.algorithms.base import Algorithm, Learner, Problem
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.nn import Architecture
@@ -18,7 +18,7 @@ OBS_SIZE, ACTION_SIZE = 39, 4
 def learner(architecture: Architecture, num_tasks: int) -> Learner:
     """What an algorithm is built from, for one environment per task on the CPU."""
     mask = torch.ones(num_tasks, ACTION_SIZE, dtype=torch.bool)
-    problem = Problem(num_tasks, 1, OBS_SIZE, ACTION_SIZE, False, mask, torch.device("cpu"))
+    problem = Problem(num_tasks, 1, OBS_SIZE, ACTION_SIZE, False, mask, torch.device("cpu"), 500)
     elbo = ElboOptions()
     return Learner(
         problem,
@@ -27,16 +27,16 @@ def learner(architecture: Architecture, num_tasks: int) -> Learner:
     )
 
 
-def transition(num_tasks: int, obs: Tensor, action: Tensor) -> Transition:
-    """A made-up outcome of ``action``."""
-    never = torch.zeros(num_tasks, 1, dtype=torch.bool)
-    return Transition(obs, action, torch.randn(num_tasks, 1), never, never, torch.randn_like(obs))
+def transition(obs: Tensor, action: Tensor) -> Transition:
+    """A made-up outcome of ``action`` on ``obs [T, E, F]``."""
+    never = torch.zeros(obs.shape[:2], dtype=torch.bool)
+    return Transition(obs, action, torch.randn(obs.shape[:2]), never, never, torch.randn_like(obs))
 
 
-def step(algorithm: SAC | PPO, num_tasks: int) -> None:
+def step(algorithm: Algorithm, num_tasks: int, envs_per_task: int = 1, obs_size: int = OBS_SIZE) -> None:
     """Act and observe once."""
-    obs = torch.randn(num_tasks, 1, OBS_SIZE)
-    algorithm.observe(transition(num_tasks, obs, algorithm.act(obs)))
+    obs = torch.randn(num_tasks, envs_per_task, obs_size)
+    algorithm.observe(transition(obs, algorithm.act(obs)))
 
 
 def filled_sac(architecture: Architecture, num_tasks: int, batch_per_task: int, capacity: int) -> SAC:

@@ -98,7 +98,7 @@ def run(rounds: int, setting: Setting) -> list[Section]:
     sections = []
     for prefix in ("PPO", "SAC"):
         names = [name for name in COSTS if name.startswith(prefix)]
-        values = measure("scale", names, rounds, setting)
+        values = measure(__name__, names, rounds, setting)
         ratios = [
             Ratio(name, name.replace(f" {tasks} tasks", f" {TASKS[0]} tasks"), Goal(1.2))
             for name in names
@@ -106,7 +106,7 @@ def run(rounds: int, setting: Setting) -> list[Section]:
             if name.endswith(f" {tasks} tasks")
         ]
         sections.append(Section(f"{prefix}: cost per transition at equal total batch", "us", values, ratios))
-    measured = measure("scale", list(MEMORIES), 1, setting)
+    measured = measure(__name__, list(MEMORIES), 1, setting)
     goals = {} if setting.quick else {name: Goal(1.15) for name in measured}
     sections.append(Section("Memory", "measured / predicted", measured, goals=goals))
     return sections

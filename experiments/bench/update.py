@@ -87,7 +87,7 @@ CONTENDERS: dict[str, Contender] = {
 def run(rounds: int, setting: Setting) -> list[Section]:
     """SAC at the published size, PPO at the default and the published size."""
     sac = [name for name in CONTENDERS if name.startswith("SAC")]
-    values = measure("update", sac, rounds, setting)
+    values = measure(__name__, sac, rounds, setting)
     ratios = [
         Ratio("SAC shared", "SAC straightforward", Goal(0.75)),
         Ratio("SAC shared bf16", "SAC straightforward", Goal(0.45)),
@@ -103,7 +103,7 @@ def run(rounds: int, setting: Setting) -> list[Section]:
         ratios = [Ratio(name, shared, _goal(name)) for name in names if name != shared]
         rows = TASKS * ROLLOUT // MINIBATCHES
         title = f"PPO minibatch of {rows} rows ({TASKS} tasks): {size}, its share of the value pass included"
-        sections.append(Section(title, "ms", measure("update", names, rounds, setting), ratios))
+        sections.append(Section(title, "ms", measure(__name__, names, rounds, setting), ratios))
     return sections
 
 

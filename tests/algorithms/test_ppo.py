@@ -20,6 +20,7 @@ from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.draws import Draw
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.optim.combiners import GradientOptions, Method
 from varshare_rl.optim.elbo import DrawOptions
 from varshare_rl.types import Transition
 
@@ -242,12 +243,37 @@ def test_observe_needs_an_act() -> None:
         learner.observe(transition)
 
 
+def held_draws(learner: PPO) -> int:
+    return sum(value.nbytes for values in learner.draws.values.values() for value in values)
+
+
+@pytest.mark.parametrize("horizon", [10, 7])  # of 10 vector steps
+def test_the_predicted_memory_has_draws_per_episode_and_gradients_per_task(horizon: int) -> None:
+    elbo = {"draw": DrawOptions(acting=Draw.per_episode)}
+    options = PPOOptions(rollout_transitions_per_task=10 * ENVS, epochs=1, minibatches=1)
+    _, engine, learner = build(PointMassOptions(envs_per_task=ENVS, horizon=horizon), options, **elbo)
+    for step in (learner.actor_step, learner.critic_step):
+        step.combine_by(Method.pcgrad, GradientOptions(), 8)
+    predicted, most = learner.memory_bytes(), 0
+    obs = torch.from_numpy(engine.reset())
+    for _ in range(4):
+        obs = collect(engine, learner, obs, learner.rollout.vector_steps)
+        most = max(most, held_draws(learner))
+        learner.update()
+        assert learner.memory_bytes() == predicted
+    assert predicted["draws"] == most
+    rows = sum(step.reduction.gradients._rows.nbytes for step in (learner.actor_step, learner.critic_step))
+    assert predicted["task gradients"] == rows
+
+
 @pytest.mark.parametrize("suite", SUITES)
 def test_the_predicted_memory_is_what_is_held(suite: str) -> None:
     engine, learner = make(suite)
     rollout(engine, learner)
     held = sum(field.numel() * field.element_size() for field in learner.rollout.fields.values())
     assert learner.memory_bytes()["rollout"] == held
+    assert set(learner.memory_bytes()) == {"networks", "rollout", "draws"}  # per update: one draw per task
+    assert learner.memory_bytes()["draws"] == held_draws(learner)
     learner.update()
     networks = 0
     for step in (learner.actor_step, learner.critic_step):

@@ -77,7 +77,7 @@ def test_updates_fall_due_by_transitions() -> None:
 
 def problem(mask: list[list[bool]]) -> Learner:
     tasks, actions = len(mask), len(mask[0])
-    shapes = Problem(tasks, ENVS, 4, actions, False, torch.tensor(mask), torch.device("cpu"))
+    shapes = Problem(tasks, ENVS, 4, actions, False, torch.tensor(mask), torch.device("cpu"), 100)
     options = Shared(hidden=[8])
     return Learner(shapes, lambda a, b: options.build(a, b, tasks, Posterior()), Elbo(ElboOptions(), tasks))
 

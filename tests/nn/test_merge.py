@@ -7,13 +7,17 @@ import torch
 from naive import scramble
 from torch import nn
 
-from varshare_rl.nn import Architecture, Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.config import COMPONENTS
+from varshare_rl.nn import Architecture, L2Soft, Posterior, Shared, VarShare, VarShareLoRA
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.merge import Normalize, merged, merged_policy
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.types import UserError
 
-ARCHITECTURES = {"shared": Shared, "independent": Independent, "varshare": VarShare, "varshare_lora": VarShareLoRA}
+NAMES = (
+    "shared", "independent", "varshare", "varshare_lora", "lora", "l2_soft", "task_embedding", "multi_head",
+)  # fmt: skip
+ARCHITECTURES = {name: COMPONENTS["network"][name] for name in NAMES}
 IN, OUT, TASKS = 5, 6, 4
 
 
@@ -26,7 +30,7 @@ def build(architecture: Architecture) -> nn.Module:
 @pytest.mark.parametrize("layer_norm", [False, True])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_merged_network_is_the_posterior_mean_of_its_task(name: str, layer_norm: bool) -> None:
-    network = build(ARCHITECTURES[name](hidden=[7, 6], layer_norm=layer_norm)).double()  # type: ignore[arg-type]
+    network = build(ARCHITECTURES[name](hidden=[7, 6], layer_norm=layer_norm)).double()
     x = torch.randn(TASKS, 9, IN, dtype=torch.float64)
     expected = network(x, torch.arange(TASKS))
     assert not torch.allclose(expected[0], network(x[:1], torch.tensor([1]))[0])  # tasks do differ
@@ -34,6 +38,14 @@ def test_the_merged_network_is_the_posterior_mean_of_its_task(name: str, layer_n
         plain = merged(network, task)
         assert {type(module) for module in plain} <= {nn.Linear, nn.Tanh, nn.LayerNorm}
         torch.testing.assert_close(plain(x[task]), expected[task], rtol=0, atol=1e-12)
+
+
+def test_residuals_of_full_rank_and_scaled_ones_are_folded() -> None:
+    x = torch.randn(TASKS, 9, IN)
+    for options in (L2Soft(hidden=[7], rank=None), L2Soft(hidden=[7], rank=2, alpha=6.0)):
+        network = build(options)
+        expected = network(x, torch.arange(TASKS))[2]
+        torch.testing.assert_close(merged(network, 2)(x[2]), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -77,7 +89,7 @@ def test_normalize_by_hand() -> None:
 @pytest.mark.parametrize("task", [-1, TASKS])
 def test_an_unknown_task_is_named(name: str, task: int) -> None:
     with pytest.raises(IndexError, match=f"unknown task id {task}: this network has {TASKS} tasks"):
-        merged(build(ARCHITECTURES[name](hidden=[7])), task)  # type: ignore[arg-type]
+        merged(build(ARCHITECTURES[name](hidden=[7])), task)
 
 
 def test_what_is_no_perceptron_per_task_is_refused() -> None:

@@ -14,8 +14,8 @@ from envs.pointmass import PointMassOptions
 from varshare_rl.algorithms import ppo
 from varshare_rl.algorithms.ppo import PPOOptions
 from varshare_rl.algorithms.sac import SACOptions
-from varshare_rl.nn import VarShare, VarShareLoRA
-from varshare_rl.nn.posteriors import mean_residuals, posterior_layers
+from varshare_rl.nn import VarShare, VarShareLoRA, VarShareLoRALayer
+from varshare_rl.nn.posteriors import PosteriorLayer, posterior_layers
 from varshare_rl.optim.absorption import Absorbing, AbsorbOptions, absorb_all
 
 PPO = PPOOptions(rollout_transitions_per_task=40, epochs=2, minibatches=2, target_kl=None)
@@ -119,9 +119,12 @@ def test_moments_of_factors_start_afresh_and_others_stay(kind: str) -> None:
 
 def test_target_critics_absorb_with_the_critics() -> None:
     _, made = learner(SAC, VarShareLoRA(hidden=[16], rank=2))
-    before = {
-        name: mean_residuals(layer).clone() + layer.theta for name, layer in posterior_layers(made.target_critic)
-    }
+
+    def weights(layer: PosteriorLayer) -> Tensor:
+        assert isinstance(layer, VarShareLoRALayer)
+        return layer.theta + layer.scale * (layer.mus_B @ layer.mus_A)
+
+    before = {name: weights(layer) for name, layer in posterior_layers(made.target_critic)}
     made.updates = 4
     made.finish_update(3)
     changed = 0
@@ -129,7 +132,7 @@ def test_target_critics_absorb_with_the_critics() -> None:
     for name, layer in posterior_layers(made.target_critic):
         torch.testing.assert_close(layer.mus_A, critics[name].mus_A)  # a target that was equal stays equal
         torch.testing.assert_close(layer.theta, critics[name].theta)
-        after = mean_residuals(layer) + layer.theta
+        after = weights(layer)
         assert (after - before[name]).norm() / before[name].norm() < 0.05
         changed += int(made.absorbed[f"absorb_error/critic.{name}"] > 0 or (after != before[name]).any())
     assert changed > 0

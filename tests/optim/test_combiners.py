@@ -134,9 +134,23 @@ def test_a_task_that_is_left_out_does_not_count(method: Method) -> None:
     else:
         torch.manual_seed(0)
         others = combine(method, jacobian[kept])
-        of_sum = method in (Method.pcgrad, Method.graddrop)
-        expected = others * (3 / 4 if of_sum else 1)
+        # FairGrad's weights are no shares: they depend on the others in conflict alone, not on how many there are
+        expected = others * (1 if method is Method.fairgrad else 3 / 4)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("method", [m for m in COMBINERS if m is not Method.nashmtl])
+def test_a_task_that_is_left_out_changes_nothing_for_those_it_does_not_meet(method: Method) -> None:
+    found = []
+    for bad in (1.0, float("nan")):
+        shared = nn.Parameter(torch.zeros(4))  # a part for each of four tasks
+        pair = nn.ParameterList([shared])
+        step = LossStep(pair, 0.1, 0.0)
+        step.combine_by(method, GradientOptions(), 4)
+        step((shared + 1.0) * torch.tensor([1.0, 1.0, bad, 1.0]))
+        assert shared.grad is not None
+        found.append(shared.grad[[0, 1, 3]])
+    torch.testing.assert_close(found[1], found[0])
 
 
 @pytest.mark.parametrize("method", COMBINERS)

@@ -167,6 +167,21 @@ def test_an_explosion_is_measured_by_the_running_loss() -> None:
     assert explode([*calm, NAN, 25.0], GuardOptions(False, 10.0)) == [2, 0]
 
 
+def test_a_loss_that_stays_at_a_new_level_counts_again() -> None:
+    calm, options = [2.0] * TRUSTED_AFTER, GuardOptions(explosion=10.0)
+    # 39 is 1.95 times the bound: log2(1.95) of 100 steps, the next whole one, and calm from then on
+    assert explode([*calm, *[39.0] * 97], options) == [97, 0]
+    assert explode([*calm, *[39.0] * 400], options) == [97, 0]
+    # what doubles in less than 100 steps is never caught up with
+    assert explode([*calm, *(30.0 * 2.0 ** (n / 50.0) for n in range(300))], options) == [300, 0]
+    assert explode([*calm, *[INF] * 300, 25.0], options) == [301, 0]  # what is not finite is no level
+
+
+def test_a_task_without_a_finite_loss_so_far_has_no_explosion() -> None:
+    options = GuardOptions(explosion=10.0)
+    assert explode([*[NAN] * (TRUSTED_AFTER + 10), 5.0, 5.0, 60.0], options) == [TRUSTED_AFTER + 11, 0]
+
+
 def test_the_state_goes_on() -> None:
     options = GuardOptions(explosion=10.0)
     parameter = nn.Parameter(torch.zeros(2))

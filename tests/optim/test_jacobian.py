@@ -176,6 +176,43 @@ def test_layers_before_tasks_mix_take_a_pass_per_task() -> None:
     assert again.mixed == {0, 1}
 
 
+class FarPairs(nn.Module):
+    """Of 80 tasks the first looks at the 33rd between two recorded layers, or at the 65th."""
+
+    def __init__(self, other: int) -> None:
+        super().__init__()
+        self.network = Shared(hidden=[7, 6]).build(IN, OUT, 80, Posterior())
+        self.other = other
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.network.layers
+        ids = torch.arange(len(x))
+        h = torch.tanh(first(x, ids))
+        h = h + 0.1 * (ids == 0).view(-1, 1, 1) * h[self.other]
+        for layer in rest:
+            h = layer(h, ids)
+        return h
+
+
+@pytest.mark.parametrize("other", [1, 32, 64])
+def test_no_two_tasks_are_too_far_apart_to_be_seen_mixing(other: int) -> None:
+    network = scrambled(FarPairs(other))
+    shared, _ = split(network)
+    x = torch.randn(80, BATCH, IN).double()
+    gradients = Watched(network, shared)
+    rows = gradients(network(x).square().mean((1, 2)))
+    assert gradients.mixed == {0, 1}
+    torch.testing.assert_close(rows, one_by_one(network(x).square().mean((1, 2)), shared), **EXACT)
+
+
+def test_many_tasks_that_do_not_mix_need_one_pass() -> None:
+    tasks = 200
+    network = scrambled(VarShareLoRA(hidden=[7, 6]).build(IN, OUT, tasks, Posterior()), torch.float32)
+    gradients = Watched(network, split(network)[0])
+    gradients(network(torch.randn(tasks, BATCH, IN), torch.arange(tasks)).square().mean((1, 2)))
+    assert gradients.slow == []
+
+
 def test_mixing_that_starts_later_is_found_at_the_next_look() -> None:
     network = scrambled(Mixing(0.0))
     shared, _ = split(network)

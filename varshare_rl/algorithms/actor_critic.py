@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.base import Learner
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.data.rewards import RewardScale, reward_scaler
-from varshare_rl.nn.actor import Actor
+from varshare_rl.nn.actor import Actor, PolicyDistribution
 from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.draws import Draw, PolicyDraws
 from varshare_rl.nn.parameters import shared_parameters
@@ -57,8 +57,8 @@ class GreedyPolicy:
     def act(self, obs: Tensor) -> Tensor:
         """``[T, E, F]`` to actions ``[T, E, ...]``."""
         with self.draws.acting(obs.shape[1]):
-            action: Tensor = self.actor(self.normalizer(obs), self.task_ids).mode()
-        return action
+            distribution: PolicyDistribution = self.actor(self.normalizer(obs), self.task_ids)
+            return distribution.mode()
 
     def observe(self, done: Tensor) -> None:
         """New episodes may get new draws."""
@@ -116,6 +116,11 @@ class ActorCritic:
         self.updates = 0
         self.resets_planned, self.resets_done, self.fraction = options.resets, 0, 0.0
         self._build = build
+
+    def policy(self, obs: Tensor) -> PolicyDistribution:
+        """The distribution over actions for normalised observations ``[T, B, F]``."""
+        distribution: PolicyDistribution = self.actor(obs, self.task_ids)
+        return distribution
 
     def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
         """The mode of the policy."""
@@ -193,17 +198,29 @@ class ActorCritic:
         """Actor and critic."""
         return {"actor": self.actor, "critic": self.critic}
 
-    def trained_bytes(self) -> int:
-        """Bytes of float32 parameters, their gradients and Adam's two moments."""
-        modules = self.trained_modules().values()
-        return 4 * 4 * sum(parameter.numel() for module in modules for parameter in module.parameters())
+    def common_bytes(self, vector_steps: int = 0) -> dict[str, int]:
+        """Predicted bytes of what every training holds, without what there is none of.
+
+        ``networks``: float32 parameters, their gradients and Adam's two moments; ``task gradients``: rows of
+        gradients of the shared parameters that are combined, one per task; ``draws``: of the policy's weights,
+        with ``vector_steps`` between updates.
+        """
+        modules, problem = self.trained_modules().values(), self.problem
+        steps = (self.actor_step, self.critic_step)
+        held = {
+            "networks": 4 * 4 * sum(parameter.numel() for module in modules for parameter in module.parameters()),
+            "task gradients": sum(step.reduction.memory_bytes(problem.num_tasks) for step in steps),
+            "draws": self.draws.memory_bytes(vector_steps, problem.horizon),
+        }
+        return {name: size for name, size in held.items() if size}
 
     def policy_state(self) -> Tree:
-        """Actor, critic and observation statistics."""
+        """Actor, critic, observation statistics, and the reward statistics that values are in units of."""
         return {
             "actor": self.actor.state_dict(),
             "critic": self.critic.state_dict(),
             "normalizer": self.normalizer.state_dict(),
+            "reward_scaler": self.reward_scaler.state_dict(),
         }
 
     def load_policy_state(self, state: Tree) -> None:
@@ -211,12 +228,13 @@ class ActorCritic:
         self.actor.load_state_dict(state["actor"])
         self.critic.load_state_dict(state["critic"])
         self.normalizer.load_state_dict(state["normalizer"])
+        if "reward_scaler" in state:  # best checkpoints of earlier versions have none
+            self.reward_scaler.restore(state["reward_scaler"])
 
     def state(self) -> Tree:
         """Networks, steps, normalisers and the number of updates."""
         return {
             **self.policy_state(),
-            "reward_scaler": self.reward_scaler.state_dict(),
             "elbo": self.elbo.state(),
             "draws": self.draws.state(),
             "actor_step": self.actor_step.state(),
@@ -229,7 +247,6 @@ class ActorCritic:
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
         self.load_policy_state(state)
-        self.reward_scaler.restore(state["reward_scaler"])
         self.elbo.load_state(state["elbo"])
         self.draws.load_state(state["draws"])
         self.actor_step.load_state(state["actor_step"])

@@ -32,6 +32,7 @@ class Problem:
     discrete: bool
     action_mask: Tensor  # [T, A] bool
     device: torch.device
+    horizon: int  # the longest episode in steps
 
     @property
     def task_ids(self) -> Tensor:
@@ -97,7 +98,7 @@ class Algorithm(Protocol):
         """Predicted bytes of what training holds, by what it is for."""
 
     def policy_state(self) -> Tree:
-        """What :meth:`evaluation_policy` needs."""
+        """What :meth:`evaluation_policy` needs, the critic, and what its values are in units of."""
 
     def load_policy_state(self, state: Tree) -> None:
         """Put back what :meth:`policy_state` gave."""

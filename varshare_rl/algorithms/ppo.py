@@ -79,7 +79,7 @@ class PPO(ActorCritic):
         """Sample actions under the draws of ``elbo.draw.acting``."""
         obs = self.normalizer(obs)
         with self.draws.acting(obs.shape[1]):
-            sample: Sample = self.actor(obs, self.task_ids).sample()
+            sample = self.policy(obs).sample()
         self._acted.append((obs, sample))
         return sample.action
 
@@ -170,7 +170,7 @@ class PPO(ActorCritic):
     def _update_minibatch(self, batch: dict[str, Tensor], transitions: int) -> dict[str, Tensor]:
         """One step of actor and critic on a minibatch ``[T, M]``; ``transitions`` is the ELBO's ``n_i``."""
         with self.draws.replaying(batch.get("draws")):
-            distribution = self.actor(batch["obs"], self.task_ids)
+            distribution = self.policy(batch["obs"])
         log_prob = distribution.log_prob(batch["raw_action"])
         policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], self.options.clip)
         entropy = distribution.entropy().mean(-1)
@@ -200,12 +200,12 @@ class PPO(ActorCritic):
         return alone - value_loss.detach()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Networks with gradients and optimiser; rollout: observations, action, two floats, two flags, draws."""
+        """What every training holds; rollout: observations, action, two floats, two flags, which draws."""
         problem = self.problem
         row = 4 * (2 * problem.obs_size + 2) + (8 if problem.discrete else 4 * problem.action_size) + 2
         row += self.draws.bytes_per_step()
         return {
-            "networks": self.trained_bytes(),
+            **self.common_bytes(self.rollout.vector_steps),
             "rollout": problem.num_tasks * self.rollout.vector_steps * problem.envs_per_task * row,
         }
 

@@ -12,7 +12,6 @@ from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import Learner, build_actor
 from varshare_rl.data.replay import Replay, ReplayBatch
 from varshare_rl.data.rewards import RewardScale
-from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen
 from varshare_rl.nn.stochastic import theta_only
@@ -112,8 +111,7 @@ class SAC(ActorCritic):
             uniform = torch.rand(shape, device=obs.device) * 2.0 - 1.0
             return uniform * self.problem.action_mask.to(obs.device).unsqueeze(1)
         with self.draws.acting(obs.shape[1]):
-            sample: Sample = self.actor(self.normalizer(obs), self.task_ids).sample()
-        return sample.action
+            return self.policy(self.normalizer(obs)).sample().action
 
     @torch.no_grad()
     def observe(self, transition: Transition) -> None:
@@ -175,7 +173,7 @@ class SAC(ActorCritic):
     def _update_critic(self, batch: ReplayBatch, transitions: int) -> CriticStep:
         alpha = self.log_alpha.detach().exp().unsqueeze(1)  # [T, 1]
         with torch.no_grad():
-            following = self.actor(batch.next_obs, self.task_ids).sample()
+            following = self.policy(batch.next_obs).sample()
             next_q = self.target_critic(batch.next_obs, following.action, self.task_ids).amin(0)
             next_value = next_q - alpha * self.critic.spread() * following.log_prob
             target = td_target(batch.reward, next_value, batch.terminated, self.options.discount)
@@ -194,7 +192,7 @@ class SAC(ActorCritic):
     def _update_actor(self, batch: ReplayBatch, transitions: int) -> tuple[Tensor, Tensor, Tensor]:
         """Returns the loss, the log-probability per task ``[T]`` and the gradient norm."""
         alpha = self.log_alpha.detach().exp().unsqueeze(1)
-        sample = self.actor(batch.obs, self.task_ids).sample()
+        sample = self.policy(batch.obs).sample()
         with frozen(self.critic):  # a fixed function here: skip its weight gradients
             q = self.critic(batch.obs, sample.action, self.task_ids).amin(0)
         losses = (alpha * sample.log_prob - q / self.critic.spread()).mean(-1)
@@ -210,19 +208,29 @@ class SAC(ActorCritic):
         self.entropy_step.forget()
 
     def memory_bytes(self) -> dict[str, int]:
-        """Networks with gradients and optimiser, target critics, replay."""
+        """What every training holds, target critics, replay."""
         return {
-            "networks": self.trained_bytes(),
+            **self.common_bytes(),
             "targets": 4 * sum(parameter.numel() for parameter in self.target_critic.parameters()),
             "replay": 4 * self.replay.rows.numel(),
         }
+
+    def policy_state(self) -> Tree:
+        """What every actor-critic has, and the entropy coefficients that values contain."""
+        return {**super().policy_state(), "log_alpha": self.log_alpha.detach()}
+
+    def load_policy_state(self, state: Tree) -> None:
+        """Put back what :meth:`policy_state` gave."""
+        super().load_policy_state(state)
+        if "log_alpha" in state:  # best checkpoints of earlier versions have none
+            with torch.no_grad():
+                self.log_alpha.copy_(state["log_alpha"])
 
     def state(self) -> Tree:
         """Networks, targets, optimisers, normalisers, replay and counters."""
         return {
             **super().state(),
             "target_critic": self.target_critic.state_dict(),
-            "log_alpha": self.log_alpha.detach(),
             "entropy_step": self.entropy_step.state(),
             "replay": self.replay.state(),
             "transitions_per_task": self.transitions_per_task,
@@ -233,8 +241,6 @@ class SAC(ActorCritic):
         """Put back what :meth:`state` gave."""
         super().load_state(state)
         self.target_critic.load_state_dict(state["target_critic"])
-        with torch.no_grad():
-            self.log_alpha.copy_(state["log_alpha"])
         self.entropy_step.load_state(state["entropy_step"])
         self.replay.load_state(state["replay"])
         self.transitions_per_task = state["transitions_per_task"]

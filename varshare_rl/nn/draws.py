@@ -109,6 +109,17 @@ class PolicyDraws:
         sizes = {Draw.per_episode: 8, Draw.per_step: 4 * self._row_size()}
         return sizes.get(self.mode, 0) if self.recorded else 0
 
+    def memory_bytes(self, vector_steps: int, horizon: int) -> int:
+        """Predicted bytes of the draws that are held after so many vector steps without :meth:`renew`.
+
+        For episodes of ``horizon`` steps; recorded, every episode that ends sooner adds a draw to them.
+        """
+        one = sum(value[0].nbytes for values in self.values.values() for value in values)
+        if self.mode is not Draw.per_episode:
+            return one * self.shape[0]  # there are none unless they are per update
+        kept = 1 + -(-vector_steps // horizon) if self.recorded else 1
+        return one * self.index.numel() * kept
+
     def state(self) -> Tree:
         """All draws that are held."""
         return {

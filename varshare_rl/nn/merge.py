@@ -7,24 +7,35 @@ posterior mean is an ordinary multilayer perceptron, which needs nothing of this
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.independent import IndependentLayer
+from varshare_rl.nn.l2_soft import L2SoftLayer
 from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.residual import ResidualLayer
 from varshare_rl.nn.shared import SharedLayer
+from varshare_rl.nn.task_embedding import TaskEmbeddingLayer
 from varshare_rl.nn.varshare import VarShareLayer
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
-from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.ops.activations import ACTIVATIONS, LEAKY_SLOPE
 from varshare_rl.types import UserError
 
 #: Weight ``[G, F]`` and bias ``[G]``.
 WeightBias = tuple[Tensor, Tensor | None]
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "silu": nn.SiLU, "elu": nn.ELU}
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "tanh": nn.Tanh,
+    "silu": nn.SiLU,
+    "elu": nn.ELU,
+    "leaky_relu": partial(nn.LeakyReLU, LEAKY_SLOPE),
+}
 #: Logit of a choice that the task does not have, as in ``ops.policy.masked_logits``.
 _NEVER = -1e8
 
@@ -61,8 +72,9 @@ class Choose(nn.Module):
 def merged(network: nn.Module, task: int) -> nn.Sequential:
     """What ``network`` computes for ``task`` on the posterior mean, as a plain network; parameters are copies.
 
-    ``W_i`` is folded: ``theta + (alpha / r) mu_B mu_A`` for VarShare-LoRA, ``theta + mu`` for VarShare, the
-    task's column of ``theta`` in the bias for a one-hot input, the task's own weight for independent networks.
+    ``W_i`` is folded: ``theta + (alpha / r) mu_B mu_A`` for VarShare-LoRA, ``theta + mu`` for VarShare, the same
+    with the residuals themselves for LoRA and L2-soft, what a one-hot or an embedding adds in the bias, the task's
+    own weight for independent networks and heads.
 
     Raises:
         IndexError: an unknown task id.
@@ -117,7 +129,8 @@ def plain_network(network: nn.Module, weights: Callable[[nn.Module], WeightBias]
     if type(network) is not TaskMLP:
         raise UserError(
             f"a {type(network).__name__} has no plain form: only networks that are a multilayer perceptron for "
-            "each task have one (network=varshare_lora, varshare, shared or independent)"
+            "each task have one (network=varshare_lora, varshare, l2_soft, lora, shared, task_embedding, "
+            "multi_head or independent)"
         )
     names = {function: name for name, function in ACTIVATIONS.items()}
     activation = _ACTIVATIONS.get(names.get(network.activation, ""))
@@ -159,6 +172,17 @@ def _independent(layer: IndependentLayer, task: int) -> WeightBias:
     return layer.weights[task], layer.biases[task]
 
 
+def _task_embedding(layer: TaskEmbeddingLayer, task: int) -> WeightBias:
+    size = layer.in_features
+    return layer.theta[:, :size], layer.bias + layer.theta[:, size:] @ F.normalize(layer.embeddings[task], dim=-1)
+
+
+def _residual(layer: ResidualLayer, task: int) -> WeightBias:
+    if layer.rank is None:
+        return layer.theta + layer.residuals[task], layer.bias
+    return torch.addmm(layer.theta, layer.factors_B[task], layer.factors_A[task], alpha=layer.scale), layer.bias
+
+
 def _varshare(layer: VarShareLayer, task: int) -> WeightBias:
     return layer.theta + layer.mus[task], layer.bias
 
@@ -171,6 +195,9 @@ def _varshare_lora(layer: VarShareLoRALayer, task: int) -> WeightBias:
 _MEAN_WEIGHTS: dict[type[nn.Module], Callable[[Any, int], WeightBias]] = {
     SharedLayer: _shared,
     IndependentLayer: _independent,
+    TaskEmbeddingLayer: _task_embedding,
+    ResidualLayer: _residual,
+    L2SoftLayer: _residual,
     VarShareLayer: _varshare,
     VarShareLoRALayer: _varshare_lora,
 }

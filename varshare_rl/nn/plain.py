@@ -36,6 +36,7 @@ _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "Tanh": (nn.Tanh, ()),
     "SiLU": (nn.SiLU, ()),
     "ELU": (nn.ELU, ("alpha",)),
+    "LeakyReLU": (nn.LeakyReLU, ("negative_slope",)),
     "Normalize": (_normalize, ("size", "clip")),
     "Choose": (Choose, ()),
 }

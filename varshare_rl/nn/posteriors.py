@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import nn
 
 from varshare_rl.nn.varshare import VarShareLayer
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
@@ -17,10 +17,3 @@ def posterior_layers(module: nn.Module) -> Iterator[tuple[str, PosteriorLayer]]:
     for name, child in module.named_modules():
         if isinstance(child, VarShareLoRALayer | VarShareLayer):
             yield name, child
-
-
-def mean_residuals(layer: PosteriorLayer) -> Tensor:
-    """Mean residuals built in full, ``[T, G, F]``: for reports, not for training."""
-    if isinstance(layer, VarShareLayer):
-        return layer.mus
-    return layer.scale * (layer.mus_B @ layer.mus_A)

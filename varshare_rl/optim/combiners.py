@@ -122,7 +122,9 @@ class GramianCombiner:
         weighting: ``G`` to ``w [T]``, on the CPU.
         of_sum: the method replaces the sum of the gradients rather than their mean (PCGrad, GradVac): it is
             divided by ``T``, so that it equals the mean where nothing conflicts.
-        degree: ``d``; None: the weighting needs ``G`` as it is.
+        degree: ``d``; None: the weighting needs ``G`` as it is. Weights of degree 0 that do not replace the sum are
+            shares of a mean: of ``n`` tasks out of ``T`` they are multiplied by ``n / T``, so that leaving a task
+            out takes its part away and leaves those of the others as they are.
         memory: what the weighting remembers. It does so per task and cannot be asked about some of them, so
             while a task is left out the others are averaged.
     """
@@ -145,11 +147,13 @@ class GramianCombiner:
         index = torch.arange(tasks) if kept is None else kept.cpu().nonzero().squeeze(1)
         if self.degree is not None:
             gramian = gramian / scale
-        found = self.weighting(gramian[index][:, index])
+        found = self.weighting(gramian[index][:, index]).double()
         if self.degree:
             found = found * scale**-self.degree
+        if not self.of_sum:  # the rows have 1 / T in them
+            found = found * (len(index) if self.degree == 0.0 else tasks)
         weights = torch.zeros(tasks, dtype=torch.float64)
-        weights[index] = found.double() if self.of_sum else found.double() * tasks
+        weights[index] = found
         return weights.to(rows) @ rows
 
     def forget(self) -> None:

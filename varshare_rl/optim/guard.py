@@ -15,6 +15,8 @@ from varshare_rl.types import Tree
 #: Steps before a task's running loss is trusted as a measure of an explosion.
 TRUSTED_AFTER = 100
 _AVERAGE = 0.99
+#: Factor on the running loss in a step that leaves the task out: twofold in 100 steps.
+_FOLLOW = 2.0**0.01
 
 
 @dataclass
@@ -32,7 +34,9 @@ class Guard:
     dropped whole, on the device, until :meth:`look` has found out; then steps look until all is well again.
 
     With ``explosion = k`` a task is left out where ``|loss| > k m`` with ``m`` the running average of its
-    ``|loss|`` (decay 0.99, steps that were left out not counted), from the 101st step on.
+    ``|loss|`` (decay 0.99), from the 101st step on. A loss that was left out is not averaged: it doubles ``m`` in
+    100 steps instead, however large it is. So what stays at ``j > k`` times the old level counts again after
+    ``100 log2(j / k)`` steps, and what grows faster than that does not.
     """
 
     def __init__(self, options: GuardOptions) -> None:
@@ -93,12 +97,14 @@ class Guard:
         if not self.options.explosion:
             return kept
         size = losses.abs()
-        if self._average is None:
-            self._average = torch.where(kept, size, 0.0)
+        average = torch.zeros_like(size) if self._average is None else self._average
+        new = average == 0.0  # nothing but losses that are not finite so far
         self._steps += 1
         if self._steps > TRUSTED_AFTER:
-            kept = kept & (size <= self.options.explosion * self._average)
-        self._average = torch.where(kept, torch.lerp(size, self._average, _AVERAGE), self._average)
+            kept = kept & ((size <= self.options.explosion * average) | new)
+        taken = torch.where(new, size, torch.lerp(size, average, _AVERAGE))
+        missed = torch.where(torch.isfinite(size), average * _FOLLOW, average)
+        self._average = torch.where(kept, taken, missed)
         return kept
 
     def state(self) -> Tree:

@@ -23,7 +23,8 @@ class TaskGradients:
     another way, too, gets its rows from ``T`` backward passes instead, as does one whose recorded rows are
     reached by the losses of several tasks. The first is seen in every step: the recorded part does not arrive in
     ``grad``, so whatever is there came another way. The second is looked for in steps 1, 2, 4, 8, ...: a second
-    pass weighs the losses by powers of 2, and a row that depends on its own loss alone is multiplied by its own.
+    pass weighs the losses, every one otherwise, and a row that depends on its own loss alone is multiplied by its
+    own weight.
 
     Args:
         trained: the module whose layers are to record; None: nothing records.
@@ -91,7 +92,7 @@ class TaskGradients:
         """Note the parameters some of whose recorded rows depend on another task's loss."""
         if len(losses) == 1 or not self.recorder.written:
             return
-        weights = torch.exp2(torch.arange(len(losses), device=losses.device, dtype=losses.dtype) % 32 - 16)
+        weights = _different(len(losses)).to(losses)
         again = torch.zeros_like(rows)
         recorded = [index for index, p in enumerate(self.shared) if id(p) in self.recorder.written]
         rows_by_id = {id(p): view for p, view in zip(self.shared, self.views(again), strict=True)}
@@ -114,3 +115,10 @@ class TaskGradients:
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state` gave."""
         self.steps, self.mixed = state["steps"], set(state["mixed"])
+
+
+def _different(tasks: int) -> Tensor:
+    """A weight for each task, no two alike: powers of 2, and from the 33rd task on what lies between them."""
+    index = torch.arange(tasks, dtype=torch.float64)
+    between = (index // 32) / (tasks // 32 + 1)  # in [0, 1)
+    return torch.exp2(index % 32 - 16) * (1.0 + between)

@@ -28,6 +28,9 @@ class Reduction(Protocol):
     def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         """``kept [T]`` bool: the tasks that count. The others' losses are 0, without a gradient."""
 
+    def memory_bytes(self, num_tasks: int) -> int:
+        """Predicted bytes of the gradients per task that it keeps; a look for mixing takes as much for a moment."""
+
     def forget(self) -> None:
         """Remember nothing, as at the start."""
 
@@ -45,6 +48,9 @@ class MeanReduction:
 
     def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         torch.autograd.backward(losses.mean())
+
+    def memory_bytes(self, num_tasks: int) -> int:
+        return 0
 
     def forget(self) -> None:
         pass
@@ -80,6 +86,9 @@ class TemperatureReduction:
             if parameter.grad is not None:
                 parameter.grad.mul_(back.view(-1, *[1] * (parameter.dim() - 1)))
 
+    def memory_bytes(self, num_tasks: int) -> int:
+        return 0
+
     def forget(self) -> None:
         pass
 
@@ -108,6 +117,9 @@ class JacobianReduction:
         for index, gradient in enumerate(self.gradients.views(combined)):
             if index in reached:
                 self.gradients.shared[index].grad = gradient
+
+    def memory_bytes(self, num_tasks: int) -> int:
+        return 0 if num_tasks == 1 else num_tasks * sum(parameter.nbytes for parameter in self.gradients.shared)
 
     def forget(self) -> None:
         self.combiner.forget()

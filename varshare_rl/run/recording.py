@@ -56,12 +56,12 @@ def record(algorithm: ActorCritic, engine: VectorEngine, episodes: int) -> Recor
     with posterior_mean(algorithm.actor):
         while (episode < episodes).any():
             seen = algorithm.normalizer(torch.from_numpy(obs).to(device))
-            sample: Sample = algorithm.actor(seen, algorithm.task_ids).sample()
+            sample = algorithm.policy(seen).sample()
             step = engine.step(sample.action.cpu().numpy())
             following = algorithm.normalizer(torch.from_numpy(step.next_obs).to(device))
             after = Sample(*(torch.zeros_like(part) for part in sample))
             if step.truncated.any():
-                after = algorithm.actor(following, algorithm.task_ids).sample()
+                after = algorithm.policy(following).sample()
             truncated = torch.from_numpy(step.truncated)
             kept = (
                 seen,
