@@ -4,7 +4,7 @@ A second, private copy of the package's environment modules is imported, and a f
 exchanged for quicker ones that do the same arithmetic in the same order; the package that everyone else
 imports stays untouched. Nothing here is specific to a task:
 
-- MuJoCo's accessors by name are looked up once, not at every step;
+- MuJoCo's accessors by name and the arrays that they show are looked up once, not at every step;
 - ``tolerance``, ``norm`` and the quaternion of a rotation matrix are computed on scalars;
 - the observation is written into one array;
 - ``mj_rnePostConstraint`` is left out, and placing sites before ``mj_forward``, which places them again;
@@ -23,7 +23,7 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,15 @@ from typing import Any
 import mujoco
 import numpy as np
 import numpy.typing as npt
+from numpy._core import umath
 
-from envs.metaworld_math import Quaternion, make_norm, make_tolerance, quaternions_agree
+from envs.metaworld_math import Quaternion, make_hstack, make_norm, make_tolerance, quaternions_agree
 from envs.slots import Array, Episode
 
 CHECKED_VERSION = "3.1.1"
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+_UPRIGHT = np.array([1.0, 0.0, 1.0, 0.0])
+_clip = umath.clip  # type: ignore[attr-defined]  # what ``ndarray.clip`` calls in the end
 
 
 @functools.cache
@@ -108,7 +111,7 @@ def _import_private_copy() -> dict[str, types.ModuleType]:
 
 
 def _numpy_with(norm: Any) -> types.ModuleType:
-    """A stand-in for the module ``numpy`` that differs in ``linalg.norm`` alone."""
+    """A stand-in for the module ``numpy`` that differs in ``linalg.norm`` and ``hstack`` alone."""
 
     def stand_in(module: types.ModuleType) -> types.ModuleType:
         made = types.ModuleType(module.__name__)
@@ -118,7 +121,30 @@ def _numpy_with(norm: Any) -> types.ModuleType:
     numpy, linalg = stand_in(np), stand_in(np.linalg)
     linalg.__dict__["norm"] = norm
     numpy.__dict__["linalg"] = linalg
+    numpy.__dict__["hstack"] = make_hstack()
     return numpy
+
+
+class _Views:
+    """Stands for an accessor by name: what it shows of MuJoCo's memory is looked up once.
+
+    Arrays that are views into that memory always show its present content; they are kept. So are the ids.
+    """
+
+    def __init__(self, accessor: Any) -> None:
+        self._accessor = accessor
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._accessor, name)
+        if isinstance(value, int) or (isinstance(value, np.ndarray) and _is_view(value)):
+            self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_accessor":
+            self.__dict__[name] = value
+        else:
+            setattr(self._accessor, name, value)
 
 
 class _NamedData:
@@ -126,13 +152,33 @@ class _NamedData:
 
     def __init__(self, data: Any) -> None:
         self._data = data
-        self.body = functools.cache(data.body)
-        self.site = functools.cache(data.site)
-        self.geom = functools.cache(data.geom)
-        self.joint = functools.cache(data.joint)
+        self.body, self.site, self.geom, self.joint = (
+            functools.cache(_viewing(accessor)) for accessor in (data.body, data.site, data.geom, data.joint)
+        )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._data, name)
+
+
+def _viewing(accessor: Callable[..., Any]) -> Callable[..., _Views]:
+    return lambda *name: _Views(accessor(*name))
+
+
+@dataclass(frozen=True)
+class _StepViews:
+    """What every step reads and writes, as views into MuJoCo's memory."""
+
+    mocap_pos: Array
+    mocap_quat: Array
+    ctrl: Array
+    hand: Array
+    right_claw: Array
+    left_claw: Array
+
+    @staticmethod
+    def of(data: Any) -> _StepViews:
+        places = (data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw"))
+        return _StepViews(data.mocap_pos, data.mocap_quat, data.ctrl, *places)
 
 
 class _SharedModel:
@@ -177,6 +223,7 @@ def _initialize_simulation(self: Any) -> tuple[Any, Any]:
     size = model.vis.global_
     size.offwidth, size.offheight = max(size.offwidth, self.width), max(size.offheight, self.height)
     self.real_data = mujoco.MjData(model)
+    self.step_views = _StepViews.of(self.real_data)
     return model, self.real_data
 
 
@@ -186,10 +233,10 @@ def _step_mujoco_simulation(self: Any, ctrl: Any, n_frames: int) -> None:
 
 
 def _get_curr_obs_combined_no_goal(self: Any) -> Array:
-    data = self.data
+    views = self.step_views
     obs = np.zeros(18)
-    obs[:3] = data.body("hand").xpos
-    apart = data.body("rightclaw").xpos - data.body("leftclaw").xpos
+    obs[:3] = views.hand
+    apart = views.right_claw - views.left_claw
     obs[3] = min(max(np.sqrt(apart.dot(apart)) / 0.1, 0.0), 1.0)
     position, quaternion = self._get_pos_objects(), self._get_quat_objects()
     obs[4:7] = position[:3]
@@ -215,14 +262,15 @@ def touching_object(self: Any, object_geom_id: int) -> bool:
 
 
 def step(self: Any, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
-    model, data = self.model, self.real_data
-    position = data.mocap_pos
-    position += (action[:3].clip(-1, 1) * self.action_scale)[None]
-    position.clip(self.mocap_low, self.mocap_high, out=position)
-    data.mocap_quat[:] = (1, 0, 1, 0)
+    model, data, views = self.model, self.real_data, self.step_views
+    position = views.mocap_pos
+    position += _clip(action[:3], -1, 1) * self.action_scale
+    _clip(position, self.mocap_low, self.mocap_high, position)
+    views.mocap_quat[:] = _UPRIGHT
     if self.curr_path_length >= self.max_path_length:
         raise ValueError("the episode is over: reset first")
-    data.ctrl[:] = (action[-1], -action[-1])
+    grip = action[-1]
+    views.ctrl[0], views.ctrl[1] = grip, -grip
     mujoco.mj_step(model, data, nstep=self.frame_skip)
     self.curr_path_length += 1
     mujoco.mj_forward(model, data)
@@ -231,7 +279,7 @@ def step(self: Any, action: Array) -> tuple[Array, float, bool, bool, dict[str, 
     obs[:18], obs[18:36], obs[36:] = current, self._prev_obs, self._get_pos_goal()
     self._prev_obs = current
     space = self.sawyer_observation_space
-    obs.clip(space.low, space.high, out=obs)
+    _clip(obs, space.low, space.high, obs)
     reward, info = self.evaluate_state(obs, action)
     return obs, reward, False, self.curr_path_length == self.max_path_length, info
 

@@ -139,46 +139,52 @@ def _aligned(size: int) -> int:
 
 
 class Slot:
-    """One environment with autoreset and a record of the actions since its last reset."""
+    """One environment with autoreset and a record of the actions since its last reset.
 
-    def __init__(self, env: TaskEnv, spec: EngineSpec, index: int) -> None:
+    Its rows of the buffers are looked up once: what is written to them is there for everyone.
+    """
+
+    def __init__(self, env: TaskEnv, spec: EngineSpec, index: int, buffers: Buffers) -> None:
         self.env = env
         self.spec = spec
         self.index = index
         self.episode = 0
         self.actions: list[Array] = []
+        self._action = buffers.actions[index : index + 1]  # a row stays a view, also where it is one number
+        self._obs, self._next_obs, self._flags = (
+            part[index] for part in (buffers.obs, buffers.next_obs, buffers.flags)
+        )
+        self._reward = buffers.reward[index : index + 1]
 
-    def begin(self, episode: int, buffers: Buffers) -> None:
+    def begin(self, episode: int) -> None:
         """Start episode number ``episode`` and write its first observation."""
         self.episode = episode
         self.actions = []
-        buffers.obs[self.index] = self.env.reset(self.spec.episode(self.index, episode))
+        self._obs[:] = self.env.reset(self.spec.episode(self.index, episode))
 
-    def step(self, buffers: Buffers) -> None:
+    def step(self) -> None:
         """Do the action in the buffers; at an episode's end begin the next one at once."""
-        i = self.index
-        action = buffers.actions[i].copy()
-        obs, reward, terminated, truncated, success = self.env.step(action)
-        buffers.next_obs[i] = obs
-        buffers.reward[i] = reward
-        buffers.flags[i] = (terminated, truncated and not terminated, success)
+        action = self._action[0].copy()
+        self._next_obs[:], self._reward[0], terminated, truncated, success = self.env.step(action)
+        flags = self._flags
+        flags[0], flags[1], flags[2] = terminated, truncated and not terminated, success
         if terminated or truncated:
-            self.begin(self.episode + 1, buffers)
+            self.begin(self.episode + 1)
         else:
             self.actions.append(action)
-            buffers.obs[i] = buffers.next_obs[i]
+            self._obs[:] = self._next_obs
 
-    def state(self, buffers: Buffers) -> State:
+    def state(self) -> State:
         shape = (len(self.actions), *self.spec.action_shape)
         actions = np.array(self.actions, dtype=self.spec.action_dtype).reshape(shape)
-        return {"episode": self.episode, "actions": actions, "obs": buffers.obs[self.index].copy()}
+        return {"episode": self.episode, "actions": actions, "obs": self._obs.copy()}
 
-    def load_state(self, state: State, buffers: Buffers) -> None:
-        self.begin(int(state["episode"]), buffers)
+    def load_state(self, state: State) -> None:
+        self.begin(int(state["episode"]))
         for action in np.asarray(state["actions"], dtype=self.spec.action_dtype):
             self.actions.append(action.copy())
-            buffers.obs[self.index] = self.env.step(self.actions[-1])[0]
-        if not np.array_equal(buffers.obs[self.index], state["obs"], equal_nan=True):
+            self._obs[:] = self.env.step(self.actions[-1])[0]
+        if not np.array_equal(self._obs, state["obs"], equal_nan=True):
             raise SuiteError(
                 f"replaying task {self.index // self.spec.envs_per_task} does not lead back to its saved "
                 "observation: it is not deterministic, or its package or machine changed; resume with the "
@@ -190,24 +196,23 @@ class Chunk:
     """A contiguous range of slots, stepped one after the other in one process."""
 
     def __init__(self, factory: TaskEnvFactory, spec: EngineSpec, start: int, stop: int, buffers: Buffers) -> None:
-        self.buffers = buffers
-        self.slots = [Slot(factory(i // spec.envs_per_task), spec, i) for i in range(start, stop)]
+        self.slots = [Slot(factory(i // spec.envs_per_task), spec, i, buffers) for i in range(start, stop)]
 
     def reset(self) -> None:
-        self._each(lambda slot: slot.begin(0, self.buffers))
+        self._each(lambda slot: slot.begin(0))
 
     def step(self, first: int, last: int) -> None:
         """Step the environments ``first <= e < last`` of every task in the chunk."""
         for slot in self.slots:
             if first <= slot.index % slot.spec.envs_per_task < last:
-                self._do(slot, lambda slot: slot.step(self.buffers))
+                self._do(slot, Slot.step)
 
     def state(self) -> list[State]:
-        return [slot.state(self.buffers) for slot in self.slots]
+        return [slot.state() for slot in self.slots]
 
     def load_state(self, states: list[State]) -> None:
         by_index = {slot.index: state for slot, state in zip(self.slots, states, strict=True)}
-        self._each(lambda slot: slot.load_state(by_index[slot.index], self.buffers))
+        self._each(lambda slot: slot.load_state(by_index[slot.index]))
 
     def close(self) -> None:
         for slot in self.slots:

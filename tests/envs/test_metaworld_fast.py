@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 from envs import metaworld_fast
 from envs.metaworld import MetaWorldEnv, MetaWorldOptions, MetaWorldSuite, make_goals
 from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
-from envs.metaworld_math import Quaternion, make_norm, make_tolerance
+from envs.metaworld_math import Quaternion, make_hstack, make_norm, make_tolerance
 from envs.slots import Episode
 
 #: Between them: every kind of observation, the contact force, quaternions, stale first observations.
@@ -196,3 +196,34 @@ def test_norm_is_numpys() -> None:
             assert type(one) is type(other)
         assert norm(x, ord=1) == np.linalg.norm(x, ord=1)
         assert norm(np.outer(x, x), axis=0).shape == (size,)
+
+
+def test_hstack_is_numpys() -> None:
+    hstack, one, other = make_hstack(), np.float64(0.1), np.float64(-3.0)
+    cases: list[Any] = [
+        (one, other),
+        (one, 2.0),
+        [one, other],
+        (np.ones(2), one),
+        (np.ones((2, 1)), np.zeros((2, 3))),
+    ]
+    for parts in cases:
+        mine, theirs = hstack(parts), np.hstack(parts)
+        np.testing.assert_array_equal(mine, theirs)
+        assert mine.dtype == theirs.dtype
+
+
+def test_views_show_the_present_and_take_what_is_set() -> None:
+    goals = make_goals(("drawer-open-v3",), 0, 2, False)[0]
+    env = FastMetaWorldEnv("drawer-open-v3", goals, 10)
+    env.reset(Episode(np.random.SeedSequence(0), 0))
+    named, real = env._env.data, env._env.real_data
+    hand = named.body("hand").xpos
+    before = hand.copy()
+    env.step(np.array([1.0, 1.0, -1.0, 0.0], dtype=np.float32))
+    assert named.body("hand").xpos is hand
+    np.testing.assert_array_equal(hand, real.body("hand").xpos)
+    assert not np.array_equal(hand, before)
+    named.site("goal").xpos = np.array([1.0, 2.0, 3.0])
+    np.testing.assert_array_equal(real.site("goal").xpos, [1.0, 2.0, 3.0])
+    assert named.body("hand").id == real.body("hand").id
