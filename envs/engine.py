@@ -14,7 +14,7 @@ import numpy.typing as npt
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import FloatArray, State, Step, SuiteError, check_identity
 from envs.turns import Turns
-from envs.workers import RESET, STATE, STEP, STEP_RANGE, WorkerPool, can_use_workers
+from envs.workers import RESET, STATE, STEP, STEP_RANGE, WorkerPool, Workers, can_use_workers
 
 #: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
 _MIN_WORK_SECONDS = 2e-4
@@ -56,7 +56,8 @@ class SlotEngine:
     """Steps one environment per slot, in this process or in workers (``envs.suite.VectorEngine``).
 
     Episode ``j`` of a slot depends on the seed, the task, the slot and ``j`` alone (see
-    ``EngineSpec.episode``), never on the number of workers.
+    ``EngineSpec.episode``), never on the number of workers. Engines that are given the same ``processes`` share
+    them.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class SlotEngine:
         evaluation: bool,
         workers: int,
         step_seconds: float,
+        processes: Workers | None = None,
     ) -> None:
         if envs_per_task < 1:
             raise SuiteError(f"envs_per_task={envs_per_task} is not possible: it must be at least 1")
@@ -92,7 +94,7 @@ class SlotEngine:
         self._pool: WorkerPool | None = None
         self._chunk: Chunk | None = None
         if self.workers > 1:
-            self._pool = WorkerPool(factory, self.spec, self.workers)
+            self._pool = (processes or Workers()).open(factory, self.spec, self.workers)
             self._buffers = self._pool.buffers
         else:
             self._buffers = Buffers.over(self.spec, bytearray(Buffers.size(self.spec)))

@@ -20,6 +20,7 @@ from gymnasium.spaces import Box, Discrete
 from envs.engine import SlotEngine
 from envs.slots import Array, Episode
 from envs.suite import BoolArray, SuiteError
+from envs.workers import Workers
 
 #: One step of one environment, roughly.
 _STEP_SECONDS = 5e-5
@@ -167,6 +168,7 @@ class GymnasiumSuite:
         longest = max(size.observation for size in sizes)
         self.observation_space: Box = Box(-np.inf, np.inf, (longest,), np.float32)
         self.factory = GymnasiumFactory(ids, kwargs, tuple(size.horizon for size in sizes), longest)
+        self._workers = Workers()
 
     @property
     def conditions(self) -> Mapping[str, str | int | float | bool | None]:
@@ -192,6 +194,7 @@ class GymnasiumSuite:
             evaluation=evaluation,
             workers=self.options.workers,
             step_seconds=_STEP_SECONDS,
+            processes=self._workers,
         )
 
 

@@ -16,6 +16,7 @@ from envs.engine import SlotEngine
 from envs.gymnasium_suite import GymnasiumFactory, GymnasiumOptions, GymnasiumSuite
 from envs.slots import Array, Episode, TaskEnv
 from envs.suite import SuiteError
+from envs.workers import Workers
 
 SOLVED_RETURN = 200.0
 #: One step of one environment, roughly.
@@ -100,6 +101,7 @@ class LunarLanderSuite:
         self.action_space: Box | Discrete = self._inner.action_space
         self.action_mask = self._inner.action_mask
         self.horizon = self._inner.horizon
+        self._workers = Workers()
 
     @property
     def conditions(self) -> Mapping[str, str | int | float | bool | None]:
@@ -125,4 +127,5 @@ class LunarLanderSuite:
             evaluation=evaluation,
             workers=self.options.workers,
             step_seconds=_STEP_SECONDS,
+            processes=self._workers,
         )

@@ -26,6 +26,7 @@ from envs.engine import SlotEngine
 from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, forget_models, is_supported
 from envs.slots import Array, Episode, TaskEnv
 from envs.suite import BoolArray, SuiteError
+from envs.workers import Workers
 
 _OBSERVATION_SIZE = 39
 _ACTION_SIZE = 4
@@ -188,6 +189,7 @@ class MetaWorldSuite:
         self.name = options.benchmark or options.name
         self.options = options
         self.horizon = options.horizon
+        self._workers = Workers()
         self.fast = options.fast and version == "v2" and is_supported()
         self.observation_space: Box = Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
         self.action_space: Box | Discrete = Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
@@ -231,6 +233,7 @@ class MetaWorldSuite:
             evaluation=evaluation,
             workers=options.workers,
             step_seconds=_STEP_SECONDS,
+            processes=self._workers,
         )
         if engine.workers > 1:
             forget_models()  # the goals were drawn here, but the environments live elsewhere

@@ -2,8 +2,8 @@
 
 Workers are plain interpreters, not forks and not ``multiprocessing`` children: a fork would copy a parent
 with running threads, and ``spawn`` would import the parent's main module (and torch with it) again. Commands
-are one byte over a socket pair, which the operating system closes when either side dies; arrays go through
-an anonymous shared file.
+are a few bytes over a socket pair, which the operating system closes when either side dies; arrays go through
+an anonymous shared file, whose descriptor goes over the socket, too.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ import traceback
 import weakref
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import State, SuiteError
 
-# A message is one of these bytes, and for some of them a pickled value after it.
-RESET, STEP, STATE, LOAD = b"r", b"s", b"g", b"l"
+# A message is one of these bytes, the number of an engine, and for some of them a value after it.
+OPEN, RESET, STEP, STATE, LOAD, CLOSE = b"o", b"r", b"s", b"g", b"l", b"c"
+_ENGINE = struct.Struct("<I")
 #: What follows STEP: first and last + 1 of the environments of every task to step.
 STEP_RANGE = "<HH"
 _DONE, _REFUSED, _FAILED = b"d", b"e", b"f"
@@ -48,73 +50,91 @@ def can_use_workers() -> bool:
     return os.name == "posix"
 
 
-class WorkerPool:
-    """``count`` processes, each with a contiguous chunk of the slots. They start side by side."""
+class Workers:
+    """Processes that the engines of one suite share: what they import and compile is there once.
 
-    def __init__(self, factory: TaskEnvFactory, spec: EngineSpec, count: int) -> None:
+    They start with the first engine that wants them, more of them with one that wants more, and end with the last.
+    """
+
+    def __init__(self) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._connections: list[Connection[Any, Any]] = []
+        self._pending: list[int] = []  # answers that each worker still owes
+        self._stop: weakref.finalize[Any, Any] | None = None
+        self._engines: set[int] = set()
+        self._numbers = itertools.count()
+
+    def open(self, factory: TaskEnvFactory, spec: EngineSpec, count: int) -> WorkerPool:
+        """Give the slots of an engine to ``count`` workers in contiguous chunks, which they build side by side."""
         try:
             payload = pickle.dumps((spec, factory))
         except Exception as error:
             raise SuiteError(
                 f"workers={count} needs environments that other processes can import ({error}); use workers=1"
             ) from error
+        if self._stop is None or not self._stop.alive:
+            self.processes, self._connections, self._pending, self._engines = [], [], [], set()
+            self._stop = weakref.finalize(self, _shut_down, self.processes, self._connections)
+        while len(self.processes) < count:
+            self._start()
+        number = next(self._numbers)
+        self._engines.add(number)
+        edges = [spec.num_slots * k // count for k in range(count + 1)]
+        ranges = list(itertools.pairwise(edges))
         with tempfile.TemporaryFile(dir=_memory_folder()) as file:
             file.truncate(Buffers.size(spec))
-            self.buffers = Buffers.over(spec, mmap.mmap(file.fileno(), Buffers.size(spec)))
-            self._processes: list[subprocess.Popen[bytes]] = []
-            self._connections: list[Connection[Any, Any]] = []
-            self.close = weakref.finalize(self, _shut_down, self._processes, self._connections)
-            edges = [spec.num_slots * k // count for k in range(count + 1)]
-            self._ranges = list(itertools.pairwise(edges))
-            for _ in self._ranges:
-                self._start(file.fileno())
-        with contextlib.suppress(OSError):  # a worker that died at once is reported at the first receive
-            for connection, (start, stop) in zip(self._connections, self._ranges, strict=True):
-                connection.send_bytes(payload)
-                connection.send((start, stop))
-        self._pending = [1] * count  # every worker reports once when its environments are built
+            buffers = Buffers.over(spec, mmap.mmap(file.fileno(), Buffers.size(spec)))
+            with contextlib.suppress(OSError):  # a worker that died at once is reported at the first receive
+                for worker, (start, stop) in enumerate(ranges):
+                    self._pending[worker] += 1
+                    connection = self._connections[worker]
+                    connection.send_bytes(OPEN + _ENGINE.pack(number) + pickle.dumps((start, stop)))
+                    connection.send_bytes(payload)
+                    send_handle(connection, file.fileno(), self.processes[worker].pid)
+        return WorkerPool(self, number, ranges, buffers)
 
-    def _start(self, memory: int) -> None:
+    def _start(self) -> None:
         ours, theirs = Pipe()
-        command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno()), str(memory)]
+        command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno())]
         with theirs:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), memory),
+                pass_fds=(theirs.fileno(),),
                 env=os.environ | _ONE_THREAD,
                 process_group=0,  # Ctrl-C in the terminal reaches the parent alone
             )
-        self._processes.append(process)
+        self.processes.append(process)
         self._connections.append(ours)
+        self._pending.append(0)
 
-    def command(self, code: bytes) -> list[Any]:
-        """Give all workers the same command and wait for them; returns what each one answered."""
-        return self._exchange([code] * len(self._connections))
+    def has(self, number: int) -> bool:
+        """Whether an engine is open and its workers are there."""
+        return self._stop is not None and self._stop.alive and number in self._engines
 
-    def post(self, code: bytes, go_on: bool) -> None:
-        """Give all workers a command without waiting; ``go_on`` if others have been posted since the last wait."""
-        self._post([code] * len(self._connections), drain=not go_on)
+    def release(self, number: int) -> None:
+        """Let go of an engine; with the last one the processes end."""
+        if not self.has(number):
+            return
+        self._engines.discard(number)
+        if not self._engines:
+            self.shut_down()
+            return
+        with contextlib.suppress(SuiteError, WorkerError):  # somebody else's failure, met by who is next to ask
+            self.post([CLOSE + _ENGINE.pack(number)] * len(self.processes), drain=True)
+            self.receive()
 
-    def wait(self) -> None:
-        """Wait until every worker has done what was posted."""
-        self._receive()
+    def shut_down(self) -> None:
+        """End all processes; every engine is closed from then on."""
+        if self._stop is not None:
+            self._stop()
 
-    def load(self, states: list[State]) -> None:
-        """Give each worker the states of its slots."""
-        self._exchange([LOAD + pickle.dumps(states[start:stop]) for start, stop in self._ranges])
-
-    def _exchange(self, messages: list[bytes]) -> list[Any]:
-        self._post(messages, drain=True)
-        return self._receive()
-
-    def _post(self, messages: list[bytes], drain: bool) -> None:
-        if not self.close.alive:
-            raise RuntimeError("this engine is closed: make a new one")
+    def post(self, messages: list[bytes], drain: bool) -> None:
+        """Send a message to each of the first workers without waiting; ``drain``: after all earlier answers."""
         if drain:
             # An interrupt (Ctrl-C) may have cut an earlier wait short: its answers come first. At the start
             # these are the reports that the environments are built.
-            self._receive()
+            self.receive()
         for worker, message in enumerate(messages):
             self._pending[worker] += 1
             try:
@@ -122,7 +142,8 @@ class WorkerPool:
             except OSError:
                 self._raise_dead(worker)
 
-    def _receive(self) -> list[Any]:
+    def receive(self) -> list[Any]:
+        """Wait for all answers that are due; returns each worker's latest."""
         answers: list[Any] = [None] * len(self._connections)
         for worker, connection in enumerate(self._connections):
             while self._pending[worker]:
@@ -133,7 +154,7 @@ class WorkerPool:
                 self._pending[worker] -= 1
                 answers[worker] = pickle.loads(message[1:]) if len(message) > 1 else None
                 if not message.startswith(_DONE):
-                    self.close()
+                    self.shut_down()
                 if message.startswith(_REFUSED):
                     raise SuiteError(answers[worker])
                 if message.startswith(_FAILED):
@@ -141,15 +162,51 @@ class WorkerPool:
         return answers
 
     def _raise_dead(self, worker: int) -> None:
+        process = self.processes[worker]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._processes[worker].wait(timeout=5)
-        code = self._processes[worker].returncode
-        self.close()
-        start, stop = self._ranges[worker]
-        raise WorkerError(
-            f"environment worker {worker} (slots {start} to {stop - 1}) died with exit code {code}; "
-            "its own messages are above"
-        )
+            process.wait(timeout=5)
+        code = process.returncode
+        self.shut_down()
+        raise WorkerError(f"environment worker {worker} died with exit code {code}; its own messages are above")
+
+
+class WorkerPool:
+    """The workers of one engine, each with a contiguous chunk of its slots. Made by :meth:`Workers.open`."""
+
+    def __init__(self, workers: Workers, number: int, ranges: list[tuple[int, int]], buffers: Buffers) -> None:
+        self.buffers = buffers
+        self._workers, self._number, self._ranges = workers, number, ranges
+        self.close = weakref.finalize(self, workers.release, number)
+
+    @property
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """Those that have a part of this engine."""
+        return self._workers.processes[: len(self._ranges)]
+
+    def command(self, code: bytes) -> list[Any]:
+        """Give all workers the same command and wait for them; returns what each one answered."""
+        self.post(code, go_on=False)
+        return self._workers.receive()[: len(self._ranges)]
+
+    def post(self, code: bytes, go_on: bool) -> None:
+        """Give all workers a command without waiting; ``go_on`` if others have been posted since the last wait."""
+        message = code[:1] + _ENGINE.pack(self._number) + code[1:]
+        self._post([message] * len(self._ranges), drain=not go_on)
+
+    def wait(self) -> None:
+        """Wait until every worker has done what was posted."""
+        self._workers.receive()
+
+    def load(self, states: list[State]) -> None:
+        """Give each worker the states of its slots."""
+        head = LOAD + _ENGINE.pack(self._number)
+        self._post([head + pickle.dumps(states[start:stop]) for start, stop in self._ranges], drain=True)
+        self._workers.receive()
+
+    def _post(self, messages: list[bytes], drain: bool) -> None:
+        if not self._workers.has(self._number):
+            raise RuntimeError("this engine is closed: make a new one")
+        self._workers.post(messages, drain)
 
 
 def _memory_folder() -> str | None:
@@ -169,37 +226,40 @@ def _shut_down(processes: list[subprocess.Popen[bytes]], connections: list[Conne
 
 
 def main() -> None:
-    """Entry point of a worker: build the chunk, then obey until the parent is gone."""
+    """Entry point of a worker: build chunks and obey until the parent is gone."""
     connection: Connection[Any, Any] = Connection(int(sys.argv[2]))
+    chunks: dict[int, Chunk] = {}
     with contextlib.suppress(EOFError, OSError):  # the parent is gone: nobody is left to tell
-        try:
-            spec, factory = pickle.loads(connection.recv_bytes())
-            start, stop = connection.recv()
-            memory = mmap.mmap(int(sys.argv[3]), Buffers.size(spec))
-            chunk = Chunk(factory, spec, start, stop, Buffers.over(spec, memory))
-        except Exception as error:
-            connection.send_bytes(_report(error))
-            return
-        connection.send_bytes(_DONE)
         while True:
             message = connection.recv_bytes()
             try:
-                answer = _DONE + _obey(chunk, message)
+                answer = _DONE + _obey(chunks, connection, message)
             except Exception as error:
                 answer = _report(error)
             connection.send_bytes(answer)
 
 
-def _obey(chunk: Chunk, message: bytes) -> bytes:
-    code = message[:1]
-    if code == STATE:
-        return pickle.dumps(chunk.state())
+def _obey(chunks: dict[int, Chunk], connection: Connection[Any, Any], message: bytes) -> bytes:
+    code, number, rest = message[:1], _ENGINE.unpack_from(message, 1)[0], message[1 + _ENGINE.size :]
     if code == STEP:
-        chunk.step(*struct.unpack(STEP_RANGE, message[1:]))
+        chunks[number].step(*struct.unpack(STEP_RANGE, rest))
+    elif code == OPEN:
+        payload, memory = connection.recv_bytes(), recv_handle(connection)
+        try:
+            spec, factory = pickle.loads(payload)
+            buffers = Buffers.over(spec, mmap.mmap(memory, Buffers.size(spec)))
+        finally:
+            os.close(memory)
+        start, stop = pickle.loads(rest)
+        chunks[number] = Chunk(factory, spec, start, stop, buffers)
+    elif code == STATE:
+        return pickle.dumps(chunks[number].state())
     elif code == RESET:
-        chunk.reset()
+        chunks[number].reset()
     elif code == LOAD:
-        chunk.load_state(pickle.loads(message[1:]))
+        chunks[number].load_state(pickle.loads(rest))
+    elif code == CLOSE and number in chunks:
+        chunks.pop(number).close()
     return b""
 
 

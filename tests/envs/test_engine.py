@@ -18,7 +18,7 @@ from gymnasium.spaces import Box, Discrete
 from envs.engine import SlotEngine, choose_workers, physical_cores
 from envs.slots import EngineSpec, Episode
 from envs.suite import SuiteError
-from envs.workers import WorkerError
+from envs.workers import WorkerError, Workers
 
 BOX = Box(-1.0, 1.0, (2,), np.float32)
 
@@ -61,7 +61,14 @@ class WalkFactory:
         return Walk(task, self.fail_at, self.noise, self.sleep)
 
 
-def make(workers: int = 1, evaluation: bool = False, envs: int = 2, seed: int = 7, **kwargs: Any) -> SlotEngine:
+def make(
+    workers: int = 1,
+    evaluation: bool = False,
+    envs: int = 2,
+    seed: int = 7,
+    processes: Workers | None = None,
+    **kwargs: Any,
+) -> SlotEngine:
     return SlotEngine(
         WalkFactory(**kwargs),
         num_tasks=3,
@@ -72,6 +79,7 @@ def make(workers: int = 1, evaluation: bool = False, envs: int = 2, seed: int = 
         evaluation=evaluation,
         workers=workers,
         step_seconds=1e-3,
+        processes=processes,
     )
 
 
@@ -256,7 +264,7 @@ def test_closed_workers_are_an_error_and_are_gone() -> None:
     engine = make(2)
     engine.reset()
     assert engine._pool is not None
-    processes = engine._pool._processes
+    processes = engine._pool.processes
     engine.close()
     engine.close()
     assert [process.returncode for process in processes] == [0, 0]
@@ -309,6 +317,44 @@ def test_dead_worker_is_an_error() -> None:
     engine.close()
 
 
+def test_engines_share_processes_and_not_their_state() -> None:
+    """Steps of one between those of another change nothing; processes end with the last engine, and start again."""
+    shared = Workers()
+    alone, first = make(2), make(2, processes=shared)
+    second = make(3, evaluation=True, processes=shared)
+    assert first._pool is not None
+    assert second._pool is not None
+    assert second._pool.processes[:2] == first._pool.processes
+    alone.reset(), first.reset(), second.reset()
+    for k in range(5):
+        expected, got = alone.step(actions(k)), first.step(actions(k))
+        second.step(actions(k + 1))
+        np.testing.assert_array_equal(expected.obs, got.obs)
+        np.testing.assert_array_equal(expected.reward, got.reward)
+    processes = shared.processes
+    first.close()
+    with pytest.raises(RuntimeError):
+        first.step(actions(0))
+    second.step(actions(0))
+    second.close()
+    assert all(process.poll() is not None for process in processes)
+    third = make(2, processes=shared)
+    np.testing.assert_array_equal(third.reset(), alone.reset())
+    third.close(), alone.close()
+
+
+def test_a_failure_closes_all_engines_of_the_processes() -> None:
+    shared = Workers()
+    good, bad = make(2, processes=shared), make(2, fail_at=-2, processes=shared)
+    good.reset(), bad.reset()
+    bad.step(actions(0))
+    with pytest.raises(WorkerError, match="died with exit code 3"):
+        bad.step(actions(1))
+    with pytest.raises(RuntimeError, match="closed"):
+        good.step(actions(0))
+    good.close(), bad.close()
+
+
 def test_factory_that_workers_cannot_import_is_refused() -> None:
     with pytest.raises(SuiteError, match="use workers=1"):
         SlotEngine(
@@ -330,7 +376,7 @@ sys.path.insert(0, sys.argv[1])
 import test_engine
 engine = test_engine.make(2)
 engine.reset()
-print(*[process.pid for process in engine._pool._processes], flush=True)
+print(*[process.pid for process in engine._pool.processes], flush=True)
 while True:
     engine.step(test_engine.actions(0))
 """
@@ -364,7 +410,7 @@ def test_workers_end_with_their_parent(blow: signal.Signals) -> None:
 def test_workers_do_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); import test_engine as t; e = t.make(2); e.reset();"
-        "print(*[open(f'/proc/{p.pid}/maps').read().count('libtorch') for p in e._pool._processes])"
+        "print(*[open(f'/proc/{p.pid}/maps').read().count('libtorch') for p in e._pool.processes])"
     )
     done = subprocess.run(
         [sys.executable, "-c", "import torch;" + code, str(Path(__file__).parent)],
