@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
@@ -175,6 +176,8 @@ WRONG = {
     "absorption": (("elbo.absorb.every=2",), "elbo.absorb"),
     "no_replay": (("carry.replay=true",), "carry.replay=true, and algorithm=ppo has no replay memory"),
     "no_moments": (("carry.optimizer=true", "method=lora"), "trains other parameters in every task"),
+    "no_moments_of_packnet": (("carry.optimizer=true", "method=packnet"), "trains other parameters in every task"),
+    "run_dir": (("run_dir=/proc/run",), "cannot make the run folder /proc/run"),
     "repeats": (("repeats=0",), "repeats is 0; it must be at least 1"),
     "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
     "method": (("method=nothing",), "nothing"),
@@ -192,3 +195,77 @@ def test_wrong_input_is_one_line(command: Command, folder: Path, name: str) -> N
     assert said in outcome.err
     assert outcome.err.count("\n") == 1
     assert not any(folder.iterdir())
+
+
+def test_hidden_ids_are_not_in_the_statistics_of_observations(command: Command) -> None:
+    """A method without task ids has one policy, and that is one with the same statistics everywhere."""
+    options = (*PPO, "algorithm.normalize_observations=true", "method=finetune")
+    assert command("continual", *options, "task_ids=hidden", "run_dir=hidden").code == 0
+    assert command("continual", *options, "run_dir=known").code == 0
+    hidden, known = results("hidden"), results("known")
+    assert hidden["acted_as"] == [[None] * 3, [0.0] * 3, [1.0] * 3, [2.0] * 3]
+    assert hidden["return"][3][2] == known["return"][3][2]
+    assert hidden["return"][3][:2] != known["return"][3][:2]
+
+
+def test_target_critics_begin_in_the_units_that_critics_take_over(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+    start = Run.start
+
+    def compared(run: Run) -> None:
+        agent: Any = run.algorithm
+        theirs = agent.target_critic.state_dict()
+        started.append(all(torch.equal(value, theirs[name]) for name, value in agent.critic.state_dict().items()))
+        start(run)
+
+    monkeypatch.setattr(Run, "start", compared)
+    outcome = command("continual", *SAC, "method=finetune", "critic.popart=true", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert started == [True] * 3
+
+
+def test_an_origin_says_whether_observations_are_normalised(command: Command, trained: str) -> None:
+    """What its policies see is theirs to say, whatever is configured."""
+    options = (*PPO, "env.tasks=[normal_right]", "algorithm.normalize_observations=false", "method=lora")
+    outcome = command("continual", *options, f"from={trained}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    summary = json.loads(Path("trained/summary.json").read_text())
+    returns = [task["return"] for task in summary["tasks"].values()]
+    assert results("run")["return"][0][:2] == pytest.approx(returns, rel=1e-5)
+
+
+def test_a_task_of_the_origin_comes_round_again(command: Command, trained: str) -> None:
+    outcome = command("continual", *PPO, "env.tasks=[normal_left]", "method=lora", f"from={trained}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert results("run")["tasks"] == ["normal_left", "flipped_up", "normal_left (2)"]
+
+
+def test_an_origin_of_other_actions_is_refused(command: Command, folder: Path) -> None:
+    options = (*TINY, *TINY_ALGORITHM["ppo"], "network=varshare_lora", "env=cartpole", "total_transitions=480")
+    assert command("train", *options, "run_dir=trained").code == 0
+    outcome = command("continual", *PPO, "method=lora", "from=trained", "run_dir=run")
+    assert outcome.code == 2
+    assert "from=trained does other things than env=pointmass" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (folder / "run").exists()
+
+
+def test_seconds_before_an_interruption_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Run._after_step
+
+    def interrupted(run: Run) -> None:
+        step(run)
+        run.tracker._started -= 1000.0
+        run.save("last")
+        raise Interrupted(15)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_after_step", interrupted)
+        assert command("continual", *PPO, "method=finetune", "run_dir=run").code == 143
+    assert command("continual", "resume=run").code == 0
+    document = json.loads(Path("run/summary.json").read_text())
+    assert document["seconds"] > 1000
+    assert document["per_task"][0]["seconds"] > 1000
+    assert document["per_task"][1]["seconds"] < 500
