@@ -11,9 +11,11 @@ import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
+from varshare_rl.continual.share.selection import ReturnBandit
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.sequence.config import METHODS
+from varshare_rl.sequence.learner import SequenceRun
 
 SEQUENCE = (
     "env=light8", "env.tasks=[normal_left,normal_right,swapped_left]", "total_transitions=480",
@@ -269,3 +271,48 @@ def test_seconds_before_an_interruption_count(command: Command, monkeypatch: pyt
     assert document["seconds"] > 1000
     assert document["per_task"][0]["seconds"] > 1000
     assert document["per_task"][1]["seconds"] < 500
+
+
+def test_a_task_is_not_lost_while_all_tasks_are_evaluated(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training need not be done again."""
+    assert command("continual", *PPO, "method=ewc", "run_dir=whole").code == 0
+    rows: list[None] = []
+    evaluate, start = SequenceRun._evaluate, Run.start
+
+    def killed(sequence: SequenceRun) -> None:
+        evaluate(sequence)
+        rows.append(None)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SequenceRun, "_evaluate", killed)
+        assert command("continual", *PPO, "method=ewc", "run_dir=halves").code == 130
+    started: list[Run] = []
+
+    def noted(run: Run) -> None:
+        started.append(run)
+        start(run)
+
+    monkeypatch.setattr(Run, "start", noted)
+    assert command("continual", "resume=halves").code == 0
+    assert len(started) == 2  # of three tasks
+    assert results("halves") == results("whole")
+    assert not list(Path("halves/tasks").rglob("state.json"))
+
+
+def test_every_round_of_selection_has_further_episodes(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    earned: dict[tuple[ReturnBandit, int], list[float]] = {}
+    update = ReturnBandit.update
+
+    def noted(bandit: ReturnBandit, task: int, value: float) -> None:
+        earned.setdefault((bandit, task), []).append(value)
+        update(bandit, task, value)
+
+    monkeypatch.setattr(ReturnBandit, "update", noted)
+    hidden = ("method=copies", "task_ids=hidden", "selection_episodes=24", "run_dir=run")
+    assert command("continual", *PPO, *hidden).code == 0
+    assert any(len(values) > 1 for values in earned.values())
+    assert all(len(set(values)) == len(values) for values in earned.values())

@@ -122,20 +122,25 @@ class SequenceRun:
                 self._evaluate()
                 self._save()
             while self.learnt < len(self.places):
-                self._learn_task(self.learnt)
+                folder = self._folder(self.learnt)
+                self._learn_task(self.learnt, folder)
                 self._evaluate()
                 self._save()
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # not before all of it is in another
         finally:
             self.tracker.close()
             self.evaluator.close()
         write_json(self.run_dir / "summary.json", self.document())
         self.console.message(f"done: {self.run_dir / 'summary.json'}")
 
-    def _learn_task(self, number: int) -> None:
+    def _folder(self, number: int) -> Path:
+        name = f"{number - self.old_tasks:02d}_{self.places[number].name.replace(' ', '_')}"
+        return self.run_dir / TASKS_FOLDER / name
+
+    def _learn_task(self, number: int, folder: Path) -> None:
         """Train on one task and take what it leaves behind."""
         place = self.places[number]
         position = number - self.old_tasks
-        folder = self.run_dir / TASKS_FOLDER / f"{position:02d}_{place.name.replace(' ', '_')}"
         self.task_started = time.monotonic()
         similar = self.evaluator.most_similar(number, self.learnt) if self._wants_similar() else None
         config = train_config(
@@ -192,7 +197,6 @@ class SequenceRun:
         self.governor.end(obs, action)
         self.progress.normalizers.append(_copied(agent.normalizer.state_dict()))
         self.progress.carried = self._taken_over(agent)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the sequence's own has all that is needed
         return run.transitions
 
     def _unfinished(self, folder: Path) -> Tree | None:
