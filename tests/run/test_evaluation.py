@@ -17,7 +17,7 @@ class Simple:
     """Pushes a pole where it leans to, and a point nowhere."""
 
     def __init__(self, suite: Suite) -> None:
-        self.discrete, self.size = not suite.action_space.shape, sum(suite.action_space.shape)
+        self.discrete, self.size = not suite.action_space.shape, sum(suite.action_space.shape or ())
 
     def act(self, obs: Tensor) -> Tensor:
         shape = obs.shape[:2]

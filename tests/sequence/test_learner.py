@@ -12,7 +12,9 @@ from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
 from varshare_rl.continual.share.selection import ReturnBandit
+from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.sequence.config import METHODS
 from varshare_rl.sequence.learner import SequenceRun
@@ -216,11 +218,11 @@ def test_target_critics_begin_in_the_units_that_critics_take_over(
     started: list[bool] = []
     start = Run.start
 
-    def compared(run: Run) -> None:
+    def compared(run: Run, evaluate: bool) -> None:
         agent: Any = run.algorithm
         theirs = agent.target_critic.state_dict()
         started.append(all(torch.equal(value, theirs[name]) for name, value in agent.critic.state_dict().items()))
-        start(run)
+        start(run, evaluate)
 
     monkeypatch.setattr(Run, "start", compared)
     outcome = command("continual", *SAC, "method=finetune", "critic.popart=true", "run_dir=run")
@@ -292,9 +294,9 @@ def test_a_task_is_not_lost_while_all_tasks_are_evaluated(
         assert command("continual", *PPO, "method=ewc", "run_dir=halves").code == 130
     started: list[Run] = []
 
-    def noted(run: Run) -> None:
+    def noted(run: Run, evaluate: bool) -> None:
         started.append(run)
-        start(run)
+        start(run, evaluate)
 
     monkeypatch.setattr(Run, "start", noted)
     assert command("continual", "resume=halves").code == 0
@@ -316,3 +318,20 @@ def test_every_round_of_selection_has_further_episodes(command: Command, monkeyp
     assert command("continual", *PPO, *hidden).code == 0
     assert any(len(values) > 1 for values in earned.values())
     assert all(len(set(values)) == len(values) for values in earned.values())
+
+
+def test_a_curve_begins_with_the_network_that_learns(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the last task's policy: who learns from scratch does not begin with what that does."""
+    numbers = iter(range(9))
+    evaluate = loop.evaluate
+
+    def numbered(*arguments: Any) -> Evaluation:
+        tasks = evaluate(*arguments).tasks
+        number = next(numbers) / 10
+        return Evaluation({task: {**row, "success": number} for task, row in tasks.items()})
+
+    monkeypatch.setattr(loop, "evaluate", numbered)
+    assert command("continual", *PPO, "method=copies", "method.start=scratch", "run_dir=run").code == 0
+    curves = results("run")["curves"]
+    assert [curve["transitions"] for curve in curves] == [[0.0, 80.0, 160.0]] * 3
+    assert [curve["success"] for curve in curves] == [[0.0, 0.1, 0.2], [0.3, 0.4, 0.5], [0.6, 0.7, 0.8]]

@@ -156,10 +156,11 @@ class SequenceRun:
             f"task {position + 1} of {len(self.places) - self.old_tasks}: {place.name}, "
             f"{cost['trained_parameters']:,} parameters of the policy learn"
         )
-        curve = {"transitions": [0.0], "success": [self._score(self.progress.rows[-1], number)]}
+        curve: dict[str, list[float]] = {"transitions": [], "success": []}
         if self.governor.trainable():
             cost["transitions"] = self._train(place, config, folder, similar, curve)
         else:
+            curve = {"transitions": [0.0], "success": [self._score(self.progress.rows[-1], number)]}
             self.governor.skip()
             self.progress.normalizers.append(self._inherited_normalizer(similar))
         self.progress.curves.append(curve)
@@ -186,7 +187,7 @@ class SequenceRun:
         try:
             if state is None:
                 self._hand_over(agent, similar)
-                run.start()
+                run.start(evaluate=True)  # the network that learns may not be the one that acted here so far
             else:
                 run.load_state(state)
             run.train()
@@ -201,7 +202,7 @@ class SequenceRun:
 
     def _unfinished(self, folder: Path) -> Tree | None:
         """The state of a task that was interrupted; what cannot be gone on with is removed."""
-        if not (folder / "checkpoints").is_dir():
+        if not list((folder / "checkpoints").glob("last-*")):  # a best one alone is not enough to go on
             shutil.rmtree(folder, ignore_errors=True)
             return None
         return load_checkpoint(find_checkpoint(folder))
