@@ -23,6 +23,7 @@ from varshare_rl.algorithms.base import Algorithm, Learner, NetworkFactory, Prob
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
+from varshare_rl.files import make_run_dir
 from varshare_rl.nn.bronet import BroNet
 from varshare_rl.nn.capacity import match_width, with_width
 from varshare_rl.nn.options import Architecture, Blocks
@@ -254,10 +255,7 @@ def build_run(
     seed_everything(config.seed)
     set_matmul_precision(config.matmul_precision)
     algorithm = build_algorithm(config, suite, device, source)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run folder {run_dir} ({error.strerror}); give another run_dir") from error
+    make_run_dir(run_dir)
     options = LoopOptions(
         total_transitions=config.total_transitions,
         evaluate_every=config.evaluate.every,

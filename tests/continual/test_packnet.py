@@ -45,6 +45,15 @@ def test_the_smallest_are_given_up_at_their_time_and_stay_at_zero() -> None:
         assert torch.equal(owner == 0, after[f"{path}.trained"])
 
 
+def test_only_free_weights_count_as_trained() -> None:
+    method = build(share_per_task=0.25)
+    head, norms_and_biases = 16 * OUT + OUT, 2 * 3 * 16
+    weights_of_body = 3 * 16 + 16 * 16
+    assert method.trained_parameters(method.begin(0)) == weights_of_body + norms_and_biases + head
+    learn(method, 1, steps=2)
+    assert method.trained_parameters(method.begin(1)) == 36 + 192 + head  # of 48 and 256
+
+
 def test_magnitude_decides() -> None:
     method = build(share_per_task=0.25)
     network = method.begin(0)

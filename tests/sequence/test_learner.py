@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
+from varshare_rl.continual.share.selection import ReturnBandit
+from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.sequence.config import METHODS
+from varshare_rl.sequence.learner import SequenceRun
 
 SEQUENCE = (
     "env=light8", "env.tasks=[normal_left,normal_right,swapped_left]", "total_transitions=480",
@@ -175,6 +180,8 @@ WRONG = {
     "absorption": (("elbo.absorb.every=2",), "elbo.absorb"),
     "no_replay": (("carry.replay=true",), "carry.replay=true, and algorithm=ppo has no replay memory"),
     "no_moments": (("carry.optimizer=true", "method=lora"), "trains other parameters in every task"),
+    "no_moments_of_packnet": (("carry.optimizer=true", "method=packnet"), "trains other parameters in every task"),
+    "run_dir": (("run_dir=/proc/run",), "cannot make the run folder /proc/run"),
     "repeats": (("repeats=0",), "repeats is 0; it must be at least 1"),
     "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
     "method": (("method=nothing",), "nothing"),
@@ -192,3 +199,139 @@ def test_wrong_input_is_one_line(command: Command, folder: Path, name: str) -> N
     assert said in outcome.err
     assert outcome.err.count("\n") == 1
     assert not any(folder.iterdir())
+
+
+def test_hidden_ids_are_not_in_the_statistics_of_observations(command: Command) -> None:
+    """A method without task ids has one policy, and that is one with the same statistics everywhere."""
+    options = (*PPO, "algorithm.normalize_observations=true", "method=finetune")
+    assert command("continual", *options, "task_ids=hidden", "run_dir=hidden").code == 0
+    assert command("continual", *options, "run_dir=known").code == 0
+    hidden, known = results("hidden"), results("known")
+    assert hidden["acted_as"] == [[None] * 3, [0.0] * 3, [1.0] * 3, [2.0] * 3]
+    assert hidden["return"][3][2] == known["return"][3][2]
+    assert hidden["return"][3][:2] != known["return"][3][:2]
+
+
+def test_target_critics_begin_in_the_units_that_critics_take_over(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+    start = Run.start
+
+    def compared(run: Run, evaluate: bool) -> None:
+        agent: Any = run.algorithm
+        theirs = agent.target_critic.state_dict()
+        started.append(all(torch.equal(value, theirs[name]) for name, value in agent.critic.state_dict().items()))
+        start(run, evaluate)
+
+    monkeypatch.setattr(Run, "start", compared)
+    outcome = command("continual", *SAC, "method=finetune", "critic.popart=true", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert started == [True] * 3
+
+
+def test_an_origin_says_whether_observations_are_normalised(command: Command, trained: str) -> None:
+    """What its policies see is theirs to say, whatever is configured."""
+    options = (*PPO, "env.tasks=[normal_right]", "algorithm.normalize_observations=false", "method=lora")
+    outcome = command("continual", *options, f"from={trained}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    summary = json.loads(Path("trained/summary.json").read_text())
+    returns = [task["return"] for task in summary["tasks"].values()]
+    assert results("run")["return"][0][:2] == pytest.approx(returns, rel=1e-5)
+
+
+def test_a_task_of_the_origin_comes_round_again(command: Command, trained: str) -> None:
+    outcome = command("continual", *PPO, "env.tasks=[normal_left]", "method=lora", f"from={trained}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert results("run")["tasks"] == ["normal_left", "flipped_up", "normal_left (2)"]
+
+
+def test_an_origin_of_other_actions_is_refused(command: Command, folder: Path) -> None:
+    options = (*TINY, *TINY_ALGORITHM["ppo"], "network=varshare_lora", "env=cartpole", "total_transitions=480")
+    assert command("train", *options, "run_dir=trained").code == 0
+    outcome = command("continual", *PPO, "method=lora", "from=trained", "run_dir=run")
+    assert outcome.code == 2
+    assert "from=trained does other things than env=pointmass" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (folder / "run").exists()
+
+
+def test_seconds_before_an_interruption_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Run._after_step
+
+    def interrupted(run: Run) -> None:
+        step(run)
+        run.tracker._started -= 1000.0
+        run.save("last")
+        raise Interrupted(15)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_after_step", interrupted)
+        assert command("continual", *PPO, "method=finetune", "run_dir=run").code == 143
+    assert command("continual", "resume=run").code == 0
+    document = json.loads(Path("run/summary.json").read_text())
+    assert document["seconds"] > 1000
+    assert document["per_task"][0]["seconds"] > 1000
+    assert document["per_task"][1]["seconds"] < 500
+
+
+def test_a_task_is_not_lost_while_all_tasks_are_evaluated(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training need not be done again."""
+    assert command("continual", *PPO, "method=ewc", "run_dir=whole").code == 0
+    rows: list[None] = []
+    evaluate, start = SequenceRun._evaluate, Run.start
+
+    def killed(sequence: SequenceRun) -> None:
+        evaluate(sequence)
+        rows.append(None)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SequenceRun, "_evaluate", killed)
+        assert command("continual", *PPO, "method=ewc", "run_dir=halves").code == 130
+    started: list[Run] = []
+
+    def noted(run: Run, evaluate: bool) -> None:
+        started.append(run)
+        start(run, evaluate)
+
+    monkeypatch.setattr(Run, "start", noted)
+    assert command("continual", "resume=halves").code == 0
+    assert len(started) == 2  # of three tasks
+    assert results("halves") == results("whole")
+    assert not list(Path("halves/tasks").rglob("state.json"))
+
+
+def test_every_round_of_selection_has_further_episodes(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    earned: dict[tuple[ReturnBandit, int], list[float]] = {}
+    update = ReturnBandit.update
+
+    def noted(bandit: ReturnBandit, task: int, value: float) -> None:
+        earned.setdefault((bandit, task), []).append(value)
+        update(bandit, task, value)
+
+    monkeypatch.setattr(ReturnBandit, "update", noted)
+    hidden = ("method=copies", "task_ids=hidden", "selection_episodes=24", "run_dir=run")
+    assert command("continual", *PPO, *hidden).code == 0
+    assert any(len(values) > 1 for values in earned.values())
+    assert all(len(set(values)) == len(values) for values in earned.values())
+
+
+def test_a_curve_begins_with_the_network_that_learns(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the last task's policy: who learns from scratch does not begin with what that does."""
+    numbers = iter(range(9))
+    evaluate = loop.evaluate
+
+    def numbered(*arguments: Any) -> Evaluation:
+        tasks = evaluate(*arguments).tasks
+        number = next(numbers) / 10
+        return Evaluation({task: {**row, "success": number} for task, row in tasks.items()})
+
+    monkeypatch.setattr(loop, "evaluate", numbered)
+    assert command("continual", *PPO, "method=copies", "method.start=scratch", "run_dir=run").code == 0
+    curves = results("run")["curves"]
+    assert [curve["transitions"] for curve in curves] == [[0.0, 80.0, 160.0]] * 3
+    assert [curve["success"] for curve in curves] == [[0.0, 0.1, 0.2], [0.3, 0.4, 0.5], [0.6, 0.7, 0.8]]

@@ -231,6 +231,10 @@ class ActorCritic:
         if "reward_scaler" in state:  # best checkpoints of earlier versions have none
             self.reward_scaler.restore(state["reward_scaler"])
 
+    def take_over_critic(self, state: Tree) -> None:
+        """Begin with parts of another critic's ``state_dict``, such as what its values are in units of."""
+        self.critic.load_state_dict(self.critic.state_dict() | state)
+
     def state(self) -> Tree:
         """Networks, steps, normalisers and the number of updates."""
         return {

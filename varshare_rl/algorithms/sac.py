@@ -226,6 +226,11 @@ class SAC(ActorCritic):
             with torch.no_grad():
                 self.log_alpha.copy_(state["log_alpha"])
 
+    def take_over_critic(self, state: Tree) -> None:
+        """The target critics begin as the critics do."""
+        super().take_over_critic(state)
+        self.target_critic.load_state_dict(self.critic.state_dict())
+
     def state(self) -> Tree:
         """Networks, targets, optimisers, normalisers, replay and counters."""
         return {

@@ -136,9 +136,7 @@ class Governor:
 
     def trained_parameters(self) -> int:
         """Numbers of the policy's network that are trained in this task."""
-        return sum(
-            parameter.numel() for parameter in self.networks["actor"][0].parameters() if parameter.requires_grad
-        )
+        return self.method.trained_parameters(self.networks["actor"][0])
 
     def state(self) -> Tree:
         """State of all methods."""

@@ -133,6 +133,10 @@ class Method(ABC):
         """What is added to the loss of the task being learnt, ``[1]``; it is trained on so many transitions."""
         return 0.0
 
+    def trained_parameters(self, network: nn.Module) -> int:
+        """Numbers of a network from :meth:`begin` that are trained."""
+        return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+
     def advance(self, network: nn.Module, fraction: float) -> None:  # noqa: B027 (most methods have nothing to do)
         """Take note that so much of the task's transitions is done."""
 

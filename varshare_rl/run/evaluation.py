@@ -57,6 +57,19 @@ class Evaluation:
         return metrics
 
 
+@dataclass
+class Stage:
+    """Where the episodes of an engine go on, so that every :func:`play` on it sees further ones.
+
+    Attributes:
+        obs: what every slot acts on next, ``[T, E, F]``; None before the first play.
+        within: slots in the middle of an episode, ``[T, E]``, which does not count in the next play.
+    """
+
+    obs: npt.NDArray[np.float32] | None = None
+    within: npt.NDArray[np.bool_] | None = None
+
+
 class SideBySide:
     """Policies of one task each, acting together as one policy of ``T`` tasks.
 
@@ -105,10 +118,12 @@ def play(
     engine: VectorEngine,
     episodes: int,
     device: torch.device,
+    stage: Stage | None = None,
 ) -> dict[str, dict[str, float | None]]:
-    """Run ``episodes`` episodes of every task, always from the same starts; means as in :class:`Evaluation`.
+    """Run ``episodes`` episodes of every task; means as in :class:`Evaluation`.
 
-    ``make_policy`` makes the policy for a number of environments per task.
+    ``make_policy`` makes the policy for a number of environments per task. Episodes are always from the same
+    starts, but with a ``stage``, which they go on from.
 
     Leaves torch's random state as it was, whatever draws of weights the policy makes.
 
@@ -120,20 +135,26 @@ def play(
     flags = {name: np.zeros((num_tasks, episodes), dtype=bool) for name in ("success", "success_final")}
     episode = np.tile(np.arange(envs), (num_tasks, 1))  # the episode that each slot is in, [T, E]
     task = np.arange(num_tasks)[:, None].repeat(envs, 1)
-    obs = engine.reset()
+    stage = Stage() if stage is None else stage
+    if stage.obs is None or stage.within is None:
+        obs = engine.reset()
+    else:
+        obs, episode = stage.obs, episode - envs * stage.within
     random = rng_state()
     policy = make_policy(envs)
     while (episode < episodes).any():
         step = engine.step(policy.act(torch.from_numpy(obs).to(device)).cpu().numpy())
         policy.observe(torch.from_numpy(step.terminated | step.truncated))
         obs = step.obs
-        open_slots = episode < episodes
+        open_slots = (episode >= 0) & (episode < episodes)
         where = (task[open_slots], episode[open_slots])
         totals["return"][where] += step.reward[open_slots]
         totals["episode_steps"][where] += 1
         flags["success"][where] |= step.success[open_slots]
         flags["success_final"][where] = step.success[open_slots]
-        episode[step.terminated | step.truncated] += envs
+        ended = step.terminated | step.truncated
+        episode[ended] += envs
+        stage.obs, stage.within = obs, ~ended
     load_rng_state(random)
     tasks: dict[str, dict[str, float | None]] = {}
     for index, name in enumerate(suite.task_names):

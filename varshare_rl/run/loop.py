@@ -106,8 +106,10 @@ class Run:
         assert self.evaluation is not None
         return self.evaluation
 
-    def start(self) -> None:
-        """Reset the environments; done by :meth:`load_state` when a run goes on."""
+    def start(self, evaluate: bool = False) -> None:
+        """Reset the environments; done by :meth:`load_state` when a run goes on. ``evaluate`` does so first."""
+        if evaluate:
+            self._evaluate()
         self._observation = self.engine.reset()
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.cli import new_run_dir, run_command
 from varshare_rl.config import read_config
-from varshare_rl.files import write_atomically
+from varshare_rl.files import make_run_dir, write_atomically
 from varshare_rl.run.loop import Interrupted
 from varshare_rl.sequence.config import (
     CONTINUAL_COMPONENTS,
@@ -47,7 +47,7 @@ def main(composed: DictConfig) -> None:
         config = go_on_from(config, agent)
     sequence = SequenceRun(config, run_dir, agent)
     if resumed is None:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_run_dir(run_dir)
         write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
     else:
         sequence.load()
@@ -68,10 +68,10 @@ def stored_config(run_dir: Path) -> ContinualConfig:
     given = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
     if given:
         raise UserError(f"{given[0]} cannot be changed when a sequence of tasks is resumed; give resume= alone")
-    if (run_dir / "summary.json").exists():
-        raise UserError(f"{run_dir} has learnt all its tasks already; its results are in summary.json")
     config = cast(
         ContinualConfig, read_config(run_dir / "config.yaml", blank_continual_config(), CONTINUAL_COMPONENTS)
     )
     check_continual_config(config)
+    if (run_dir / "summary.json").exists():
+        raise UserError(f"{run_dir} has learnt all its tasks already; its results are in summary.json")
     return config

@@ -16,7 +16,7 @@ from varshare_rl.continual.governor import Governor
 from varshare_rl.continual.share.selection import ReturnBandit
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.nn.actor import Actor
-from varshare_rl.run.evaluation import SideBySide, play
+from varshare_rl.run.evaluation import SideBySide, Stage, play
 from varshare_rl.sequence.config import ContinualConfig
 from varshare_rl.sequence.parts import Place
 
@@ -58,17 +58,25 @@ class Evaluator:
             engine.close()
         self._engines.clear()
 
-    def play(self, acting: Sequence[int | None], episodes: int, other_starts: bool = False) -> list[Result]:
+    def play(
+        self,
+        acting: Sequence[int | None],
+        episodes: int,
+        other_starts: bool = False,
+        stages: Sequence[Stage] | None = None,
+    ) -> list[Result]:
         """Episodes of every place with the policies of the given learnt tasks; None: an untrained one.
 
-        With ``other_starts`` they start where the episodes of evaluations never do.
+        With ``other_starts`` they start where the episodes of evaluations never do. They are always the same ones,
+        but with ``stages``, one per table, which they go on from.
         """
         results: list[Result] = [{} for _ in self.places]
-        for table in self._tables:
+        for index, table in enumerate(self._tables):
             suite = self.places[table[0]].suite
             makers = [self._policy(self.places[number], acting[number]) for number in table]
             engine = self._engine(suite, min(episodes, self.config.env.envs_per_task), other_starts)
-            played = play(partial(SideBySide, makers), suite, engine, episodes, self.device)
+            stage = None if stages is None else stages[index]
+            played = play(partial(SideBySide, makers), suite, engine, episodes, self.device, stage)
             for number, result in zip(table, played.values(), strict=True):
                 results[number] = result
         return results
@@ -77,9 +85,11 @@ class Evaluator:
         """For every place the learnt task whose policy earns the most there, found by a bandit over episodes."""
         envs = self.config.env.envs_per_task
         bandits = [ReturnBandit(learnt) for _ in self.places]
+        stages = [Stage() for _ in self._tables]
         for _ in range(max(learnt, self.config.selection_episodes // envs)):
             arms = [bandit.choose() for bandit in bandits]
-            for bandit, arm, result in zip(bandits, arms, self.play(arms, envs, other_starts=True), strict=True):
+            played = self.play(arms, envs, other_starts=True, stages=stages)
+            for bandit, arm, result in zip(bandits, arms, played, strict=True):
                 bandit.update(arm, _earned(result))
         return [bandit.best for bandit in bandits]
 

@@ -32,6 +32,8 @@ from varshare_rl.sequence.config import (
 from varshare_rl.sequence.evaluation import SEED_STEP, Evaluator, visited
 from varshare_rl.sequence.parts import (
     Place,
+    check_spaces,
+    named_apart,
     new_places,
     old_normalizers,
     old_places,
@@ -78,7 +80,7 @@ class SequenceRun:
         self.config, self.run_dir = config, run_dir
         self.device = choose_device(config.device)
         old, new = old_places(agent), new_places(config)
-        self.old_tasks, self.places = len(old), old + new
+        self.old_tasks, self.places = len(old), old + named_apart(old, new)
         self.transitions_per_task = config.total_transitions // len(new)
         if self.transitions_per_task < 1:
             raise UserError(
@@ -87,11 +89,9 @@ class SequenceRun:
         seed_everything(config.seed)
         first = new[0]
         assert first.alone is not None
+        if agent is not None:
+            check_spaces(config, agent, first.suite)
         self.actor, shapes = probe(train_config(config, env=first.env), first.alone, self.device)
-        if agent is not None and agent.suite.observation_space.shape != first.suite.observation_space.shape:
-            raise UserError(
-                f"from={config.origin} observes other things than env={config.env.name}; choose an env as there"
-            )
         self.governor = Governor(
             shapes, method_maker(config), config.carry.critic, {} if agent is None else origins(agent)
         )
@@ -100,6 +100,7 @@ class SequenceRun:
             config, self.places, self.governor, self.actor, self.progress.normalizers, self.device
         )
         self.console = Console(config.total_transitions, quiet=config.log.quiet)
+        self.started = self.task_started = time.monotonic()  # as if nothing had come between
 
     @property
     def learnt(self) -> int:
@@ -112,30 +113,35 @@ class SequenceRun:
         Raises:
             Interrupted: a signal came; everything has been saved.
         """
-        started = time.monotonic() - self.progress.seconds
+        self.started = time.monotonic() - self.progress.seconds
         done = len(self.progress.costs) * self.transitions_per_task
         resumed = bool(self.progress.rows)
         self.tracker = Tracker(self.run_dir, done if resumed else None, self.progress.seconds)
         try:
             if not self.progress.rows:
                 self._evaluate()
-                self._save(started)
+                self._save()
             while self.learnt < len(self.places):
-                self._learn_task(self.learnt)
+                folder = self._folder(self.learnt)
+                self._learn_task(self.learnt, folder)
                 self._evaluate()
-                self._save(started)
+                self._save()
+                shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # not before all of it is in another
         finally:
             self.tracker.close()
             self.evaluator.close()
         write_json(self.run_dir / "summary.json", self.document())
         self.console.message(f"done: {self.run_dir / 'summary.json'}")
 
-    def _learn_task(self, number: int) -> None:
+    def _folder(self, number: int) -> Path:
+        name = f"{number - self.old_tasks:02d}_{self.places[number].name.replace(' ', '_')}"
+        return self.run_dir / TASKS_FOLDER / name
+
+    def _learn_task(self, number: int, folder: Path) -> None:
         """Train on one task and take what it leaves behind."""
         place = self.places[number]
         position = number - self.old_tasks
-        folder = self.run_dir / TASKS_FOLDER / f"{position:02d}_{place.name.replace(' ', '_')}"
-        started = time.monotonic()
+        self.task_started = time.monotonic()
         similar = self.evaluator.most_similar(number, self.learnt) if self._wants_similar() else None
         config = train_config(
             self.config,
@@ -150,16 +156,17 @@ class SequenceRun:
             f"task {position + 1} of {len(self.places) - self.old_tasks}: {place.name}, "
             f"{cost['trained_parameters']:,} parameters of the policy learn"
         )
-        curve = {"transitions": [0.0], "success": [self._score(self.progress.rows[-1], number)]}
+        curve: dict[str, list[float]] = {"transitions": [], "success": []}
         if self.governor.trainable():
             cost["transitions"] = self._train(place, config, folder, similar, curve)
         else:
+            curve = {"transitions": [0.0], "success": [self._score(self.progress.rows[-1], number)]}
             self.governor.skip()
             self.progress.normalizers.append(self._inherited_normalizer(similar))
         self.progress.curves.append(curve)
         stored = self.governor.stored()
         cost["stored_bytes"] = {"shared": stored.shared, "tasks": stored.tasks, "memory": stored.memory}
-        cost["seconds"] = round(time.monotonic() - started, 3)
+        cost["seconds"] = round(time.monotonic() - self.task_started, 3)
         self.progress.costs.append(cost)
 
     def _train(
@@ -173,12 +180,14 @@ class SequenceRun:
         assert place.alone is not None
         state = self._unfinished(folder)
         resumed_at, seconds = (None, 0.0) if state is None else (state["transitions"], state["seconds"])
+        self.task_started -= seconds  # that it has taken before it was interrupted,
+        self.started -= seconds  # which no checkpoint of the sequence knows of
         run = build_run(config, place.alone, folder, resumed_at, seconds, self.governor)
         agent = cast(ActorCritic, run.algorithm)
         try:
             if state is None:
                 self._hand_over(agent, similar)
-                run.start()
+                run.start(evaluate=True)  # the network that learns may not be the one that acted here so far
             else:
                 run.load_state(state)
             run.train()
@@ -189,12 +198,11 @@ class SequenceRun:
         self.governor.end(obs, action)
         self.progress.normalizers.append(_copied(agent.normalizer.state_dict()))
         self.progress.carried = self._taken_over(agent)
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # the sequence's own has all that is needed
         return run.transitions
 
     def _unfinished(self, folder: Path) -> Tree | None:
         """The state of a task that was interrupted; what cannot be gone on with is removed."""
-        if not (folder / "checkpoints").is_dir():
+        if not list((folder / "checkpoints").glob("last-*")):  # a best one alone is not enough to go on
             shutil.rmtree(folder, ignore_errors=True)
             return None
         return load_checkpoint(find_checkpoint(folder))
@@ -219,7 +227,7 @@ class SequenceRun:
         if carried is None:
             return
         if self.config.carry.critic is CriticCarry.finetune:
-            agent.critic.load_state_dict(agent.critic.state_dict() | carried["critic"])
+            agent.take_over_critic(carried["critic"])
         if self.config.carry.optimizer:
             agent.actor_step.load_state(carried["actor_step"])
         if self.config.carry.replay:
@@ -249,8 +257,9 @@ class SequenceRun:
         """Evaluate all tasks and note the row; tasks not learnt yet are acted with the last learnt one's policy."""
         learnt = self.learnt
         acting: list[int | None] = [min(n, learnt - 1) if learnt else None for n in range(len(self.places))]
-        if self.config.task_ids is TaskIds.hidden and learnt > 1 and not self.governor.method.task_free:
-            acting = list(self.evaluator.select(learnt))
+        if self.config.task_ids is TaskIds.hidden and learnt > 1:
+            task_free = self.governor.method.task_free  # all that differs are the statistics: the latest for all
+            acting = [learnt - 1] * len(acting) if task_free else list(self.evaluator.select(learnt))
         played = self.evaluator.play(acting, self.config.evaluate.episodes)
         row = {name: [result[name] for result in played] for name in ("success", "return")}
         if self.config.task_ids is TaskIds.hidden:
@@ -300,8 +309,8 @@ class SequenceRun:
         document["measures"] = measures(document)
         return document
 
-    def _save(self, started: float) -> None:
-        self.progress.seconds = time.monotonic() - started
+    def _save(self) -> None:
+        self.progress.seconds = time.monotonic() - self.started
         done = len(self.progress.costs) * self.transitions_per_task
         tree: Tree = {"progress": vars(self.progress), "governor": self.governor.state()}
         save_checkpoint(self.run_dir, "last", done, tree)

@@ -20,6 +20,7 @@ from varshare_rl.continual.method import LayerFactory, Likelihood, Origin, Shape
 from varshare_rl.nn.actor import Actor
 from varshare_rl.nn.options import ArchitectureOptions
 from varshare_rl.nn.shared import SharedLayer
+from varshare_rl.reporting.continual_measures import original_name
 from varshare_rl.sequence.config import ContinualConfig, one_task, with_task_list
 from varshare_rl.types import UserError
 
@@ -107,12 +108,11 @@ def new_places(config: ContinualConfig) -> list[Place]:
                     f"{space} of {name} is {mine}, of others {common}; tasks of a sequence must agree in it"
                 )
         found.append(Place(name, whole, index, own, alone))
-    again = [replace(place, name=f"{place.name} ({n + 1})") for n in range(1, config.repeats) for place in found]
-    return found + again
+    return named_apart([], found * config.repeats)
 
 
 def go_on_from(config: ContinualConfig, agent: TrainedAgent) -> ContinualConfig:
-    """The configuration with networks as the agent has them.
+    """The configuration with networks as the agent has them, and observations as it sees them.
 
     Raises:
         UserError: the agent was trained by another algorithm.
@@ -125,7 +125,10 @@ def go_on_from(config: ContinualConfig, agent: TrainedAgent) -> ContinualConfig:
     theirs = agent.config.network
     names = ("hidden", "activation", "layer_norm", "blocks")
     network = replace(config.network, **{name: getattr(theirs, name) for name in names})
-    return replace(config, network=network, critic=agent.config.critic)
+    # The statistics of its observations are part of its policies, and the base has learnt on what they make.
+    normalized = agent.config.algorithm.normalize_observations
+    algorithm = replace(config.algorithm, normalize_observations=normalized)
+    return replace(config, algorithm=algorithm, network=network, critic=agent.config.critic)
 
 
 def load_origin(config: ContinualConfig, device: Any) -> TrainedAgent | None:
@@ -185,6 +188,36 @@ def probe(config: TrainConfig, suite: Suite, device: torch.device) -> tuple[Acto
         algorithm = build_algorithm(config, suite, device, blueprint)
     assert isinstance(algorithm, ActorCritic)
     return algorithm.actor, blueprint.shapes(algorithm.actor)
+
+
+def check_spaces(config: ContinualConfig, agent: TrainedAgent, suite: Suite) -> None:
+    """Refuse to go on from an agent of other spaces.
+
+    Raises:
+        UserError: names what differs.
+    """
+    for space, does in (("observation_space", "observes"), ("action_space", "does")):
+        theirs, ours = (getattr(one, space) for one in (agent.suite, suite))
+        if theirs.shape != ours.shape or getattr(theirs, "n", None) != getattr(ours, "n", None):
+            raise UserError(
+                f"from={config.origin} {does} other things than env={config.env.name} ({theirs} and {ours}); "
+                "choose an env as there"
+            )
+
+
+def named_apart(old: Sequence[Place], new: Sequence[Place]) -> list[Place]:
+    """The new places, where a task that was learnt before comes round again as ``<task> (2)``."""
+    taken = {place.name for place in old}
+    named = []
+    for place in new:
+        task, number = original_name(place.name), 1
+        name = task
+        while name in taken:
+            number += 1
+            name = f"{task} ({number})"
+        taken.add(name)
+        named.append(replace(place, name=name))
+    return named
 
 
 def old_places(agent: TrainedAgent | None) -> list[Place]:

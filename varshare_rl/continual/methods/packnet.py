@@ -52,8 +52,6 @@ class PackNet(Method):
         UserError: the network has no hidden layer.
     """
 
-    keeps_parameters = True
-
     def __init__(self, options: PackNetOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
         network = self.base_network()
@@ -81,6 +79,11 @@ class PackNet(Method):
             layer.allot(self.owners[path] == FREE)
             layer.theta.requires_grad_(True)
         return network
+
+    def trained_parameters(self, network: nn.Module) -> int:
+        """Without the weights that other tasks own, which lie in the same tensors."""
+        held = sum(int((~layer.trained).sum()) for _, layer in packed_layers(network))
+        return super().trained_parameters(network) - held
 
     def advance(self, network: nn.Module, fraction: float) -> None:
         """Give up weights when it is time."""

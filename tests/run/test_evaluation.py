@@ -1,0 +1,68 @@
+"""Episodes that go on from one evaluation to the next."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from envs.cartpole import CartPoleOptions, CartPoleSuite
+from envs.pointmass import PointMassOptions, PointMassSuite
+from envs.suite import Suite
+from varshare_rl.run.evaluation import Stage, play
+
+
+class Simple:
+    """Pushes a pole where it leans to, and a point nowhere."""
+
+    def __init__(self, suite: Suite) -> None:
+        self.discrete, self.size = not suite.action_space.shape, sum(suite.action_space.shape or ())
+
+    def act(self, obs: Tensor) -> Tensor:
+        shape = obs.shape[:2]
+        return (obs[..., 2] > 0).long() if self.discrete else torch.zeros(*shape, self.size)
+
+    def observe(self, done: Tensor) -> None:
+        pass
+
+
+def played(suite: Suite, episodes: int, rounds: int, names: tuple[str, ...], going_on: bool) -> np.ndarray:
+    engine = suite.make_engine(2, 0, evaluation=True)
+    stage = Stage() if going_on else None
+    found = []
+    for _ in range(rounds):
+        means = play(lambda envs: Simple(suite), suite, engine, episodes, torch.device("cpu"), stage)
+        found.append([[row[name] for name in names] for row in means.values()])
+    return np.array(found, dtype=np.float64)
+
+
+def test_episodes_go_on() -> None:
+    """Three rounds of two episodes are six episodes, when all take as long."""
+    suite = PointMassSuite(PointMassOptions())
+    names = ("return", "episode_steps", "success")
+    rounds = played(suite, 2, 3, names, going_on=True)
+    assert rounds.mean(0) == pytest.approx(played(suite, 6, 1, names, going_on=False)[0])
+    assert (rounds[0] == played(suite, 2, 1, names, going_on=False)[0]).all()
+    assert (rounds[0, :, 0] != rounds[1, :, 0]).all()
+
+
+def test_what_is_left_of_an_episode_does_not_count() -> None:
+    """Poles do not fall together, so a round ends in the middle of an episode: by hand from one long recording."""
+    suite = CartPoleSuite(CartPoleOptions(tasks=["standard"]))
+    engine, policy = suite.make_engine(2, 0, evaluation=True), Simple(suite)
+    whole: list[list[tuple[int, int]]] = [[], []]  # first step and the step after the last of every slot's episodes
+    obs, since = engine.reset(), [0, 0]
+    for step in range(1, 600):
+        done = engine.step(policy.act(torch.from_numpy(obs)).numpy())
+        obs = done.obs
+        for slot in np.flatnonzero((done.terminated | done.truncated)[0]):
+            whole[slot].append((since[slot], step))
+            since[slot] = step
+    expected, now = [], 0
+    for _ in range(6):
+        counted = [next(episode for episode in of_slot if episode[0] >= now) for of_slot in whole]
+        expected.append(np.mean([end - first for first, end in counted]))
+        now = max(end for _, end in counted)
+    steps = played(suite, 2, 6, ("episode_steps",), going_on=True)
+    assert steps[:, 0, 0].tolist() == expected
