@@ -17,7 +17,8 @@ QUICK = {
     "ppo": (
         "algorithm=ppo", "env.envs_per_task=16", "algorithm.rollout_transitions_per_task=512",
         "algorithm.epochs=10", "algorithm.minibatches=4", "algorithm.learning_rate=3e-3",
-        "algorithm.critic_learning_rate=3e-3", "algorithm.normalize_observations=false", "total_transitions=140000",
+        "algorithm.critic_learning_rate=3e-3", "algorithm.normalize_observations=false",
+        "algorithm.entropy_weight=0.02", "algorithm.min_log_std=-1", "total_transitions=140000",
     ),
     "sac": (
         "algorithm=sac", "env.envs_per_task=4", "algorithm.replay_capacity_per_task=10000",

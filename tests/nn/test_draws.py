@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn import Posterior, Shared, VarShare, VarShareLoRA
-from varshare_rl.nn.draws import Draw, PolicyDraws
+from varshare_rl.nn.draws import Draw, PolicyDraws, drawn_once
 from varshare_rl.nn.stochastic import stochastic_layers
 
 TASKS, ENVS, IN, OUT = 2, 3, 4, 2
@@ -15,7 +15,7 @@ NO_END = torch.zeros(TASKS, ENVS, dtype=torch.bool)
 
 def network(name: str = "varshare_lora") -> nn.Module:
     options = {"varshare_lora": VarShareLoRA(hidden=[5], rank=2), "varshare": VarShare(hidden=[5])}
-    made = options[name].build(IN, OUT, TASKS, Posterior())
+    made = options[name].build(IN, OUT, TASKS, Posterior(estimator="weight"))
     with torch.no_grad():
         for key, parameter in made.named_parameters():
             if "rhos" in key:
@@ -146,3 +146,28 @@ def test_bytes_per_step_are_those_that_are_kept() -> None:
         kept = draws.observe(NO_END)
         size = 0 if kept is None else kept[0, 0].numel() * kept.element_size()
         assert draws.bytes_per_step() == size
+
+
+@pytest.mark.parametrize("name", ["varshare_lora", "varshare"])
+def test_drawn_once_is_one_draw_for_all_passes_inside(name: str) -> None:
+    module, x = network(name), torch.randn(TASKS, 4, IN)
+    with drawn_once(module):
+        one, same = module(x, IDS), module(x, IDS)
+    with drawn_once(module):
+        other = module(x, IDS)
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert not torch.equal(module(x, IDS), module(x, IDS))  # and outside every pass has its own again
+
+
+def test_drawn_once_leaves_held_noise_and_other_estimators_alone() -> None:
+    module, draws = made(Draw.per_update)
+    x = torch.randn(TASKS, ENVS, IN)
+    with draws.acting(ENVS):
+        held = module(x, IDS)
+        with drawn_once(module):
+            assert torch.equal(module(x, IDS), held)
+        assert torch.equal(module(x, IDS), held)
+    local = VarShareLoRA(hidden=[5], rank=2).build(IN, OUT, TASKS, Posterior(estimator="local"))
+    with drawn_once(local):
+        assert not torch.equal(local(x, IDS), local(x, IDS))

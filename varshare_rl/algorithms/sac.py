@@ -13,6 +13,7 @@ from varshare_rl.algorithms.base import Learner, build_actor
 from varshare_rl.data.replay import Replay, ReplayBatch
 from varshare_rl.data.rewards import RewardScale
 from varshare_rl.nn.critic import TwinQ
+from varshare_rl.nn.draws import drawn_once
 from varshare_rl.nn.parameters import frozen
 from varshare_rl.nn.stochastic import theta_only
 from varshare_rl.ops.returns import td_target
@@ -56,8 +57,9 @@ class CriticStep(NamedTuple):
 class SAC(ActorCritic):
     """SAC with twin critics and an entropy coefficient per task.
 
-    Training passes draw weights anew. Under PopArt the entropy coefficient counts in units of the task's values, so
-    a factor on a task's rewards changes nothing.
+    Every update draws weights anew, once for all its passes where the estimator allows
+    (:func:`~varshare_rl.nn.draws.drawn_once`). Under PopArt the entropy coefficient counts in units of the task's
+    values, so a factor on a task's rewards changes nothing.
 
     Args:
         options: see :class:`SACOptions`.
@@ -68,7 +70,7 @@ class SAC(ActorCritic):
     """
 
     critic: TwinQ
-    training_draws = "anew at every pass"
+    training_draws = "anew at every update"
     target_name = "target critics"
     replays_draws = False
 
@@ -138,8 +140,9 @@ class SAC(ActorCritic):
         """One step of critics, actor, entropy coefficients and targets."""
         batch = self._normalized(self.replay.sample(self.options.batch_per_task))
         transitions = len(self.replay)
-        critic = self._update_critic(batch, transitions)
-        actor_loss, log_prob, actor_norm = self._update_actor(batch, transitions)
+        with drawn_once(self.actor), drawn_once(self.critic):
+            critic = self._update_critic(batch, transitions)
+            actor_loss, log_prob, actor_norm = self._update_actor(batch, transitions)
         self.entropy_step(-self.log_alpha * (log_prob + self.target_entropy))
         with torch.no_grad():
             targets: list[Tensor] = list(self.target_critic.parameters())

@@ -177,3 +177,24 @@ class PolicyDraws:
             for name, layer in self.layers.items()
         }
         return holding(self.module, held)
+
+
+@contextmanager
+def drawn_once(module: nn.Module) -> Iterator[None]:
+    """Inside, all training passes of ``module`` use one draw of every task's weights, made here.
+
+    For layers that would draw one set per task and pass (``estimator=weight`` with one particle); others, and
+    layers whose noise is held already, draw as they do. Noise is a large part of what a posterior costs.
+    """
+    layers = [
+        layer
+        for _, layer in drawn_layers(module)
+        if layer.estimator == "weight" and layer.particles == 1 and layer.noise is None
+    ]
+    for layer in layers:
+        layer.noise = WeightNoise(layer.draw_noise(layer.num_tasks))
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.noise = None

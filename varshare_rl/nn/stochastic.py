@@ -60,6 +60,10 @@ class DrawnLayer(PenalizedLayer, Protocol):
     noise: Noise | None  # what training passes use, when held
     theta_only: bool  # leave the residuals out
 
+    @property
+    def num_tasks(self) -> int:
+        """``T``."""
+
     def draw_noise(self, count: int) -> tuple[Tensor, ...]:
         """Fresh noise for ``count`` draws of one task's weights."""
 

@@ -142,11 +142,11 @@ class _LowRankLinear(torch.autograd.Function):
         scale: float,
         record: Recording | None,
     ) -> Tensor:
-        z = torch.bmm(x, a.transpose(1, 2))  # [K, B, r]
+        z = torch.bmm(a, x.transpose(1, 2))  # [K, r, B]: thin matrices are quickest with the long side contiguous
         ctx.save_for_backward(x, weight, a, b, z)
         ctx.scale, ctx.record = scale, record
         y = _unflat(_product(x.reshape(-1, x.shape[2]), weight, bias), x)
-        return y.baddbmm_(z, b.transpose(1, 2), alpha=scale)
+        return y.baddbmm_(z.transpose(1, 2), b.transpose(1, 2), alpha=scale)
 
     @staticmethod
     @once_differentiable
@@ -157,15 +157,14 @@ class _LowRankLinear(torch.autograd.Function):
             need_weight = need_bias = False
         flat = grad.reshape(-1, grad.shape[2])
         grad_x = grad_a = grad_b = None
-        if need_b:  # in this order the long dimension is the contiguous one
-            grad_b = torch.bmm(z.transpose(1, 2), grad).mul_(ctx.scale).transpose(1, 2)
+        if need_b:
+            grad_b = torch.bmm(z, grad).mul_(ctx.scale).transpose(1, 2)
         if need_x or need_a:
-            rows = b.transpose(1, 2).contiguous()  # [K, r, G]: small, and the product runs along G
-            grad_z = torch.bmm(grad, rows.transpose(1, 2)).mul_(ctx.scale)
+            grad_z = torch.bmm(b.transpose(1, 2), grad.transpose(1, 2)).mul_(ctx.scale)  # [K, r, B]
             if need_a:
-                grad_a = torch.bmm(grad_z.transpose(1, 2), x)
+                grad_a = torch.bmm(grad_z, x)
             if need_x:
-                grad_x = _unflat(_product(flat, weight.t()), x).baddbmm_(grad_z, a)
+                grad_x = _unflat(_product(flat, weight.t()), x).baddbmm_(grad_z.transpose(1, 2), a)
         return (
             grad_x,
             _product(flat.t(), x.reshape(-1, x.shape[2]).t()) if need_weight else None,
