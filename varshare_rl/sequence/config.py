@@ -56,6 +56,8 @@ CONTINUAL_COMPONENTS = {**COMPONENTS, "method": {name: options for name, (option
 #: Least and most of options that some methods have; None: no bound.
 METHOD_RANGES: dict[str, tuple[float, float | None]] = {
     "rank": (1, None),
+    "phi": (1, None),
+    "p": (1, None),
     "initial_tasks": (0, None),
     "kl_weight": (0, None),
     "weight": (0, None),

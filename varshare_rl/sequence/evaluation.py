@@ -93,13 +93,16 @@ class Evaluator:
                 bandit.update(arm, _earned(result))
         return [bandit.best for bandit in bandits]
 
-    def most_similar(self, number: int, learnt: int) -> int:
-        """The learnt task whose policy earns the most in a place."""
-        episodes = self.config.similar_episodes
-        earned = [
-            _earned(self.play([candidate] * len(self.places), episodes, other_starts=True)[number])
-            for candidate in range(learnt)
-        ]
+    def most_similar(self, place: Place, learnt: int) -> int:
+        """The learnt task whose policy earns the most in a new one, on episodes that evaluations never see."""
+        suite, episodes = place.alone, self.config.similar_episodes
+        assert suite is not None
+        engine = self._engine(suite, min(episodes, self.config.env.envs_per_task), other_starts=True)
+        earned = []
+        for candidate in range(learnt):
+            policy = partial(SideBySide, [self._policy(place, candidate)])
+            (result,) = play(policy, suite, engine, episodes, self.device).values()
+            earned.append(_earned(result))
         return max(range(learnt), key=earned.__getitem__)
 
     def _policy(self, place: Place, learnt: int | None) -> Callable[[int], EvaluationPolicy]:

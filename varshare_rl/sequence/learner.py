@@ -93,7 +93,10 @@ class SequenceRun:
             check_spaces(config, agent, first.suite)
         self.actor, shapes = probe(train_config(config, env=first.env), first.alone, self.device)
         self.governor = Governor(
-            shapes, method_maker(config), config.carry.critic, {} if agent is None else origins(agent)
+            shapes,
+            method_maker(config),
+            config.carry.critic,
+            {} if agent is None else origins(agent, config.carry.critic),
         )
         self.progress = Progress(normalizers=[] if agent is None else old_normalizers(agent))
         self.evaluator = Evaluator(
@@ -142,7 +145,7 @@ class SequenceRun:
         place = self.places[number]
         position = number - self.old_tasks
         self.task_started = time.monotonic()
-        similar = self.evaluator.most_similar(number, self.learnt) if self._wants_similar() else None
+        similar = self.evaluator.most_similar(place, self.learnt) if self._wants_similar() else None
         config = train_config(
             self.config,
             env=place.env,

@@ -15,6 +15,7 @@ from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, build_algorithm, build_suite, load_agent
 from varshare_rl.config import TrainConfig
 from varshare_rl.continual.from_agent import origin_of
+from varshare_rl.continual.governor import CriticCarry
 from varshare_rl.continual.likelihood import UnitGaussian, policy_likelihood
 from varshare_rl.continual.method import LayerFactory, Likelihood, Origin, Shape
 from varshare_rl.nn.actor import Actor
@@ -141,16 +142,15 @@ def load_origin(config: ContinualConfig, device: Any) -> TrainedAgent | None:
     return agent
 
 
-def origins(agent: TrainedAgent) -> dict[str, list[Origin]]:
-    """What the networks of an agent leave for those of a sequence, by part."""
-    algorithm = cast(ActorCritic, agent.algorithm)
-    critic = algorithm.critic
-    networks = [critic.network] if hasattr(critic, "network") else list(critic.networks)  # type: ignore[arg-type]
-    count = len(agent.suite.task_names)
-    return {
-        "actor": [origin_of(algorithm.actor.network, count)],
-        "critic": [origin_of(cast(nn.Module, network), count) for network in networks],
-    }
+def origins(agent: TrainedAgent, carry: CriticCarry) -> dict[str, list[Origin]]:
+    """What the networks of an agent leave for those of a sequence, by part: nothing of critics that start anew."""
+    algorithm, count = cast(ActorCritic, agent.algorithm), len(agent.suite.task_names)
+    found = {"actor": [origin_of(algorithm.actor.network, count)]}
+    if carry is not CriticCarry.fresh:
+        critic: Any = algorithm.critic
+        networks = [critic.network] if hasattr(critic, "network") else list(critic.networks)
+        found["critic"] = [origin_of(network, count) for network in networks]
+    return found
 
 
 def old_normalizers(agent: TrainedAgent) -> list[dict[str, Tensor]]:
