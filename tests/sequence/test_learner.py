@@ -95,6 +95,15 @@ def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
     assert str(without_clock(states[0]["governor"])) == str(without_clock(states[1]["governor"]))
 
 
+def test_share_reports_its_errors_after_every_merge(command: Command) -> None:
+    outcome = command("continual", *PPO, "method=share", "method.initial_tasks=1", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(Path("run/tasks/02_swapped_left/report.json").read_text())
+    assert {row["task"] for row in report["rows"]} == {1, 2}
+    assert all(0 <= row["error"] <= 0.02 for row in report["rows"])
+    assert "largest error" in outcome.out
+
+
 def test_hidden_task_ids_are_found_by_return(command: Command) -> None:
     outcome = command("continual", *PPO, "method=copies", "task_ids=hidden", "run_dir=run")
     assert outcome.code == 0, outcome.err

@@ -155,6 +155,11 @@ class Method(ABC):
     def stored(self) -> Stored:
         """What has to be kept by now."""
 
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """What the method has to say of what it keeps, as rows of plain values; nothing unless it loses any."""
+        return []
+
     @abstractmethod
     def state(self) -> Tree:
         """Everything that :meth:`end` has changed."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,11 +16,10 @@ from varshare_rl.config import TrainConfig
 from varshare_rl.continual.governor import CriticCarry, Governor
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.files import write_json
-from varshare_rl.reporting.continual_measures import measures
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.seeding import seed_everything
-from varshare_rl.run.tracker import METRICS_FILE, Tracker
+from varshare_rl.run.tracker import Tracker
 from varshare_rl.sequence.config import (
     ContinualConfig,
     TaskIds,
@@ -41,30 +38,10 @@ from varshare_rl.sequence.parts import (
     pooled_normalizer,
     probe,
 )
+from varshare_rl.sequence.results import Progress, document, measure, read_curve
 from varshare_rl.types import Tree, UserError
 
 TASKS_FOLDER = "tasks"
-
-
-@dataclass
-class Progress:
-    """What a sequence has found so far, all of it in its checkpoint.
-
-    Attributes:
-        rows: evaluations of all tasks, before learning and after every task.
-        curves: success (or return) against transitions of every task that was learnt.
-        costs: parameters, seconds and bytes of every task that was learnt.
-        normalizers: statistics of observations that each learnt task's policy has.
-        carried: what the next task takes over from the last one's training.
-        seconds: of everything.
-    """
-
-    rows: list[dict[str, list[float | None]]] = field(default_factory=list)
-    curves: list[dict[str, list[float]]] = field(default_factory=list)
-    costs: list[dict[str, Any]] = field(default_factory=list)
-    normalizers: list[dict[str, Tensor]] = field(default_factory=list)
-    carried: Tree | None = None
-    seconds: float = 0.0
 
 
 class SequenceRun:
@@ -129,12 +106,26 @@ class SequenceRun:
                 self._learn_task(self.learnt, folder)
                 self._evaluate()
                 self._save()
+                self._report(folder)
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # not before all of it is in another
         finally:
             self.tracker.close()
             self.evaluator.close()
-        write_json(self.run_dir / "summary.json", self.document())
+        conditions = run_conditions(train_config(self.config), self.places[-1].suite, self.device)
+        write_json(self.run_dir / "summary.json", document(self.config, self.places, self.progress, conditions))
         self.console.message(f"done: {self.run_dir / 'summary.json'}")
+
+    def _report(self, folder: Path) -> None:
+        """Write what the method says of what it keeps, such as Share's errors by layer and task."""
+        rows = self.governor.method.report
+        if rows:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "report.json", {"rows": rows})
+            worst = max(rows, key=lambda row: float(row["error"]))
+            self.console.message(
+                f"basis of {rows[0]['merges']} merges: largest error {worst['error']:.2g} "
+                f"(task {self.places[worst['task']].name}, {worst['layer']}); all in {folder / 'report.json'}"
+            )
 
     def _folder(self, number: int) -> Path:
         name = f"{number - self.old_tasks:02d}_{self.places[number].name.replace(' ', '_')}"
@@ -197,7 +188,7 @@ class SequenceRun:
             obs, action = visited(agent, run.engine, self.config.memory_transitions)
         finally:
             run.close()
-        read_curve(folder, f"eval/mean_{self.measure}", curve)
+        read_curve(folder, f"eval/mean_{measure(self.places)}", curve)
         self.governor.end(obs, action)
         self.progress.normalizers.append(_copied(agent.normalizer.state_dict()))
         self.progress.carried = self._taken_over(agent)
@@ -246,13 +237,8 @@ class SequenceRun:
             carried["replay"] = cast(Any, agent).replay.state()
         return carried
 
-    @property
-    def measure(self) -> str:
-        """``success`` where the suites have it, otherwise ``return``."""
-        return "success" if all(place.suite.has_success for place in self.places) else "return"
-
     def _score(self, row: Mapping[str, list[float | None]], number: int) -> float:
-        value = row[self.measure][number]
+        value = row[measure(self.places)][number]
         assert value is not None
         return value
 
@@ -280,38 +266,6 @@ class SequenceRun:
         start = getattr(self.config.method, "start", None)
         return getattr(start, "value", None) == "similar" and self.learnt > 0
 
-    def document(self) -> dict[str, Any]:
-        """What ``summary.json`` says."""
-        progress, config = self.progress, self.config
-        first = self.places[-1].alone
-        assert first is not None
-        document: dict[str, Any] = {
-            "format": "continual",
-            "method": config.method.name,
-            "algorithm": config.algorithm.name,
-            "suite": self.places[-1].suite.name,
-            "tasks": [place.name for place in self.places],
-            "old_tasks": self.old_tasks,
-            "task_ids": config.task_ids.value,
-            "carried": {
-                "critic": config.carry.critic.value,
-                "optimizer": config.carry.optimizer,
-                "replay": config.carry.replay,
-            },
-            "measure": self.measure,
-            "success": [row["success"] for row in progress.rows],
-            "return": [row["return"] for row in progress.rows],
-            "curves": progress.curves,
-            "per_task": progress.costs,
-            "transitions": sum(cost["transitions"] for cost in progress.costs),
-            "seconds": round(progress.seconds, 3),
-            "conditions": run_conditions(train_config(config), first, self.device),
-        }
-        if config.task_ids is TaskIds.hidden:
-            document["acted_as"] = [row["acted_as"] for row in progress.rows]
-        document["measures"] = measures(document)
-        return document
-
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self.started
         done = len(self.progress.costs) * self.transitions_per_task
@@ -324,15 +278,6 @@ class SequenceRun:
         self.progress = Progress(**tree["progress"])
         self.evaluator.normalizers = self.progress.normalizers
         self.governor.load_state(tree["governor"])
-
-
-def read_curve(folder: Path, name: str, curve: dict[str, list[float]]) -> None:
-    """Append the evaluations that a task's training has logged as ``name``."""
-    for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if name in entry:
-            curve["transitions"].append(float(entry["transitions"]))
-            curve["success"].append(float(entry[name]))
 
 
 def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
