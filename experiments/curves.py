@@ -36,17 +36,20 @@ def read_curves(run_dir: Path, tag: str) -> dict[str, Curve]:
 
 def draw(run_dirs: list[Path], tag: str, target: Path) -> None:
     """One panel per run folder, written to ``target``."""
-    figure, axes = plt.subplots(1, len(run_dirs), figsize=(6.4 * len(run_dirs), 4.2), squeeze=False)
-    for axis, run_dir in zip(axes[0], run_dirs, strict=True):
-        curves = read_curves(run_dir, tag)
+    figure, axes = plt.subplots(1, len(run_dirs), figsize=(7.6 * len(run_dirs), 4.2), squeeze=False)
+    found = [read_curves(run_dir, tag) for run_dir in run_dirs]
+    for run_dir, curves in zip(run_dirs, found, strict=True):
         if not curves:
             raise SystemExit(f"error: {run_dir} has no evaluations of {tag}; choose --tag success or return")
+    longest = max(curve[-1][0] for curves in found for curve in curves.values())
+    for axis, run_dir, curves in zip(axes[0], run_dirs, found, strict=True):
         for task, curve in curves.items():
             style = {"color": "black", "linewidth": 2.5} if task == "mean" else {"linewidth": 1.2}
             axis.plot(*zip(*curve, strict=True), label=task, **style)
         axis.set(title=run_dir.name, xlabel="transitions, all tasks together", ylabel=f"evaluation {tag}")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.set_xlim(0, longest)
+        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.tight_layout()
     figure.savefig(target, dpi=110)
     plt.close(figure)
