@@ -675,7 +675,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 @pytest.mark.parametrize("acting", list(Draw))
 def test_ppo_learns_with_a_ratio_of_one_before_its_first_step(name: str, acting: Draw, watched: Watched) -> None:
     method = CASES[name](SHAPE, origin_of(trained_agent(3), 3))
-    problem = Problem(1, 4, IN, OUT // 2, False, torch.ones(1, OUT // 2, dtype=torch.bool), torch.device("cpu"))
+    mask = torch.ones(1, OUT // 2, dtype=torch.bool)
+    problem = Problem(1, 4, IN, OUT // 2, False, mask, torch.device("cpu"), horizon=40)
     network = method.begin(3)
     with torch.no_grad():
         for key, parameter in network.named_parameters():

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.continual.method import (
     Likelihood,
-    Method,
     MethodOptions,
     Origin,
     Shape,
     Stored,
-    settled,
-    state_copy,
     tensor_bytes,
 )
+from varshare_rl.continual.one_network import OneNetwork
 from varshare_rl.types import Tree
 
 
@@ -70,7 +68,7 @@ class Quadratic:
         return Quadratic(precision, centre, offset)
 
 
-class EWC(Method):
+class EWC(OneNetwork):
     """One network, drawn to what earlier tasks needed (Kirkpatrick et al. 2017, equation 3).
 
     ``penalty = weight / 2 sum_i sum_k F_ik (theta_k - theta*_ik)^2`` over the earlier tasks ``i``, with
@@ -82,17 +80,9 @@ class EWC(Method):
     nothing holds it there.
     """
 
-    task_free = True
-    keeps_parameters = True
-
     def __init__(self, options: EWCOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
-        self.weights = state_copy(self.base_network())
         self.quadratic: Quadratic | None = None
-
-    def begin(self, task: int, similar: int | None = None) -> nn.Module:
-        """The network as the last task has left it."""
-        return self._network()
 
     def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
         """``weight / 2`` times the quadratic, ``[1]``."""
@@ -109,7 +99,7 @@ class EWC(Method):
         options = self.options
         chosen = torch.randperm(inputs.shape[1])[: options.fisher_samples].to(inputs.device)
         fisher = diagonal_fisher(network, inputs[:, chosen], self.shape.likelihood)
-        self.weights = state_copy(network)
+        super().end(network, inputs)
         centre = {name: self.weights[name] for name in fisher}
         new = Quadratic(fisher, centre)
         if self.quadratic is not None:
@@ -117,12 +107,6 @@ class EWC(Method):
             running = {name: options.decay * old.precision[name] + value for name, value in fisher.items()}
             new = Quadratic(running, centre) if options.online else old.plus(new)
         self.quadratic = new
-        self.tasks += 1
-
-    def policy(self, task: int) -> nn.Module:
-        """The one network."""
-        self.check_learnt(task)
-        return settled(self._network())
 
     def stored(self) -> Stored:
         """One network; importances are memory, and so is their centre where it is not the network itself."""
@@ -130,7 +114,7 @@ class EWC(Method):
         if self.quadratic is not None:
             memory = tensor_bytes(*self.quadratic.precision.values())
             memory += 0 if self.options.online else tensor_bytes(*self.quadratic.centre.values())
-        return Stored(tensor_bytes(*self.weights.values()), 0, memory)
+        return replace(super().stored(), memory=memory)
 
     def state(self) -> Tree:
         """Weights and quadratic."""
@@ -138,17 +122,12 @@ class EWC(Method):
         quadratic = None if kept is None else {
             "precision": dict(kept.precision), "centre": dict(kept.centre), "offset": kept.offset,
         }  # fmt: skip
-        return {"tasks": self.tasks, "weights": self.weights, "quadratic": quadratic}
+        return {**super().state(), "quadratic": quadratic}
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
-        self.tasks, self.weights = state["tasks"], state["weights"]
+        super().load_state(state)
         self.quadratic = None if state["quadratic"] is None else Quadratic(**state["quadratic"])
-
-    def _network(self) -> nn.Module:
-        network = self.shape.plain()
-        network.load_state_dict(self.weights)
-        return network
 
 
 def diagonal_fisher(network: nn.Module, inputs: Tensor, likelihood: Likelihood) -> dict[str, Tensor]:

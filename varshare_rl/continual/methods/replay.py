@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.continual.method import (
-    Method,
     MethodOptions,
     Origin,
     Shape,
     Stored,
-    settled,
-    state_copy,
     tensor_bytes,
 )
+from varshare_rl.continual.one_network import OneNetwork
 from varshare_rl.types import Tree
 
 
@@ -30,7 +28,7 @@ class ReplayOptions(MethodOptions):
     batch: int = 128  # of them in every penalty, drawn with replacement
 
 
-class Replay(Method):
+class Replay(OneNetwork):
     """One network that goes on doing on earlier tasks' inputs what it did there: behaviour cloning.
 
     ``penalty = weight mean_n KL(p_old(. | x_n) || p(. | x_n))`` over a batch of the inputs kept of all earlier
@@ -41,18 +39,10 @@ class Replay(Method):
     Of an origin's tasks no samples are there: its base is where learning starts, and nothing is replayed of them.
     """
 
-    task_free = True
-    keeps_parameters = True
-
     def __init__(self, options: ReplayOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
-        self.weights = state_copy(self.base_network())
         self.inputs = torch.empty(1, 0, shape.in_features)  # of all earlier tasks, [1, M, F]
         self.outputs = torch.empty(1, 0, shape.out_features)  # [1, M, G]
-
-    def begin(self, task: int, similar: int | None = None) -> nn.Module:
-        """The network as the last task has left it."""
-        return self._network()
 
     def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
         """``weight`` times the mean divergence on a batch, ``[1]``."""
@@ -70,33 +60,22 @@ class Replay(Method):
     @torch.no_grad()
     def end(self, network: nn.Module, inputs: Tensor) -> None:
         """Keep the weights, and some inputs with what the network gives for them."""
-        self.weights = state_copy(network)
+        super().end(network, inputs)
         chosen = torch.randperm(inputs.shape[1])[: self.options.samples_per_task].to(inputs.device)
         inputs = inputs[:, chosen]
         outputs = network(inputs, torch.zeros(1, dtype=torch.int64))
         self.inputs = torch.cat([self.inputs.to(inputs), inputs], dim=1)
         self.outputs = torch.cat([self.outputs.to(outputs), outputs], dim=1)
-        self.tasks += 1
-
-    def policy(self, task: int) -> nn.Module:
-        """The one network."""
-        self.check_learnt(task)
-        return settled(self._network())
 
     def stored(self) -> Stored:
         """One network; the samples are memory."""
-        return Stored(tensor_bytes(*self.weights.values()), 0, tensor_bytes(self.inputs, self.outputs))
+        return replace(super().stored(), memory=tensor_bytes(self.inputs, self.outputs))
 
     def state(self) -> Tree:
         """Weights and samples."""
-        return {"tasks": self.tasks, "weights": self.weights, "inputs": self.inputs, "outputs": self.outputs}
+        return {**super().state(), "inputs": self.inputs, "outputs": self.outputs}
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
-        self.tasks, self.weights = state["tasks"], state["weights"]
+        super().load_state(state)
         self.inputs, self.outputs = state["inputs"], state["outputs"]
-
-    def _network(self) -> nn.Module:
-        network = self.shape.plain()
-        network.load_state_dict(self.weights)
-        return network
