@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 
 import gymnasium
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from envs.cartpole import CartPoleOptions, CartPoleSuite
 from envs.gymnasium_suite import GymnasiumOptions, GymnasiumSuite
@@ -19,7 +19,7 @@ from envs.lunarlander import LunarLanderOptions, LunarLanderSuite
 from envs.metaworld import MetaWorldOptions, MetaWorldSuite
 from envs.pointmass import PointMassOptions, PointMassSuite
 from envs.suite import Suite
-from varshare_rl.algorithms.base import Algorithm, Learner, NetworkFactory, Problem
+from varshare_rl.algorithms.base import Algorithm, Learner, NetworkFactory, Problem, Regularizer
 from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
@@ -72,17 +72,11 @@ def build_suite(config: TrainConfig) -> Suite:
     return SUITES[type(config.env)](config.env)
 
 
-class NetworkSource(Protocol):
+class NetworkSource(Regularizer, Protocol):
     """Gives an algorithm other networks than ``network`` would, and takes part in their training."""
 
     def network(self, part: str, in_features: int, out_features: int) -> nn.Module:
         """The next network of ``actor`` or ``critic``."""
-
-    def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
-        """As :class:`varshare_rl.algorithms.base.Regularizer` has it."""
-
-    def advance(self, fraction: float) -> None:
-        """The same."""
 
 
 def build_algorithm(

@@ -14,6 +14,7 @@ from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, build_run, choose_device, run_conditions
 from varshare_rl.config import TrainConfig
 from varshare_rl.continual.governor import CriticCarry, Governor
+from varshare_rl.continual.method import state_copy
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.files import write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
@@ -190,7 +191,7 @@ class SequenceRun:
             run.close()
         read_curve(folder, f"eval/mean_{measure(self.places)}", curve)
         self.governor.end(obs, action)
-        self.progress.normalizers.append(_copied(agent.normalizer.state_dict()))
+        self.progress.normalizers.append(state_copy(agent.normalizer))
         self.progress.carried = self._taken_over(agent)
         return run.transitions
 
@@ -211,7 +212,7 @@ class SequenceRun:
             return known[similar]
         if not known:
             size = self.governor.shapes["actor"][0].in_features
-            return _copied(ObservationNormalizer(1, size, enabled=True).state_dict())
+            return state_copy(ObservationNormalizer(1, size, enabled=True))
         return pooled_normalizer(known) if self.learnt == self.old_tasks else known[-1]
 
     def _hand_over(self, agent: ActorCritic, similar: int | None) -> None:
@@ -229,8 +230,8 @@ class SequenceRun:
 
     def _taken_over(self, agent: ActorCritic) -> Tree:
         """What a next task's training may take over: heads and units of the critic, and what ``carry`` names."""
-        rest = {key: value for key, value in agent.critic.state_dict().items() if not key.startswith("network")}
-        carried: Tree = {"critic": _copied(rest)}
+        critic = state_copy(agent.critic)
+        carried: Tree = {"critic": {key: critic[key] for key in critic if not key.startswith("network")}}
         if self.config.carry.optimizer:
             carried["actor_step"] = agent.actor_step.state()
         if self.config.carry.replay:
@@ -278,7 +279,3 @@ class SequenceRun:
         self.progress = Progress(**tree["progress"])
         self.evaluator.normalizers = self.progress.normalizers
         self.governor.load_state(tree["governor"])
-
-
-def _copied(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in state.items()}
