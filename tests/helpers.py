@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from envs.suite import Suite, VectorEngine
 from varshare_rl.assemble import build_algorithm, build_suite
-from varshare_rl.config import TrainConfig, check_config
+from varshare_rl.config import TrainConfig
+from varshare_rl.config_checks import check_config
 from varshare_rl.nn import VarShareLoRA
 from varshare_rl.nn.critic import CriticOptions
 from varshare_rl.nn.stochastic import WeightNoise, stochastic_layers

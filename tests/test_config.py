@@ -16,7 +16,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.assemble import SUITES, build_suite
 from varshare_rl.cli import config_folder
-from varshare_rl.config import COMPONENTS, TrainConfig, check_config, load_config, register_schemas
+from varshare_rl.config import COMPONENTS, TrainConfig, load_config, register_schemas
+from varshare_rl.config_checks import check_config
 from varshare_rl.optim.combiners import Method
 
 CONFIGS = config_folder()

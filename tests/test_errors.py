@@ -140,6 +140,26 @@ WITHOUT_RUN = {
     "softmax_temperature_of_ppos_critic": (
         ("env=pointmass", "gradient.critic=softmax_temperature"), "gradient.critic=softmax_temperature",
     ),
+    "no_tasks_in_an_update": (
+        ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=0"), "algorithm.tasks_per_update is 0",
+    ),
+    "tasks_of_ppos_update": (("env=pointmass", "algorithm.tasks_per_update=2"), "tasks_per_update"),
+    "combined_gradients_of_a_few_tasks": (
+        ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=2", "gradient.critic=pcgrad"),
+        "gradient.critic=pcgrad compares all tasks",
+    ),
+    "dual_control_of_a_few_tasks": (
+        ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=2", "elbo/schedule=dual"),
+        "elbo/schedule=dual compares all tasks",
+    ),
+    "learned_prior_of_a_few_tasks": (
+        ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=2", "elbo/prior=learned"),
+        "elbo/prior=learned compares all tasks",
+    ),
+    "explosions_of_a_few_tasks": (
+        ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=2", "guard.explosion=5"),
+        "guard.explosion=5 compares all tasks",
+    ),
     "negative_cagrad_radius": (("env=pointmass", "gradient.cagrad.c=-1"), "gradient.cagrad.c is -1"),
     "no_fairness": (("env=pointmass", "gradient.fairgrad.alpha=0"), "gradient.fairgrad.alpha is 0"),
     "no_nash_iterations": (("env=pointmass", "gradient.nashmtl.iterations=0"), "nashmtl.iterations is 0"),

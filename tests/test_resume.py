@@ -126,6 +126,13 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         528,
         (*TINY, *TINY_ALGORITHM["sac"], "critic=popart", "critic.layer_norm=true", "algorithm.reward_scale=ars"),
     ),
+    "sac_a_few_tasks_at_a_time": (
+        528,
+        (
+            *TINY, *TINY_ALGORITHM["sac"], *ABSORBING, "elbo.absorb.every=3", "algorithm.tasks_per_update=3",
+            "critic=popart", "elbo/schedule=band", "observe.every=300",
+        ),
+    ),
     "sac_categorical": (
         528,
         (*TINY, *TINY_ALGORITHM["sac"], "critic=brc", "critic.hidden=[8,8]", "network=shared"),

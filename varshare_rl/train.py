@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.config import TrainConfig, check_config, load_config, register_schemas
+from varshare_rl.config import TrainConfig, load_config, register_schemas
+from varshare_rl.config_checks import check_config
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation

@@ -8,7 +8,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from varshare_rl.cli import config_folder
-from varshare_rl.config import TrainConfig, check_config, register_schemas
+from varshare_rl.config import TrainConfig, register_schemas
+from varshare_rl.config_checks import check_config
 
 #: In the order of docs/architectures.md; the first is what times are relative to.
 NETWORKS = (

@@ -39,11 +39,18 @@ def step(algorithm: Algorithm, num_tasks: int, envs_per_task: int = 1, obs_size:
     algorithm.observe(transition(obs, algorithm.act(obs)))
 
 
-def filled_sac(architecture: Architecture, num_tasks: int, batch_per_task: int, capacity: int) -> SAC:
+def filled_sac(
+    architecture: Architecture,
+    num_tasks: int,
+    batch_per_task: int,
+    capacity: int,
+    tasks_per_update: int | None = None,
+) -> SAC:
     """SAC with a replay memory full of noise, past its random start."""
     options = SACOptions(
         replay_capacity_per_task=capacity,
         batch_per_task=batch_per_task,
+        tasks_per_update=tasks_per_update,
         start_transitions_per_task=1,
         normalize_observations=False,
     )

@@ -17,6 +17,8 @@ from varshare_rl.nn import Architecture, Shared, VarShareLoRA
 TASKS = (10, 50, 200, 500)
 #: Transitions of all tasks together: in a PPO rollout (8 minibatches of 2500), in SAC's batch, in its memory.
 ROLLOUT, MINIBATCHES, BATCH, MEMORY = 20_000, 8, 1_000, 500_000
+#: The architecture whose stacks are updated for ten tasks at a time, for as many rows in all.
+WINDOWED = f"varshare_lora, {TASKS[0]} tasks in an update"
 #: SAC's updates per transition of all tasks together.
 UPDATES = 0.05
 
@@ -42,11 +44,13 @@ def _ppo(network: str, num_tasks: int, setting: Setting) -> Round:
 
 
 def _sac(network: str, num_tasks: int, setting: Setting) -> Round:
+    at_once = TASKS[0] if network == WINDOWED else num_tasks
     algorithm = filled_sac(
         _architecture(f"SAC {network}", setting),
         num_tasks,
-        BATCH // num_tasks,
+        BATCH // at_once,
         setting.pick(MEMORY, 5_000) // num_tasks,
+        at_once,
     )
     transitions = setting.pick(1_000, 500)
 
@@ -83,8 +87,9 @@ def _resident() -> int:
 COSTS: dict[str, Contender] = {
     f"{algorithm} {network}, {tasks} tasks": partial(make, network, tasks)
     for algorithm, make in (("PPO", _ppo), ("SAC", _sac))
-    for network in ("shared", "varshare_lora")
+    for network in ("shared", "varshare_lora", WINDOWED)
     for tasks in TASKS
+    if network != WINDOWED or (algorithm == "SAC" and tasks > TASKS[0])
 }
 MEMORIES: dict[str, Contender] = {
     f"SAC varshare_lora, {tasks} tasks, memory": partial(_memory, tasks) for tasks in TASKS
@@ -100,10 +105,9 @@ def run(rounds: int, setting: Setting) -> list[Section]:
         names = [name for name in COSTS if name.startswith(prefix)]
         values = measure(__name__, names, rounds, setting)
         ratios = [
-            Ratio(name, name.replace(f" {tasks} tasks", f" {TASKS[0]} tasks"), Goal(1.2))
+            Ratio(name, f"{name.split(',')[0]}, {TASKS[0]} tasks", Goal(1.2))
             for name in names
-            for tasks in TASKS[1:]
-            if name.endswith(f" {tasks} tasks")
+            if not name.endswith(f" {TASKS[0]} tasks")
         ]
         sections.append(Section(f"{prefix}: cost per transition at equal total batch", "us", values, ratios))
     measured = measure(__name__, list(MEMORIES), 1, setting)

@@ -13,7 +13,8 @@ from envs.suite import VectorEngine
 from varshare_rl.algorithms.ppo import PPOOptions
 from varshare_rl.algorithms.sac import SACOptions
 from varshare_rl.assemble import build_algorithm, build_suite
-from varshare_rl.config import TrainConfig, check_config
+from varshare_rl.config import TrainConfig
+from varshare_rl.config_checks import check_config
 from varshare_rl.nn import VarShareLoRA
 from varshare_rl.optim.combiners import GradientOptions, Method
 from varshare_rl.optim.guard import GuardOptions

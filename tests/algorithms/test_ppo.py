@@ -119,6 +119,7 @@ def test_noise_is_held_for_a_rollout_and_changes_after_its_updates(network: str)
     rollout(engine, learner)
     assert all(torch.equal(a, b) for a, b in zip(start, held(), strict=True))
     learner.update()
+    rollout(engine, learner)
     assert not any(torch.equal(a, b) for a, b in zip(start, held(), strict=True))
     assert {layer.noise for _, layer in stochastic_layers(learner.critic)} == {None}  # draws anew each time
 

@@ -115,7 +115,7 @@ def test_without_options_a_critic_is_its_network_and_the_squared_error() -> None
     assert torch.equal(critic(obs, IDS), plain)
     assert torch.equal(critic.loss(obs, IDS, target), 0.5 * (plain - target).square().mean(-1))
     assert all(name.startswith("network.") for name in critic.state_dict())
-    assert critic.spread().tolist() == [[1.0]] * TASKS
+    assert critic.spread().tolist() == [[1.0]]
     pair = twins()
     action = torch.randn(TASKS, BATCH, ACTION)
     loss, q = pair.loss(obs, action, IDS, target)

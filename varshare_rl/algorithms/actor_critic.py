@@ -198,17 +198,19 @@ class ActorCritic:
         """Actor and critic."""
         return {"actor": self.actor, "critic": self.critic}
 
-    def common_bytes(self, vector_steps: int = 0) -> dict[str, int]:
+    def common_bytes(self, vector_steps: int = 0, share: float = 1.0) -> dict[str, int]:
         """Predicted bytes of what every training holds, without what there is none of.
 
         ``networks``: float32 parameters, their gradients and Adam's two moments; ``task gradients``: rows of
         gradients of the shared parameters that are combined, one per task; ``draws``: of the policy's weights,
-        with ``vector_steps`` between updates.
+        with ``vector_steps`` between updates. ``share`` of the tasks are in one update.
         """
         modules, problem = self.trained_modules().values(), self.problem
         steps = (self.actor_step, self.critic_step)
+        sizes = [parameter.numel() for module in modules for parameter in module.parameters()]
+        own = [role.parameter.numel() for step in steps for role in step.roles if role.own]
         held = {
-            "networks": 4 * 4 * sum(parameter.numel() for module in modules for parameter in module.parameters()),
+            "networks": 4 * (4 * sum(sizes) - round((1.0 - share) * sum(own))),
             "task gradients": sum(step.reduction.memory_bytes(problem.num_tasks) for step in steps),
             "draws": self.draws.memory_bytes(vector_steps, problem.horizon),
         }

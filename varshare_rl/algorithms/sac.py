@@ -20,6 +20,7 @@ from varshare_rl.ops.returns import td_target
 from varshare_rl.optim.combiners import Method
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
+from varshare_rl.optim.task_window import TaskWindow
 from varshare_rl.types import Scalars, Transition, Tree, UserError
 
 
@@ -30,6 +31,7 @@ class SACOptions:
     name: str = "sac"
     replay_capacity_per_task: int = 100_000
     batch_per_task: int = 128
+    tasks_per_update: int | None = None  # that take turns; null: every update is of all tasks
     start_transitions_per_task: int = 1_000  # uniformly random actions before learning starts
     updates_per_transition_per_task: float = 0.5
     learning_rate: float = 1e-3
@@ -102,6 +104,11 @@ class SAC(ActorCritic):
             problem.num_tasks, options.replay_capacity_per_task, problem.obs_size, problem.action_size,
             problem.device,
         )  # fmt: skip
+        self.window = TaskWindow(
+            problem.num_tasks, options.tasks_per_update or problem.num_tasks,
+            [self.actor, self.critic, self.target_critic, self.normalizer, self.reward_scaler], [self.log_alpha],
+            [step.optimizer for step in (self.actor_step, self.critic_step, self.entropy_step)],
+        )  # fmt: skip
         self.transitions_per_task = 0
         self.updates_due = 0.0
 
@@ -137,22 +144,33 @@ class SAC(ActorCritic):
         return self.updates_due >= 1.0
 
     def update(self) -> Scalars:
-        """One step of critics, actor, entropy coefficients and targets."""
-        batch = self._normalized(self.replay.sample(self.options.batch_per_task))
+        """One step of critics, actor, entropy coefficients and targets, for the tasks whose turn it is."""
+        with self.window.turn() as tasks:
+            if tasks is not None:
+                self.task_ids = tasks
+            scalars = self._step(tasks)
+        self.task_ids = self.problem.task_ids
+        self.draws.renew()
+        self.updates += 1
+        self.updates_due -= 1.0
+        self.finish_update(self.updates - 1)
+        return scalars
+
+    def _step(self, tasks: Tensor | None) -> Scalars:
+        batch = self._normalized(self.replay.sample(self.options.batch_per_task, tasks))
         transitions = len(self.replay)
         with drawn_once(self.actor), drawn_once(self.critic):
             critic = self._update_critic(batch, transitions)
             actor_loss, log_prob, actor_norm = self._update_actor(batch, transitions)
-        self.entropy_step(-self.log_alpha * (log_prob + self.target_entropy))
+        target_entropy = self.target_entropy
+        if tasks is not None:
+            target_entropy = target_entropy[tasks.to(target_entropy.device)]
+        self.entropy_step(-self.log_alpha * (log_prob + target_entropy))
         with torch.no_grad():
             targets: list[Tensor] = list(self.target_critic.parameters())
             sources: list[Tensor] = list(self.critic.parameters())
             torch._foreach_lerp_(targets, sources, self.options.target_rate)
         self.elbo.step(self.trained_modules(), lambda: self._loss_gap(batch, critic))
-        self.draws.renew()
-        self.updates += 1
-        self.updates_due -= 1.0
-        self.finish_update(self.updates - 1)
         return {
             "loss/critic": critic.losses.mean(),
             "loss/actor": actor_loss,
@@ -202,6 +220,11 @@ class SAC(ActorCritic):
         norm = self.actor_step(losses + self.penalty("actor", transitions))
         return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm
 
+    def measure_conflict(self) -> None:
+        """Of all tasks in one update; updates of a few leave it unmeasured."""
+        if self.window.windows == 1:
+            super().measure_conflict()
+
     def reset_networks(self) -> None:
         """Fresh networks, targets, entropy coefficients and optimiser moments; replay and normalisers stay."""
         super().reset_networks()
@@ -213,7 +236,7 @@ class SAC(ActorCritic):
     def memory_bytes(self) -> dict[str, int]:
         """What every training holds, target critics, replay."""
         return {
-            **self.common_bytes(),
+            **self.common_bytes(share=self.window.share),
             "targets": 4 * sum(parameter.numel() for parameter in self.target_critic.parameters()),
             "replay": 4 * self.replay.rows.numel(),
         }
@@ -241,6 +264,7 @@ class SAC(ActorCritic):
             "target_critic": self.target_critic.state_dict(),
             "entropy_step": self.entropy_step.state(),
             "replay": self.replay.state(),
+            "window": self.window.state(),
             "transitions_per_task": self.transitions_per_task,
             "updates_due": self.updates_due,
         }
@@ -251,5 +275,7 @@ class SAC(ActorCritic):
         self.target_critic.load_state_dict(state["target_critic"])
         self.entropy_step.load_state(state["entropy_step"])
         self.replay.load_state(state["replay"])
+        if "window" in state:  # checkpoints of earlier versions have none
+            self.window.load_state(state["window"])
         self.transitions_per_task = state["transitions_per_task"]
         self.updates_due = state["updates_due"]

@@ -16,6 +16,7 @@ class RunningMoments(nn.Module):
         size: number of features, ``F``.
     """
 
+    per_task_buffers = ("mean", "squared_deviations")
     count: Tensor
     mean: Tensor
     squared_deviations: Tensor

@@ -67,10 +67,11 @@ class Replay:
         self.position = (self.position + count) % self.capacity
         self.filled = min(self.filled + count, self.capacity)
 
-    def sample(self, batch_per_task: int) -> ReplayBatch:
-        """Draw ``batch_per_task`` transitions of every task, uniformly and with replacement."""
-        shape = (self.num_tasks, batch_per_task)
-        index = torch.randint(self.filled, shape, device=self.rows.device) + self.offsets
+    def sample(self, batch_per_task: int, tasks: Tensor | None = None) -> ReplayBatch:
+        """Draw transitions of every task, or of ``tasks [K]``, uniformly and with replacement."""
+        offsets = self.offsets if tasks is None else self.offsets[tasks.to(self.offsets.device)]
+        shape = (len(offsets), batch_per_task)
+        index = torch.randint(self.filled, shape, device=self.rows.device) + offsets
         rows = self.rows.view(-1, self.rows.shape[-1]).index_select(0, index.view(-1)).view(*shape, -1)
         obs, action, reward, terminated, next_obs = torch.split(rows, self.sizes, dim=-1)
         return ReplayBatch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)

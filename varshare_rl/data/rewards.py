@@ -91,6 +91,7 @@ class AdaptiveRewardScaler(RewardScaler):
         num_tasks: ``T``.
     """
 
+    per_task_buffers = ("total", "scales")
     total: Tensor
     count: Tensor
     scales: Tensor

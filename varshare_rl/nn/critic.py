@@ -102,7 +102,6 @@ class Critic(nn.Module):
 
     def __init__(self, num_tasks: int, networks: int, options: CriticOptions) -> None:
         super().__init__()
-        self.num_tasks = num_tasks
         self.heads = nn.ModuleList(CriticHead(num_tasks, options) for _ in range(networks))
         self.statistics = TargetStatistics(num_tasks, options.popart_rate) if options.popart else None
 
@@ -121,9 +120,9 @@ class Critic(nn.Module):
                     head.affine.follow(move)  # type: ignore[union-attr, operator]
 
     def spread(self) -> Tensor:
-        """The unit of every task's values, ``[T, 1]``: 1 without PopArt."""
+        """The unit of every task's values, ``[T, 1]``; without PopArt 1 for all, ``[1, 1]``."""
         if self.statistics is None:
-            return torch.ones(self.num_tasks, 1, device=next(self.parameters()).device)
+            return torch.ones(1, 1, device=next(self.parameters()).device)
         return self.statistics.spread.float().unsqueeze(1)
 
     def target(self) -> Self:

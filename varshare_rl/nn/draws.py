@@ -84,6 +84,8 @@ class PolicyDraws:
         elif self.mode is Draw.mean:
             context = posterior_mean(self.module)
         elif self.mode is Draw.per_update:
+            if self._stale:  # not before: several updates in a row need one draw
+                self._fresh()
             context = holding(self.module, {name: WeightNoise(noise) for name, noise in self.values.items()})
         else:
             assert draws is not None, "draws per episode and per step must be recorded to be replayed"
@@ -92,9 +94,9 @@ class PolicyDraws:
             yield
 
     def renew(self) -> None:
-        """After an update: draw anew per task; forget the draws of episodes that have ended."""
+        """After an update: draw anew per task before acting; forget the draws of episodes that have ended."""
         if self.mode is Draw.per_update:
-            self._fresh()
+            self._stale = True
         elif self.mode is Draw.per_episode and self.recorded:
             current = self.index.flatten()
             self.values = {
@@ -126,6 +128,7 @@ class PolicyDraws:
             "values": {name: list(values) for name, values in self.values.items()},
             "index": self.index,
             "tasks": self.tasks,
+            "stale": self._stale,
         }
 
     def load_state(self, state: Tree) -> None:
@@ -133,8 +136,10 @@ class PolicyDraws:
         device = next(self.module.parameters()).device
         self.values = {name: tuple(v.to(device) for v in values) for name, values in state["values"].items()}
         self.index, self.tasks = state["index"], state["tasks"]
+        self._stale = state.get("stale", False)  # checkpoints of earlier versions are of fresh draws
 
     def _fresh(self) -> None:
+        self._stale = False
         counts = {Draw.per_update: self.shape[0], Draw.per_episode: self.index.numel()}
         if self.mode in counts:
             self.values = {name: layer.draw_noise(counts[self.mode]) for name, layer in self.layers.items()}

@@ -35,7 +35,7 @@ class SharedLayer(nn.Module):
         if self.one_hot_tasks == 0:
             record = None if self.recorder is None else Recording(self.recorder, self.theta, self.bias)
             return linear(x, self.theta, self.bias, record)
-        rows = task_rows(x, task_id, self.one_hot_tasks)
+        rows = task_rows(x, task_id, self.one_hot_tasks, stacked=False)  # columns are kept for all tasks
         if self.recorder is not None:
             return rows.restore(self._recorded(rows, self.recorder))
         offset = rows.select(self.theta[:, self.in_features :].t() + self.bias)  # [K, G]

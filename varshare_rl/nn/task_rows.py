@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,6 +19,34 @@ TaskIds = int | Tensor
 def all_tasks(num_tasks: int) -> Tensor:
     """The ids ``0 .. num_tasks - 1``. Ids live on the CPU: they index, they are not data."""
     return torch.arange(num_tasks)
+
+
+@dataclass(frozen=True)
+class Window:
+    """Stacked tensors hold the rows of the tasks ``ids [K]``, in this order, and not of all ``num_tasks``."""
+
+    ids: Tensor
+    num_tasks: int
+
+
+_window: Window | None = None
+
+
+def open_window() -> Window | None:
+    """The window that is open, see :mod:`varshare_rl.optim.task_window`."""
+    return _window
+
+
+@contextmanager
+def opened(window: Window) -> Iterator[None]:
+    """Inside, batches are of the window's tasks, whose rows stacked tensors hold."""
+    global _window
+    assert _window is None, "windows do not nest"
+    _window = window
+    try:
+        yield
+    finally:
+        _window = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +94,7 @@ class TaskRows:
         return y if y.shape[:-1] == self.shape[:-1] else y.reshape(*self.shape[:-1], y.shape[-1])
 
 
-def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int) -> TaskRows:
+def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int, stacked: bool = True) -> TaskRows:
     """Bring ``x`` to task-major form.
 
     Args:
@@ -72,6 +102,7 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int) -> TaskRows:
             ``[..., F]`` with one id.
         task_ids: an int, or an integer tensor (best on the CPU: a CUDA tensor is copied to check it).
         num_tasks: how many tasks there are.
+        stacked: the rows are for stacked tensors, which hold a window's tasks alone where one is open.
 
     Raises:
         IndexError: an id is not one of the ``num_tasks`` tasks; the message names it.
@@ -90,6 +121,8 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int) -> TaskRows:
             f"x of shape {tuple(x.shape)} does not fit task ids of shape {tuple(ids.shape)}; "
             "give [T, B, F] with [T], [N, F] with [N], or one id"
         )
+    if stacked and _window is not None and x.dim() == 3 and torch.equal(ids, _window.ids):
+        return TaskRows(x, None, x.shape)
     if x.dim() == 3:
         if torch.equal(ids, all_tasks(num_tasks)):
             return TaskRows(x, None, x.shape)

@@ -60,6 +60,7 @@ class VariationalLayer(nn.Module, ABC):
 
     #: Names of the mean and the ``rho`` of every factor.
     factors: ClassVar[tuple[tuple[str, str], ...]]
+    per_task_buffers = ("log_prior_scale",)
     theta: nn.Parameter
     bias: nn.Parameter | None
     log_prior_scale: Tensor

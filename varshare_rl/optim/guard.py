@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varshare_rl.nn.task_rows import open_window
 from varshare_rl.types import Tree
 
 #: Steps before a task's running loss is trusted as a measure of an explosion.
@@ -56,11 +57,13 @@ class Guard:
         if not self.options.non_finite and not self.options.explosion:
             return None
         if self.masked is None:
-            self.masked = torch.zeros(len(losses), dtype=torch.int64, device=losses.device)
+            window = open_window()
+            tasks = len(losses) if window is None else window.num_tasks
+            self.masked = torch.zeros(tasks, dtype=torch.int64, device=losses.device)
         self._fitting = self._fit(losses.detach())
         if not (wait or self.looking or self._sees(losses)) or bool(self._fitting.all()):
             return None
-        self.masked += ~self._fitting
+        self._count(~self._fitting)
         kept, self._fitting = self._fitting, torch.ones_like(self._fitting)
         return kept
 
@@ -73,7 +76,7 @@ class Guard:
             return None
         bad = ~torch.isfinite(norm) if self.options.non_finite else torch.zeros_like(norm, dtype=torch.bool)
         fit = self._fitting.all()
-        self.masked += torch.where(fit, bad, ~self._fitting)
+        self._count(torch.where(fit, bad, ~self._fitting))
         return (bad | ~fit).float()
 
     def look(self) -> None:
@@ -86,6 +89,15 @@ class Guard:
     def forget(self) -> None:
         """Drop the running averages: losses of other parameters are no measure. Counts stay."""
         self._average, self._steps = None, 0
+
+    def _count(self, left_out: Tensor) -> None:
+        """Add ``left_out [T]``, or ``[K]`` of the tasks of an open window."""
+        assert self.masked is not None
+        window = open_window()
+        if window is None:
+            self.masked += left_out
+        else:
+            self.masked[window.ids.to(self.masked.device)] += left_out
 
     def _sees(self, tensor: Tensor) -> bool:
         """Whether looking at a number costs no waiting for a device."""

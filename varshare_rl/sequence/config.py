@@ -16,10 +16,9 @@ from varshare_rl.config import (
     COMPONENTS,
     TrainConfig,
     blank_config,
-    check_config,
-    check_limits,
     register_components,
 )
+from varshare_rl.config_checks import check_config, check_limits
 from varshare_rl.continual.governor import CriticCarry
 from varshare_rl.continual.method import Method, MethodOptions, Origin, Shape
 from varshare_rl.continual.methods.copies import Copies, CopiesOptions

@@ -1,0 +1,284 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from helpers import build, collect
+from torch import Tensor, nn
+
+from envs.pointmass import PointMassOptions
+from varshare_rl.algorithms.sac import SAC, SACOptions
+from varshare_rl.data.rewards import RewardScale
+from varshare_rl.nn import (
+    CARE,
+    MOORE,
+    Architecture,
+    FiLM,
+    Independent,
+    L2Soft,
+    LoRA,
+    MultiHead,
+    PaCo,
+    Posterior,
+    Shared,
+    SoftModularization,
+    TaskEmbedding,
+    VarShare,
+    VarShareLoRA,
+)
+from varshare_rl.nn.critic import CriticOptions
+from varshare_rl.nn.parameters import total_kl
+from varshare_rl.nn.task_rows import open_window
+from varshare_rl.optim.task_window import MOMENTS, TaskWindow
+
+TASKS, SIZE = 7, 3
+NETWORKS: dict[str, Architecture] = {
+    "shared": Shared(hidden=[6, 6]),
+    "varshare_lora": VarShareLoRA(hidden=[6, 6], rank=2),
+    "varshare": VarShare(hidden=[6, 6]),
+    "lora": LoRA(hidden=[6, 6], rank=2),
+    "l2_soft": L2Soft(hidden=[6, 6], rank=2),
+    "independent": Independent(hidden=[6, 6]),
+    "multi_head": MultiHead(hidden=[6, 6]),
+    "task_embedding": TaskEmbedding(hidden=[6, 6], embedding=2),
+    "film": FiLM(hidden=[6, 6]),
+    "paco": PaCo(hidden=[6, 6], parameter_sets=3),
+    "moore": MOORE(hidden=[6, 6], experts=2),
+    "care": CARE(hidden=[6, 6], experts=2, encoder_width=4, context=3),
+    "soft_modularization": SoftModularization(hidden=[6, 6], modules=2, embedding=4),
+}
+
+
+def scrambled(module: nn.Module) -> nn.Module:
+    """With parameters that are all different, so that no row can be taken for another."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return module
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {
+        f"{path}.{name}".lstrip("."): child.get_parameter(name)
+        for path, child in module.named_modules()
+        for name in getattr(child, "per_task_parameters", ())
+    }
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_passes_and_gradients_are_those_of_the_windows_tasks(name: str) -> None:
+    torch.manual_seed(0)
+    network = scrambled(NETWORKS[name].build(4, 2, TASKS, Posterior())).eval().double()
+    window = TaskWindow(TASKS, SIZE, [network], [], [])
+    x = torch.randn(TASKS, 5, 4, dtype=torch.float64)
+
+    def gradients(ids: Tensor, losses: Tensor) -> dict[str, Tensor]:
+        """Of the sum of the losses of ``ids``."""
+        network.zero_grad()
+        (network(x[ids], ids).square().mean((1, 2)) + 0.01 * total_kl(network, len(ids)))[losses].sum().backward()
+        return {path: p.grad.clone() for path, p in network.named_parameters() if p.grad is not None}
+
+    everything = torch.arange(TASKS)
+    with torch.no_grad():
+        outputs = network(x, everything)
+    seen = []
+    for _ in range(window.windows):
+        with window.turn() as ids:
+            assert ids is not None
+            seen += ids.tolist()
+            torch.testing.assert_close(network(x[ids], ids), outputs[ids], rtol=1e-12, atol=1e-12)
+            inside = gradients(ids, torch.arange(len(ids)))
+        outside = gradients(everything, ids)
+        for path in own_parameters(network):
+            outside[path] = outside[path][ids]
+        torch.testing.assert_close(inside, outside, rtol=1e-9, atol=1e-12)
+    assert sorted(seen) == list(range(TASKS))
+
+
+class Stack(nn.Module):
+    """A number per task and one for all."""
+
+    per_task_parameters = ("own",)
+    per_task_buffers = ("note",)
+    note: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.zeros(TASKS, 2, dtype=torch.float64))
+        self.common = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("note", torch.zeros(TASKS))
+
+
+def test_every_task_has_an_adam_of_its_own() -> None:
+    """Against one ``torch.optim.Adam`` per task that steps when it is the task's turn."""
+    torch.manual_seed(1)
+    stack = Stack()
+    adam = torch.optim.Adam(stack.parameters(), lr=0.1, fused=True)
+    window = TaskWindow(TASKS, SIZE, [stack], [], [adam])
+    alone = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(TASKS)]
+    adams = [torch.optim.Adam([parameter], lr=0.1) for parameter in alone]
+    for _ in range(5 * window.windows):
+        goal = torch.randn(TASKS, 2, dtype=torch.float64)
+        before = stack.own.detach().clone()
+        with window.turn() as ids:
+            assert ids is not None
+            adam.zero_grad()
+            (stack.own - goal[ids]).square().sum().backward()
+            adam.step()
+            stack.note += 1.0
+        others = [task for task in range(TASKS) if task not in ids.tolist()]
+        assert torch.equal(stack.own.detach()[others], before[others])
+        for task in ids.tolist():
+            adams[task].zero_grad()
+            (alone[task] - goal[task]).square().sum().backward()
+            adams[task].step()
+    torch.testing.assert_close(stack.own.detach(), torch.stack([p.detach() for p in alone]), rtol=1e-12, atol=1e-12)
+    assert stack.note.tolist() == [5.0] * TASKS
+    for name in MOMENTS:
+        expected = torch.stack([adams[task].state[alone[task]][name] for task in range(TASKS)])
+        torch.testing.assert_close(adam.state[stack.own][name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_fresh_moments_count_from_their_own_beginning() -> None:
+    """What the optimiser forgets, such as an absorbed layer's moments, starts with Adam's correction anew."""
+    stack = Stack()
+    adam = torch.optim.Adam([stack.own], lr=0.1, fused=True)
+    window = TaskWindow(TASKS, TASKS - 1, [stack], [], [adam])
+
+    def one_pass() -> Tensor:
+        before = stack.own.detach().clone()
+        for _ in range(window.windows):
+            with window.turn():
+                stack.own.grad = torch.ones_like(stack.own)
+                adam.step()
+        return before - stack.own.detach()
+
+    for _ in range(50):
+        one_pass()
+    adam.state.clear()
+    torch.testing.assert_close(one_pass(), torch.full_like(stack.own, 0.1))  # Adam's first step is the rate
+
+
+def test_an_error_inside_leaves_all_stacks_whole() -> None:
+    stack = Stack()
+    window = TaskWindow(TASKS, SIZE, [stack], [], [])
+    shapes = []
+
+    def fail() -> None:
+        with window.turn():
+            shapes.append(stack.own.shape)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
+    assert shapes == [(2, 2)] or shapes == [(SIZE, 2)]
+    assert stack.own.shape == (TASKS, 2)
+    assert stack.note.shape == (TASKS,)
+    assert open_window() is None
+
+
+def test_windows_are_of_nearly_equal_size_and_go_on_where_they_were() -> None:
+    torch.manual_seed(2)
+    window = TaskWindow(TASKS, SIZE, [Stack()], [], [])
+    assert window.windows == 3
+    sizes = []
+    for _ in range(4):
+        with window.turn() as ids:
+            assert ids is not None
+            sizes.append(len(ids))
+    assert sorted(sizes[:3]) == [2, 2, 3]
+    resumed = TaskWindow(TASKS, SIZE, [Stack()], [], [])
+    resumed.load_state(window.state())
+    with window.turn() as expected:
+        assert expected is not None
+    with resumed.turn() as ids:
+        assert ids is not None
+        assert torch.equal(ids, expected)
+
+
+def test_as_many_tasks_as_there_are_is_no_window() -> None:
+    window = TaskWindow(TASKS, TASKS + 1, [Stack()], [], [])
+    with window.turn() as ids:
+        assert ids is None
+        assert open_window() is None
+
+
+ENV = PointMassOptions(envs_per_task=2)  # eight tasks
+OPTIONS = SACOptions(
+    replay_capacity_per_task=200,
+    batch_per_task=8,
+    start_transitions_per_task=20,
+    tasks_per_update=3,
+    normalize_observations=True,
+    reward_scale=RewardScale.return_std,
+)
+
+
+def make_sac(critic: CriticOptions, **options: Any) -> SAC:
+    _, engine, learner = build(ENV, replace(OPTIONS, **options), VarShareLoRA(hidden=[8]), critic=critic)
+    assert isinstance(learner, SAC)
+    collect(engine, learner, torch.from_numpy(engine.reset()), 30)
+    return learner
+
+
+def stacks(learner: SAC) -> dict[str, Tensor]:
+    """Everything that is kept per task, ``[T, ...]``."""
+    modules = {"actor": learner.actor, "critic": learner.critic, "target": learner.target_critic}
+    found = {
+        f"{part}.{path}": parameter.detach().clone()
+        for part, module in modules.items()
+        for path, parameter in own_parameters(module).items()
+    }
+    statistics = learner.critic.statistics
+    if statistics is not None:
+        found |= {f"statistics.{name}": statistics.get_buffer(name).clone() for name in statistics.per_task_buffers}
+    return found | {"log_alpha": learner.log_alpha.detach().clone()}
+
+
+@pytest.mark.parametrize("popart", [False, True])
+def test_an_update_of_sac_moves_the_tasks_of_its_window_and_no_other(popart: bool) -> None:
+    learner = make_sac(CriticOptions(popart=popart))
+    for _ in range(4):  # into the second pass
+        before, turn = stacks(learner), learner.window.next
+        shared = [layer.theta.detach().clone() for layer in learner.actor.modules() if hasattr(layer, "theta")]
+        learner.update()
+        ids = learner.window.order.tensor_split(learner.window.windows)[turn]
+        others = [task for task in range(8) if task not in ids.tolist()]
+        for name, after in stacks(learner).items():
+            assert torch.equal(after[others], before[name][others]), name
+            moved = (
+                (after[ids] != before[name][ids]).flatten(1).any(1) if after.dim() > 1 else after != before[name]
+            )
+            assert bool(moved.any()), name
+        now = [layer.theta for layer in learner.actor.modules() if hasattr(layer, "theta")]
+        assert not any(torch.equal(old, new) for old, new in zip(shared, now, strict=True))
+        assert torch.equal(learner.task_ids, torch.arange(8))
+
+
+def test_a_window_of_all_tasks_updates_as_without() -> None:
+    whole, windowed = (
+        make_sac(CriticOptions(), tasks_per_update=None),
+        make_sac(CriticOptions(), tasks_per_update=8),
+    )
+    for learner in (whole, windowed):
+        torch.manual_seed(3)
+        learner.update()
+    assert all(torch.equal(a, b) for a, b in zip(stacks(whole).values(), stacks(windowed).values(), strict=True))
+
+
+def test_a_loss_that_is_not_finite_is_counted_for_its_task() -> None:
+    learner = make_sac(CriticOptions())
+    learner.replay.rows[5] = torch.nan
+    for _ in range(learner.window.windows):
+        learner.update()
+    assert [int(steps) for steps in learner.masked_steps()] == [0, 0, 0, 0, 0, 2, 0, 0]
+    assert all(torch.isfinite(parameter).all() for parameter in learner.actor.parameters())
+
+
+def test_gradients_are_predicted_for_the_windows_tasks_only() -> None:
+    whole = make_sac(CriticOptions(), tasks_per_update=None).memory_bytes()["networks"]
+    windowed = make_sac(CriticOptions(), tasks_per_update=2)
+    own = sum(p.numel() for module in (windowed.actor, windowed.critic) for p in own_parameters(module).values())
+    assert whole - windowed.memory_bytes()["networks"] == 4 * own * 6 // 8
