@@ -62,7 +62,7 @@ def test_an_output_folder_that_is_a_file(command: Command, folder: Path) -> None
 
 
 RUN_FIGURES = {"matrix.png", "tasks.png"}
-COMPARISON = {"continual.json", "continual.csv", "measures.png", "bytes.png"}
+COMPARISON = {"continual.json", "continual.csv", "measures.png", "bytes.png", "learning.png"}
 
 
 def files(folder: str) -> set[str]:
@@ -89,7 +89,7 @@ def test_continual_runs_side_by_side(command: Command, folder: Path) -> None:
     names = ["sweep_s0", "sweep_s1", "ewc=1,s0", "ewc=1,s1"]
     figures = {f"{name}/{figure}" for name in names for figure in RUN_FIGURES}
     assert files("deep/there") == COMPARISON | figures
-    for figure in (*figures, "measures.png", "bytes.png"):
+    for figure in (*figures, "measures.png", "bytes.png", "learning.png"):
         assert (Path("deep/there") / figure).read_bytes().startswith(b"\x89PNG")
     written = json.loads(Path("deep/there/continual.json").read_text())
     assert [(run["label"], run["seed"]) for run in written["runs"]] == [

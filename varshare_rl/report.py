@@ -139,9 +139,9 @@ def write_continual(out: Path, runs: Sequence[ContinualRun], document: dict[str,
     from varshare_rl.reporting.continual_table import to_csv
     from varshare_rl.reporting.figures import to_png
 
-    figures = {
-        out / name: made for name, made in comparison_figures(document["methods"], document["measure"]).items()
-    }
+    labels = [run["label"] for run in document["runs"]]
+    compared = comparison_figures(document["methods"], document["measure"], labels, [run.document for run in runs])
+    figures = {out / name: made for name, made in compared.items()}
     for run, name in zip(runs, run_names(runs), strict=True):
         figures |= {out / name / figure: made for figure, made in run_figures(run.document).items()}
     for path, figure in figures.items():

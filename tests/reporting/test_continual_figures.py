@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import continual_document
+from matplotlib.figure import Figure
 
 from varshare_rl.reporting.continual_figures import comparison_figures, run_figures
 from varshare_rl.reporting.continual_measures import measures
@@ -17,6 +18,10 @@ from varshare_rl.reporting.figures import to_png
 def rows(*documents: dict[str, Any], reference: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     labels = group_labels(documents, [{}] * len(documents))
     return compare(labels, documents, [measures(document, reference) for document in documents])
+
+
+def comparison(made: list[dict[str, Any]], *documents: dict[str, Any]) -> dict[str, Figure]:
+    return comparison_figures(made, "success", group_labels(documents, [{}] * len(documents)), documents)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +73,8 @@ def test_the_comparison_has_a_panel_per_measure_and_a_point_per_method() -> None
     documents = [continual_document(seed=seed, learnt=0.7 + 0.1 * seed) for seed in range(2)]
     documents.append(continual_document("ewc", lost=0.1))
     made = rows(*documents, reference=continual_document(learnt=0.4))
-    figures = comparison_figures(made, "success")
-    assert set(figures) == {"measures", "bytes"}
+    figures = comparison(made, *documents)
+    assert set(figures) == {"measures", "bytes", "learning"}
     panels = figures["measures"].axes
     assert [axes.get_xlabel() for axes in panels] == ["performance P", "forgetting F", "forward transfer FT"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == ["finetune", "ewc"]
@@ -88,6 +93,32 @@ def test_the_comparison_has_a_panel_per_measure_and_a_point_per_method() -> None
 
 
 def test_methods_beyond_the_colours_are_told_apart_by_their_markers() -> None:
-    made = rows(*(continual_document(f"method {index}") for index in range(10)))
-    lines = comparison_figures(made, "success")["bytes"].axes[0].lines
+    documents = [continual_document(f"method {index}") for index in range(10)]
+    figures = comparison(rows(*documents), *documents)
+    lines = figures["bytes"].axes[0].lines
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 10
+    lines = figures["learning"].axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 10
+
+
+def test_learning_is_a_panel_per_task_with_the_mean_of_all_seeds() -> None:
+    documents = [continual_document(seed=seed, learnt=0.4 + 0.4 * seed, old=("x",)) for seed in range(2)]
+    frozen = continual_document("frozen", old=("x",))
+    frozen["curves"] = [{"transitions": [0.0], "success": [0.1]}] * 2
+    panels = comparison(rows(*documents, frozen), *documents, frozen)["learning"].axes
+    assert [axes.get_title() for axes in panels] == ["a", "b"]
+    by_label = {str(line.get_label()): line for line in panels[0].lines}
+    np.testing.assert_allclose(by_label["finetune (40)"].get_ydata(), [0.0, 0.3, 0.6])
+    assert by_label["frozen (40)"].get_marker() == "o"
+    runs = [np.asarray(line.get_ydata()).tolist() for line in panels[0].lines]
+    assert [0.0, 0.2, 0.4] in runs
+    assert [0.0, 0.4, 0.8] in runs
+
+
+def test_curves_of_other_points_are_joined() -> None:
+    one, other = continual_document(seed=0), continual_document(seed=1)
+    other["curves"] = [{"transitions": [0.0, 1000.0], "success": [0.0, 1.0]}] * 2
+    axes = comparison(rows(one, other), one, other)["learning"].axes[0]
+    mean = next(line for line in axes.lines if str(line.get_label()).startswith("finetune"))
+    np.testing.assert_allclose(mean.get_xdata(), [0.0, 500.0, 1000.0])
+    np.testing.assert_allclose(mean.get_ydata(), [0.0, 0.45, 0.9])

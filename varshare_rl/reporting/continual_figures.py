@@ -79,9 +79,16 @@ def tasks_figure(document: Document) -> Figure:
     return _titled(figure, document, f"Each task's {name}: dots where it has just been learnt, dashed before")
 
 
-def comparison_figures(rows: Sequence[Row], measure: str) -> dict[str, Figure]:
-    """``measures`` and ``bytes``, from the rows of :func:`~varshare_rl.reporting.continual_table.compare`."""
-    return {"measures": measures_figure(rows, measure), "bytes": bytes_figure(rows, measure)}
+def comparison_figures(
+    rows: Sequence[Row], measure: str, labels: Sequence[str], documents: Sequence[Document]
+) -> dict[str, Figure]:
+    """``measures``, ``bytes`` and ``learning``, from runs with the labels and documents that
+    :func:`~varshare_rl.reporting.continual_table.compare` made the rows of."""
+    return {
+        "measures": measures_figure(rows, measure),
+        "bytes": bytes_figure(rows, measure),
+        "learning": learning_figure(rows, measure, labels, documents),
+    }
 
 
 def measures_figure(rows: Sequence[Row], measure: str) -> Figure:
@@ -139,6 +146,51 @@ def bytes_figure(rows: Sequence[Row], measure: str) -> Figure:
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.suptitle(f"{measure.capitalize()} against what has to be kept", fontsize=10)
     return figure
+
+
+def learning_figure(
+    rows: Sequence[Row], measure: str, labels: Sequence[str], documents: Sequence[Document]
+) -> Figure:
+    """A panel per task while it is learnt: means over seeds, and thin lines of runs."""
+    tasks = documents[0]["tasks"][documents[0]["old_tasks"] :]
+    across = min(len(tasks), 4)
+    down = -(-len(tasks) // across)
+    figure = new_figure(3.4 + 3.0 * across, 1.4 + 2.3 * down)
+    panels = figure.subplots(down, across, sharey=measure == "success", squeeze=False).flatten()
+    for panel in panels[len(tasks) :]:
+        panel.set_visible(False)
+    for number, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
+        for place, row in enumerate(rows):
+            curves = [
+                document["curves"][number]
+                for label, document in zip(labels, documents, strict=True)
+                if label == row["label"]
+            ]
+            colour = QUALITATIVE[place % len(QUALITATIVE)]
+            style = ("-", "--", ":")[place // len(QUALITATIVE) % 3]
+            for curve in curves if len(curves) > 1 else ():
+                axes.plot(curve["transitions"], curve["success"], style, color=colour, linewidth=0.6, alpha=0.35)
+            trained = row["trained_parameters"]["mean"]
+            legend = {"label": f"{row['label']} ({trained:,.0f})"} if number == 0 else {}
+            alone = len(curves[0]["transitions"]) == 1  # nothing was trained
+            axes.plot(*_mean_curve(curves), "o" if alone else style, color=colour, linewidth=1.8, **legend)
+        axes.set_title(task, fontsize=8)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        if measure == "success":
+            axes.set_ylim(-0.03, 1.03)
+        _plain(axes)
+    panels[0].set_ylabel(measure, fontsize=8)
+    figure.supxlabel("transitions of the task", fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=7, frameon=False, title="parameters trained for a later task")
+    figure.suptitle(f"{measure.capitalize()} while a task is learnt: means over seeds", fontsize=10)
+    return figure
+
+
+def _mean_curve(curves: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Values, Values]:
+    """Points of all transitions met in any run, each run's value in between by straight lines."""
+    places = np.unique(np.concatenate([np.asarray(curve["transitions"], dtype=np.float64) for curve in curves]))
+    values = [np.interp(places, curve["transitions"], curve["success"]) for curve in curves]
+    return places, np.mean(values, axis=0)
 
 
 def _draw_spread(axes: Axes, spread: Mapping[str, Any], place: int, colour: str) -> None:

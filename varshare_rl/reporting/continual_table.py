@@ -129,7 +129,7 @@ def _screen_table(
     rows: Sequence[Row], columns: Mapping[str, Column], title: str, show: Callable[[float], str]
 ) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("method")
+    table.add_column("method", overflow="fold")
     table.add_column("runs", justify="right")
     shown = {name: column.heading for name, column in columns.items() if column.heading}
     shown = {name: heading for name, heading in shown.items() if any(row[name]["mean"] is not None for row in rows)}
