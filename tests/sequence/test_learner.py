@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
+from omegaconf import OmegaConf
 
 from varshare_rl.continual.share.selection import ReturnBandit
 from varshare_rl.run import loop
@@ -186,6 +187,8 @@ WRONG = {
     "network": (("network=varshare_lora",), "network=varshare_lora is for many tasks"),
     "resets": (("algorithm.resets=1",), "algorithm.resets is 1"),
     "combiner": (("gradient=pcgrad",), "gradient.actor=pcgrad combines tasks"),
+    "estimator": (("elbo.estimator=local",), "elbo.estimator is given"),
+    "particles": (("elbo.particles=2", "method=varshare"), "elbo.particles is given"),
     "absorption": (("elbo.absorb.every=2",), "elbo.absorb"),
     "no_replay": (("carry.replay=true",), "carry.replay=true, and algorithm=ppo has no replay memory"),
     "no_moments": (("carry.optimizer=true", "method=lora"), "trains other parameters in every task"),
@@ -242,8 +245,12 @@ def test_target_critics_begin_in_the_units_that_critics_take_over(
 def test_an_origin_says_whether_observations_are_normalised(command: Command, trained: str) -> None:
     """What its policies see is theirs to say, whatever is configured."""
     options = (*PPO, "env.tasks=[normal_right]", "algorithm.normalize_observations=false", "method=lora")
-    outcome = command("continual", *options, f"from={trained}", "run_dir=run")
+    outcome = command("continual", *options, "algorithm.initial_log_std=-1", f"from={trained}", "run_dir=run")
     assert outcome.code == 0, outcome.err
+    kept = OmegaConf.load("run/config.yaml").algorithm
+    theirs = OmegaConf.load("trained/config.yaml").algorithm
+    for name in ("normalize_observations", "initial_log_std"):
+        assert kept[name] == theirs[name]
     summary = json.loads(Path("trained/summary.json").read_text())
     returns = [task["return"] for task in summary["tasks"].values()]
     assert results("run")["return"][0][:2] == pytest.approx(returns, rel=1e-5)

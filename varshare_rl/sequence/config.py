@@ -155,6 +155,13 @@ def check_continual_config(config: ContinualConfig) -> None:
         )
     if config.elbo.absorb.every:
         raise UserError("elbo.absorb would move what earlier tasks use; leave it at 0 here")
+    usual = blank_config().elbo
+    for name in ("estimator", "particles", "temperature"):
+        if getattr(config.elbo, name) != getattr(usual, name):
+            raise UserError(
+                f"elbo.{name} is given, and a method's layers draw one set of weights for a "
+                "task, at its temperature 1; leave it out"
+            )
     for part in ("actor", "critic"):
         combiner = getattr(config.gradient, part)
         if combiner is not Combiner.mean:

@@ -126,9 +126,10 @@ def go_on_from(config: ContinualConfig, agent: TrainedAgent) -> ContinualConfig:
     theirs = agent.config.network
     names = ("hidden", "activation", "layer_norm", "blocks")
     network = replace(config.network, **{name: getattr(theirs, name) for name in names})
-    # The statistics of its observations are part of its policies, and the base has learnt on what they make.
-    normalized = agent.config.algorithm.normalize_observations
-    algorithm = replace(config.algorithm, normalize_observations=normalized)
+    # Parts of its policies that are in no network: what the base has learnt to see, and what its spread adds to.
+    kept = ("normalize_observations", "initial_log_std")
+    own = {name: getattr(agent.config.algorithm, name) for name in kept if hasattr(config.algorithm, name)}
+    algorithm = replace(config.algorithm, **own)
     return replace(config, algorithm=algorithm, network=network, critic=agent.config.critic)
 
 

@@ -1,0 +1,1 @@
+"""What bfloat16 products do to learning."""

@@ -1,0 +1,86 @@
+"""Read runs with both precisions of matrix products and write ``precision.csv`` and ``precision.png``."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+
+from experiments.curves import Curve, read_curves
+from varshare_rl.config import load_config
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLUMNS = (
+    "suite", "matmul_precision", "seed", "success", "mean_of_curve", "transitions", "git_commit"
+)  # fmt: skip
+
+
+def read(run_dir: Path) -> tuple[dict[str, object], Curve]:
+    """One row of the CSV from a run folder, and its curve of mean success."""
+    summary = json.loads((run_dir / "summary.json").read_text())
+    config, curve = load_config(run_dir / "config.yaml"), read_curves(run_dir, "success")["mean"]
+    row = {
+        "suite": config.env.name,
+        "matmul_precision": config.matmul_precision.value,
+        "seed": config.seed,
+        "success": round(summary["mean_success"], 4),
+        "mean_of_curve": round(mean(value for _, value in curve), 4),
+        "transitions": summary["transitions"],
+        "git_commit": summary["conditions"]["git_commit"],
+    }
+    return row, curve
+
+
+def draw(path: Path, curves: dict[tuple[str, str], list[Curve]]) -> None:
+    """A panel per suite: thin lines of runs, thick ones of their means."""
+    suites = sorted({suite for suite, _ in curves})
+    figure, axes = plt.subplots(1, len(suites), figsize=(5.2 * len(suites), 3.6), squeeze=False)
+    for axis, suite in zip(axes[0], suites, strict=True):
+        for colour, precision in (("C0", "highest"), ("C1", "bf16")):
+            runs = curves[suite, precision]
+            for run in runs:
+                axis.plot(*zip(*run, strict=True), color=colour, linewidth=0.6, alpha=0.4)
+            places = [place for place, _ in runs[0]]
+            means = [mean(run[index][1] for run in runs) for index in range(min(map(len, runs)))]
+            axis.plot(
+                places[: len(means)], means, color=colour, linewidth=2.2, label=f"{precision}, {len(runs)} runs"
+            )
+        axis.set(title=suite, xlabel="transitions, all tasks together", ylabel="mean success")
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Collect what the command line names."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.precision")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders that hold run folders")
+    parser.add_argument("--folder", type=Path, default=Path("experiments/precision"))
+    arguments = parser.parse_args()
+    found = sorted(path.parent for folder in arguments.runs for path in folder.glob("*/summary.json"))
+    if not found:
+        raise SystemExit("error: no finished run in these folders; give folders that hold run folders")
+    rows, curves = [], defaultdict(list)
+    for run_dir in found:
+        row, curve = read(run_dir)
+        rows.append(row)
+        curves[str(row["suite"]), str(row["matmul_precision"])].append(curve)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    with (arguments.folder / "precision.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(arguments.folder / "precision.png", curves)
+
+
+if __name__ == "__main__":
+    main()
