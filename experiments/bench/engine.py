@@ -19,7 +19,7 @@ from envs.metaworld import MetaWorldOptions, MetaWorldSuite, as_tasks
 from experiments.bench.contenders import Contender, Round, Setting, measure
 from experiments.bench.report import Goal, Ratio, Section
 
-TASKS, HORIZON, ACTION_SIZE = 10, 500, 4
+TASKS, HORIZON, ACTION_SIZE, GOALS = 10, 500, 4, 50
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
 
 Actions = npt.NDArray[np.float32]
@@ -123,7 +123,24 @@ def _physics_of(tasks: Sequence[int], setting: Setting) -> Round:
     return work
 
 
-CONTENDERS: dict[str, Contender] = {
+def _reset(setting: Setting) -> Round:
+    """Milliseconds per reset of the fast path, in process, to goals that every environment has seen."""
+    suite = MetaWorldSuite(MetaWorldOptions(benchmark="mt10", envs_per_task=1, workers=1))
+    engine = suite.make_engine(1, seed=0)
+    resets = setting.pick(GOALS, 2)
+    for _ in range(2 * resets):  # goals come round: the second time all are known
+        engine.reset()
+
+    def work() -> float:
+        begin = time.perf_counter()
+        for _ in range(resets):
+            engine.reset()
+        return (time.perf_counter() - begin) / (resets * TASKS) * 1e3
+
+    return work
+
+
+STEPS: dict[str, Contender] = {
     "gymnasium async (10 processes)": partial(_gymnasium, "async"),
     "gymnasium sync": partial(_gymnasium, "sync"),
     "ours, official path, in process": partial(_ours, 1, False),
@@ -133,11 +150,13 @@ CONTENDERS: dict[str, Contender] = {
     "physics alone, 1 process": partial(_physics, 1),
     "physics alone, 2 processes": partial(_physics, 2),
 }
+RESETS: dict[str, Contender] = {"ours, fast path": _reset}
+CONTENDERS: dict[str, Contender] = {**STEPS, **RESETS}
 
 
 def run(rounds: int, setting: Setting) -> list[Section]:
     """One environment per task, random actions, one episode with its resets per round."""
-    values = measure(__name__, list(CONTENDERS), rounds, setting)
+    values = measure(__name__, list(STEPS), rounds, setting)
     ratios = [
         Ratio("ours, fast path, 2 workers", "gymnasium async (10 processes)", Goal(3.5, at_least=True)),
         Ratio("ours, fast path, in process", "gymnasium sync", Goal(2.5, at_least=True)),
@@ -145,4 +164,8 @@ def run(rounds: int, setting: Setting) -> list[Section]:
         Ratio("ours, fast path, in process", "physics alone, 1 process"),
         Ratio("ours, fast path, 2 workers", "physics alone, 2 processes"),
     ]
-    return [Section("Engine on MT10, one environment per task", "steps/s", values, ratios)]
+    resets = measure(__name__, list(RESETS), rounds, setting)
+    return [
+        Section("Engine on MT10, one environment per task", "steps/s", values, ratios),
+        Section("Reset to a goal seen before, MT10", "ms", resets, goals={"ours, fast path": Goal(0.5)}),
+    ]

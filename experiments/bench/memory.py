@@ -1,10 +1,23 @@
-"""Peak memory of training on MT10, workers included."""
+"""Peak memory of training on MT10 and of the engine of MT50, workers included."""
 
 from __future__ import annotations
 
 from experiments.bench.contenders import Setting
 from experiments.bench.report import Goal, Section
-from experiments.bench.runs import train
+from experiments.bench.runs import python, train
+
+#: One episode of every task of MT50, one environment each.
+_EPISODE = """
+import numpy as np
+from envs.metaworld import MetaWorldOptions, MetaWorldSuite
+engine = MetaWorldSuite(MetaWorldOptions(benchmark="mt50", envs_per_task=1)).make_engine(1, seed=0)
+engine.reset()
+for _ in range(501):
+    engine.step(np.zeros((50, 1, 4), dtype=np.float32))
+engine.close()
+"""
+#: 3 GB.
+_MT50 = Goal(3e9 / 2**30)
 
 
 def run(rounds: int, setting: Setting) -> list[Section]:
@@ -16,6 +29,8 @@ def run(rounds: int, setting: Setting) -> list[Section]:
     for name, overrides in names.items():
         schedule = [f"total_transitions={total}", "evaluate.every=0", "evaluate.episodes=1", "checkpoint.every=0"]
         values[name] = [train([env, *overrides, *schedule], setting).peak_gib]
-    goals = {} if setting.quick else {"SAC": Goal(1.5)}
+    if not setting.quick:
+        values["engine of mt50"] = [python(_EPISODE, setting).peak_gib]
+    goals = {} if setting.quick else {"SAC": Goal(1.5), "engine of mt50": _MT50}
     note = "Proportional set size of all processes, what they share counted once, highest of samples every 50 ms."
     return [Section(f"Peak memory of training, {env}", "GiB", values, goals=goals, notes=[note])]

@@ -1,4 +1,4 @@
-"""A whole training command in a process of its own, with what it cost."""
+"""A whole command in a process of its own, with what it cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,36 +18,40 @@ from experiments.bench.contenders import Setting
 
 @dataclass(frozen=True)
 class Outcome:
-    """``seconds`` of the whole command, its lines of ``metrics.jsonl``, and the memory of its processes."""
+    """``seconds`` of a command and the memory of its processes; of training its lines of ``metrics.jsonl``."""
 
     seconds: float
-    lines: list[dict[str, Any]]
     peak_gib: float  # proportional set size (shared pages divided), highest of the samples
+    lines: list[dict[str, Any]]
 
 
 def train(overrides: Sequence[str], setting: Setting, script: str = "") -> Outcome:
     """Run ``python -m varshare_rl.train`` with ``overrides`` and quiet logs; ``script`` is run before it."""
-    threads = {"OMP_NUM_THREADS": str(setting.threads)} if setting.threads else {}
     with tempfile.TemporaryDirectory() as folder:
+        module = "runpy.run_module('varshare_rl.train', run_name='__main__', alter_sys=True)"
         arguments = [*overrides, "log.quiet=true", "device=cpu", f"run_dir={folder}/run"]
-        code = (
-            "import runpy, sys\n"
-            + script
-            + "\nrunpy.run_module('varshare_rl.train', run_name='__main__', alter_sys=True)"
-        )
-        begin = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, "-c", code, *arguments], env=os.environ | threads, stdout=subprocess.DEVNULL
-        )
-        peak = 0.0
-        while process.poll() is None:
-            peak = max(peak, _proportional_gib(process.pid))
-            time.sleep(0.05)
-        seconds = time.perf_counter() - begin
-        if process.returncode != 0:
-            raise RuntimeError(f"train {' '.join(overrides)} ended with code {process.returncode}")
+        outcome = python(f"import runpy, sys\n{script}\n{module}", setting, arguments)
         path = Path(folder) / "run" / "metrics.jsonl"
-        return Outcome(seconds, [json.loads(line) for line in path.read_text().splitlines()], peak)
+        return replace(outcome, lines=[json.loads(line) for line in path.read_text().splitlines()])
+
+
+def python(code: str, setting: Setting, arguments: Sequence[str] = ()) -> Outcome:
+    """Run ``code`` in a Python of its own."""
+    threads = {"OMP_NUM_THREADS": str(setting.threads)} if setting.threads else {}
+    begin = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=os.environ | threads, stdout=subprocess.DEVNULL
+    )
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, _proportional_gib(process.pid))
+        time.sleep(0.05)
+    seconds = time.perf_counter() - begin
+    if process.returncode != 0:
+        raise RuntimeError(
+            f"python -c {code.splitlines()[-1]!r} {' '.join(arguments)} ended with {process.returncode}"
+        )
+    return Outcome(seconds, peak, [])
 
 
 def _proportional_gib(pid: int) -> float:
