@@ -180,6 +180,11 @@ def read_config(path: Path, blank: Any, components: Mapping[str, Mapping[str, ty
     try:
         stored: Any = OmegaConf.load(path)
         config = OmegaConf.structured(blank)
+        if "method" in stored and "method" not in config:
+            raise UserError(
+                f"{path.parent} is a sequence of tasks, whose results are in its summary.json: use `report "
+                f"continual {path.parent}`, `continual resume={path.parent}`, or give the folder of a training run"
+            )
         for group, options in components.items():
             key = group.replace("/", ".")
             chosen = options[OmegaConf.select(stored, f"{key}.name", throw_on_missing=True)]
