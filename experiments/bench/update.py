@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -13,18 +13,15 @@ from experiments.bench.contenders import Contender, Round, Setting, measure
 from experiments.bench.learners import ACTION_SIZE, OBS_SIZE, filled_ppo, filled_sac
 from experiments.bench.reference import PlainSAC
 from experiments.bench.report import Goal, Ratio, Section
-from varshare_rl.nn import Architecture, Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.config import COMPONENTS
+from varshare_rl.nn import Architecture
 
 TASKS, BATCH = 10, 128
 WIDE, NARROW = [400, 400, 400], [128, 128]
 ROLLOUT, MINIBATCHES = 2000, 8
 
-ARCHITECTURES: dict[str, Callable[[list[int], str], Architecture]] = {
-    "shared": lambda hidden, activation: Shared(hidden=hidden, activation=activation),
-    "varshare_lora": lambda hidden, activation: VarShareLoRA(hidden=hidden, activation=activation, rank=8),
-    "varshare": lambda hidden, activation: VarShare(hidden=hidden, activation=activation),
-    "independent": lambda hidden, activation: Independent(hidden=hidden, activation=activation),
-}
+#: All of them at the same hidden sizes, with their own defaults (rank 8 of what has one).
+ARCHITECTURES: Mapping[str, Callable[..., Architecture]] = COMPONENTS["network"]
 
 
 def rounds_of(update: Callable[[], object], repeats: int) -> Round:
@@ -47,7 +44,7 @@ def hidden_sizes(hidden: list[int], setting: Setting) -> list[int]:
 def _sac(name: str, precision: str, setting: Setting) -> Round:
     backend: Any = torch.backends.mkldnn
     backend.matmul.fp32_precision = precision
-    architecture = ARCHITECTURES[name](hidden_sizes(WIDE, setting), "relu")
+    architecture = ARCHITECTURES[name](hidden=hidden_sizes(WIDE, setting), activation="relu")
     algorithm = filled_sac(architecture, TASKS, setting.pick(BATCH, 4), setting.pick(10_000, 20))
     return rounds_of(algorithm.update, setting.pick(5, 1))
 
@@ -58,7 +55,7 @@ def _plain_sac(setting: Setting) -> Round:
 
 
 def _ppo(name: str, hidden: list[int], setting: Setting) -> Round:
-    architecture = ARCHITECTURES[name](hidden_sizes(hidden, setting), "tanh")
+    architecture = ARCHITECTURES[name](hidden=hidden_sizes(hidden, setting), activation="tanh")
     algorithm = filled_ppo(architecture, TASKS, setting.pick(ROLLOUT, 8), MINIBATCHES)
 
     def update() -> None:
