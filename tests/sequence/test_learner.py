@@ -353,12 +353,17 @@ def test_a_curve_begins_with_the_network_that_learns(command: Command, monkeypat
     assert [curve["success"] for curve in curves] == [[0.0, 0.1, 0.2], [0.3, 0.4, 0.5], [0.6, 0.7, 0.8]]
 
 
-@pytest.mark.parametrize("given", [("evaluate", "run=run"), ("train", "resume=run"), ("continual", "from=run")])
-def test_other_commands_say_what_a_sequence_is(command: Command, given: tuple[str, str]) -> None:
+def test_commands_for_training_runs_say_what_a_sequence_is(command: Command) -> None:
     outcome = command("continual", *PPO, "env.tasks=[normal_left]", "method=finetune", "run_dir=run")
     assert outcome.code == 0, outcome.err
-    name, folder = given
-    outcome = command(name, *(PPO if name == "continual" else ()), folder)
-    assert outcome.code == 2
-    assert "run is a sequence of tasks" in outcome.err
-    assert outcome.err.count("\n") == 1
+    for name, *given in (
+        ("train", "resume=run"),
+        ("continual", *PPO, "from=run"),
+        ("report", "sharing", "run=run"),
+        ("prune", "run=run"),
+        ("calibrate", "run=run"),
+    ):
+        outcome = command(name, *given)
+        assert outcome.code == 2
+        assert outcome.err.startswith("error: run is a sequence of tasks, which `evaluate`, `export`")
+        assert outcome.err.count("\n") == 1
