@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
-from helpers import TINY, TINY_ALGORITHM
+from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
 from varshare_rl.continual.share.selection import ReturnBandit
@@ -20,11 +20,6 @@ from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.sequence.config import METHODS
 from varshare_rl.sequence.learner import SequenceRun
 
-SEQUENCE = (
-    "env=light8", "env.tasks=[normal_left,normal_right,swapped_left]", "total_transitions=480",
-    "env.envs_per_task=4", "evaluate.every=80", "memory_transitions=20", "selection_episodes=4",
-    "similar_episodes=2",
-)  # fmt: skip
 PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
 SAC = (*TINY, *TINY_ALGORITHM["sac"], *SEQUENCE)
 
