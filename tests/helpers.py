@@ -49,6 +49,13 @@ TINY_ALGORITHM = {
     ),
 }
 
+#: Further ones for a sequence of three tasks.
+SEQUENCE = (
+    "env=light8", "env.tasks=[normal_left,normal_right,swapped_left]", "total_transitions=480",
+    "env.envs_per_task=4", "evaluate.every=80", "memory_transitions=20", "selection_episodes=4",
+    "similar_episodes=2",
+)  # fmt: skip
+
 
 def hold_noise(module: nn.Module) -> None:
     """Draw the noise of every stochastic layer once, one draw per task, and use it from now on."""

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command
-from helpers import TINY, TINY_ALGORITHM
+from helpers import SEQUENCE, TINY, TINY_ALGORITHM
+from test_errors import assert_one_line
 from torch import Tensor, nn
 
 from envs.suite import Step
 from varshare_rl.run.evaluation import evaluate
+from varshare_rl.run.loop import Run
 
 
 def read(path: str) -> dict[str, Any]:
@@ -168,3 +170,100 @@ def test_without_success_the_return_is_the_score(script: Script) -> None:
     assert result.tasks["a"]["success"] is None
     assert result.score == pytest.approx((0.0, (15 / 3 + 7 / 3) / 2))
     assert not any("success" in name for name in result.metrics())
+
+
+LEARN = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE, "algorithm.normalize_observations=true", "run_dir=run")
+
+
+def returns(document: dict[str, Any]) -> list[float]:
+    return [task["return"] for task in document["tasks"].values()]
+
+
+SEQUENCES = {
+    "lora": ("method=lora",),
+    "hidden": ("method=copies", "task_ids=hidden", "selection_episodes=24"),
+    "hidden_one_network": ("method=finetune", "task_ids=hidden"),
+    "origin": ("method=varshare", "from=trained", "env.tasks=[normal_right,swapped_left]"),
+}
+
+
+@pytest.mark.parametrize("case", SEQUENCES)
+def test_a_sequence_is_evaluated_as_at_its_end(command: Command, case: str) -> None:
+    if case == "origin":
+        two = ("env.tasks=[normal_left,flipped_up]", "total_transitions=320", "run_dir=trained")
+        assert command("train", *TINY, *TINY_ALGORITHM["ppo"], *two).code == 0
+    outcome = command("continual", *LEARN, *SEQUENCES[case])
+    assert outcome.code == 0, outcome.err
+    outcome = command("evaluate", "run=run", "episodes=2", "device=cpu")
+    assert outcome.code == 0, outcome.err
+    assert "2 episodes per task of last-000000000480" in outcome.out
+    summary, found = read("run/summary.json"), read("run/evaluation.json")
+    assert list(found["tasks"]) == found["learnt"] == summary["tasks"]
+    assert returns(found) == summary["return"][-1]
+    assert [task["success"] for task in found["tasks"].values()] == summary["success"][-1]
+    assert found["mean_return"] == pytest.approx(np.mean(summary["return"][-1]))
+    names = summary["tasks"]
+    acted_as = summary["acted_as"][-1] if "acted_as" in summary else range(len(names))
+    assert list(found["acted_as"].values()) == [names[int(number)] for number in acted_as]
+    assert found["transitions"] == summary["transitions"] == 480
+    own = {"evaluation_seed": 0, "episodes_per_task": 2, "checkpoint": "last-000000000480"}
+    assert found["conditions"] == {**summary["conditions"], **own}
+    changed = command("evaluate", "run=run", "episodes=2", "device=cpu", "seed=9")
+    assert changed.code == 0, changed.err
+    assert returns(read("run/evaluation.json")) != returns(found)
+
+
+@pytest.mark.parametrize("learnt", [0, 2])
+def test_a_sequence_that_was_stopped_is_evaluated_with_what_it_has_learnt(
+    command: Command, monkeypatch: pytest.MonkeyPatch, learnt: int
+) -> None:
+    """Tasks to come have the last learnt one's policy, or an untrained one; as at that moment of the whole run."""
+    train, trained = Run.train, 0
+
+    def stopped(run: Run) -> Any:
+        nonlocal trained
+        trained += 1
+        if trained > learnt:
+            raise KeyboardInterrupt
+        return train(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "train", stopped)
+        assert command("continual", *LEARN, "method=ewc").code == 130
+    outcome = command("evaluate", "run=run", "episodes=2", "device=cpu")
+    assert outcome.code == 0, outcome.err
+    found = read("run/evaluation.json")
+    assert command("continual", *LEARN[:-1], "method=ewc", "run_dir=whole").code == 0
+    whole = read("whole/summary.json")
+    assert returns(found) == whole["return"][learnt]
+    first, second, _ = whole["tasks"]
+    assert found["learnt"] == [first, second][:learnt]
+    assert list(found["acted_as"].values()) == ([first, second, second] if learnt else [None] * 3)
+
+
+WRONG_OF_SEQUENCES = {
+    "best": (
+        ("checkpoint=best",),
+        "checkpoint=best: run is a sequence of tasks, which keeps its last checkpoint only",
+    ),
+    "unknown_checkpoint": (("checkpoint=first",), "checkpoint=first"),
+    "episodes": (("episodes=0",), "episodes is 0"),
+}
+
+
+def test_wrong_input_for_a_sequence_is_one_line(command: Command) -> None:
+    assert command("continual", *LEARN, "env.tasks=[normal_left]", "method=finetune").code == 0
+    before = sorted(Path().rglob("*"))
+    for arguments, named in WRONG_OF_SEQUENCES.values():
+        outcome = command("evaluate", "run=run", *arguments)
+        assert_one_line(outcome.code, outcome.err, named)
+    config = Path("run/config.yaml")
+    config.write_text(config.read_text().replace("name: finetune", "name: nothing"))
+    outcome = command("evaluate", "run=run")
+    assert_one_line(outcome.code, outcome.err, "run/config.yaml is not a run configuration")
+    config.write_text(
+        config.read_text().replace("name: nothing", "name: finetune").replace("origin: null", "origin: gone")
+    )
+    outcome = command("evaluate", "run=run")
+    assert_one_line(outcome.code, outcome.err, "no run folder gone, which from= goes on from")
+    assert sorted(Path().rglob("*")) == before

@@ -165,8 +165,25 @@ def register_components(components: Mapping[str, Mapping[str, type]]) -> None:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read the ``config.yaml`` of a run folder; errors as in :func:`read_config`."""
+    """Read the ``config.yaml`` of the folder of a training run.
+
+    Raises:
+        UserError: as :func:`read_config`, or the folder is that of a sequence of tasks.
+    """
+    if is_sequence(path.parent):
+        raise UserError(
+            f"{path.parent} is a sequence of tasks, which `evaluate`, `export`, `report continual` and "
+            "`continual resume=` take; here give the folder of a training run"
+        )
     return cast(TrainConfig, read_config(path, blank_config(), COMPONENTS))
+
+
+def is_sequence(run_dir: Path) -> bool:
+    """Whether a folder is that of a sequence of tasks; no where there is no configuration that can be read."""
+    try:
+        return "method" in OmegaConf.load(run_dir / "config.yaml")
+    except (OSError, YAMLError, OmegaConfBaseException, ValueError):
+        return False
 
 
 def read_config(path: Path, blank: Any, components: Mapping[str, Mapping[str, type]]) -> Any:
@@ -180,11 +197,6 @@ def read_config(path: Path, blank: Any, components: Mapping[str, Mapping[str, ty
     try:
         stored: Any = OmegaConf.load(path)
         config = OmegaConf.structured(blank)
-        if "method" in stored and "method" not in config:
-            raise UserError(
-                f"{path.parent} is a sequence of tasks, whose results are in its summary.json: use `report "
-                f"continual {path.parent}`, `continual resume={path.parent}`, or give the folder of a training run"
-            )
         for group, options in components.items():
             key = group.replace("/", ".")
             chosen = options[OmegaConf.select(stored, f"{key}.name", throw_on_missing=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from models import PATHS, SIZE, TARGETS, Model, tokens
 from torch import Tensor, nn
 
 from varshare_rl.adapters import Adapter, LoRA, LoRALinear, LowRank, apply_lora, base_network, task_adapter
-from varshare_rl.nn import Independent, Posterior, VarShareLoRA
+from varshare_rl.nn import Independent, L2Soft, Posterior, Shared, VarShareLoRA
+from varshare_rl.nn import LoRA as LoRANetwork
 from varshare_rl.nn.parameters import count_trainable
 from varshare_rl.types import UserError
 
@@ -397,8 +399,9 @@ def test_training_moves_the_rows_own_adapters_and_nothing_else() -> None:
     assert changed == {f"{path}.{factor}:{name}" for path in PATHS for factor in "ab" for name in ("one", "three")}
 
 
-def test_a_trained_agents_corrections_are_adapters_of_its_shared_network() -> None:
-    options = VarShareLoRA(hidden=[7, 6], rank=3, alpha=2.0, layer_norm=True)
+@pytest.mark.parametrize("kind", [VarShareLoRA, LoRANetwork, L2Soft])
+def test_a_trained_agents_corrections_are_adapters_of_its_shared_network(kind: Any) -> None:
+    options = kind(hidden=[7, 6], rank=3, alpha=2.0, layer_norm=True)
     network = options.build(5, 4, 3, Posterior()).double()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -417,5 +420,9 @@ def test_a_trained_agents_corrections_are_adapters_of_its_shared_network() -> No
         torch.testing.assert_close(base(x), expected, rtol=0, atol=1e-12)
     with pytest.raises(IndexError, match="unknown task id 3"):
         task_adapter(network, 3)
-    with pytest.raises(UserError, match="IndependentLayer has no low-rank correction"):
-        task_adapter(Independent(hidden=[7]).build(5, 4, 3, Posterior()), 0)
+
+
+@pytest.mark.parametrize("options", [Independent(hidden=[7]), Shared(hidden=[7]), L2Soft(hidden=[7], rank=None)])
+def test_networks_without_low_rank_corrections_have_no_adapters(options: Any) -> None:
+    with pytest.raises(UserError, match="Layer has no low-rank correction"):
+        task_adapter(options.build(5, 4, 3, Posterior()), 0)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
-from helpers import TINY, TINY_ALGORITHM
+from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from models import PATHS, TARGETS, Attention, Model, tokens
 from torch import nn
 
@@ -20,6 +20,7 @@ from varshare_rl.adapters import Adapter, LowRank, apply_lora, describe, read_ad
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
 from varshare_rl.nn.merge import merged
+from varshare_rl.sequence.loading import load_sequence
 from varshare_rl.types import UserError
 
 peft = pytest.importorskip("peft")
@@ -163,6 +164,15 @@ def test_convolutions_and_other_methods_are_refused(tmp_path: Path) -> None:
         read_adapter(tmp_path / "ia3")
 
 
+def follow_instructions() -> dict[str, Any]:
+    """What the code in the README.md of the current folder makes."""
+    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    assert code is not None
+    names: dict[str, Any] = {}
+    exec(code[1], names)
+    return names
+
+
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_an_exported_task_runs_in_peft_as_its_own_instructions_say(
     command: Command, monkeypatch: pytest.MonkeyPatch, algorithm: str
@@ -175,11 +185,31 @@ def test_an_exported_task_runs_in_peft_as_its_own_instructions_say(
     actor = agent.algorithm.trained_modules()["actor"].get_submodule("network")
 
     monkeypatch.chdir("files")
-    code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
-    assert code is not None
-    names: dict[str, Any] = {}
-    exec(code[1], names)
+    names = follow_instructions()
     x = torch.randn(20, names["base"].get_submodule("0").in_features)
     task = list(agent.suite.task_names).index("swapped_left")
     torch.testing.assert_close(names["network"](x), merged(actor, task)(x), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(names["network"](x), merged(actor, 0)(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "share", "varshare"])
+def test_a_task_of_a_sequence_runs_in_peft_too(
+    command: Command, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    settings = (
+        "method.rank=3",
+        "method.alpha=2",
+        f"method={method}",
+        *(("method.initial_tasks=1",) * (method == "share")),
+    )
+    outcome = command("continual", *TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE, *settings, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    outcome = command("export", "run=run", "task=swapped_left", "format=peft", "out=files")
+    assert outcome.code == 0, outcome.err
+    policy = load_sequence(Path("run"), "last", Device.cpu)[0].governor.policy
+    monkeypatch.chdir("files")
+    names = follow_instructions()
+    x = torch.randn(20, names["base"].get_submodule("0").in_features)
+    torch.testing.assert_close(names["network"](x), merged(policy(2), 0)(x), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(names["network"](x), merged(policy(0), 0)(x), atol=1e-5)
+    assert Path("varshare_posterior.safetensors").exists() == (method == "varshare")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Command
-from helpers import TINY, TINY_ALGORITHM
+from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
 from varshare_rl.continual.share.selection import ReturnBandit
@@ -20,11 +20,6 @@ from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.sequence.config import METHODS
 from varshare_rl.sequence.learner import SequenceRun
 
-SEQUENCE = (
-    "env=light8", "env.tasks=[normal_left,normal_right,swapped_left]", "total_transitions=480",
-    "env.envs_per_task=4", "evaluate.every=80", "memory_transitions=20", "selection_episodes=4",
-    "similar_episodes=2",
-)  # fmt: skip
 PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
 SAC = (*TINY, *TINY_ALGORITHM["sac"], *SEQUENCE)
 
@@ -353,12 +348,17 @@ def test_a_curve_begins_with_the_network_that_learns(command: Command, monkeypat
     assert [curve["success"] for curve in curves] == [[0.0, 0.1, 0.2], [0.3, 0.4, 0.5], [0.6, 0.7, 0.8]]
 
 
-@pytest.mark.parametrize("given", [("evaluate", "run=run"), ("train", "resume=run"), ("continual", "from=run")])
-def test_other_commands_say_what_a_sequence_is(command: Command, given: tuple[str, str]) -> None:
+def test_commands_for_training_runs_say_what_a_sequence_is(command: Command) -> None:
     outcome = command("continual", *PPO, "env.tasks=[normal_left]", "method=finetune", "run_dir=run")
     assert outcome.code == 0, outcome.err
-    name, folder = given
-    outcome = command(name, *(PPO if name == "continual" else ()), folder)
-    assert outcome.code == 2
-    assert "run is a sequence of tasks" in outcome.err
-    assert outcome.err.count("\n") == 1
+    for name, *given in (
+        ("train", "resume=run"),
+        ("continual", *PPO, "from=run"),
+        ("report", "sharing", "run=run"),
+        ("prune", "run=run"),
+        ("calibrate", "run=run"),
+    ):
+        outcome = command(name, *given)
+        assert outcome.code == 2
+        assert outcome.err.startswith("error: run is a sequence of tasks, which `evaluate`, `export`")
+        assert outcome.err.count("\n") == 1

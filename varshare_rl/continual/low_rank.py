@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter, LowRank
+from varshare_rl.adapters.agent import correction
 from varshare_rl.continual.method import Origin, Shape, tensor_bytes
 from varshare_rl.continual.share.factors import NUMERICAL_ZERO, balance
 from varshare_rl.nn.initial import linear_parameters
@@ -115,16 +116,10 @@ def correct(network: nn.Module, make: Callable[[str, int, int], nn.Module | None
 
 def take_adapter(network: nn.Module, task: int = 0) -> Adapter:
     """Copies of a task's factors, or of the means of their posteriors, by path, on the CPU."""
-    adapter = {}
-    for path, layer in network.named_modules():
-        if isinstance(layer, ResidualLayer) and layer.rank is not None:
-            a, b = layer.factors_A[task], layer.factors_B[task]
-        elif isinstance(layer, VarShareLoRALayer):
-            a, b = layer.mus_A[task], layer.mus_B[task]
-        else:
-            continue
-        adapter[path] = LowRank(_copy(a), _copy(b), layer.scale)
-    return adapter
+    parts = {path: correction(layer, task) for path, layer in network.named_modules()}
+    return {
+        path: LowRank(part.a.cpu(), part.b.cpu(), part.scale) for path, part in parts.items() if part is not None
+    }
 
 
 def take_spread(network: nn.Module, task: int = 0) -> dict[str, tuple[Tensor, Tensor]]:

@@ -116,6 +116,8 @@ class Method(ABC):
     task_free: ClassVar[bool] = False
     #: Whether every task trains the same parameters, so that an optimiser's moments can go on.
     keeps_parameters: ClassVar[bool] = False
+    #: Whether :meth:`policy` is a base that all tasks share with a low-rank correction of it.
+    low_rank: ClassVar[bool] = False
 
     def __init__(self, options: Any, shape: Shape, origin: Origin | None = None) -> None:
         self.options, self.shape, self.origin = options, shape, origin
@@ -150,6 +152,10 @@ class Method(ABC):
     @abstractmethod
     def policy(self, task: int) -> nn.Module:
         """The network for a learnt task, not to be trained, as further tasks have left it."""
+
+    def spread(self, task: int) -> Mapping[str, tuple[Tensor, Tensor]]:
+        """Standard deviations of the factors of a learnt task's correction, as in :class:`Origin`."""
+        return {}
 
     @abstractmethod
     def stored(self) -> Stored:

@@ -129,8 +129,8 @@ def plain_network(network: nn.Module, weights: Callable[[nn.Module], WeightBias]
     if type(network) is not TaskMLP:
         raise UserError(
             f"a {type(network).__name__} has no plain form: only networks that are a multilayer perceptron for "
-            "each task have one (network=varshare_lora, varshare, l2_soft, lora, shared, task_embedding, "
-            "multi_head or independent)"
+            "each task have one (blocks=mlp; network=varshare_lora, varshare, l2_soft, lora, shared, "
+            "task_embedding, multi_head or independent)"
         )
     names = {function: name for name, function in ACTIVATIONS.items()}
     activation = _ACTIVATIONS.get(names.get(network.activation, ""))

@@ -60,18 +60,26 @@ def summary(
     steps) and ``seconds`` are those of the training. ``parameters`` counts ``stored, active_per_task,
     shared, per_task``. Raises KeyError if one of these is missing.
     """
-    names = ("success", "success_final", "return", "kl")
     return {
-        "mean_success": _mean([row["success"] for row in tasks.values()]),
-        "mean_success_final": _mean([row["success_final"] for row in tasks.values()]),
-        "mean_return": _mean([row["return"] for row in tasks.values()]),
-        "tasks": {task: {name: row[name] for name in names} for task, row in tasks.items()},
+        **scores(tasks, "kl"),
         "transitions": transitions,
         "updates": updates,
         "seconds": round(seconds, 3),
         "transitions_per_second": round(transitions / seconds, 3) if seconds > 0 else None,
         "parameters": {name: parameters[name] for name in ("stored", "active_per_task", "shared", "per_task")},
         "conditions": dict(conditions),
+    }
+
+
+def scores(tasks: Mapping[str, Mapping[str, float | None]], *further: str) -> dict[str, Any]:
+    """Return the means over tasks, and of every task success, return and what ``further`` names.
+
+    Raises KeyError if one of these is missing.
+    """
+    names = ("success", "success_final", "return")
+    return {
+        **{f"mean_{name}": _mean([row[name] for row in tasks.values()]) for name in names},
+        "tasks": {task: {name: row[name] for name in (*names, *further)} for task, row in tasks.items()},
     }
 
 

@@ -10,18 +10,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.config import read_config
 from varshare_rl.files import make_run_dir, write_atomically
 from varshare_rl.run.loop import Interrupted
 from varshare_rl.sequence.config import (
-    CONTINUAL_COMPONENTS,
     ContinualConfig,
-    blank_continual_config,
     check_continual_config,
+    load_continual_config,
     register_continual_schemas,
 )
-from varshare_rl.sequence.learner import SequenceRun
-from varshare_rl.sequence.parts import go_on_from, load_origin, new_places
+from varshare_rl.sequence.loading import build_sequence
+from varshare_rl.sequence.parts import new_places
 from varshare_rl.types import UserError
 
 
@@ -42,13 +40,10 @@ def main(composed: DictConfig) -> None:
         check_continual_config(config)
         suite = new_places(config)[0].suite.name
         run_dir = new_run_dir(config.run_dir, (suite, config.algorithm.name, config.method.name, f"s{config.seed}"))
-    agent = load_origin(config, config.device)
-    if agent is not None:
-        config = go_on_from(config, agent)
-    sequence = SequenceRun(config, run_dir, agent)
+    sequence = build_sequence(config, run_dir)
     if resumed is None:
         make_run_dir(run_dir)
-        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(sequence.config)))
     else:
         sequence.load()
     try:
@@ -68,10 +63,7 @@ def stored_config(run_dir: Path) -> ContinualConfig:
     given = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
     if given:
         raise UserError(f"{given[0]} cannot be changed when a sequence of tasks is resumed; give resume= alone")
-    config = cast(
-        ContinualConfig, read_config(run_dir / "config.yaml", blank_continual_config(), CONTINUAL_COMPONENTS)
-    )
-    check_continual_config(config)
+    config = load_continual_config(run_dir / "config.yaml")
     if (run_dir / "summary.json").exists():
         raise UserError(f"{run_dir} has learnt all its tasks already; its results are in summary.json")
     return config

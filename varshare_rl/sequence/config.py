@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING
@@ -16,6 +17,7 @@ from varshare_rl.config import (
     COMPONENTS,
     TrainConfig,
     blank_config,
+    read_config,
     register_components,
 )
 from varshare_rl.config_checks import check_config, check_limits
@@ -115,6 +117,13 @@ def register_continual_schemas() -> None:
     """Make the typed options known to Hydra."""
     ConfigStore.instance().store(name="continual_schema", node=blank_continual_config())
     register_components(CONTINUAL_COMPONENTS)
+
+
+def load_continual_config(path: Path) -> ContinualConfig:
+    """Read the ``config.yaml`` of a sequence's folder and check it; errors as in :func:`read_config`."""
+    config = cast(ContinualConfig, read_config(path, blank_continual_config(), CONTINUAL_COMPONENTS))
+    check_continual_config(config)
+    return config
 
 
 def method_maker(config: ContinualConfig) -> Callable[[Shape, Origin | None], Method]:

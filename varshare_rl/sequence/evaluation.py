@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,7 @@ from varshare_rl.continual.share.selection import ReturnBandit
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.nn.actor import Actor
 from varshare_rl.run.evaluation import SideBySide, Stage, play
-from varshare_rl.sequence.config import ContinualConfig
+from varshare_rl.sequence.config import ContinualConfig, TaskIds
 from varshare_rl.sequence.parts import Place
 
 #: Between seeds that must not meet.
@@ -52,6 +53,11 @@ class Evaluator:
         self._tables = tables(places)
         self._engines: dict[tuple[int, int, bool], VectorEngine] = {}
 
+    def with_seed(self, seed: int) -> Evaluator:
+        """The same with episodes from other starts."""
+        config = replace(self.config, seed=seed)
+        return Evaluator(config, self.places, self.governor, self.actor, self.normalizers, self.device)
+
     def close(self) -> None:
         """Free the engines."""
         for engine in self._engines.values():
@@ -81,6 +87,19 @@ class Evaluator:
                 results[number] = result
         return results
 
+    def acting(self, learnt: int) -> list[int | None]:
+        """For every place the learnt task whose policy acts there when so many are learnt; None: an untrained one.
+
+        Tasks not learnt yet are acted with the last learnt one's policy. With hidden ids the choice is that of
+        :meth:`select`, or the last task's where all have one network.
+        """
+        count = len(self.places)
+        if self.config.task_ids is TaskIds.hidden and learnt > 1:
+            if self.governor.method.task_free:  # all that differs are the statistics: the latest for all
+                return [learnt - 1] * count
+            return list(self.select(learnt))
+        return [min(number, learnt - 1) if learnt else None for number in range(count)]
+
     def select(self, learnt: int) -> list[int]:
         """For every place the learnt task whose policy earns the most there, found by a bandit over episodes."""
         envs = self.config.env.envs_per_task
@@ -105,7 +124,8 @@ class Evaluator:
             earned.append(_earned(result))
         return max(range(learnt), key=earned.__getitem__)
 
-    def _policy(self, place: Place, learnt: int | None) -> Callable[[int], EvaluationPolicy]:
+    def policy(self, place: Place, learnt: int | None) -> tuple[Actor, ObservationNormalizer]:
+        """The policy of a learnt task with the actions of a place, and its statistics; None: an untrained one."""
         if learnt is None:
             network = self.governor.method.base_network().requires_grad_(False).eval()
         else:
@@ -116,7 +136,10 @@ class Evaluator:
         normalizer = ObservationNormalizer(1, size, self.config.algorithm.normalize_observations).to(self.device)
         if learnt is not None:
             normalizer.load_state_dict(self.normalizers[learnt])
-        return partial(GreedyPolicy, actor, normalizer, self.config.elbo.draw.evaluation, 1)
+        return actor, normalizer
+
+    def _policy(self, place: Place, learnt: int | None) -> Callable[[int], EvaluationPolicy]:
+        return partial(GreedyPolicy, *self.policy(place, learnt), self.config.elbo.draw.evaluation, 1)
 
     def _engine(self, suite: Any, envs: int, other_starts: bool) -> VectorEngine:
         key = (id(suite), envs, other_starts)

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
-from varshare_rl.assemble import TrainedAgent, build_run, choose_device, run_conditions
+from varshare_rl.assemble import TrainedAgent, build_run, choose_device, run_conditions, set_matmul_precision
 from varshare_rl.config import TrainConfig
 from varshare_rl.continual.governor import CriticCarry, Governor
 from varshare_rl.continual.method import state_copy
@@ -65,6 +65,7 @@ class SequenceRun:
                 f"total_transitions is {config.total_transitions} for {len(new)} tasks; give at least one for each"
             )
         seed_everything(config.seed)
+        set_matmul_precision(config.matmul_precision)
         first = new[0]
         assert first.alone is not None
         if agent is not None:
@@ -112,9 +113,14 @@ class SequenceRun:
         finally:
             self.tracker.close()
             self.evaluator.close()
-        conditions = run_conditions(train_config(self.config), self.places[-1].suite, self.device)
-        write_json(self.run_dir / "summary.json", document(self.config, self.places, self.progress, conditions))
+        write_json(
+            self.run_dir / "summary.json", document(self.config, self.places, self.progress, self.conditions())
+        )
         self.console.message(f"done: {self.run_dir / 'summary.json'}")
+
+    def conditions(self) -> dict[str, Any]:
+        """The conditions of its results."""
+        return run_conditions(train_config(self.config), self.places[-1].suite, self.device)
 
     def _report(self, folder: Path) -> None:
         """Write what the method says of what it keeps, such as Share's errors by layer and task."""
@@ -244,12 +250,9 @@ class SequenceRun:
         return value
 
     def _evaluate(self) -> None:
-        """Evaluate all tasks and note the row; tasks not learnt yet are acted with the last learnt one's policy."""
+        """Evaluate all tasks and note the row."""
         learnt = self.learnt
-        acting: list[int | None] = [min(n, learnt - 1) if learnt else None for n in range(len(self.places))]
-        if self.config.task_ids is TaskIds.hidden and learnt > 1:
-            task_free = self.governor.method.task_free  # all that differs are the statistics: the latest for all
-            acting = [learnt - 1] * len(acting) if task_free else list(self.evaluator.select(learnt))
+        acting = self.evaluator.acting(learnt)
         played = self.evaluator.play(acting, self.config.evaluate.episodes)
         row = {name: [result[name] for result in played] for name in ("success", "return")}
         if self.config.task_ids is TaskIds.hidden:
@@ -273,9 +276,11 @@ class SequenceRun:
         tree: Tree = {"progress": vars(self.progress), "governor": self.governor.state()}
         save_checkpoint(self.run_dir, "last", done, tree)
 
-    def load(self) -> None:
-        """Put back the newest checkpoint of the folder."""
-        tree = load_checkpoint(find_checkpoint(self.run_dir))
+    def load(self) -> Path:
+        """Put back the newest checkpoint of the folder, and say which it was."""
+        checkpoint = find_checkpoint(self.run_dir)
+        tree = load_checkpoint(checkpoint)
         self.progress = Progress(**tree["progress"])
         self.evaluator.normalizers = self.progress.normalizers
         self.governor.load_state(tree["governor"])
+        return checkpoint

@@ -137,6 +137,8 @@ def load_origin(config: ContinualConfig, device: Any) -> TrainedAgent | None:
     """The agent of ``from=``, if one is given."""
     if config.origin is None:
         return None
+    if not Path(config.origin).is_dir():
+        raise UserError(f"no run folder {config.origin}, which from= goes on from; it is looked for from here")
     agent = load_agent(Path(config.origin), "last", device)
     if not isinstance(agent.algorithm, ActorCritic):
         raise UserError(f"from={config.origin} has no policy and critic to go on from; give a run of ppo or sac")

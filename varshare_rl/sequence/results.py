@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from varshare_rl.reporting.continual_measures import measures
+from varshare_rl.run.results import scores
 from varshare_rl.run.tracker import METRICS_FILE
 from varshare_rl.sequence.config import ContinualConfig, TaskIds
 from varshare_rl.sequence.parts import Place
@@ -36,6 +37,11 @@ class Progress:
     normalizers: list[dict[str, Tensor]] = field(default_factory=list)
     carried: Tree | None = None
     seconds: float = 0.0
+
+    @property
+    def transitions(self) -> int:
+        """Of all training."""
+        return sum(cost["transitions"] for cost in self.costs)
 
 
 def measure(places: Sequence[Place]) -> str:
@@ -74,7 +80,7 @@ def document(
         "return": [row["return"] for row in progress.rows],
         "curves": progress.curves,
         "per_task": progress.costs,
-        "transitions": sum(cost["transitions"] for cost in progress.costs),
+        "transitions": progress.transitions,
         "seconds": round(progress.seconds, 3),
         "conditions": conditions,
     }
@@ -82,3 +88,30 @@ def document(
         found["acted_as"] = [row["acted_as"] for row in progress.rows]
     found["measures"] = measures(found)
     return found
+
+
+def evaluation_document(
+    config: ContinualConfig,
+    places: Sequence[Place],
+    progress: Progress,
+    acting: Sequence[int | None],
+    played: Sequence[Mapping[str, float | None]],
+    conditions: dict[str, Any],
+) -> dict[str, Any]:
+    """What ``evaluation.json`` says of a sequence.
+
+    ``acted_as`` has for every task the learnt one whose policy acted; null: an untrained policy.
+    """
+    names = [place.name for place in places]
+    return {
+        **scores(dict(zip(names, played, strict=True))),
+        "acted_as": {
+            name: None if number is None else names[number] for name, number in zip(names, acting, strict=True)
+        },
+        "method": config.method.name,
+        "task_ids": config.task_ids.value,
+        "learnt": names[: len(progress.normalizers)],
+        "transitions": progress.transitions,
+        "seconds": round(progress.seconds, 3),
+        "conditions": conditions,
+    }

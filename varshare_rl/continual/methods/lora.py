@@ -57,6 +57,8 @@ class Lora(Method):
     units.
     """
 
+    low_rank = True
+
     def __init__(self, options: LoraOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
         check_positive(rank=options.rank, alpha=1.0 if options.alpha is None else options.alpha)

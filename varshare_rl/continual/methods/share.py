@@ -100,6 +100,8 @@ class ShareMethod(Method):
         UserError: options that cannot be, or that might turn out to be impossible after hours only.
     """
 
+    low_rank = True
+
     def __init__(self, options: ShareMethodOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
         self.basis_options = _basis_options(options)

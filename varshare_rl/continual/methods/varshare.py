@@ -99,6 +99,8 @@ class VarShareMethod(Method):
         UserError: earlier factors are to be compared with the new ones, and have another rank.
     """
 
+    low_rank = True
+
     def __init__(self, options: VarShareMethodOptions, shape: Shape, origin: Origin | None = None) -> None:
         super().__init__(options, shape, origin)
         alpha = 1.0 if options.alpha is None else options.alpha
@@ -156,6 +158,11 @@ class VarShareMethod(Method):
         """The base with the mean of the task's posterior."""
         check_learnt(task, self.tasks)
         return settled(self.base.corrected(self.adapters[task]))
+
+    def spread(self, task: int) -> Spread:
+        """That of the task's posterior; nothing where it has none."""
+        check_learnt(task, self.tasks)
+        return self.spreads[task]
 
     def stored(self) -> Stored:
         """The base, and the posteriors' means and spreads."""
