@@ -371,7 +371,8 @@ def test_factory_that_workers_cannot_import_is_refused() -> None:
 
 
 _PARENT = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may begin with it ignored
 sys.path.insert(0, sys.argv[1])
 import test_engine
 engine = test_engine.make(2)
