@@ -17,7 +17,7 @@ from varshare_rl.nn import Posterior, Shared, VarShareLoRA
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import stochastic_layers
-from varshare_rl.optim.elbo import Elbo, ElboOptions
+from varshare_rl.optim.elbo import DrawOptions, Elbo, ElboOptions, TargetDraw
 from varshare_rl.types import Transition, UserError
 
 TASKS, ENVS = 2, 4
@@ -25,9 +25,9 @@ ENV = PointMassOptions(tasks=["normal_left", "normal_right"], envs_per_task=ENVS
 OPTIONS = SACOptions(replay_capacity_per_task=500, batch_per_task=16, start_transitions_per_task=40)
 
 
-def make(started: bool = True, **options: Any) -> SAC:
+def make(started: bool = True, draw: DrawOptions | None = None, **options: Any) -> SAC:
     """A SAC, with enough transitions to learn from if ``started``."""
-    _, engine, learner = build(ENV, replace(OPTIONS, **options))
+    _, engine, learner = build(ENV, replace(OPTIONS, **options), draw=draw or DrawOptions())
     assert isinstance(learner, SAC)
     if started:
         collect(engine, learner, torch.from_numpy(engine.reset()), 12)
@@ -165,15 +165,24 @@ def test_the_target_has_the_entropy_bonus_of_its_own_task(
     torch.testing.assert_close(targets[0][1], 1.0 - 0.5 * 2.0 * log_probs[0][1])
 
 
-def test_target_critics_follow_at_their_rate() -> None:
-    learner = make(target_rate=0.25)
+@pytest.mark.parametrize("targets", TargetDraw)
+def test_target_critics_follow_at_their_rate(targets: TargetDraw) -> None:
+    """Spreads do where targets are drawn; means do without them."""
+    learner = make(target_rate=0.25, draw=DrawOptions(targets=targets))
     learner.update()
-    before = clone(learner.target_critic.parameters())
+    before = dict(
+        zip(dict(learner.critic.named_parameters()), clone(learner.target_critic.parameters()), strict=True)
+    )
     learner.update()
-    critics, after = clone(learner.critic.parameters()), clone(learner.target_critic.parameters())
-    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    for old, critic, new in zip(before, critics, after, strict=True):
-        torch.testing.assert_close(new, 0.75 * old + 0.25 * critic)
+    critic = dict(learner.critic.named_parameters())
+    spreads = {name for name in critic if ".rhos_" in name}
+    assert spreads
+    for name, after in learner.target_critic.named_parameters():
+        if targets is TargetDraw.mean and name in spreads:
+            assert torch.equal(after, before[name])
+        else:
+            torch.testing.assert_close(after, 0.75 * before[name] + 0.25 * critic[name].detach())
+            assert not torch.equal(after, before[name])
 
 
 def test_target_critics_start_as_copies_and_use_their_means() -> None:

@@ -42,12 +42,12 @@ def test_noise_is_held_inside_and_as_before_afterwards() -> None:
     hold_noise(module)
     before = {name: layer.noise for name, layer in layers.items()}
     outside = module["low"](x, ids)
-    with holding(module, noise):
+    with holding(layers, noise):
         inside = module["low"](x, ids)
         assert torch.equal(inside, module["low"](x, ids))
         assert not torch.equal(inside, outside)
     assert {name: layer.noise for name, layer in layers.items()} == before
-    with pytest.raises(RuntimeError, match="inside"), holding(module, noise):  # also when something fails inside
+    with pytest.raises(RuntimeError, match="inside"), holding(layers, noise):  # also when something fails inside
         raise RuntimeError("inside")
     assert torch.equal(module["low"](x, ids), outside)
 

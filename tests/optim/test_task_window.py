@@ -251,7 +251,8 @@ def test_an_update_of_sac_moves_the_tasks_of_its_window_and_no_other(popart: boo
             moved = (
                 (after[ids] != before[name][ids]).flatten(1).any(1) if after.dim() > 1 else after != before[name]
             )
-            assert bool(moved.any()), name
+            unused = name.startswith("target.") and "rhos_" in name  # targets are of means
+            assert bool(moved.any()) != unused, name
         now = [layer.theta for layer in learner.actor.modules() if hasattr(layer, "theta")]
         assert not any(torch.equal(old, new) for old, new in zip(shared, now, strict=True))
         assert torch.equal(learner.task_ids, torch.arange(8))

@@ -14,7 +14,7 @@ from varshare_rl.data.replay import Replay, ReplayBatch
 from varshare_rl.data.rewards import RewardScale
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.draws import drawn_once
-from varshare_rl.nn.parameters import frozen
+from varshare_rl.nn.parameters import frozen, spread_parameters
 from varshare_rl.nn.stochastic import theta_only
 from varshare_rl.ops.returns import td_target
 from varshare_rl.optim.combiners import Method
@@ -88,6 +88,7 @@ class SAC(ActorCritic):
         self.options = options
         self.target_critic = self.critic.target()
         self.target_critic.train(learner.elbo.options.draw.targets is TargetDraw.sample)
+        self._followed = self._followed_parameters()
         self.absorbing["critic"] = replace(self.absorbing["critic"], follower=self.target_critic)
         log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
         self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
@@ -167,9 +168,7 @@ class SAC(ActorCritic):
             target_entropy = target_entropy[tasks.to(target_entropy.device)]
         self.entropy_step(-self.log_alpha * (log_prob + target_entropy))
         with torch.no_grad():
-            targets: list[Tensor] = list(self.target_critic.parameters())
-            sources: list[Tensor] = list(self.critic.parameters())
-            torch._foreach_lerp_(targets, sources, self.options.target_rate)
+            torch._foreach_lerp_(*self._followed, self.options.target_rate)
         self.elbo.step(self.trained_modules(), lambda: self._loss_gap(batch, critic))
         return {
             "loss/critic": critic.losses.mean(),
@@ -219,6 +218,14 @@ class SAC(ActorCritic):
         losses = (alpha * sample.log_prob - q / self.critic.spread()).mean(-1)
         norm = self.actor_step(losses + self.penalty("actor", transitions))
         return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm
+
+    def _followed_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of the target critics and what they follow; spreads only where targets are drawn."""
+        targets, sources = list(self.target_critic.parameters()), list(self.critic.parameters())
+        spreads = [] if self.target_critic.training else spread_parameters(self.critic)
+        unused = {id(parameter) for parameter in spreads}
+        kept = [pair for pair in zip(targets, sources, strict=True) if id(pair[1]) not in unused]
+        return [target for target, _ in kept], [source for _, source in kept]
 
     def measure_conflict(self) -> None:
         """Of all tasks in one update; updates of a few leave it unmeasured."""

@@ -86,7 +86,7 @@ class PolicyDraws:
         elif self.mode is Draw.per_update:
             if self._stale:  # not before: several updates in a row need one draw
                 self._fresh()
-            context = holding(self.module, {name: WeightNoise(noise) for name, noise in self.values.items()})
+            context = holding(self.layers, {name: WeightNoise(noise) for name, noise in self.values.items()})
         else:
             assert draws is not None, "draws per episode and per step must be recorded to be replayed"
             context = self._replay_index(draws) if self.mode is Draw.per_episode else self._replay_rows(draws)
@@ -165,7 +165,7 @@ class PolicyDraws:
         noise: dict[str, Noise] = {
             name: WeightNoise(values, index, self.tasks) for name, values in self.values.items()
         }
-        return holding(self.module, noise)
+        return holding(self.layers, noise)
 
     def _row_noise(self, envs: int) -> Tensor:
         like = next(self.module.parameters())
@@ -181,7 +181,7 @@ class PolicyDraws:
             name: RowNoise(tuple(next(parts) for _ in layer.row_noise_sizes()))
             for name, layer in self.layers.items()
         }
-        return holding(self.module, held)
+        return holding(self.layers, held)
 
 
 @contextmanager

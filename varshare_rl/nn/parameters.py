@@ -90,6 +90,13 @@ def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def spread_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """The ``rho`` of all posteriors in ``module``: what their means do without."""
+    return [
+        layer.get_parameter(name) for layer in module.modules() for name in getattr(layer, "spread_parameters", ())
+    ]
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Inside, no parameter of ``module`` requires a gradient; afterwards those that did do again."""

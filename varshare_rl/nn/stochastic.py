@@ -103,9 +103,8 @@ def stochastic_layers(module: nn.Module) -> Iterator[tuple[str, StochasticLayer]
 
 
 @contextmanager
-def holding(module: nn.Module, noise: Mapping[str, Noise]) -> Iterator[None]:
-    """Inside, training passes use the given noise, by layer name; afterwards what they used before."""
-    layers = dict(drawn_layers(module))
+def holding(layers: Mapping[str, DrawnLayer], noise: Mapping[str, Noise]) -> Iterator[None]:
+    """Inside, training passes of ``layers`` use the given noise, by name; afterwards what they used before."""
     before = {name: layer.noise for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.noise = noise[name]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.draws import Draw
 from varshare_rl.nn.options import Posterior
 from varshare_rl.nn.parameters import summed_kl
-from varshare_rl.nn.stochastic import penalized_layers
+from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
 from varshare_rl.nn.variational import Estimator
 from varshare_rl.optim.absorption import AbsorbOptions
 from varshare_rl.optim.kl_schedules import Constant
@@ -79,6 +80,7 @@ class Elbo:
         self.schedule = options.schedule.build(options.kl_weight, num_tasks)
         self.prior = options.prior.build(options.prior_scale, num_tasks)
         self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
+        self._layers: WeakKeyDictionary[nn.Module, list[PenalizedLayer]] = WeakKeyDictionary()
 
     def penalty(self, module: nn.Module, transitions_per_task: int) -> Tensor | float:
         """Weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or where no layer has a divergence.
@@ -87,9 +89,10 @@ class Elbo:
         """
         if self.options.kl_weight == 0.0:
             return 0.0
-        layers = [  # the search is not free: once per penalty
-            layer for _, layer in penalized_layers(module) if not getattr(layer, "paid_apart", False)
-        ]
+        if module not in self._layers:  # the search is not free
+            found = [layer for _, layer in penalized_layers(module)]
+            self._layers[module] = [layer for layer in found if not getattr(layer, "paid_apart", False)]
+        layers = self._layers[module]
         if not layers:
             return 0.0
         nats = summed_kl(layers)
