@@ -161,6 +161,22 @@ def test_fresh_moments_count_from_their_own_beginning() -> None:
     torch.testing.assert_close(one_pass(), torch.full_like(stack.own, 0.1))  # Adam's first step is the rate
 
 
+def test_moments_from_before_there_were_windows_keep_their_age() -> None:
+    stack = Stack()
+    adam = torch.optim.Adam([stack.own], lr=0.1, fused=True)
+    for _ in range(10):
+        stack.own.grad = torch.ones_like(stack.own)
+        adam.step()
+    window = TaskWindow(TASKS, SIZE, [stack], [], [adam])
+    before = stack.own.detach().clone()
+    for _ in range(window.windows):
+        with window.turn():
+            stack.own.grad = torch.ones_like(stack.own)
+            adam.step()
+            assert int(adam.state[stack.own]["step"]) == 11
+    torch.testing.assert_close(before - stack.own.detach(), torch.full_like(before, 0.1))  # as ever on one gradient
+
+
 def test_an_error_inside_leaves_all_stacks_whole() -> None:
     stack = Stack()
     window = TaskWindow(TASKS, SIZE, [stack], [], [])

@@ -44,7 +44,18 @@ class TaskWindow:
         optimizers: Sequence[torch.optim.Adam],
     ) -> None:
         self.num_tasks, self.size = num_tasks, min(size, num_tasks)
-        self.modules, self.parameters, self.optimizers = list(modules), list(parameters), list(optimizers)
+        children = list({id(child): child for module in modules for child in module.modules()}.values())
+        self._buffers = [(child, name) for child in children for name in getattr(child, "per_task_buffers", ())]
+        stacks = [
+            child.get_parameter(name) for child in children for name in getattr(child, "per_task_parameters", ())
+        ]
+        self._stacks = list({id(stack): stack for stack in [*parameters, *stacks]}.values())  # each once
+        self._optimizers = {
+            id(parameter): optimizer
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
         self.order = torch.arange(num_tasks)
         self.passes = 0
         self.next = 0  # window of this pass
@@ -90,13 +101,8 @@ class TaskWindow:
 
     def _open(self, ids: Tensor) -> Callable[[], None]:
         """Put rows in the place of stacks; returns what puts them back."""
-        closing = [self._parameter(number, stack, ids) for number, stack in enumerate(self._stacks())]
-        seen: set[int] = set()
-        for module in (child for parent in self.modules for child in parent.modules()):
-            if id(module) not in seen:
-                seen.add(id(module))
-                names = getattr(module, "per_task_buffers", ())
-                closing += [_buffer(module, name, ids) for name in names]
+        closing = [self._parameter(number, stack, ids) for number, stack in enumerate(self._stacks)]
+        closing += [_buffer(module, name, ids) for module, name in self._buffers]
 
         def close() -> None:
             for one in closing:
@@ -104,39 +110,27 @@ class TaskWindow:
 
         return close
 
-    def _stacks(self) -> list[nn.Parameter]:
-        """All stacked parameters, each once."""
-        found = {id(parameter): parameter for parameter in self.parameters}
-        for module in (child for parent in self.modules for child in parent.modules()):
-            for name in getattr(module, "per_task_parameters", ()):
-                parameter = module.get_parameter(name)
-                found[id(parameter)] = parameter
-        return list(found.values())
-
     def _parameter(self, number: int, parameter: nn.Parameter, ids: Tensor) -> Callable[[], None]:
         stack, rows = parameter.data, ids.to(parameter.device)
         parameter.data, parameter.grad = stack.index_select(0, rows), None
-        states = [optimizer.state for optimizer in self.optimizers if _trains(optimizer, parameter)]
+        optimizer = self._optimizers.get(id(parameter))
         moments: dict[str, Tensor] = {}
-        for state in states:
-            if parameter in state:
-                moments = _take_moments(state[parameter], rows)
-                state[parameter]["step"].fill_(self.passes - self.born[number])
-            else:
-                self.born[number] = self.passes
+        if optimizer is not None and parameter in optimizer.state:
+            state = optimizer.state[parameter]
+            if number not in self.born:  # moments from before there were windows
+                self.born[number] = self.passes - int(state["step"])
+            moments = _take_moments(state, rows)
+            state["step"].fill_(self.passes - self.born[number])
+        else:
+            self.born[number] = self.passes
 
         def close() -> None:
             stack.index_copy_(0, rows, parameter.data)
             parameter.data, parameter.grad = stack, None
-            for state in states:
-                if parameter in state:
-                    _put_moments(state[parameter], moments or _no_moments(stack), rows)
+            if optimizer is not None and parameter in optimizer.state:
+                _put_moments(optimizer.state[parameter], moments or _no_moments(stack), rows)
 
         return close
-
-
-def _trains(optimizer: torch.optim.Adam, parameter: nn.Parameter) -> bool:
-    return any(parameter is other for group in optimizer.param_groups for other in group["params"])
 
 
 def _take_moments(state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
