@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from experiments.architectures.results import COLUMNS, collect, draw, read_times
 from experiments.bench.contenders import Setting
 from experiments.bench.report import machine
 from experiments.bench.report import table as section_table
+from experiments.results import write_csv
 from varshare_rl.cli import errors_in_one_line
 from varshare_rl.files import write_json
 
@@ -45,11 +45,7 @@ def summarise(arguments: Sequence[str]) -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the files go, and where times.json is")
     options = parser.parse_args(arguments)
     rows = collect(options.sweeps)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    with (options.folder / "architectures.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(options.folder / "architectures.csv", COLUMNS, rows)
     draw(options.folder / "architectures.png", rows)
     print(*table(rows, read_times(options.folder / "times.json")), sep="\n")
 

@@ -12,6 +12,7 @@ import matplotlib
 import numpy as np
 
 from experiments.architectures.grid import NETWORKS, SUITES
+from experiments.results import finished_runs
 from varshare_rl.config import load_config
 from varshare_rl.types import UserError
 
@@ -60,7 +61,7 @@ def collect(sweeps: Sequence[Path]) -> list[Row]:
     """
     found: dict[tuple[str, str, int], Path] = {}
     rows: list[Row] = []
-    for run_dir in sorted(path.parent for sweep in sweeps for path in sweep.glob("*/summary.json")):
+    for run_dir in finished_runs(sweeps):
         row = read(run_dir)
         key = row["suite"], row["network"], row["seed"]
         if key in found:

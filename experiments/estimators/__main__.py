@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
+from experiments.results import write_csv
 from varshare_rl.nn import Posterior, VarShare, VarShareLoRA
 from varshare_rl.nn.options import Architecture
 
@@ -116,14 +116,6 @@ def measure_costs(rounds: int) -> list[dict[str, object]]:
     return rows
 
 
-def write(path: Path, rows: list[dict[str, object]]) -> None:
-    """Rows as CSV."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def draw(path: Path, rows: list[dict[str, object]]) -> None:
     """Variance of the gradient relative to ``weight`` against sigma, for each network and kind of parameter."""
     kinds = ("shared", "means", "spreads")
@@ -155,8 +147,8 @@ def main() -> None:
     costs = measure_costs(arguments.rounds)
     rows = measure_variances(arguments.draws)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    write(arguments.folder / "cost.csv", costs)
-    write(arguments.folder / "variance.csv", rows)
+    write_csv(arguments.folder / "cost.csv", list(costs[0]), costs)
+    write_csv(arguments.folder / "variance.csv", list(rows[0]), rows)
     draw(arguments.folder / "estimators.png", rows)
 
 

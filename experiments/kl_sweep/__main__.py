@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from statistics import mean
 
 import matplotlib
 
+from experiments.results import finished_runs, write_csv
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
 from varshare_rl.run.sharing import sharing_document
@@ -97,16 +97,12 @@ def main() -> None:
     parser.add_argument("sweeps", type=Path, nargs="+", help="folders of runs")
     parser.add_argument("--folder", type=Path, default=Path("experiments/kl_sweep"))
     arguments = parser.parse_args()
-    runs = sorted(path.parent for sweep in arguments.sweeps for path in sweep.glob("*/summary.json"))
+    runs = finished_runs(arguments.sweeps)
     if not runs:
         raise SystemExit("error: no finished run in these folders; give folders of sweeps")
     rows = [read(run) for run in runs]
     rows.sort(key=lambda row: (*(str(row[name]) for name in COLUMNS[:3]), *(number(row, n) for n in COLUMNS[3:5])))
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    with (arguments.folder / "sweep.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(arguments.folder / "sweep.csv", COLUMNS, rows)
     draw(arguments.folder / "sweep.png", rows)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -12,6 +11,7 @@ from statistics import mean
 import matplotlib
 
 from experiments.curves import Curve, read_curves
+from experiments.results import finished_runs, write_csv
 from varshare_rl.config import load_config
 
 matplotlib.use("Agg")
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+", help="folders that hold run folders")
     parser.add_argument("--folder", type=Path, default=Path("experiments/precision"))
     arguments = parser.parse_args()
-    found = sorted(path.parent for folder in arguments.runs for path in folder.glob("*/summary.json"))
+    found = finished_runs(arguments.runs)
     if not found:
         raise SystemExit("error: no finished run in these folders; give folders that hold run folders")
     rows, curves = [], defaultdict(list)
@@ -74,11 +74,7 @@ def main() -> None:
         row, curve = read(run_dir)
         rows.append(row)
         curves[str(row["suite"]), str(row["matmul_precision"])].append(curve)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    with (arguments.folder / "precision.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(arguments.folder / "precision.csv", COLUMNS, rows)
     draw(arguments.folder / "precision.png", curves)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 
+from experiments.results import finished_runs
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
 from varshare_rl.files import write_json
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("experiments/sharing"))
     arguments = parser.parse_args()
     sweeps = {"identical": arguments.identical, "conflict": arguments.conflict, "budget": arguments.budget}
-    runs = {name: sorted(path.parent for path in folder.glob("*/summary.json")) for name, folder in sweeps.items()}
+    runs = {name: finished_runs([folder]) for name, folder in sweeps.items()}
     results = {name: [row(run) for run in found] for name, found in runs.items()}
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     for axis, (name, found) in zip(axes, runs.items(), strict=True):

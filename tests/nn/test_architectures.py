@@ -33,6 +33,7 @@ from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
 from varshare_rl.nn.stochastic import penalized_layers, stochastic_layers
 from varshare_rl.nn.variational import ESTIMATORS
 from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.optim.task_window import TaskWindow
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 
@@ -350,3 +351,31 @@ def test_the_estimator_reaches_the_layers(options: type[VarShareLoRA | VarShare]
     assert own == {(estimator or options.default_estimator, 2)}
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
     assert torch.equal(network(x, ids), network(x, ids)) == (estimator == "mean")
+
+
+def test_updates_of_a_few_tasks_have_their_outputs_and_gradients(network: nn.Module) -> None:
+    """Rows in the place of stacks change nothing for the tasks whose rows they are."""
+    network.eval()
+    window = TaskWindow(TASKS, TASKS - 1, [network], [], [])
+    x, everything = inputs()
+
+    def gradients(ids: Tensor, losses: Tensor) -> dict[str, Tensor]:
+        """Of the sum of the losses of ``ids``."""
+        network.zero_grad()
+        (network(x[ids], ids).square().mean((1, 2)) + 0.01 * total_kl(network, len(ids)))[losses].sum().backward()
+        return {path: p.grad.clone() for path, p in network.named_parameters() if p.grad is not None}
+
+    with torch.no_grad():
+        outputs = network(x, everything)
+    seen = []
+    for _ in range(window.windows):
+        with window.turn() as ids:
+            assert ids is not None
+            seen += ids.tolist()
+            torch.testing.assert_close(network(x[ids], ids), outputs[ids], rtol=1e-12, atol=1e-12)
+            inside = gradients(ids, torch.arange(len(ids)))
+        outside = gradients(everything, ids)
+        for path in own_parameters(network):
+            outside[path] = outside[path][ids]
+        torch.testing.assert_close(inside, outside, rtol=1e-9, atol=1e-12)
+    assert sorted(seen) == list(range(TASKS))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.task_rows import TaskIds, all_tasks, open_window
+from varshare_rl.nn.task_rows import TaskIds, in_order
 
 #: Bounds on the spread that values are measured in.
 LEAST_SPREAD, LARGEST_SPREAD = 1e-4, 1e6
@@ -107,8 +107,7 @@ def rows(stacked: Tensor, task_ids: TaskIds, like: Tensor) -> Tensor:
 
     ``like`` is ``[K, B]`` with ids ``[K]``, flat ``[N]`` with ids ``[N]``, or of any shape with one id.
     """
-    ids, window = torch.as_tensor(task_ids), open_window()
-    in_order = all_tasks(len(stacked)) if window is None else window.ids
-    everything = ids.dim() == 1 and torch.equal(ids, in_order)
+    ids = torch.as_tensor(task_ids)
+    everything = ids.dim() == 1 and in_order(ids, len(stacked))
     chosen = stacked if everything else stacked[ids.to(stacked.device)]
     return chosen.unsqueeze(1) if ids.dim() == 1 and like.dim() == 2 else chosen

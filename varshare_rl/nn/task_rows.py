@@ -49,6 +49,12 @@ def opened(window: Window) -> Iterator[None]:
         _window = None
 
 
+def in_order(ids: Tensor, num_tasks: int, stacked: bool = True) -> bool:
+    """Whether ``ids [K]`` are all tasks in order; of stacked tensors: those whose rows they hold just now."""
+    window = _window if stacked else None
+    return torch.equal(ids, all_tasks(num_tasks) if window is None else window.ids)
+
+
 @dataclass(frozen=True)
 class TaskRows:
     """A batch brought to task-major form.
@@ -121,10 +127,8 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int, stacked: bool = True
             f"x of shape {tuple(x.shape)} does not fit task ids of shape {tuple(ids.shape)}; "
             "give [T, B, F] with [T], [N, F] with [N], or one id"
         )
-    if stacked and _window is not None and x.dim() == 3 and torch.equal(ids, _window.ids):
-        return TaskRows(x, None, x.shape)
     if x.dim() == 3:
-        if torch.equal(ids, all_tasks(num_tasks)):
+        if in_order(ids, num_tasks, stacked):
             return TaskRows(x, None, x.shape)
         _check(ids, num_tasks)
         return TaskRows(x, ids, x.shape)
