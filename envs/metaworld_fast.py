@@ -25,20 +25,30 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import mujoco
 import numpy as np
 import numpy.typing as npt
+from mujoco import mj_forward, mj_step
 from numpy._core import umath
 
-from envs.metaworld_math import Quaternion, make_hstack, make_norm, make_tolerance, quaternions_agree
+from envs.metaworld_math import (
+    Quaternion,
+    make_caging_reward,
+    make_hstack,
+    make_norm,
+    make_tolerance,
+    quaternions_agree,
+)
 from envs.slots import Array, Episode
 
 CHECKED_VERSION = "3.1.1"
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 _UPRIGHT = np.array([1.0, 0.0, 1.0, 0.0])
+_MINUS_ONE, _ONE, _HALF = np.array(-1, np.float32), np.array(1, np.float32), np.array(0.5)
 _clip = umath.clip  # type: ignore[attr-defined]  # what ``ndarray.clip`` calls in the end
 
 
@@ -62,7 +72,8 @@ def is_supported() -> bool:
 def environment_classes() -> Mapping[str, Any]:
     """Task name -> class of the private, quicker copy."""
     modules = _import_private_copy()
-    numpy = _numpy_with(make_norm())
+    norm = make_norm()
+    numpy = _numpy_with(norm)
     for name, module in modules.items():
         if name.startswith("metaworld.envs.") or name == "metaworld.sawyer_xyz_env":
             module.__dict__["np"] = numpy
@@ -75,12 +86,16 @@ def environment_classes() -> Mapping[str, Any]:
     base = modules["metaworld.sawyer_xyz_env"].__dict__["SawyerXYZEnv"]
     for function in (
         _initialize_simulation,
-        _step_mujoco_simulation,
+        reset,
+        do_simulation,
+        _reset_hand,
         _get_curr_obs_combined_no_goal,
         touching_object,
         step,
+        make_caging_reward(rewards.tolerance, norm, rewards.hamacher_product),
     ):
         setattr(base, function.__name__, function)
+    base.tcp_center = property(_tcp_center)
     classes: Mapping[str, Any] = modules["metaworld.env_dict"].__dict__["ALL_V3_ENVIRONMENTS"]
     return classes
 
@@ -103,6 +118,8 @@ def _import_private_copy() -> dict[str, types.ModuleType]:
     official = take()
     sys.modules["metaworld"] = package
     try:
+        base = importlib.import_module("metaworld.sawyer_xyz_env").SawyerXYZEnv
+        base._Decorators.assert_task_is_set = lambda method: method  # every task has one here
         importlib.import_module("metaworld.env_dict")
     finally:
         private = take()
@@ -168,17 +185,20 @@ def _viewing(accessor: Callable[..., Any]) -> Callable[..., _Views]:
 class _StepViews:
     """What every step reads and writes, as views into MuJoCo's memory."""
 
-    mocap_pos: Array
-    mocap_quat: Array
-    ctrl: Array
-    hand: Array
+    mocap_pos: Array  # [3]
+    mocap_quat: Array  # [4]
+    ctrl: Array  # [2]
+    hand: Array  # [3], as all below
     right_claw: Array
     left_claw: Array
+    right_finger: Array
+    left_finger: Array
 
     @staticmethod
     def of(data: Any) -> _StepViews:
-        places = (data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw"))
-        return _StepViews(data.mocap_pos, data.mocap_quat, data.ctrl, *places)
+        bodies = (data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw"))
+        sites = (data.site(name).xpos for name in ("rightEndEffector", "leftEndEffector"))
+        return _StepViews(data.mocap_pos[0], data.mocap_quat[0], data.ctrl, *bodies, *sites)
 
 
 class _SharedModel:
@@ -224,12 +244,34 @@ def _initialize_simulation(self: Any) -> tuple[Any, Any]:
     size.offwidth, size.offheight = max(size.offwidth, self.width), max(size.offheight, self.height)
     self.real_data = mujoco.MjData(model)
     self.step_views = _StepViews.of(self.real_data)
+    self.simulates = True
     return model, self.real_data
 
 
-def _step_mujoco_simulation(self: Any, ctrl: Any, n_frames: int) -> None:
-    self.real_data.ctrl[:] = ctrl
-    mujoco.mj_step(self.model, self.real_data, nstep=n_frames)
+def reset(self: Any, *, seed: None = None, options: None = None) -> tuple[Array, dict[str, Any]]:
+    """The package resets twice and throws away what MuJoCo computes for the first; the places are kept."""
+    self.curr_path_length = 0
+    self.simulates = False
+    self.reset_model()
+    self.simulates = True
+    mujoco.mj_resetData(self.model, self.real_data)
+    obs = self.reset_model()
+    self._prev_obs = obs[:18].copy()
+    obs[18:36] = self._prev_obs
+    return obs, {}
+
+
+def do_simulation(self: Any, ctrl: Any, n_frames: int) -> None:
+    if self.simulates:
+        self.real_data.ctrl[:] = ctrl
+        mj_step(self.model, self.real_data, n_frames)
+
+
+def _reset_hand(self: Any, steps: int = 50) -> None:
+    views = self.step_views
+    views.mocap_pos[:], views.mocap_quat[:] = self.hand_init_pos, _UPRIGHT
+    self.do_simulation((-1, 1), steps * self.frame_skip)
+    self.init_tcp = self.tcp_center
 
 
 def _get_curr_obs_combined_no_goal(self: Any) -> Array:
@@ -237,43 +279,49 @@ def _get_curr_obs_combined_no_goal(self: Any) -> Array:
     obs = np.zeros(18)
     obs[:3] = views.hand
     apart = views.right_claw - views.left_claw
-    obs[3] = min(max(np.sqrt(apart.dot(apart)) / 0.1, 0.0), 1.0)
+    obs[3] = min(sqrt(apart.dot(apart)) / 0.1, 1.0)
     position, quaternion = self._get_pos_objects(), self._get_quat_objects()
-    obs[4:7] = position[:3]
-    obs[7:11] = quaternion[:4]
-    if len(position) == 6:
-        obs[11:14] = position[3:]
-        obs[14:18] = quaternion[4:]
+    if len(position) == 3:
+        obs[4:7], obs[7:11] = position, quaternion
+    else:
+        obs[4:7], obs[7:11], obs[11:14], obs[14:] = position[:3], quaternion[:4], position[3:], quaternion[4:]
     return obs
 
 
+def _tcp_center(self: Any) -> Array:
+    views = self.step_views
+    center: Array = (views.right_finger + views.left_finger) * _HALF
+    return center
+
+
 def touching_object(self: Any, object_geom_id: int) -> bool:
-    data = self.data
-    left, right = data.geom("leftpad_geom").id, data.geom("rightpad_geom").id
+    data, named = self.real_data, self.data
+    contact = data.contact
+    left, right = named.geom("leftpad_geom").id, named.geom("rightpad_geom").id
     left_force = right_force = 0.0
-    contact, force = data.contact, data.efc_force
     for i, pair in enumerate(contact.geom.tolist()):
         if object_geom_id in pair:
+            force = data.efc_force[contact.efc_address[i]]
             if left in pair:
-                left_force += force[contact.efc_address[i]]
+                left_force += force
             if right in pair:
-                right_force += force[contact.efc_address[i]]
+                right_force += force
     return bool(left_force > 0 and right_force > 0)
 
 
 def step(self: Any, action: Array) -> tuple[Array, float, bool, bool, dict[str, Any]]:
     model, data, views = self.model, self.real_data, self.step_views
-    position = views.mocap_pos
-    position += _clip(action[:3], -1, 1) * self.action_scale
+    position, ctrl = views.mocap_pos, views.ctrl
+    position += _clip(action[:3], _MINUS_ONE, _ONE) * self.action_scale
     _clip(position, self.mocap_low, self.mocap_high, position)
     views.mocap_quat[:] = _UPRIGHT
     if self.curr_path_length >= self.max_path_length:
         raise ValueError("the episode is over: reset first")
-    grip = action[-1]
-    views.ctrl[0], views.ctrl[1] = grip, -grip
-    mujoco.mj_step(model, data, nstep=self.frame_skip)
+    ctrl[0] = grip = action[3]
+    ctrl[1] = -grip
+    mj_step(model, data, self.frame_skip)
     self.curr_path_length += 1
-    mujoco.mj_forward(model, data)
+    mj_forward(model, data)
     current = self._get_curr_obs_combined_no_goal()
     obs = np.empty(39)
     obs[:18], obs[18:36], obs[36:] = current, self._prev_obs, self._get_pos_goal()
@@ -331,6 +379,7 @@ class FastMetaWorldEnv:
         env._set_task_called = True
         env._freeze_rand_vec = True
         env._partially_observable = False
+        env.action_scale = np.array(env.action_scale, np.float32)  # as a product with float32 actions takes it
         del env.sawyer_observation_space  # computed again, now with the goal's bounds
         self._named_data = _NamedData(env.real_data)
         self._was_reset = False

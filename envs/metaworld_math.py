@@ -13,21 +13,22 @@ from scipy.spatial.transform import Rotation
 
 Array = npt.NDArray[Any]
 _VALUE_AT_MARGIN = 0.1  # the default of the package's ``tolerance``
-_LONG_TAIL_SCALE = np.sqrt(1 / _VALUE_AT_MARGIN - 1)
-_GAUSSIAN_SCALE = np.sqrt(-2 * np.log(_VALUE_AT_MARGIN))
+_LONG_TAIL_SCALE = float(np.sqrt(1 / _VALUE_AT_MARGIN - 1))
+_GAUSSIAN_SCALE = float(np.sqrt(-2 * np.log(_VALUE_AT_MARGIN)))
 
 
 def make_norm() -> Callable[..., Any]:
-    """``numpy.linalg.norm``, quicker for one float64 vector or number."""
-    full, sqrt, float64, ndarray = np.linalg.norm, np.sqrt, np.float64, np.ndarray
+    """``numpy.linalg.norm``, quicker for the Euclidean norm of one float64 vector or number."""
+    full, root, float64, ndarray = np.linalg.norm, sqrt, np.float64, np.ndarray
     dtype = np.dtype(np.float64)
 
-    def norm(x: Any, *args: Any, **kwargs: Any) -> Any:
-        if type(x) is ndarray and x.dtype is dtype and x.strides == (8,) and not args and not kwargs:
-            return sqrt(x.dot(x))
-        if type(x) is float64 and not args and not kwargs:
-            return sqrt(x * x)
-        return full(x, *args, **kwargs)
+    def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002 (numpy's)
+        if (ord is None or ord == 2) and axis is None and not keepdims:
+            if type(x) is ndarray and x.dtype is dtype and x.strides == (8,):
+                return float64(root(x.dot(x)))
+            if type(x) is float64 and ord is None:
+                return float64(root(x * x))
+        return full(x, ord, axis, keepdims)
 
     return norm
 
@@ -47,7 +48,7 @@ def make_hstack() -> Callable[..., Any]:
 def make_tolerance(full: Callable[..., Any]) -> Callable[..., Any]:
     """The package's ``tolerance`` (``full``), quicker for float64 numbers and its usual sigmoids."""
     float64, exp = np.float64, np.exp
-    floats = (float, np.float64)
+    floats = frozenset((float, np.float64))
 
     def tolerance(
         x: Any,
@@ -65,16 +66,70 @@ def make_tolerance(full: Callable[..., Any]) -> Callable[..., Any]:
             or value_at_margin != _VALUE_AT_MARGIN
         ):
             return full(x, bounds, margin, sigmoid, value_at_margin)
-        if lower <= x <= upper:
+        value = float(x)
+        if lower <= value <= upper:
             return 1.0
-        distance = float64((lower - x if x < lower else x - upper) / margin)
-        if sigmoid == "long_tail":
-            return float(1 / ((distance * _LONG_TAIL_SCALE) ** 2 + 1))
-        if sigmoid == "gaussian":
-            return float(exp(-0.5 * (distance * _GAUSSIAN_SCALE) ** 2))
+        distance = float(lower - value if value < lower else value - upper) / float(margin)
+        try:
+            if sigmoid == "long_tail":
+                return 1 / ((distance * _LONG_TAIL_SCALE) ** 2 + 1)
+            if sigmoid == "gaussian":
+                return float(exp(float64(-0.5 * (distance * _GAUSSIAN_SCALE) ** 2)))
+        except OverflowError:  # where numpy goes on with infinity
+            pass
         return full(x, bounds, margin, sigmoid, value_at_margin)
 
     return tolerance
+
+
+def make_caging_reward(
+    tolerance: Callable[..., Any], norm: Callable[..., Any], hamacher_product: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The package's ``_gripper_caging_reward`` of all tasks that have none of their own, on scalars.
+
+    How well the pads hold the object along y and the fingers reach it in the xz-plane, from 0 to 1.
+    """
+    xz = slice(0, 3, 2)
+
+    def _gripper_caging_reward(
+        self: Any,
+        action: Array,
+        obj_pos: Array,
+        obj_radius: float,
+        pad_success_thresh: float,
+        object_reach_radius: float,
+        xz_thresh: float,
+        desired_gripper_effort: float = 1.0,
+        high_density: bool = False,
+        medium_density: bool = False,
+    ) -> Any:
+        if high_density and medium_density:
+            raise ValueError("Can only be either high_density or medium_density")
+        obj_start, tcp_start, tcp = self.obj_init_pos, self.init_tcp, self.tcp_center
+        y, y_start = obj_pos[1], obj_start[1]
+        sides = (
+            tolerance(
+                abs(pad - y),
+                (obj_radius, pad_success_thresh),
+                abs(abs(pad - y_start) - pad_success_thresh),
+                "long_tail",
+            )
+            for pad in (self.get_body_com("leftpad")[1], self.get_body_com("rightpad")[1])
+        )
+        margin = norm(obj_start[xz] - tcp_start[xz]) - xz_thresh
+        plane = tolerance(norm(tcp[xz] - obj_pos[xz]), (0, xz_thresh), margin, "long_tail")
+        caging = hamacher_product(hamacher_product(*sides), float(plane))
+        closed = min(max(0, action[-1]), desired_gripper_effort) / desired_gripper_effort
+        result = hamacher_product(caging, closed if caging > 0.97 else 0.0)
+        if high_density:
+            return (result + caging) / 2
+        if medium_density:
+            margin = abs(norm(obj_start - tcp_start) - object_reach_radius)
+            reach = tolerance(norm(obj_pos - tcp), (0, object_reach_radius), margin, "long_tail")
+            return (result + float(reach)) / 2
+        return result
+
+    return _gripper_caging_reward
 
 
 class Quaternion:
@@ -95,19 +150,21 @@ class Quaternion:
     def as_quat(self) -> Array:
         """The unit quaternion (x, y, z, w)."""
         m = self._matrix.tolist()
-        trace = m[0][0] + m[1][1] + m[2][2]
-        candidates = (m[0][0], m[1][1], m[2][2], trace)
-        i = candidates.index(max(candidates))
-        if i == 3:
-            q = [m[2][1] - m[1][2], m[0][2] - m[2][0], m[1][0] - m[0][1], 1 + trace]
+        (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = m
+        trace = xx + yy + zz
+        if trace > xx and trace > yy and trace > zz:
+            x, y, z, w = zy - yz, xz - zx, yx - xy, 1 + trace
         else:
+            diagonal = (xx, yy, zz)
+            i = diagonal.index(max(diagonal))
             j, k = (i + 1) % 3, (i + 2) % 3
-            q = [0.0, 0.0, 0.0, m[k][j] - m[j][k]]
+            q = [0.0, 0.0, 0.0]
             q[i] = 1 - trace + 2 * m[i][i]
             q[j] = m[j][i] + m[i][j]
             q[k] = m[k][i] + m[i][k]
-        norm = sqrt(q[0] * q[0] + q[1] * q[1] + q[2] * q[2] + q[3] * q[3])
-        return np.array([q[0] / norm, q[1] / norm, q[2] / norm, q[3] / norm])
+            (x, y, z), w = q, m[k][j] - m[j][k]
+        norm = sqrt(x * x + y * y + z * z + w * w)
+        return np.array((x / norm, y / norm, z / norm, w / norm))
 
 
 def quaternions_agree() -> bool:

@@ -7,7 +7,7 @@ fresh environment restores it exactly, with no knowledge of its inside.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -148,6 +148,7 @@ class Slot:
         self.env = env
         self.spec = spec
         self.index = index
+        self.place = index % spec.envs_per_task  # among the environments of its task
         self.episode = 0
         self.actions: list[Array] = []
         self._action = buffers.actions[index : index + 1]  # a row stays a view, also where it is one number
@@ -199,35 +200,34 @@ class Chunk:
         self.slots = [Slot(factory(i // spec.envs_per_task), spec, i, buffers) for i in range(start, stop)]
 
     def reset(self) -> None:
-        self._each(lambda slot: slot.begin(0))
+        self._each(self.slots, lambda slot: slot.begin(0))
 
     def step(self, first: int, last: int) -> None:
         """Step the environments ``first <= e < last`` of every task in the chunk."""
-        for slot in self.slots:
-            if first <= slot.index % slot.spec.envs_per_task < last:
-                self._do(slot, Slot.step)
+        self._each([slot for slot in self.slots if first <= slot.place < last], Slot.step)
 
     def state(self) -> list[State]:
         return [slot.state() for slot in self.slots]
 
     def load_state(self, states: list[State]) -> None:
         by_index = {slot.index: state for slot, state in zip(self.slots, states, strict=True)}
-        self._each(lambda slot: slot.load_state(by_index[slot.index]))
+        self._each(self.slots, lambda slot: slot.load_state(by_index[slot.index]))
 
     def close(self) -> None:
         for slot in self.slots:
             slot.env.close()
         self.slots = []
 
-    def _each(self, do: Callable[[Slot], None]) -> None:
-        for slot in self.slots:
-            self._do(slot, do)
-
-    def _do(self, slot: Slot, do: Callable[[Slot], None]) -> None:
+    @staticmethod
+    def _each(slots: Sequence[Slot], do: Callable[[Slot], None]) -> None:
+        done = 0
         try:
-            do(slot)
+            for slot in slots:
+                do(slot)
+                done += 1
         except Exception as error:
-            task, e = divmod(slot.index, slot.spec.envs_per_task)
-            where = f"task {task}, environment {e}, episode {slot.episode}, step {len(slot.actions)}"
+            slot = slots[done]
+            task = slot.index // slot.spec.envs_per_task
+            where = f"task {task}, environment {slot.place}, episode {slot.episode}, step {len(slot.actions)}"
             error.add_note(f"in {where}")
             raise

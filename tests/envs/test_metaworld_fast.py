@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import metaworld.sawyer_xyz_env
+import mujoco
 import numpy as np
 import pytest
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
@@ -69,6 +70,37 @@ def test_same_bits_as_the_package(name: str) -> None:
 def test_same_bits_as_the_package_for_every_task(name: str) -> None:
     """500 scripted and 500 random steps, then both on goals seen before, whose resets are remembered."""
     assert compare(name, goal_order=(0, 1, 0, 2, 1), steps=500) > 0
+
+
+def compare_resets(name: str, goals: int) -> None:
+    """Reset both to one goal after the other from wherever random actions led."""
+    choices = make_goals((name,), 0, goals, False)[0]
+    official, fast = MetaWorldEnv(name, choices, "v2", HORIZON), FastMetaWorldEnv(name, choices, HORIZON)
+    rng = np.random.default_rng(1)
+    size = mujoco.mj_stateSize(fast._env.model, mujoco.mjtState.mjSTATE_INTEGRATION)
+    for k in range(goals):
+        episode = Episode(np.random.SeedSequence(0), k)
+        np.testing.assert_array_equal(official.reset(episode), fast.reset(episode), err_msg=f"{name}: {k}")
+        states = []
+        for env, data in ((official._env, official._env.data), (fast._env, fast._env.real_data)):
+            state = np.empty(size)
+            mujoco.mj_getState(env.model, data, state, mujoco.mjtState.mjSTATE_INTEGRATION)
+            states.append(np.concatenate([state, env.model.body_pos.ravel(), env.model.site_pos.ravel()]))
+        np.testing.assert_array_equal(*states, err_msg=f"{name}: goal {k}")
+        for action in rng.uniform(-1, 1, (20, 4)).astype(np.float32):
+            official.step(action)
+            fast.step(action)
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_resets_lead_to_the_same_state(name: str) -> None:
+    compare_resets(name, goals=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(ALL_V3_ENVIRONMENTS))
+def test_resets_lead_to_the_same_state_for_every_task_and_goal(name: str) -> None:
+    compare_resets(name, goals=50)
 
 
 def test_environments_of_one_task_share_a_model() -> None:
@@ -194,7 +226,9 @@ def test_norm_is_numpys() -> None:
             one, other = np.linalg.norm(value), norm(value)
             assert one == other
             assert type(one) is type(other)
-        assert norm(x, ord=1) == np.linalg.norm(x, ord=1)
+        for order in (1, 2, np.inf):
+            assert norm(x, ord=order) == np.linalg.norm(x, ord=order)
+        assert norm(np.outer(x, x), ord=2) == np.linalg.norm(np.outer(x, x), ord=2)
         assert norm(np.outer(x, x), axis=0).shape == (size,)
 
 
