@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
+from envs.division import divide
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import FloatArray, State, Step, SuiteError, check_identity
 from envs.turns import Turns
-from envs.workers import RESET, STATE, STEP, STEP_RANGE, WorkerPool, Workers, can_use_workers
+from envs.workers import RESET, STEP, STEP_RANGE, WorkerPool, Workers, can_use_workers
 
 #: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
 _MIN_WORK_SECONDS = 2e-4
@@ -36,20 +38,20 @@ def physical_cores() -> int:
     return max(1, cores)
 
 
-def choose_workers(workers: int, num_slots: int, step_seconds: float) -> int:
+def choose_workers(workers: int, envs_per_task: int, step_seconds: Sequence[float]) -> int:
     """How many processes to use.
 
     ``workers = 0`` means one per physical core, as long as each has enough to do; ``step_seconds`` is what
-    one step of one environment costs, roughly. ``workers = 1`` means in this process. Results do not depend
-    on it.
+    one step of one environment costs, roughly, per task. ``workers = 1`` means in this process. Results do not
+    depend on it.
     """
     if workers < 0:
         raise SuiteError(f"workers={workers} is not possible: 0 means automatic, 1 in process, n processes")
     if not can_use_workers():
         return 1
     if workers == 0:
-        workers = min(physical_cores(), int(num_slots * step_seconds / _MIN_WORK_SECONDS))
-    return max(1, min(workers, num_slots))
+        workers = min(physical_cores(), int(envs_per_task * sum(step_seconds) / _MIN_WORK_SECONDS))
+    return max(1, min(workers, envs_per_task * len(step_seconds)))
 
 
 class SlotEngine:
@@ -57,27 +59,28 @@ class SlotEngine:
 
     Episode ``j`` of a slot depends on the seed, the task, the slot and ``j`` alone (see
     ``EngineSpec.episode``), never on the number of workers. Engines that are given the same ``processes`` share
-    them.
+    them. ``step_seconds`` has a number per task: roughly what a step of its environment takes, by which tasks are
+    divided over workers.
     """
 
     def __init__(
         self,
         factory: TaskEnvFactory,
         *,
-        num_tasks: int,
+        step_seconds: Sequence[float],
         envs_per_task: int,
         observation_size: int,
         action_space: gymnasium.spaces.Box | gymnasium.spaces.Discrete,
         seed: int,
         evaluation: bool,
         workers: int,
-        step_seconds: float,
         processes: Workers | None = None,
     ) -> None:
         if envs_per_task < 1:
             raise SuiteError(f"envs_per_task={envs_per_task} is not possible: it must be at least 1")
         if seed < 0:
             raise SuiteError(f"seed={seed} is not possible: it must be 0 or more")
+        num_tasks = len(step_seconds)
         box = isinstance(action_space, gymnasium.spaces.Box)
         self.num_tasks = num_tasks
         self.envs_per_task = envs_per_task
@@ -90,15 +93,16 @@ class SlotEngine:
             seed=seed,
             evaluation=evaluation,
         )
-        self.workers = choose_workers(workers, self.spec.num_slots, step_seconds)
+        self.workers = choose_workers(workers, envs_per_task, step_seconds)
         self._pool: WorkerPool | None = None
         self._chunk: Chunk | None = None
         if self.workers > 1:
-            self._pool = (processes or Workers()).open(factory, self.spec, self.workers)
+            parts = divide(step_seconds, envs_per_task, self.workers)
+            self._pool = (processes or Workers()).open(factory, self.spec, parts)
             self._buffers = self._pool.buffers
         else:
             self._buffers = Buffers.over(self.spec, bytearray(Buffers.size(self.spec)))
-            self._chunk = Chunk(factory, self.spec, 0, self.spec.num_slots, self._buffers)
+            self._chunk = Chunk(factory, self.spec, range(self.spec.num_slots), self._buffers)
         grid = (num_tasks, envs_per_task)
         self._task_id = np.broadcast_to(np.arange(num_tasks, dtype=np.int64)[:, None], grid)
         self._started = False
@@ -154,10 +158,7 @@ class SlotEngine:
         """See ``VectorEngine.state``: per slot the number of its episode and the actions since its start."""
         if not self._started:
             raise RuntimeError("state before reset: call reset or load_state first")
-        if self._pool is not None:
-            slots = [state for part in self._pool.command(STATE) for state in part]
-        else:
-            slots = self._require_chunk().state()
+        slots = self._pool.states() if self._pool is not None else self._require_chunk().state()
         return {**self._identity(), "slots": slots}
 
     def load_state(self, state: State) -> FloatArray:

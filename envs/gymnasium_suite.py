@@ -186,14 +186,13 @@ class GymnasiumSuite:
         """See ``Suite.make_engine``."""
         return SlotEngine(
             self.factory,
-            num_tasks=len(self.task_names),
+            step_seconds=[_STEP_SECONDS] * len(self.task_names),
             envs_per_task=envs_per_task,
             observation_size=self.observation_space.shape[0],
             action_space=self.action_space,
             seed=seed,
             evaluation=evaluation,
             workers=self.options.workers,
-            step_seconds=_STEP_SECONDS,
             processes=self._workers,
         )
 

@@ -23,6 +23,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.types import Task
 
 from envs.engine import SlotEngine
+from envs.metaworld_costs import STEP_MICROSECONDS
 from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, forget_models, is_supported
 from envs.slots import Array, Episode, TaskEnv
 from envs.suite import BoolArray, SuiteError
@@ -30,8 +31,6 @@ from envs.workers import Workers
 
 _OBSERVATION_SIZE = 39
 _ACTION_SIZE = 4
-#: One step of one environment, roughly.
-_STEP_SECONDS = 1e-4
 
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "mt3": ("reach-v3", "push-v3", "pick-place-v3"),
@@ -225,14 +224,13 @@ class MetaWorldSuite:
         )
         engine = SlotEngine(
             factory,
-            num_tasks=len(self.task_names),
+            step_seconds=[STEP_MICROSECONDS[name] * 1e-6 for name in self.task_names],
             envs_per_task=envs_per_task,
             observation_size=_OBSERVATION_SIZE,
             action_space=self.action_space,
             seed=seed,
             evaluation=evaluation,
             workers=options.workers,
-            step_seconds=_STEP_SECONDS,
             processes=self._workers,
         )
         if engine.workers > 1:

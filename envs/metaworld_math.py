@@ -22,7 +22,7 @@ def make_norm() -> Callable[..., Any]:
     full, root, float64, ndarray = np.linalg.norm, sqrt, np.float64, np.ndarray
     dtype = np.dtype(np.float64)
 
-    def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:  # noqa: A002 (numpy's)
+    def norm(x: Any, ord: Any = None, axis: Any = None, keepdims: bool = False) -> Any:
         if (ord is None or ord == 2) and axis is None and not keepdims:
             if type(x) is ndarray and x.dtype is dtype and x.strides == (8,):
                 return float64(root(x.dot(x)))

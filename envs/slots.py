@@ -194,10 +194,10 @@ class Slot:
 
 
 class Chunk:
-    """A contiguous range of slots, stepped one after the other in one process."""
+    """Some slots, stepped one after the other in one process."""
 
-    def __init__(self, factory: TaskEnvFactory, spec: EngineSpec, start: int, stop: int, buffers: Buffers) -> None:
-        self.slots = [Slot(factory(i // spec.envs_per_task), spec, i, buffers) for i in range(start, stop)]
+    def __init__(self, factory: TaskEnvFactory, spec: EngineSpec, slots: Sequence[int], buffers: Buffers) -> None:
+        self.slots = [Slot(factory(i // spec.envs_per_task), spec, i, buffers) for i in slots]
 
     def reset(self) -> None:
         self._each(self.slots, lambda slot: slot.begin(0))

@@ -64,34 +64,32 @@ class Workers:
         self._engines: set[int] = set()
         self._numbers = itertools.count()
 
-    def open(self, factory: TaskEnvFactory, spec: EngineSpec, count: int) -> WorkerPool:
-        """Give the slots of an engine to ``count`` workers in contiguous chunks, which they build side by side."""
+    def open(self, factory: TaskEnvFactory, spec: EngineSpec, parts: list[list[int]]) -> WorkerPool:
+        """Give each of the first workers its part of an engine's slots; they build them side by side."""
         try:
             payload = pickle.dumps((spec, factory))
         except Exception as error:
             raise SuiteError(
-                f"workers={count} needs environments that other processes can import ({error}); use workers=1"
+                f"workers={len(parts)} needs environments that other processes can import ({error}); use workers=1"
             ) from error
         if self._stop is None or not self._stop.alive:
             self.processes, self._connections, self._pending, self._engines = [], [], [], set()
             self._stop = weakref.finalize(self, _shut_down, self.processes, self._connections)
-        while len(self.processes) < count:
+        while len(self.processes) < len(parts):
             self._start()
         number = next(self._numbers)
         self._engines.add(number)
-        edges = [spec.num_slots * k // count for k in range(count + 1)]
-        ranges = list(itertools.pairwise(edges))
         with tempfile.TemporaryFile(dir=_memory_folder()) as file:
             file.truncate(Buffers.size(spec))
             buffers = Buffers.over(spec, mmap.mmap(file.fileno(), Buffers.size(spec)))
             with contextlib.suppress(OSError):  # a worker that died at once is reported at the first receive
-                for worker, (start, stop) in enumerate(ranges):
+                for worker, part in enumerate(parts):
                     self._pending[worker] += 1
                     connection = self._connections[worker]
-                    connection.send_bytes(OPEN + _ENGINE.pack(number) + pickle.dumps((start, stop)))
+                    connection.send_bytes(OPEN + _ENGINE.pack(number) + pickle.dumps(part))
                     connection.send_bytes(payload)
                     send_handle(connection, file.fileno(), self.processes[worker].pid)
-        return WorkerPool(self, number, ranges, buffers)
+        return WorkerPool(self, number, parts, buffers)
 
     def _start(self) -> None:
         ours, theirs = Pipe()
@@ -171,27 +169,34 @@ class Workers:
 
 
 class WorkerPool:
-    """The workers of one engine, each with a contiguous chunk of its slots. Made by :meth:`Workers.open`."""
+    """The workers of one engine, each with its part of the slots. Made by :meth:`Workers.open`."""
 
-    def __init__(self, workers: Workers, number: int, ranges: list[tuple[int, int]], buffers: Buffers) -> None:
+    def __init__(self, workers: Workers, number: int, parts: list[list[int]], buffers: Buffers) -> None:
         self.buffers = buffers
-        self._workers, self._number, self._ranges = workers, number, ranges
+        self._workers, self._number, self._parts = workers, number, parts
         self.close = weakref.finalize(self, workers.release, number)
 
     @property
     def processes(self) -> list[subprocess.Popen[bytes]]:
         """Those that have a part of this engine."""
-        return self._workers.processes[: len(self._ranges)]
+        return self._workers.processes[: len(self._parts)]
 
     def command(self, code: bytes) -> list[Any]:
         """Give all workers the same command and wait for them; returns what each one answered."""
         self.post(code, go_on=False)
-        return self._workers.receive()[: len(self._ranges)]
+        return self._workers.receive()[: len(self._parts)]
+
+    def states(self) -> list[State]:
+        """The states of all slots, in their order."""
+        states: dict[int, State] = {}
+        for part, answers in zip(self._parts, self.command(STATE), strict=True):
+            states.update(zip(part, answers, strict=True))
+        return [states[slot] for slot in sorted(states)]
 
     def post(self, code: bytes, go_on: bool) -> None:
         """Give all workers a command without waiting; ``go_on`` if others have been posted since the last wait."""
         message = code[:1] + _ENGINE.pack(self._number) + code[1:]
-        self._post([message] * len(self._ranges), drain=not go_on)
+        self._post([message] * len(self._parts), drain=not go_on)
 
     def wait(self) -> None:
         """Wait until every worker has done what was posted."""
@@ -200,7 +205,8 @@ class WorkerPool:
     def load(self, states: list[State]) -> None:
         """Give each worker the states of its slots."""
         head = LOAD + _ENGINE.pack(self._number)
-        self._post([head + pickle.dumps(states[start:stop]) for start, stop in self._ranges], drain=True)
+        messages = [head + pickle.dumps([states[slot] for slot in part]) for part in self._parts]
+        self._post(messages, drain=True)
         self._workers.receive()
 
     def _post(self, messages: list[bytes], drain: bool) -> None:
@@ -250,8 +256,7 @@ def _obey(chunks: dict[int, Chunk], connection: Connection[Any, Any], message: b
             buffers = Buffers.over(spec, mmap.mmap(memory, Buffers.size(spec)))
         finally:
             os.close(memory)
-        start, stop = pickle.loads(rest)
-        chunks[number] = Chunk(factory, spec, start, stop, buffers)
+        chunks[number] = Chunk(factory, spec, pickle.loads(rest), buffers)
     elif code == STATE:
         return pickle.dumps(chunks[number].state())
     elif code == RESET:

@@ -71,14 +71,13 @@ def make(
 ) -> SlotEngine:
     return SlotEngine(
         WalkFactory(**kwargs),
-        num_tasks=3,
+        step_seconds=[1e-3, 3e-3, 1e-3],
         envs_per_task=envs,
         observation_size=3,
         action_space=BOX,
         seed=seed,
         evaluation=evaluation,
         workers=workers,
-        step_seconds=1e-3,
         processes=processes,
     )
 
@@ -359,14 +358,13 @@ def test_factory_that_workers_cannot_import_is_refused() -> None:
     with pytest.raises(SuiteError, match="use workers=1"):
         SlotEngine(
             lambda task: Walk(task, 0, True, 0.0),
-            num_tasks=2,
+            step_seconds=[1.0, 1.0],
             envs_per_task=1,
             observation_size=3,
             action_space=BOX,
             seed=0,
             evaluation=False,
             workers=2,
-            step_seconds=1.0,
         )
 
 
@@ -425,14 +423,13 @@ def test_workers_do_not_import_torch(tmp_path: Path) -> None:
 def test_discrete_actions_reach_the_environment() -> None:
     engine = SlotEngine(
         WalkFactory(),
-        num_tasks=2,
+        step_seconds=[1.0, 1.0],
         envs_per_task=1,
         observation_size=3,
         action_space=Discrete(4),
         seed=0,
         evaluation=False,
         workers=1,
-        step_seconds=1.0,
     )
     obs = engine.reset()
     step = engine.step(np.array([[3], [0]]))
@@ -442,10 +439,11 @@ def test_discrete_actions_reach_the_environment() -> None:
 def test_number_of_workers() -> None:
     cores = physical_cores()
     assert 1 <= cores <= (os.cpu_count() or 1)
-    assert choose_workers(0, 10, 1.0) == min(cores, 10)
-    assert choose_workers(0, 10, 1e-5) == 1  # nothing to share out
-    assert choose_workers(4, 2, 1.0) == 2  # never more than slots
-    assert choose_workers(3, 10, 1e-9) == 3  # as asked
+    assert choose_workers(0, 2, [1.0] * 5) == min(cores, 10)
+    assert choose_workers(0, 2, [1e-5] * 5) == 1  # nothing to share out
+    assert choose_workers(0, 1, [1e-5, 3e-4]) == 1
+    assert choose_workers(4, 1, [1.0, 1.0]) == 2  # never more than slots
+    assert choose_workers(3, 1, [1e-9] * 10) == 3  # as asked
 
 
 def test_episode_seeds() -> None:
