@@ -33,6 +33,7 @@ from varshare_rl.nn.stochastic import stochastic_layers
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.kl_schedules import Band
+from varshare_rl.run.allocator import keep_freed_memory
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopOptions, Run
@@ -61,8 +62,10 @@ def choose_device(device: Device) -> torch.device:
     return torch.device("cuda" if use_cuda else "cpu")
 
 
-def set_matmul_precision(precision: MatmulPrecision) -> None:
-    """Choose how large matrix products are computed on a CPU, for the whole process."""
+def prepare_process(seed: int, precision: MatmulPrecision) -> None:
+    """Choose for the whole process: random numbers, how a CPU computes large matrix products, freed memory."""
+    seed_everything(seed)
+    keep_freed_memory()
     backend: Any = torch.backends.mkldnn
     backend.matmul.fp32_precision = "bf16" if precision is MatmulPrecision.bf16 else "ieee"
 
@@ -211,8 +214,7 @@ def load_agent(run_dir: Path, kind: str, device: Device) -> TrainedAgent:
     checkpoint = find_checkpoint(run_dir, kind)
     state = load_checkpoint(checkpoint)
     chosen = choose_device(device)
-    seed_everything(config.seed)
-    set_matmul_precision(config.matmul_precision)
+    prepare_process(config.seed, config.matmul_precision)
     suite = build_suite(config)
     algorithm = build_algorithm(config, suite, chosen)
     algorithm.load_policy_state(state["algorithm"])
@@ -246,8 +248,7 @@ def build_run(
     The run folder is made when nothing of the configuration can be wrong any more.
     """
     device = choose_device(config.device)
-    seed_everything(config.seed)
-    set_matmul_precision(config.matmul_precision)
+    prepare_process(config.seed, config.matmul_precision)
     algorithm = build_algorithm(config, suite, device, source)
     make_run_dir(run_dir)
     options = LoopOptions(

@@ -10,13 +10,15 @@ from varshare_rl.algorithms.ppo import PPO, PPOOptions
 from varshare_rl.algorithms.sac import SAC, SACOptions
 from varshare_rl.nn import Architecture
 from varshare_rl.optim.elbo import Elbo, ElboOptions
+from varshare_rl.run.allocator import keep_freed_memory
 from varshare_rl.types import Transition
 
 OBS_SIZE, ACTION_SIZE = 39, 4
 
 
 def learner(architecture: Architecture, num_tasks: int) -> Learner:
-    """What an algorithm is built from, for one environment per task on the CPU."""
+    """What an algorithm is built from, for one environment per task on the CPU, in a process like training's."""
+    keep_freed_memory()
     mask = torch.ones(num_tasks, ACTION_SIZE, dtype=torch.bool)
     problem = Problem(num_tasks, 1, OBS_SIZE, ACTION_SIZE, False, mask, torch.device("cpu"), 500)
     elbo = ElboOptions()

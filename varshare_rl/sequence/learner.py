@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
-from varshare_rl.assemble import TrainedAgent, build_run, choose_device, run_conditions, set_matmul_precision
+from varshare_rl.assemble import TrainedAgent, build_run, choose_device, prepare_process, run_conditions
 from varshare_rl.config import TrainConfig
 from varshare_rl.continual.governor import CriticCarry, Governor
 from varshare_rl.continual.method import state_copy
@@ -64,8 +64,7 @@ class SequenceRun:
             raise UserError(
                 f"total_transitions is {config.total_transitions} for {len(new)} tasks; give at least one for each"
             )
-        seed_everything(config.seed)
-        set_matmul_precision(config.matmul_precision)
+        prepare_process(config.seed, config.matmul_precision)
         first = new[0]
         assert first.alone is not None
         if agent is not None:
