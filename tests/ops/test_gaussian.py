@@ -21,7 +21,7 @@ def rho_of(sigma: float) -> float:
 def kl(mu: float, sigma: float, prior_scale: float) -> float:
     """The divergence of a single weight."""
     given = [torch.full((1, 1), value, dtype=torch.float64) for value in (mu, rho_of(sigma))]
-    return posterior_kl(*given, torch.tensor([prior_scale], dtype=torch.float64).log()).item()
+    return posterior_kl([(given[0], given[1])], [torch.tensor([prior_scale], dtype=torch.float64).log()]).item()
 
 
 def test_sigma_by_hand() -> None:
@@ -44,8 +44,12 @@ def test_kl_equals_torch_distributions_task_by_task() -> None:
     scale = torch.tensor([0.1, 1.0, 3.0], dtype=torch.float64)
     prior = Normal(torch.zeros((), dtype=torch.float64), scale.view(3, 1, 1))
     expected = kl_divergence(Normal(mu, softplus_sigma(rho)), prior).sum((1, 2))
-    torch.testing.assert_close(posterior_kl(mu, rho, scale.log()), expected)
+    torch.testing.assert_close(posterior_kl([(mu, rho)], [scale.log()]), expected)
     assert (expected > 0).all()
+    other = (torch.randn(3, 2, dtype=torch.float64), torch.randn(3, 2, dtype=torch.float64))
+    alone = posterior_kl([other], [-scale.log()])
+    together = posterior_kl([(mu, rho), other], [scale.log(), -scale.log()])
+    torch.testing.assert_close(together, expected + alone)
 
 
 def test_kl_equals_monte_carlo() -> None:
@@ -58,9 +62,14 @@ def test_kl_equals_monte_carlo() -> None:
 
 
 def test_gradients_of_the_kl_are_written_out_right() -> None:
-    mu, rho = (torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    log_scale = torch.randn(3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(posterior_kl, (mu, rho, log_scale))
+    shapes = ((3, 4, 5), (3, 4, 5), (3, 2), (3, 2), (3,), (3,))
+    inputs = tuple(torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+
+    def of_two(*given: torch.Tensor) -> torch.Tensor:
+        mu, rho, other_mu, other_rho, scale, other_scale = given
+        return posterior_kl([(mu, rho), (other_mu, other_rho)], [scale, other_scale])
+
+    assert torch.autograd.gradcheck(of_two, inputs)
 
 
 def test_log_prob_equals_torch_distributions() -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
+from varshare_rl.nn.variational import VariationalLayer, summed_posterior_kl
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,11 @@ def frozen(module: nn.Module) -> Iterator[None]:
 
 def summed_kl(layers: Sequence[PenalizedLayer]) -> Tensor:
     """Sum of what the weights per task of ``layers``, at least one, cost: ``[T]`` nats."""
-    return torch.stack([layer.kl() for layer in layers]).sum(0)
+    together = [layer for layer in layers if isinstance(layer, VariationalLayer) and not layer.has_given_prior]
+    costs = [layer.kl() for layer in layers if layer not in together]
+    if together:
+        costs.append(summed_posterior_kl(together))
+    return costs[0] if len(costs) == 1 else torch.stack(costs).sum(0)
 
 
 def total_kl(module: nn.Module, num_tasks: int) -> Tensor:

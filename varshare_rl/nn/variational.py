@@ -56,6 +56,7 @@ class VariationalLayer(nn.Module, ABC):
         noise: the noise that training passes use, or None for fresh noise.
         theta_only: leave the residuals out altogether.
         paid_apart: somebody else adds the divergence to the loss, and the ELBO does not.
+        has_given_prior: see :meth:`give_prior`.
     """
 
     #: Names of the mean and the ``rho`` of every factor.
@@ -90,7 +91,7 @@ class VariationalLayer(nn.Module, ABC):
         self.noise: Noise | None = None
         self.theta_only = False
         self.paid_apart = False
-        self._has_prior = False
+        self.has_given_prior = False
         self.recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
         self.register_buffer("log_prior_scale", torch.full((num_tasks,), float(prior_scale)).log())
 
@@ -230,10 +231,7 @@ class VariationalLayer(nn.Module, ABC):
 
     def kl(self) -> Tensor:
         """Divergence of the posteriors from their priors, in nats per task, ``[T]``. No temperature in it."""
-        if self._has_prior:
-            return self._kl_from_given()
-        divergences = [posterior_kl(mu, rho, self.log_prior_scale) for mu, rho in self.posteriors()]
-        return divergences[0] if len(divergences) == 1 else torch.stack(divergences).sum(0)
+        return self._kl_from_given() if self.has_given_prior else summed_posterior_kl([self])
 
     def give_prior(self, prior: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Have :meth:`kl` measure from ``N(mean, std^2)`` entry by entry in place of ``N(0, prior_scale^2)``.
@@ -244,7 +242,7 @@ class VariationalLayer(nn.Module, ABC):
         for (name, _), pair in zip(self.factors, prior, strict=True):
             for part, value in zip(("mean", "std"), pair, strict=True):
                 self.register_buffer(f"prior_{part}_of_{name}", value.to(self.theta), persistent=False)
-        self._has_prior = True
+        self.has_given_prior = True
 
     def _kl_from_given(self) -> Tensor:
         divergences = []
@@ -287,3 +285,9 @@ class VariationalLayer(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}"
+
+
+def summed_posterior_kl(layers: Sequence[VariationalLayer]) -> Tensor:
+    """Sum over ``layers`` (at least one, none with a given prior) of their divergence: ``[T]`` nats."""
+    posteriors = [(layer.log_prior_scale, posterior) for layer in layers for posterior in layer.posteriors()]
+    return posterior_kl([posterior for _, posterior in posteriors], [scale for scale, _ in posteriors])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,41 +29,55 @@ def inverse_softplus(sigma: Tensor) -> Tensor:
     return sigma + torch.log(-torch.expm1(-sigma))
 
 
-def posterior_kl(mu: Tensor, rho: Tensor, log_prior_scale: Tensor) -> Tensor:
-    """``KL(N(mu, sigma^2) || N(0, p^2))`` summed over all but the first dimension, ``sigma = softplus(rho)``.
+def posterior_kl(posteriors: Sequence[tuple[Tensor, Tensor]], log_prior_scales: Sequence[Tensor]) -> Tensor:
+    """Sum over each task's Gaussian matrices of ``KL(N(mu, sigma^2) || N(0, p^2))``, ``sigma = softplus(rho)``.
 
-    Entry by entry ``log(p / sigma) + (sigma^2 + mu^2) / (2 p^2) - 1/2``, with ``p = exp(log_prior_scale)``.
-    ``mu, rho: [T, ...]``, ``log_prior_scale: [T]``; returns ``[T]`` nats. The gradients are written out, which
-    takes a third of the passes: ``mu / p^2``, ``(sigma / p^2 - 1 / sigma) sigmoid(rho)``, and for the prior
-    ``n - sum(sigma^2 + mu^2) / p^2`` with ``n`` entries. Differentiable once.
+    Entry by entry ``log(p / sigma) + (sigma^2 + mu^2) / (2 p^2) - 1/2``, with ``p = exp(log_prior_scale)``. The
+    gradients are written out, which takes a third of the passes: ``mu / p^2``, ``(sigma / p^2 - 1 / sigma)
+    sigmoid(rho)``, and for the prior ``n - sum(sigma^2 + mu^2) / p^2`` with ``n`` entries. Differentiable once.
+
+    Args:
+        posteriors: ``mu`` and ``rho`` of every matrix, each ``[T, ...]``, at least one.
+        log_prior_scales: of every matrix, ``[T]``.
+
+    Returns:
+        ``[T]`` nats. All matrices of a network at once cost less than one by one: most have few entries.
     """
-    kl: Tensor = _PosteriorKL.apply(mu, rho, log_prior_scale)  # type: ignore[no-untyped-call]
+    mus, rhos = zip(*posteriors, strict=True)
+    kl: Tensor = _PosteriorKL.apply(torch.stack(tuple(log_prior_scales)), *mus, *rhos)  # type: ignore[no-untyped-call]
     return kl
 
 
 class _PosteriorKL(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, mu: Tensor, rho: Tensor, log_prior_scale: Tensor) -> Tensor:
-        sigma = F.softplus(rho)
-        flat_mu, flat_sigma = mu.flatten(1), sigma.flatten(1)
-        squares = torch.linalg.vecdot(flat_mu, flat_mu) + torch.linalg.vecdot(flat_sigma, flat_sigma)
-        precision = torch.exp(-2.0 * log_prior_scale)
-        ctx.save_for_backward(mu, sigma, squares, precision)
-        ctx.entries = flat_mu.shape[1]
-        constant = ctx.entries * (log_prior_scale - 0.5)
-        kl: Tensor = 0.5 * squares * precision - flat_sigma.log().sum(1) + constant
+    def forward(ctx: Any, log_scales: Tensor, *parameters: Tensor) -> Tensor:
+        count = len(log_scales)
+        mus, sigmas = parameters[:count], [F.softplus(rho) for rho in parameters[count:]]
+        parts = [part.flatten(1) for part in (*mus, *sigmas)]
+        squares = torch.stack([torch.linalg.vecdot(part, part) for part in parts]).view(2, count, -1).sum(0)
+        logs = torch.stack([part.log().sum(1) for part in parts[count:]])
+        entries = log_scales.new_tensor([[part.shape[1]] for part in parts[:count]])
+        precisions = torch.exp(-2.0 * log_scales)
+        ctx.save_for_backward(squares, entries, precisions, *parameters, *sigmas)
+        kl: Tensor = (0.5 * squares * precisions + entries * (log_scales - 0.5) - logs).sum(0)
         return kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        mu, sigma, squares, precision = ctx.saved_tensors
-        shape = (-1, *[1] * (mu.dim() - 1))
-        weight, weighted_precision = grad.view(shape), (grad * precision).view(shape)
-        slope = torch.expm1(-sigma).neg_()  # sigmoid(rho)
-        grad_rho = (sigma * weighted_precision).sub_(weight / sigma).mul_(slope)
-        grad_prior = grad * (ctx.entries - squares * precision) if ctx.needs_input_grad[2] else None
-        return mu * weighted_precision, grad_rho, grad_prior
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        squares, entries, precisions, *rest = ctx.saved_tensors
+        count = len(entries)
+        grad_scales = grad * (entries - squares * precisions) if ctx.needs_input_grad[0] else None
+        grad_mus, grad_rhos = [], []
+        for mu, rho, sigma, weighted in zip(
+            rest[:count], rest[count : 2 * count], rest[2 * count :], grad * precisions, strict=True
+        ):
+            shape = (-1, *[1] * (mu.dim() - 1))
+            precision = weighted.view(shape)
+            grad_mus.append(mu * precision)
+            slope = (sigma * precision).addcdiv_(grad.view(shape), sigma, value=-1.0)
+            grad_rhos.append(slope.mul_(torch.sigmoid(rho)))
+        return (grad_scales, *grad_mus, *grad_rhos)
 
 
 def drawn_product(x: Tensor, mean: Tensor, variance: Tensor, noise: Tensor) -> Tensor:
