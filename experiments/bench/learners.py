@@ -65,9 +65,9 @@ def filled_sac(
     return algorithm
 
 
-def filled_ppo(architecture: Architecture, num_tasks: int, steps: int, minibatches: int) -> PPO:
-    """PPO with a full rollout, one epoch per update."""
-    options = PPOOptions(rollout_transitions_per_task=steps, epochs=1, minibatches=minibatches, target_kl=None)
+def filled_ppo(architecture: Architecture, num_tasks: int, steps: int, minibatches: int, epochs: int = 1) -> PPO:
+    """PPO with a full rollout."""
+    options = PPOOptions(rollout_transitions_per_task=steps, epochs=epochs, minibatches=minibatches, target_kl=None)
     algorithm = PPO(options, learner(architecture, num_tasks))
     while not algorithm.ready():
         step(algorithm, num_tasks)

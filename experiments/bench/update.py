@@ -13,12 +13,14 @@ from experiments.bench.contenders import Contender, Round, Setting, measure
 from experiments.bench.learners import ACTION_SIZE, OBS_SIZE, filled_ppo, filled_sac
 from experiments.bench.reference import PlainSAC
 from experiments.bench.report import Goal, Ratio, Section
+from varshare_rl.algorithms.ppo import PPOOptions
 from varshare_rl.config import COMPONENTS
 from varshare_rl.nn import Architecture
 
 TASKS, BATCH = 10, 128
 WIDE, NARROW = [400, 400, 400], [128, 128]
-ROLLOUT, MINIBATCHES = 2000, 8
+#: As many rows in a minibatch, and as many passes over each transition, as PPO has by default.
+ROLLOUT, MINIBATCHES, EPOCHS = 500, 2, PPOOptions().epochs
 
 #: All of them at the same hidden sizes, with their own defaults (rank 8 of what has one).
 ARCHITECTURES: Mapping[str, Callable[..., Architecture]] = COMPONENTS["network"]
@@ -56,14 +58,15 @@ def _plain_sac(setting: Setting) -> Round:
 
 def _ppo(name: str, hidden: list[int], setting: Setting) -> Round:
     architecture = ARCHITECTURES[name](hidden=hidden_sizes(hidden, setting), activation="tanh")
-    algorithm = filled_ppo(architecture, TASKS, setting.pick(ROLLOUT, 8), MINIBATCHES)
+    epochs = setting.pick(EPOCHS, 1)
+    algorithm = filled_ppo(architecture, TASKS, setting.pick(ROLLOUT, 8), MINIBATCHES, epochs)
 
     def update() -> None:
         algorithm.rollout.position = algorithm.rollout.vector_steps  # the same rollout again
         algorithm.update()
 
     per_minibatch = rounds_of(update, 1)
-    return lambda: per_minibatch() / MINIBATCHES
+    return lambda: per_minibatch() / (MINIBATCHES * epochs)
 
 
 SAC = {f"SAC {name}": partial(_sac, name, "none") for name in ARCHITECTURES}

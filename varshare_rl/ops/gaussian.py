@@ -54,7 +54,8 @@ class _PosteriorKL(torch.autograd.Function):
         count = len(log_scales)
         mus, sigmas = parameters[:count], [F.softplus(rho) for rho in parameters[count:]]
         parts = [part.flatten(1) for part in (*mus, *sigmas)]
-        squares = torch.stack([torch.linalg.vecdot(part, part) for part in parts]).view(2, count, -1).sum(0)
+        norms = torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts])
+        squares = norms.square().view(2, count, -1).sum(0)
         logs = torch.stack([part.log().sum(1) for part in parts[count:]])
         entries = log_scales.new_tensor([[part.shape[1]] for part in parts[:count]])
         precisions = torch.exp(-2.0 * log_scales)

@@ -51,7 +51,7 @@ def test_divergence_by_hand() -> None:
     assert float(found) == pytest.approx(math.log(2) + 0.25 - 0.5, abs=1e-12)
     mu, sigma = torch.randn(1, 5), torch.rand(1, 5) + 0.1
     entries = gaussian_kl_between(mu, sigma, torch.zeros(5), torch.full((5,), 0.7))
-    together = posterior_kl(mu, sigma.expm1().log(), torch.tensor([0.7]).log())
+    together = posterior_kl([(mu, sigma.expm1().log())], [torch.tensor([0.7]).log()])
     torch.testing.assert_close(entries.sum(1), together)
 
 
