@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import numpy.typing as npt
 
+from envs.cores import physical_cores
 from envs.division import divide
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import FloatArray, State, Step, SuiteError, check_identity
@@ -20,22 +19,6 @@ from envs.workers import RESET, STEP, STEP_RANGE, WorkerPool, Workers, can_use_w
 
 #: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
 _MIN_WORK_SECONDS = 2e-4
-
-
-def physical_cores() -> int:
-    """Physical cores this process may use: affinity, hyper-threads and a cgroup quota considered."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    siblings = set()
-    for cpu in allowed:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        siblings.add(path.read_text() if path.exists() else str(cpu))
-    cores = len(siblings)
-    quota = Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists():
-        limit, period = quota.read_text().split()
-        if limit != "max":
-            cores = min(cores, max(1, int(limit) // int(period)))
-    return max(1, cores)
 
 
 def choose_workers(workers: int, envs_per_task: int, step_seconds: Sequence[float]) -> int:

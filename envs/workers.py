@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
+from envs.cores import cores, keep_to
 from envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from envs.suite import State, SuiteError
 
@@ -75,8 +76,13 @@ class Workers:
         if self._stop is None or not self._stop.alive:
             self.processes, self._connections, self._pending, self._engines = [], [], [], set()
             self._stop = weakref.finalize(self, _shut_down, self.processes, self._connections)
+        places = cores()
         while len(self.processes) < len(parts):
             self._start()
+            if len(parts) == len(places):
+                # With a worker for every core the scheduler has nowhere to put this process, and often has two
+                # workers take turns on one core while another is idle.
+                keep_to(self.processes[-1].pid, places[len(self.processes) - 1])
         number = next(self._numbers)
         self._engines.add(number)
         with tempfile.TemporaryFile(dir=_memory_folder()) as file:

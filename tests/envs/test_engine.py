@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
 
-from envs.engine import SlotEngine, choose_workers, physical_cores
+from envs.cores import cores, physical_cores
+from envs.engine import SlotEngine, choose_workers
 from envs.slots import EngineSpec, Episode
 from envs.suite import SuiteError
 from envs.workers import WorkerError, Workers
@@ -342,6 +343,18 @@ def test_engines_share_processes_and_not_their_state() -> None:
     third.close(), alone.close()
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system places processes itself")
+def test_a_worker_for_every_core_stays_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    allowed = sorted(os.sched_getaffinity(0))
+    places = [frozenset({allowed[0]}), frozenset({allowed[-1]})]
+    monkeypatch.setattr("envs.workers.cores", lambda: places)
+    for workers, expected in ((2, places), (3, [frozenset(allowed)] * 3)):
+        engine = make(workers)
+        assert engine._pool is not None
+        assert [os.sched_getaffinity(process.pid) for process in engine._pool.processes] == expected
+        engine.close()
+
+
 def test_a_failure_closes_all_engines_of_the_processes() -> None:
     shared = Workers()
     good, bad = make(2, processes=shared), make(2, fail_at=-2, processes=shared)
@@ -437,9 +450,9 @@ def test_discrete_actions_reach_the_environment() -> None:
 
 
 def test_number_of_workers() -> None:
-    cores = physical_cores()
-    assert 1 <= cores <= (os.cpu_count() or 1)
-    assert choose_workers(0, 2, [1.0] * 5) == min(cores, 10)
+    count = physical_cores()
+    assert 1 <= count <= len(cores()) <= (os.cpu_count() or 1)
+    assert choose_workers(0, 2, [1.0] * 5) == min(count, 10)
     assert choose_workers(0, 2, [1e-5] * 5) == 1  # nothing to share out
     assert choose_workers(0, 1, [1e-5, 3e-4]) == 1
     assert choose_workers(4, 1, [1.0, 1.0]) == 2  # never more than slots
