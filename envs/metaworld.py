@@ -24,7 +24,8 @@ from metaworld.types import Task
 
 from envs.engine import SlotEngine
 from envs.metaworld_costs import STEP_MICROSECONDS
-from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, forget_models, is_supported
+from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
+from envs.metaworld_methods import forget_models
 from envs.slots import Array, Episode, TaskEnv
 from envs.suite import BoolArray, SuiteError
 from envs.workers import Workers

@@ -33,7 +33,6 @@ from varshare_rl.nn.stochastic import stochastic_layers
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.kl_schedules import Band
-from varshare_rl.run.allocator import keep_freed_memory
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopOptions, Run
@@ -63,9 +62,8 @@ def choose_device(device: Device) -> torch.device:
 
 
 def prepare_process(seed: int, precision: MatmulPrecision) -> None:
-    """Choose for the whole process: random numbers, how a CPU computes large matrix products, freed memory."""
+    """Choose for the whole process the random numbers, and how a CPU computes large matrix products."""
     seed_everything(seed)
-    keep_freed_memory()
     backend: Any = torch.backends.mkldnn
     backend.matmul.fp32_precision = "bf16" if precision is MatmulPrecision.bf16 else "ieee"
 

@@ -68,14 +68,23 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``left right^T + bias`` of ``[N, K]`` and ``[M, K]``, without a graph."""
-    if not (_ONEDNN and left.is_cpu and left.dtype == torch.float32 and left.numel() * len(right) >= _WORTH_ONEDNN):
-        return F.linear(left, right, bias)
+def _factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """``[N, K]`` and ``[M, K]`` as their product takes them, and the products of its gradient: rounded where asked.
+
+    Rounded once, they serve forward and backward: all three products have the same sizes in another order.
+    """
     wide = min(*left.shape, len(right)) >= _BFLOAT16_WIDTH
-    if wide and _BACKEND.matmul.fp32_precision == "bf16":
-        rounded = F.linear(left.bfloat16(), right.bfloat16(), None if bias is None else bias.bfloat16())
-        return rounded.float()
+    if wide and _suits(left, right) and _BACKEND.matmul.fp32_precision == "bf16":
+        return left.bfloat16(), right.bfloat16()
+    return left, right
+
+
+def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``left right^T + bias`` in float32 of ``[N, K]`` and ``[M, K]``, both rounded or neither, without a graph."""
+    if left.dtype == torch.bfloat16:
+        return F.linear(left, right, None if bias is None else bias.bfloat16()).float()
+    if not _suits(left, right):
+        return F.linear(left, right, bias)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(left), _dense(right), bias, "none", [], "")
     return product
 
@@ -85,9 +94,9 @@ def _dense(matrix: Tensor) -> Tensor:
     return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
-def _unflat(flat: Tensor, like: Tensor) -> Tensor:
-    """``[N, G]`` with the leading dimensions of ``like``; no view for autograd, so it may be written into."""
-    unflat: Tensor = torch.ops.aten._unsafe_view(flat, [*like.shape[:-1], flat.shape[1]])
+def _unflat(flat: Tensor, shape: torch.Size) -> Tensor:
+    """``[N, G]`` with the leading dimensions of ``shape``; no view for autograd, so it may be written into."""
+    unflat: Tensor = torch.ops.aten._unsafe_view(flat, [*shape[:-1], flat.shape[1]])
     return unflat
 
 
@@ -99,7 +108,7 @@ def _recorded(record: Recording | None, grad: Tensor, x: Tensor) -> bool:
     weight, bias = rows
     if _ONEDNN and x.is_cpu and x.dtype == torch.float32 and x[0].numel() * grad.shape[2] >= _WORTH_ONEDNN:
         for block, grad_block, x_block in zip(weight, grad, x, strict=True):
-            block.add_(_product(grad_block.t(), x_block.t()))
+            block.add_(_product(*_factors(grad_block.t(), x_block.t())))
     else:
         weight.baddbmm_(grad.transpose(1, 2), x)
     if bias is not None:
@@ -110,21 +119,23 @@ def _recorded(record: Recording | None, grad: Tensor, x: Tensor) -> bool:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: Recording | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.record = record
-        return _unflat(_product(x.reshape(-1, x.shape[-1]), weight, bias), x)
+        rows, columns = _factors(x.reshape(-1, x.shape[-1]), weight)
+        ctx.save_for_backward(rows if record is None else x, columns)
+        ctx.record, ctx.shape = record, x.shape
+        return _unflat(_product(rows, columns, bias), x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        rows, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        if need_weight and _recorded(ctx.record, grad, x):
+        if need_weight and _recorded(ctx.record, grad, rows):
             need_weight = need_bias = False
         flat = grad.reshape(-1, grad.shape[-1])
+        factor = flat.to(weight.dtype)
         return (
-            _unflat(_product(flat, weight.t()), x) if need_x else None,
-            _product(flat.t(), x.reshape(-1, x.shape[-1]).t()) if need_weight else None,
+            _unflat(_product(factor, weight.t()), ctx.shape) if need_x else None,
+            _product(factor.t(), rows.reshape(-1, rows.shape[-1]).to(weight.dtype).t()) if need_weight else None,
             flat.sum(0) if need_bias else None,
             None,
         )
@@ -143,19 +154,21 @@ class _LowRankLinear(torch.autograd.Function):
         record: Recording | None,
     ) -> Tensor:
         z = torch.bmm(a, x.transpose(1, 2))  # [K, r, B]: thin matrices are quickest with the long side contiguous
-        ctx.save_for_backward(x, weight, a, b, z)
+        rows, columns = _factors(x.reshape(-1, x.shape[2]), weight)
+        ctx.save_for_backward(x, rows, columns, a, b, z)
         ctx.scale, ctx.record = scale, record
-        y = _unflat(_product(x.reshape(-1, x.shape[2]), weight, bias), x)
+        y = _unflat(_product(rows, columns, bias), x.shape)
         return y.baddbmm_(z.transpose(1, 2), b.transpose(1, 2), alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, z = ctx.saved_tensors
+        x, rows, weight, a, b, z = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
         if need_weight and _recorded(ctx.record, grad, x):
             need_weight = need_bias = False
         flat = grad.reshape(-1, grad.shape[2])
+        factor = flat.to(weight.dtype)
         grad_x = grad_a = grad_b = None
         if need_b:
             grad_b = torch.bmm(z, grad).mul_(ctx.scale).transpose(1, 2)
@@ -164,10 +177,10 @@ class _LowRankLinear(torch.autograd.Function):
             if need_a:
                 grad_a = torch.bmm(grad_z, x)
             if need_x:
-                grad_x = _unflat(_product(flat, weight.t()), x).baddbmm_(grad_z.transpose(1, 2), a)
+                grad_x = _unflat(_product(factor, weight.t()), x.shape).baddbmm_(grad_z.transpose(1, 2), a)
         return (
             grad_x,
-            _product(flat.t(), x.reshape(-1, x.shape[2]).t()) if need_weight else None,
+            _product(factor.t(), rows.t()) if need_weight else None,
             flat.sum(0) if need_bias else None,
             grad_a,
             grad_b,

@@ -16,6 +16,7 @@ import torch
 from envs.suite import Suite, VectorEngine
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
+from varshare_rl.run.allocator import keep_freed_memory
 from varshare_rl.run.checkpoint import save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import Evaluation, evaluate, layer_nats
@@ -86,6 +87,7 @@ class Run:
         Raises:
             Interrupted: a signal came; the state has been saved.
         """
+        keep_freed_memory()
         with self.console, interruptible() as interrupted, self._timed("rest"):
             self.console.progress(self.transitions, {})
             obs = self._to_device(self._observation)
