@@ -104,7 +104,7 @@ def make_caging_reward(
         medium_density: bool = False,
     ) -> Any:
         if high_density and medium_density:
-            raise ValueError("Can only be either high_density or medium_density")
+            raise ValueError("high_density and medium_density exclude each other")
         obj_start, tcp_start, tcp = self.obj_init_pos, self.init_tcp, self.tcp_center
         y, y_start = obj_pos[1], obj_start[1]
         sides = (
