@@ -6,7 +6,6 @@ Writes ``results.csv``, ``results.json`` (conditions) and ``results.png`` into t
 from __future__ import annotations
 
 import argparse
-import csv
 import multiprocessing
 import os
 import time
@@ -15,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from experiments.results import write_csv
 from experiments.share_scale.measure import LAYERS, POLICIES, RANK, run
 from varshare_rl.files import write_json
 from varshare_rl.run.results import conditions
@@ -72,10 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(
             {key: rows[-1][key] for key in ("policy", "k", "mean_error", "cpu_seconds", "stored_bytes")}, flush=True
         )
-    with (given.folder / "results.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(given.folder / "results.csv", list(rows[0]), rows)
     seconds = round(time.perf_counter() - begin, 1)
     about = {"tasks": given.tasks, "batch": given.batch, "layers": LAYERS, "rank": RANK, "seconds": seconds}
     write_json(given.folder / "results.json", conditions(about, seed=0) | {"threads": 1})
