@@ -22,17 +22,16 @@ def gae(
     ``next_value`` is the value of the true successor, so a time limit bootstraps and a real end does not;
     both stop the sum. All arguments ``[T, S, E]`` with ``S`` vector steps; returns ``[T, S, E]``, without a graph.
 
-    The sum runs on the CPU in numpy, whose operations on a few numbers cost a quarter of torch's.
+    The sum runs on the CPU in numpy, whose operations on a few numbers cost a fraction of torch's.
     """
     delta = reward + discount * next_value * (~terminated) - value
     carry = discount * gae_lambda * (~(terminated | truncated)).to(delta.dtype)
     by_step = delta.detach().transpose(0, 1).cpu().contiguous()  # in place: delta_s becomes advantage_s
     advantages, carries = by_step.numpy(), carry.transpose(0, 1).cpu().contiguous().numpy()
-    running = np.zeros_like(advantages[0])
+    following = np.zeros_like(advantages[0])
     for advantage, carried in zip(advantages[::-1], carries[::-1], strict=True):
-        running *= carried
-        advantage += running
-        running[:] = advantage
+        advantage += carried * following
+        following = advantage
     return by_step.transpose(0, 1).to(delta.device).contiguous()
 
 
