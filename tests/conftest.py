@@ -12,10 +12,10 @@ import pytest
 import torch
 from hydra.core.config_store import ConfigStore
 
-from varshare_rl import calibrate, evaluate, export, prune, report, train
 from varshare_rl.cli import run_command
+from varshare_rl.commands import calibrate, evaluate, export, prune, report, train
 from varshare_rl.config import register_schemas
-from varshare_rl.sequence import command as continual
+from varshare_rl.continual import command as continual
 
 # Small matrices: a second thread costs more than it brings, and tests run side by side.
 torch.set_num_threads(1)

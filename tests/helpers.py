@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from envs.suite import Suite, VectorEngine
 from varshare_rl.assemble import build_algorithm, build_suite
 from varshare_rl.config import TrainConfig
 from varshare_rl.config_checks import check_config
-from varshare_rl.nn import VarShareLoRA
-from varshare_rl.nn.critic import CriticOptions
+from varshare_rl.envs.suite import Suite, VectorEngine
+from varshare_rl.nn import VarShareLoRAConfig
+from varshare_rl.nn.critic import CriticConfig
 from varshare_rl.nn.stochastic import WeightNoise, stochastic_layers
-from varshare_rl.optim.elbo import ElboOptions
+from varshare_rl.optim.elbo import ElboConfig
 from varshare_rl.types import Transition
 
 #: Overrides that make a run on the toy suite take a fraction of a second.
@@ -64,12 +64,12 @@ def hold_noise(module: nn.Module) -> None:
 
 
 def build(
-    env: Any, algorithm: Any, network: Any = None, seed: int = 0, critic: CriticOptions | None = None, **elbo: Any
+    env: Any, algorithm: Any, network: Any = None, seed: int = 0, critic: CriticConfig | None = None, **elbo: Any
 ) -> tuple[Suite, VectorEngine, Any]:
     """A suite, a training engine of it and a fresh algorithm, from the components' options."""
     torch.manual_seed(seed)
-    network = network or VarShareLoRA(hidden=[16])
-    config = TrainConfig(env, algorithm, network, ElboOptions(**elbo), critic or CriticOptions())
+    network = network or VarShareLoRAConfig(hidden=[16])
+    config = TrainConfig(env, algorithm, network, ElboConfig(**elbo), critic or CriticConfig())
     check_config(config)
     suite = build_suite(config)
     learner = build_algorithm(config, suite, torch.device("cpu"))

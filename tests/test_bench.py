@@ -11,7 +11,7 @@ from experiments.bench.__main__ import main
 from experiments.bench.contenders import Setting, measure
 from experiments.bench.learners import filled_ppo, filled_sac
 from experiments.bench.report import Goal, Ratio, Section, table
-from varshare_rl.nn import Shared
+from varshare_rl.nn import SharedConfig
 
 
 def test_a_choice_writes_ratios_medians_and_the_machine(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_wrong_choices_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_filled_learners_update() -> None:
-    network = Shared(hidden=[4])
+    network = SharedConfig(hidden=[4])
     sac, ppo = filled_sac(network, 2, 4, 10), filled_ppo(network, 2, 4, 2)
     sac.update()
     ppo.update()

@@ -18,7 +18,7 @@ from varshare_rl.assemble import SUITES, build_suite
 from varshare_rl.cli import config_folder
 from varshare_rl.config import COMPONENTS, TrainConfig, load_config, register_schemas
 from varshare_rl.config_checks import check_config
-from varshare_rl.optim.combiners import Method
+from varshare_rl.optim.aggregators import Method
 
 CONFIGS = config_folder()
 
@@ -120,7 +120,7 @@ def test_fixed_keys(composed: Composer) -> None:
     """Others script against these names: changing one breaks them."""
     config = composed()
     keys = {
-        "env", "algorithm", "network", "elbo", "gradient", "optimizer", "guard", "total_transitions",
+        "env", "algorithm", "network", "elbo", "gradient", "optimizer", "divergence_guard", "total_transitions",
         "seed", "device", "run_dir", "resume",
         "evaluate", "checkpoint", "log",
     }  # fmt: skip
@@ -205,7 +205,7 @@ TRAINED: dict[str, tuple[str, ...]] = {
     "pointmass_apart": (
         "env=pointmass", "env.horizon=10", "gradient.actor=pcgrad", "gradient.critic=fairgrad",
         "gradient.fairgrad.alpha=2", "optimizer.schedule=cosine", "optimizer.warmup=0.1",
-        "optimizer.weight_decay=0.01", "optimizer.spread_rate=3", "guard.explosion=100", "total_transitions=320",
+        "optimizer.weight_decay=0.01", "optimizer.rho_lr_scale=3", "divergence_guard.explosion=100", "total_transitions=320",
     ),
     "cartpole": ("env=cartpole", "env.horizon=20", "total_transitions=240"),
     "cartpole_identical": ("env=cartpole", "env.variant_set=identical", "env.horizon=20", "total_transitions=160"),

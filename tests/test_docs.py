@@ -6,11 +6,11 @@ import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-import envs
+import varshare_rl
 from varshare_rl.config import COMPONENTS, TrainConfig
-from varshare_rl.sequence.config import METHODS, blank_continual_config
+from varshare_rl.continual.config import METHODS, blank_continual_config
 
-DOCS = Path(envs.__file__).resolve().parent.parent / "docs"
+DOCS = Path(varshare_rl.__file__).resolve().parent.parent / "docs"
 
 
 def keys(options: object, prefix: str, of: type | None = None) -> set[str]:
@@ -43,7 +43,7 @@ def test_continual_md_has_every_key_of_its_own_once() -> None:
     expected = keys(blank_continual_config(), "") - keys(blank_continual_config(), "", TrainConfig)
     for options, _ in METHODS.values():
         expected |= keys(options(), "method.")
-    expected = (expected - {"origin", "method"}) | {"from"}
+    expected = (expected - {"pretrained", "method"}) | {"from"}
     text = (DOCS / "continual.md").read_text().partition("## Options")[2].partition("\n## ")[0]
     rows = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
     named = [key for row in rows for key in re.findall(r"`([\w.]+)`", row)]

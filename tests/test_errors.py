@@ -12,9 +12,9 @@ import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
-import envs
+import varshare_rl
 
-PROJECT = Path(envs.__file__).resolve().parent.parent
+PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
 POINTMASS = ("env=pointmass",)
 WITHOUT_RUN = {
     "unknown_key": (("env=pointmass", "no_such_key=1"), "no_such_key"),
@@ -33,7 +33,7 @@ WITHOUT_RUN = {
     "unknown_activation_of_the_critic": (("env=pointmass", "critic.activation=swishy"), "critic.activation"),
     "unknown_recipe": (("+experiment=nope",), "toppo_mt10"),
     "unknown_estimator": (("env=pointmass", "elbo.estimator=guess"), "guess"),
-    "no_particles": (("env=pointmass", "elbo.particles=0"), "elbo.particles is 0"),
+    "no_particles": (("env=pointmass", "elbo.weight_samples=0"), "elbo.weight_samples is 0"),
     "unknown_draw": (("env=pointmass", "elbo.draw.acting=sometimes"), "sometimes"),
     "unknown_schedule": (("env=pointmass", "elbo/schedule=wave"), "wave"),
     "unknown_prior": (("env=pointmass", "elbo/prior=flat"), "flat"),
@@ -157,8 +157,8 @@ WITHOUT_RUN = {
         "elbo/prior=learned compares all tasks",
     ),
     "explosions_of_a_few_tasks": (
-        ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=2", "guard.explosion=5"),
-        "guard.explosion=5 compares all tasks",
+        ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=2", "divergence_guard.explosion=5"),
+        "divergence_guard.explosion=5 compares all tasks",
     ),
     "negative_cagrad_radius": (("env=pointmass", "gradient.cagrad.c=-1"), "gradient.cagrad.c is -1"),
     "no_fairness": (("env=pointmass", "gradient.fairgrad.alpha=0"), "gradient.fairgrad.alpha is 0"),
@@ -168,8 +168,8 @@ WITHOUT_RUN = {
     "unknown_rate_schedule": (("env=pointmass", "optimizer.schedule=steps"), "steps"),
     "warmup_without_end": (("env=pointmass", "optimizer.warmup=1"), "optimizer.warmup is 1"),
     "final_rate_above_one": (("env=pointmass", "optimizer.final_rate=2"), "optimizer.final_rate is 2"),
-    "negative_spread_rate": (("env=pointmass", "optimizer.spread_rate=-1"), "optimizer.spread_rate is -1"),
-    "tiny_explosion": (("env=pointmass", "guard.explosion=0.5"), "guard.explosion is 0.5"),
+    "negative_spread_rate": (("env=pointmass", "optimizer.rho_lr_scale=-1"), "optimizer.rho_lr_scale is -1"),
+    "tiny_explosion": (("env=pointmass", "divergence_guard.explosion=0.5"), "divergence_guard.explosion is 0.5"),
     "negative_alpha": (("env=pointmass", "network.alpha=-1"), "network.alpha is -1"),
     "endless_kl_weight": (("env=pointmass", "elbo.kl_weight=inf"), "elbo.kl_weight is inf"),
     "endless_prior": (("env=pointmass", "elbo.prior_scale=inf"), "elbo.prior_scale is inf"),
@@ -436,7 +436,7 @@ def test_the_same_from_the_shell(tmp_path: Path, module: str, arguments: tuple[s
 
 def test_an_error_of_ours_is_not_hidden(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the user got wrong becomes one line; a bug keeps its traceback."""
-    from varshare_rl import train
+    from varshare_rl.commands import train
 
     def broken(config: object) -> None:
         raise ZeroDivisionError("a bug")

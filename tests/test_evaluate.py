@@ -14,7 +14,7 @@ from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from test_errors import assert_one_line
 from torch import Tensor, nn
 
-from envs.suite import Step
+from varshare_rl.envs.suite import Step
 from varshare_rl.run.evaluation import evaluate
 from varshare_rl.run.loop import Run
 
@@ -58,8 +58,8 @@ def test_evaluation_repeats_and_its_options_count(command: Command, run: str) ->
     assert seen["one"] == seen["again"]
     for other in ("more", "seed"):
         assert seen[other]["mean_return"] != seen["one"]["mean_return"]
-    conditions = seen["seed"]["conditions"]
-    assert (conditions["seed"], conditions["evaluation_seed"]) == (seen["one"]["conditions"]["seed"], 9)
+    provenance = seen["seed"]["conditions"]
+    assert (provenance["seed"], provenance["evaluation_seed"]) == (seen["one"]["conditions"]["seed"], 9)
     kept = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert kept["transitions"] == 960  # evaluation adds nothing to the run's own record
 
@@ -262,7 +262,7 @@ def test_wrong_input_for_a_sequence_is_one_line(command: Command) -> None:
     outcome = command("evaluate", "run=run")
     assert_one_line(outcome.code, outcome.err, "run/config.yaml is not a run configuration")
     config.write_text(
-        config.read_text().replace("name: nothing", "name: finetune").replace("origin: null", "origin: gone")
+        config.read_text().replace("name: nothing", "name: finetune").replace("pretrained: null", "pretrained: gone")
     )
     outcome = command("evaluate", "run=run")
     assert_one_line(outcome.code, outcome.err, "no run folder gone, which from= goes on from")

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from varshare_rl.adapters import apply_lora, read_adapter
 from varshare_rl.config import Device
-from varshare_rl.continual.methods.varshare import VarShareMethod
+from varshare_rl.continual.config import METHODS
+from varshare_rl.continual.learner import SequenceRun
+from varshare_rl.continual.loading import load_sequence
 from varshare_rl.nn.merge import merged
 from varshare_rl.nn.plain import read_network
 from varshare_rl.run.loop import Run
-from varshare_rl.sequence.config import METHODS
-from varshare_rl.sequence.learner import SequenceRun
-from varshare_rl.sequence.loading import load_sequence
+from varshare_rl.transfer.methods.varshare import VarShareMethod
 
 NORMAL = "algorithm.normalize_observations=true"
 LEARN = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE, NORMAL, "network.layer_norm=true", "run_dir=run")
@@ -43,7 +43,7 @@ def normalized(sequence: SequenceRun, task: int, obs: Tensor) -> Tensor:
 
 def acted(sequence: SequenceRun, task: int, obs: Tensor) -> Tensor:
     """What a task of two dimensions of action is acted with, from the method's network itself."""
-    outputs = sequence.governor.policy(task)(
+    outputs = sequence.networks.policy(task)(
         normalized(sequence, task, obs).unsqueeze(0), torch.zeros(1, dtype=torch.int64)
     )
     return torch.tanh(outputs[0, :, :2])
@@ -86,7 +86,7 @@ def test_choices_and_tasks_that_come_round_again_are_exported(command: Command) 
     (files,) = Path("run/export").iterdir()
     assert files.name == f"{name.replace(' ', '_')}_torch"
     obs = torch.randn(32, 4)
-    logits = sequence.governor.policy(task)(
+    logits = sequence.networks.policy(task)(
         normalized(sequence, task, obs).unsqueeze(0), torch.zeros(1, dtype=torch.int64)
     )
     assert torch.equal(read_network(files)(obs), logits[0].argmax(-1))
@@ -112,10 +112,10 @@ def test_adapters_of_a_sequence_go_with_their_base(command: Command, method: str
     side = load_file("files/varshare_posterior.safetensors")
     readme = Path("files/README.md").read_text()
     if method == "varshare":
-        governed = sequence.governor.method
+        governed = sequence.networks.method
         assert isinstance(governed, VarShareMethod)
         for path, plain in {"layers.0": "0", "layers.1": "3"}.items():
-            for factor, deviation in zip("AB", governed.spreads[2][path], strict=True):
+            for factor, deviation in zip("AB", governed.sigmas[2][path], strict=True):
                 torch.testing.assert_close(F.softplus(side.pop(f"actor.{plain}.rho_{factor}")), deviation)
         assert "softplus(rho)" in readme
     else:
@@ -124,7 +124,7 @@ def test_adapters_of_a_sequence_go_with_their_base(command: Command, method: str
     base = read_network("files/actor_base")
     alone = base(torch.ones(1, 4))
     assert torch.equal(
-        alone, merged(sequence.governor.policy(0), 0)(torch.ones(1, 4))
+        alone, merged(sequence.networks.policy(0), 0)(torch.ones(1, 4))
     )  # what the first task learnt
     adapter, info = read_adapter("files/actor")
     assert (list(adapter), info.base_model) == (["0", "3"], "actor_base")

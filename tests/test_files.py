@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, whole_folder, write_atomically, write_json
-from varshare_rl.types import UserError
 
 
 def test_write_replaces_the_whole_content(tmp_path: Path) -> None:

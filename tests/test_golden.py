@@ -13,15 +13,15 @@ import pytest
 import torch
 from helpers import build, collect
 
-from envs.pointmass import PointMassOptions
-from varshare_rl.algorithms.ppo import PPOOptions
-from varshare_rl.algorithms.sac import SACOptions
-from varshare_rl.run.seeding import seed_everything
+from varshare_rl.algorithms.ppo import PPOConfig
+from varshare_rl.algorithms.sac import SACConfig
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.run.process import seed_everything
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ALGORITHMS = {
-    "ppo": PPOOptions(rollout_transitions_per_task=40, epochs=2, minibatches=2),
-    "sac": SACOptions(
+    "ppo": PPOConfig(rollout_transitions_per_task=40, epochs=2, minibatches=2),
+    "sac": SACConfig(
         start_transitions_per_task=20,
         batch_per_task=8,
         replay_capacity_per_task=100,
@@ -33,7 +33,7 @@ ALGORITHMS = {
 def trace(name: str) -> list[dict[str, float]]:
     """The scalars of the first four updates."""
     seed_everything(0)
-    _, engine, learner = build(PointMassOptions(envs_per_task=4), ALGORITHMS[name])
+    _, engine, learner = build(PointMassConfig(envs_per_task=4), ALGORITHMS[name])
     obs = torch.from_numpy(engine.reset())
     seen: list[dict[str, float]] = []
     while len(seen) < 4:

@@ -9,10 +9,10 @@ import torch
 from helpers import build
 from metaworld.evaluation import evaluation
 
-from envs.metaworld import MetaWorldOptions, MetaWorldSuite
-from envs.metaworld_official import official_envs
-from varshare_rl.algorithms.ppo import PPO, PPOOptions
-from varshare_rl.nn import VarShareLoRA, VarShareLoRALayer
+from varshare_rl.algorithms.ppo import PPO, PPOConfig
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
+from varshare_rl.envs.metaworld_official import official_envs
+from varshare_rl.nn import VarShareLoRAConfig, VarShareLoRALayer
 from varshare_rl.run.evaluation import evaluate
 
 GOALS = 10
@@ -42,9 +42,9 @@ def policy() -> tuple[MetaWorldSuite, PPO]:
 
     The horizon is too short for the goals that are far away, and the wall is in the way of some.
     """
-    env = MetaWorldOptions(tasks=list(TASKS), goals_per_task=GOALS, horizon=HORIZON, workers=1)
-    options = PPOOptions(normalize_observations=False)
-    suite, engine, learner = build(env, options, VarShareLoRA(hidden=[], rank=3))
+    env = MetaWorldConfig(tasks=list(TASKS), goals_per_task=GOALS, horizon=HORIZON, workers=1)
+    options = PPOConfig(normalize_observations=False)
+    suite, engine, learner = build(env, options, VarShareLoRAConfig(hidden=[], rank=3))
     engine.close()
     assert isinstance(suite, MetaWorldSuite)
     (layer,) = learner.actor.network.layers

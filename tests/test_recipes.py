@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.assemble import build_algorithm, build_suite, parameter_count
 from varshare_rl.cli import config_folder
+from varshare_rl.commands.train import flat_options
 from varshare_rl.config import TrainConfig, register_schemas
 from varshare_rl.config_checks import check_config
-from varshare_rl.train import flat_options
 
 FOLDER = config_folder() / "experiment"
 DOCS = config_folder().parent / "docs" / "recipes.md"

@@ -15,8 +15,8 @@ import torch
 import varshare_rl
 from varshare_rl.adapters import Adapter, LowRank, read_adapter, write_adapter
 from varshare_rl.cli import errors_in_one_line
-from varshare_rl.continual.share import read_basis
-from varshare_rl.share import main
+from varshare_rl.commands.share import main
+from varshare_rl.transfer.share import read_basis
 
 PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
 Outcome = tuple[int, str, str]
@@ -131,7 +131,7 @@ def test_methods(given: dict[str, Adapter], share: Command, tmp_path: Path, meth
     code, _, err = share("consolidate", *folders(5), "out=basis", f"method={method}", "k.fixed=3")
     assert (code, err) == (0, "")
     basis = read_basis(tmp_path / "basis")
-    assert (basis.options.method.value, {layer.k for layer in basis.layers.values()}) == (method, {3})
+    assert (basis.config.method.value, {layer.k for layer in basis.layers.values()}) == (method, {3})
 
 
 def test_originals_are_kept_on_request(given: dict[str, Adapter], share: Command, tmp_path: Path) -> None:

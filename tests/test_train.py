@@ -82,12 +82,12 @@ def test_summary_has_the_fixed_keys(run: Path, algorithm: str) -> None:
     # PPO: 960 / 8 tasks / 40 = 3 rollouts of 2 epochs x 2 minibatches; SAC: every other step after 20 transitions
     assert summary["updates"] == {"ppo": 3 * 4, "sac": 25}[algorithm]
     assert summary["transitions_per_second"] == pytest.approx(960 / summary["seconds"], rel=1e-2)
-    conditions = summary["conditions"]
-    assert conditions.keys() >= {
+    provenance = summary["conditions"]
+    assert provenance.keys() >= {
         "python", "torch", "metaworld", "mujoco", "gymnasium", "suite", "horizon", "seed", "git_commit",
     }  # fmt: skip
-    assert conditions["torch"] == torch.__version__
-    assert (conditions["suite"], conditions["horizon"], conditions["seed"]) == ("pointmass", 40, 0)
+    assert provenance["torch"] == torch.__version__
+    assert (provenance["suite"], provenance["horizon"], provenance["seed"]) == ("pointmass", 40, 0)
 
 
 def layer_sizes(*sizes: int) -> tuple[int, int]:
@@ -274,7 +274,7 @@ def test_nats_by_task_and_by_layer_add_up(run: Path) -> None:
     ("overrides", "words"),
     [
         (("network=shared",), "no posteriors"),
-        (("elbo.estimator=flipout", "elbo.particles=2"), "(flipout, 2 particles)"),
+        (("elbo.estimator=flipout", "elbo.weight_samples=2"), "(flipout, 2 samples)"),
         (("elbo.draw.acting=per_episode",), "acting per_episode"),
         (("network=varshare",), "(local)"),
         ((), "(weight)"),
@@ -339,9 +339,9 @@ def test_a_task_that_diverges_is_named_counted_and_left_out(
     (warning,) = [line for line in outcome.out.splitlines() if "diverged" in line]
     assert TASKS[2] in warning
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
-    counts = {name: value for line in lines for name, value in line.items() if name.startswith("guard/")}
-    assert counts.keys() == {f"guard/{TASKS[2]}"}
-    assert counts[f"guard/{TASKS[2]}"] > 1
+    counts = {name: value for line in lines for name, value in line.items() if name.startswith("divergence_guard/")}
+    assert counts.keys() == {f"divergence_guard/{TASKS[2]}"}
+    assert counts[f"divergence_guard/{TASKS[2]}"] > 1
     resumed = command("train", "resume=run", "total_transitions=1280")
     assert resumed.code == 0, resumed.err
     assert "diverged" not in resumed.out  # it has been said

@@ -13,43 +13,44 @@ import gymnasium
 import torch
 from torch import nn
 
-from envs.cartpole import CartPoleOptions, CartPoleSuite
-from envs.gymnasium_suite import GymnasiumOptions, GymnasiumSuite
-from envs.lunarlander import LunarLanderOptions, LunarLanderSuite
-from envs.metaworld import MetaWorldOptions, MetaWorldSuite
-from envs.pointmass import PointMassOptions, PointMassSuite
-from envs.suite import Suite
-from varshare_rl.algorithms.base import Algorithm, Learner, NetworkFactory, Problem, Regularizer
-from varshare_rl.algorithms.ppo import PPO, PPOOptions
-from varshare_rl.algorithms.sac import SAC, SACOptions
+from varshare_rl.algorithms.base import AgentContext, Algorithm, NetworkFactory, Regularizer, TaskSpec
+from varshare_rl.algorithms.ppo import PPO, PPOConfig
+from varshare_rl.algorithms.sac import SAC, SACConfig
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
+from varshare_rl.envs.cartpole import CartPoleConfig, CartPoleSuite
+from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumSuite
+from varshare_rl.envs.lunarlander import LunarLanderConfig, LunarLanderSuite
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
+from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
+from varshare_rl.envs.suite import Suite
+from varshare_rl.errors import UserError
 from varshare_rl.files import make_run_dir
-from varshare_rl.nn.bronet import BroNet
 from varshare_rl.nn.capacity import match_width, with_width
-from varshare_rl.nn.options import Architecture, Blocks
+from varshare_rl.nn.config import Architecture, Blocks
+from varshare_rl.nn.mlp import BroNet
 from varshare_rl.nn.parameters import ParameterCount, count_parameters
 from varshare_rl.nn.posteriors import posterior_layers
 from varshare_rl.nn.stochastic import stochastic_layers
 from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.optim.elbo import Elbo
-from varshare_rl.optim.kl_schedules import Band
+from varshare_rl.optim.kl_schedules import BandConfig
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.console import Console
-from varshare_rl.run.loop import LoopOptions, Run
-from varshare_rl.run.observatory import Observatory
-from varshare_rl.run.results import conditions
-from varshare_rl.run.seeding import seed_everything
+from varshare_rl.run.loop import LoopConfig, Run
+from varshare_rl.run.process import seed_everything
+from varshare_rl.run.results import provenance
+from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
-from varshare_rl.types import Tree, UserError
+from varshare_rl.types import Tree
 
 SUITES: dict[type, Callable[[Any], Suite]] = {
-    PointMassOptions: PointMassSuite,
-    CartPoleOptions: CartPoleSuite,
-    LunarLanderOptions: LunarLanderSuite,
-    GymnasiumOptions: GymnasiumSuite,
-    MetaWorldOptions: MetaWorldSuite,
+    PointMassConfig: PointMassSuite,
+    CartPoleConfig: CartPoleSuite,
+    LunarLanderConfig: LunarLanderSuite,
+    GymnasiumConfig: GymnasiumSuite,
+    MetaWorldConfig: MetaWorldSuite,
 }
-ALGORITHMS: dict[type, Callable[[Any, Learner], Algorithm]] = {PPOOptions: PPO, SACOptions: SAC}
+ALGORITHMS: dict[type, Callable[[Any, AgentContext], Algorithm]] = {PPOConfig: PPO, SACConfig: SAC}
 
 
 def choose_device(device: Device) -> torch.device:
@@ -69,7 +70,7 @@ def prepare_process(seed: int, precision: MatmulPrecision) -> None:
 
 
 def build_suite(config: TrainConfig) -> Suite:
-    """The suite of ``config.env``. Raises envs.suite.SuiteError for an impossible choice."""
+    """The suite of ``config.env``. Raises varshare_rl.envs.suite.SuiteError for an impossible choice."""
     return SUITES[type(config.env)](config.env)
 
 
@@ -88,33 +89,33 @@ def build_algorithm(
     With ``network.active_parameters`` the widths that follow from it are written to ``network.hidden`` of
     ``config``, so that they are in whatever is made of it later, ``config.yaml`` first of all.
     """
-    problem = build_problem(suite, config.env.envs_per_task, device)
+    spec = build_task_spec(suite, config.env.envs_per_task, device)
     architecture = cast(Architecture, config.network)
     for part, activation in (("network", architecture.activation), ("critic", config.critic.activation)):
         if activation is not None and activation not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
             raise UserError(f"unknown {part}.activation {activation!r}; choose {allowed}")
     if architecture.active_parameters is not None:
-        architecture.hidden = matched_hidden(config, architecture, problem)
+        architecture.hidden = matched_hidden(config, architecture, spec)
     actor: NetworkFactory
     critic: NetworkFactory
     if source is None:
-        actor = network_factory(config, architecture, problem.num_tasks)
-        critic = network_factory(config, config.critic.architecture(architecture), problem.num_tasks)
+        actor = network_factory(config, architecture, spec.num_tasks)
+        critic = network_factory(config, config.critic.architecture(architecture), spec.num_tasks)
     else:
         actor, critic = partial(source.network, "actor"), partial(source.network, "critic")
-    learner = Learner(
-        problem, actor, Elbo(config.elbo, problem.num_tasks), config.critic, critic,
-        config.gradient, config.optimizer, config.guard, source,
+    context = AgentContext(
+        spec, actor, Elbo(config.elbo, spec.num_tasks), config.critic, critic,
+        config.gradient, config.optimizer, config.divergence_guard, source,
     )  # fmt: skip
-    algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
+    algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, context)
     if config.elbo.absorb.every and not any(any(posterior_layers(m)) for m in algorithm.trained_modules().values()):
         raise UserError(
             f"network={architecture.name} has no residuals for elbo.absorb.every={config.elbo.absorb.every} "
             "to absorb; use varshare_lora or varshare, or give 0"
         )
     modules = algorithm.trained_modules().values()
-    if isinstance(config.elbo.schedule, Band) and not any(any(stochastic_layers(m)) for m in modules):
+    if isinstance(config.elbo.schedule, BandConfig) and not any(any(stochastic_layers(m)) for m in modules):
         raise UserError(
             f"network={architecture.name} has no posterior, whose spread elbo/schedule=band is about; "
             "use varshare_lora or varshare, or another elbo/schedule"
@@ -138,7 +139,7 @@ def network_factory(config: TrainConfig, architecture: Architecture, num_tasks: 
     return make_network
 
 
-def matched_hidden(config: TrainConfig, architecture: Architecture, problem: Problem) -> list[int]:
+def matched_hidden(config: TrainConfig, architecture: Architecture, spec: TaskSpec) -> list[int]:
     """Sizes of the hidden layers that give the whole agent ``network.active_parameters`` per task.
 
     Which networks the algorithm trains is found by letting it build the narrowest ones, on the CPU and without
@@ -151,7 +152,7 @@ def matched_hidden(config: TrainConfig, architecture: Architecture, problem: Pro
     def record(adapt: Callable[[Architecture], Architecture]) -> NetworkFactory:
         def make_network(in_features: int, out_features: int) -> nn.Module:
             def make(candidate: Architecture) -> nn.Module:
-                return adapt(candidate).build(in_features, out_features, problem.num_tasks, posterior)
+                return adapt(candidate).build(in_features, out_features, spec.num_tasks, posterior)
 
             made.append((make(narrowest), make))
             return made[-1][0]
@@ -159,24 +160,24 @@ def matched_hidden(config: TrainConfig, architecture: Architecture, problem: Pro
         return make_network
 
     with torch.random.fork_rng(devices=[]):
-        learner = Learner(
-            replace(problem, device=torch.device("cpu")),
+        context = AgentContext(
+            replace(spec, device=torch.device("cpu")),
             record(lambda candidate: candidate),
-            Elbo(config.elbo, problem.num_tasks),
+            Elbo(config.elbo, spec.num_tasks),
             config.critic,
             record(config.critic.architecture),
         )
-        algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, learner)
+        algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, context)
     trained = {module for root in algorithm.trained_modules().values() for module in root.modules()}
     makers = [make for network, make in made if network in trained]
-    return match_width(architecture, lambda candidate: [make(candidate) for make in makers], problem.num_tasks)
+    return match_width(architecture, lambda candidate: [make(candidate) for make in makers], spec.num_tasks)
 
 
-def build_problem(suite: Suite, envs_per_task: int, device: torch.device) -> Problem:
+def build_task_spec(suite: Suite, envs_per_task: int, device: torch.device) -> TaskSpec:
     """What the algorithm has to know of the suite."""
     actions = suite.action_space
     discrete = isinstance(actions, gymnasium.spaces.Discrete)
-    return Problem(
+    return TaskSpec(
         num_tasks=len(suite.task_names),
         envs_per_task=envs_per_task,
         obs_size=math.prod(suite.observation_space.shape),
@@ -219,10 +220,10 @@ def load_agent(run_dir: Path, kind: str, device: Device) -> TrainedAgent:
     return TrainedAgent(config, suite, algorithm, chosen, checkpoint, state)
 
 
-def run_conditions(config: TrainConfig, suite: Suite, device: torch.device) -> dict[str, Any]:
+def run_provenance(config: TrainConfig, suite: Suite, device: torch.device) -> dict[str, Any]:
     """The conditions of a result of this run, see :func:`varshare_rl.run.results.conditions`."""
     chosen = {"matmul_precision": config.matmul_precision.value, "overlap": config.overlap}
-    return conditions({**suite.conditions, **chosen}, config.seed, device)
+    return provenance({**suite.provenance, **chosen}, config.seed, device)
 
 
 def parameter_count(algorithm: Algorithm, num_tasks: int) -> ParameterCount:
@@ -249,7 +250,7 @@ def build_run(
     prepare_process(config.seed, config.matmul_precision)
     algorithm = build_algorithm(config, suite, device, source)
     make_run_dir(run_dir)
-    options = LoopOptions(
+    options = LoopConfig(
         total_transitions=config.total_transitions,
         evaluate_every=config.evaluate.every,
         evaluate_episodes=config.evaluate.episodes,
@@ -261,14 +262,14 @@ def build_run(
     tracker = Tracker(run_dir, resumed_at, seconds)
     return Run(
         suite=suite,
-        conditions=run_conditions(config, suite, device),
+        provenance=run_provenance(config, suite, device),
         engine=suite.make_engine(config.env.envs_per_task, config.seed),
         algorithm=algorithm,
         tracker=tracker,
-        observatory=Observatory(run_dir, suite.task_names, tracker, resumed_at),
+        sharing_monitor=SharingMonitor(run_dir, suite.task_names, tracker, resumed_at),
         console=Console(config.total_transitions, quiet=config.log.quiet),
         run_dir=run_dir,
         seed=config.seed,
         device=device,
-        options=options,
+        config=options,
     )

@@ -19,8 +19,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from envs.suite import SuiteError
-from varshare_rl.types import UserError
+from varshare_rl.errors import UserError
 
 
 def config_folder() -> Path:
@@ -87,7 +86,7 @@ def errors_in_one_line() -> Iterator[None]:
     """Turn what the user got wrong into :func:`fail`, and an interrupt into a word."""
     try:
         yield
-    except (UserError, SuiteError) as error:
+    except UserError as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error))
@@ -113,9 +112,9 @@ def _explain(error: Exception) -> str:
     while isinstance(cause, HydraException | OmegaConfBaseException):
         text = str(cause).partition("Config search path:")[0]
         lines += [line.strip() for line in text.splitlines()]
-        options = getattr(cause, "object_type", None)
-        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and is_dataclass(options):
-            lines.append(f"(its options are {', '.join(option.name for option in fields(options))})")
+        config = getattr(cause, "object_type", None)
+        if isinstance(cause, ConfigAttributeError | ConfigKeyError) and is_dataclass(config):
+            lines.append(f"(its options are {', '.join(option.name for option in fields(config))})")
         cause = cause.__cause__
     kept = [line for line in lines if line and not line.startswith(_TECHNICAL) and not line.endswith("_schema")]
     return " ".join(dict.fromkeys(kept))

@@ -13,36 +13,36 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from envs.cartpole import CartPoleOptions
-from envs.gymnasium_suite import GymnasiumOptions
-from envs.lunarlander import LunarLanderOptions
-from envs.metaworld import MetaWorldOptions
-from envs.pointmass import PointMassOptions
-from varshare_rl.algorithms.ppo import PPOOptions
-from varshare_rl.algorithms.sac import SACOptions
+from varshare_rl.algorithms.ppo import PPOConfig
+from varshare_rl.algorithms.sac import SACConfig
+from varshare_rl.envs.cartpole import CartPoleConfig
+from varshare_rl.envs.gymnasium_suite import GymnasiumConfig
+from varshare_rl.envs.lunarlander import LunarLanderConfig
+from varshare_rl.envs.metaworld import MetaWorldConfig
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.errors import UserError
 from varshare_rl.nn import (
-    CARE,
-    MOORE,
-    FiLM,
-    Independent,
-    L2Soft,
-    LoRA,
-    MultiHead,
-    PaCo,
-    Shared,
-    SoftModularization,
-    TaskEmbedding,
-    VarShare,
-    VarShareLoRA,
+    CAREConfig,
+    FiLMConfig,
+    IndependentConfig,
+    L2SoftConfig,
+    LoRAConfig,
+    MOOREConfig,
+    MultiHeadConfig,
+    PaCoConfig,
+    SharedConfig,
+    SoftModularizationConfig,
+    TaskEmbeddingConfig,
+    VarShareConfig,
+    VarShareLoRAConfig,
 )
-from varshare_rl.nn.critic import CriticOptions
-from varshare_rl.optim.combiners import GradientOptions
-from varshare_rl.optim.elbo import ElboOptions
-from varshare_rl.optim.guard import GuardOptions
-from varshare_rl.optim.kl_schedules import Band, Constant, Dual, FreeBits, Ramp
-from varshare_rl.optim.optimizer import OptimizerOptions
-from varshare_rl.optim.priors import Adaptive, Fixed, Learned
-from varshare_rl.types import UserError
+from varshare_rl.nn.critic import CriticConfig
+from varshare_rl.optim.aggregators import GradientConfig
+from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
+from varshare_rl.optim.elbo import ElboConfig
+from varshare_rl.optim.kl_schedules import BandConfig, ConstantConfig, DualConfig, FreeBitsConfig, RampConfig
+from varshare_rl.optim.optimizer import OptimizerConfig
+from varshare_rl.optim.priors import AdaptivePriorConfig, FixedPriorConfig, LearnedPriorConfig
 
 
 class MatmulPrecision(Enum):
@@ -61,7 +61,7 @@ class Device(Enum):
 
 
 @dataclass
-class EvaluateOptions:
+class EvaluationConfig:
     """``every`` so many transitions (all tasks; 0: only at the end), ``episodes`` of every task."""
 
     every: int = 200_000
@@ -69,14 +69,14 @@ class EvaluateOptions:
 
 
 @dataclass
-class CheckpointOptions:
+class CheckpointConfig:
     """``every`` so many transitions (all tasks; 0: only at the end)."""
 
     every: int = 500_000
 
 
 @dataclass
-class LogOptions:
+class LogConfig:
     """``every`` so many transitions (all tasks) a line of metrics; ``quiet``: nothing on screen."""
 
     every: int = 10_000
@@ -84,7 +84,7 @@ class LogOptions:
 
 
 @dataclass
-class ObserveOptions:
+class ObserveConfig:
     """``every`` so many transitions (all tasks; 0: never) measure and show what the tasks share."""
 
     every: int = 200_000
@@ -97,11 +97,11 @@ class TrainConfig:
     env: Any = MISSING
     algorithm: Any = MISSING
     network: Any = MISSING
-    elbo: ElboOptions = field(default_factory=ElboOptions)
-    critic: CriticOptions = field(default_factory=CriticOptions)
-    gradient: GradientOptions = field(default_factory=GradientOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    guard: GuardOptions = field(default_factory=GuardOptions)
+    elbo: ElboConfig = field(default_factory=ElboConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    divergence_guard: DivergenceGuardConfig = field(default_factory=DivergenceGuardConfig)
     total_transitions: int = 1_000_000  # all tasks together
     seed: int = 0
     device: Device = Device.auto
@@ -109,45 +109,51 @@ class TrainConfig:
     resume: str | None = None  # a run folder to go on with
     matmul_precision: MatmulPrecision = MatmulPrecision.highest
     overlap: bool = False  # act for half of the environments while the workers step the other half
-    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
-    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
-    log: LogOptions = field(default_factory=LogOptions)
-    observe: ObserveOptions = field(default_factory=ObserveOptions)
+    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    observe: ObserveConfig = field(default_factory=ObserveConfig)
 
 
 #: The options of every component that can be chosen, by config group and name.
 COMPONENTS: dict[str, dict[str, type]] = {
     "env": {
-        "pointmass": PointMassOptions,
-        "cartpole": CartPoleOptions,
-        "lunarlander": LunarLanderOptions,
-        "gymnasium": GymnasiumOptions,
-        "metaworld": MetaWorldOptions,
+        "pointmass": PointMassConfig,
+        "cartpole": CartPoleConfig,
+        "lunarlander": LunarLanderConfig,
+        "gymnasium": GymnasiumConfig,
+        "metaworld": MetaWorldConfig,
     },
-    "algorithm": {"ppo": PPOOptions, "sac": SACOptions},
+    "algorithm": {"ppo": PPOConfig, "sac": SACConfig},
     "network": {
-        "varshare_lora": VarShareLoRA,
-        "varshare": VarShare,
-        "shared": Shared,
-        "independent": Independent,
-        "task_embedding": TaskEmbedding,
-        "multi_head": MultiHead,
-        "soft_modularization": SoftModularization,
-        "paco": PaCo,
-        "moore": MOORE,
-        "care": CARE,
-        "film": FiLM,
-        "lora": LoRA,
-        "l2_soft": L2Soft,
+        "varshare_lora": VarShareLoRAConfig,
+        "varshare": VarShareConfig,
+        "shared": SharedConfig,
+        "independent": IndependentConfig,
+        "task_embedding": TaskEmbeddingConfig,
+        "multi_head": MultiHeadConfig,
+        "soft_modularization": SoftModularizationConfig,
+        "paco": PaCoConfig,
+        "moore": MOOREConfig,
+        "care": CAREConfig,
+        "film": FiLMConfig,
+        "lora": LoRAConfig,
+        "l2_soft": L2SoftConfig,
     },
-    "elbo/schedule": {"constant": Constant, "ramp": Ramp, "band": Band, "dual": Dual, "free_bits": FreeBits},
-    "elbo/prior": {"fixed": Fixed, "learned": Learned, "adaptive": Adaptive},
+    "elbo/schedule": {
+        "constant": ConstantConfig,
+        "ramp": RampConfig,
+        "band": BandConfig,
+        "dual": DualConfig,
+        "free_bits": FreeBitsConfig,
+    },
+    "elbo/prior": {"fixed": FixedPriorConfig, "learned": LearnedPriorConfig, "adaptive": AdaptivePriorConfig},
 }
 
 
 def blank_config() -> TrainConfig:
     """The configuration with nothing chosen yet: what Hydra and :func:`load_config` put the choices into."""
-    return TrainConfig(elbo=ElboOptions(schedule=MISSING, prior=MISSING))
+    return TrainConfig(elbo=ElboConfig(schedule=MISSING, prior=MISSING))
 
 
 def register_schemas() -> None:

@@ -8,19 +8,19 @@ from dataclasses import asdict, is_dataclass
 from operator import attrgetter
 from typing import Any
 
-from varshare_rl.algorithms.ppo import PPOOptions
-from varshare_rl.algorithms.sac import SACOptions
+from varshare_rl.algorithms.ppo import PPOConfig
+from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.config import MatmulPrecision, TrainConfig
-from varshare_rl.nn.options import Blocks
-from varshare_rl.optim.combiners import Method
-from varshare_rl.optim.elbo import ElboOptions
-from varshare_rl.optim.kl_schedules import Constant, Dual, Ramp
-from varshare_rl.optim.priors import Fixed
-from varshare_rl.types import UserError
+from varshare_rl.errors import UserError
+from varshare_rl.nn.config import Blocks
+from varshare_rl.optim.aggregators import AggregatorName
+from varshare_rl.optim.elbo import ElboConfig
+from varshare_rl.optim.kl_schedules import ConstantConfig, DualConfig, RampConfig
+from varshare_rl.optim.priors import FixedPriorConfig
 
 #: Least and most of options that some components of a group have; None: no bound, or a null is allowed.
 RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
-    "elbo": {"kl_weight": (0, None), "temperature": (0, None), "particles": (1, None)},
+    "elbo": {"kl_weight": (0, None), "temperature": (0, None), "weight_samples": (1, None)},
     "elbo.schedule": {
         "warmup": (0, 1),
         "late": (0, 1),
@@ -74,8 +74,8 @@ RANGES: dict[str, dict[str, tuple[float, float | None]]] = {
     },
     "critic": {"bins": (2, None)},
     "optimizer": {
-        "mean_rate": (0, None),
-        "spread_rate": (0, None),
+        "mu_lr_scale": (0, None),
+        "rho_lr_scale": (0, None),
         "weight_decay": (0, None),
         "warmup": (0, 1),
         "final_rate": (0, 1),
@@ -102,7 +102,7 @@ def check_config(config: TrainConfig) -> None:
         ("elbo.absorb.every", config.elbo.absorb.every, 0, None),
         ("elbo.absorb.rate", config.elbo.absorb.rate, 0, 1),
         ("elbo.absorb.max_error", config.elbo.absorb.max_error, 0, None),
-        ("guard.explosion", config.guard.explosion, 0, None),
+        ("divergence_guard.explosion", config.divergence_guard.explosion, 0, None),
         ("gradient.cagrad.c", config.gradient.cagrad.c, 0, None),
         ("gradient.fairgrad.alpha", config.gradient.fairgrad.alpha, 0, None),
         ("gradient.nashmtl.max_norm", config.gradient.nashmtl.max_norm, 0, None),
@@ -165,7 +165,7 @@ def _check_relations(config: TrainConfig) -> None:
         )
     _check_critic(config)
     _check_window(config)
-    if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOOptions):
+    if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOConfig):
         raise UserError(
             "matmul_precision=bf16 rounds acting and updating differently, so PPO's ratio would not start at 1; "
             "use highest with algorithm=ppo"
@@ -174,8 +174,8 @@ def _check_relations(config: TrainConfig) -> None:
     if lowest > highest:
         raise UserError(f"algorithm.min_log_std is {lowest}; it must not be above max_log_std, {highest}")
     for part in ("actor", "critic"):
-        temperature = getattr(config.gradient, part) is Method.softmax_temperature
-        if temperature and not isinstance(config.algorithm, SACOptions):
+        temperature = getattr(config.gradient, part) is AggregatorName.softmax_temperature
+        if temperature and not isinstance(config.algorithm, SACConfig):
             raise UserError(
                 f"gradient.{part}=softmax_temperature weighs tasks by SAC's entropy coefficients, which "
                 f"algorithm={config.algorithm.name} does not have; use algorithm=sac or another gradient"
@@ -184,8 +184,10 @@ def _check_relations(config: TrainConfig) -> None:
         raise UserError(f"gradient.fairgrad.alpha is {config.gradient.fairgrad.alpha}; it must be positive")
     if config.optimizer.warmup >= 1:
         raise UserError(f"optimizer.warmup is {config.optimizer.warmup}; it must be below 1, a share of the run")
-    if config.guard.explosion and config.guard.explosion <= 1:
-        raise UserError(f"guard.explosion is {config.guard.explosion}; it must be above 1, or 0 to switch it off")
+    if config.divergence_guard.explosion and config.divergence_guard.explosion <= 1:
+        raise UserError(
+            f"divergence_guard.explosion is {config.divergence_guard.explosion}; it must be above 1, or 0 to switch it off"
+        )
     capacity, envs = getattr(config.algorithm, "replay_capacity_per_task", None), config.env.envs_per_task
     if capacity is not None and capacity < envs:
         raise UserError(
@@ -193,7 +195,7 @@ def _check_relations(config: TrainConfig) -> None:
         )
 
 
-def _check_elbo(elbo: ElboOptions) -> None:
+def _check_elbo(elbo: ElboConfig) -> None:
     for part in ("schedule", "prior"):
         given = getattr(elbo, part)
         if not is_dataclass(given):
@@ -201,7 +203,7 @@ def _check_elbo(elbo: ElboOptions) -> None:
     if not elbo.prior_scale > 0:
         raise UserError(f"elbo.prior_scale is {elbo.prior_scale}; it must be positive")
     schedule, prior = elbo.schedule, elbo.prior
-    if elbo.kl_weight == 0 and not isinstance(schedule, Constant):
+    if elbo.kl_weight == 0 and not isinstance(schedule, ConstantConfig):
         raise UserError(
             f"elbo.kl_weight is 0, from which elbo/schedule={schedule.name} cannot start; give a positive weight"
         )
@@ -219,7 +221,7 @@ def _check_elbo(elbo: ElboOptions) -> None:
             raise UserError(
                 f"elbo.{part}.{low} is {getattr(options, low)}; it must be below {high}, {getattr(options, high)}"
             )
-    if isinstance(schedule, Ramp) and schedule.warmup + schedule.late > 1:
+    if isinstance(schedule, RampConfig) and schedule.warmup + schedule.late > 1:
         raise UserError(f"elbo.schedule.warmup + late is {schedule.warmup + schedule.late:g}; it must be at most 1")
 
 
@@ -251,14 +253,14 @@ def _check_window(config: TrainConfig) -> None:
     clashes = [
         (f"gradient.{part}={method.value}", "gradient=mean")
         for part, method in (("actor", config.gradient.actor), ("critic", config.gradient.critic))
-        if method is not Method.mean
+        if method is not AggregatorName.mean
     ]
-    if isinstance(config.elbo.schedule, Dual):
+    if isinstance(config.elbo.schedule, DualConfig):
         clashes.append(("elbo/schedule=dual", "another schedule"))
-    if not isinstance(config.elbo.prior, Fixed):
+    if not isinstance(config.elbo.prior, FixedPriorConfig):
         clashes.append((f"elbo/prior={config.elbo.prior.name}", "elbo/prior=fixed"))
-    if config.guard.explosion:
-        clashes.append((f"guard.explosion={config.guard.explosion:g}", "guard.explosion=0"))
+    if config.divergence_guard.explosion:
+        clashes.append((f"divergence_guard.explosion={config.divergence_guard.explosion:g}", "divergence_guard.explosion=0"))
     for given, instead in clashes:
         raise UserError(
             f"{given} compares all tasks at every update, and algorithm.tasks_per_update="

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from varshare_rl.types import UserError
+from varshare_rl.errors import UserError
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> None:

@@ -17,11 +17,6 @@ Metrics = dict[str, float]
 Scalars = dict[str, Tensor | float]
 
 
-class UserError(ValueError):
-    """The user asked for something that cannot be. The message is one line: what was given, what is
-    allowed, what to do. Entry points print it and exit with code 2."""
-
-
 @dataclass(frozen=True)
 class Transition:
     """One vector step of all tasks, as tensors on the learner's device."""

@@ -14,7 +14,7 @@ import numpy as np
 from experiments.architectures.grid import NETWORKS, SUITES
 from experiments.results import finished_runs
 from varshare_rl.config import load_config
-from varshare_rl.types import UserError
+from varshare_rl.errors import UserError
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -12,7 +12,7 @@ from experiments.bench.learners import step
 from experiments.bench.report import Ratio, Section
 from experiments.bench.update import rounds_of
 from varshare_rl.algorithms.ppo import PPO
-from varshare_rl.assemble import build_algorithm, build_problem, build_suite
+from varshare_rl.assemble import build_algorithm, build_suite, build_task_spec
 
 
 def _update(suite: str, network: str, setting: Setting) -> Round:
@@ -30,9 +30,9 @@ def _update(suite: str, network: str, setting: Setting) -> Round:
     device = torch.device("cpu")
     algorithm = build_algorithm(config, made, device)
     assert isinstance(algorithm, PPO)
-    problem = build_problem(made, config.env.envs_per_task, device)
+    spec = build_task_spec(made, config.env.envs_per_task, device)
     while not algorithm.ready():
-        step(algorithm, problem.num_tasks, problem.envs_per_task, problem.obs_size)
+        step(algorithm, spec.num_tasks, spec.envs_per_task, spec.obs_size)
 
     def update() -> None:
         algorithm.rollout.position = algorithm.rollout.vector_steps  # the same rollout again

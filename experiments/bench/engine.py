@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
-from envs.metaworld import MetaWorldOptions, MetaWorldSuite, as_tasks
 from experiments.bench.contenders import Contender, Round, Setting, measure
 from experiments.bench.report import Goal, Ratio, Section
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite, as_tasks
 
 TASKS, HORIZON, ACTION_SIZE, GOALS = 10, 500, 4, 50
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -44,7 +44,7 @@ def _rounds(step: Callable[[Actions], Any], setting: Setting) -> Round:
 
 
 def _ours(workers: int, fast: bool, setting: Setting) -> Round:
-    suite = MetaWorldSuite(MetaWorldOptions(benchmark="mt10", envs_per_task=1, workers=workers, fast=fast))
+    suite = MetaWorldSuite(MetaWorldConfig(benchmark="mt10", envs_per_task=1, workers=workers, fast=fast))
     engine = suite.make_engine(1, seed=0)
     engine.reset()
     return _rounds(engine.step, setting)
@@ -95,7 +95,7 @@ def _serve_physics(tasks: Sequence[int], setting: Setting, connection: Connectio
 def _physics_of(tasks: Sequence[int], setting: Setting) -> Round:
     """What ``step`` asks of MuJoCo, on the models and from the states of the official environments."""
     worlds: list[tuple[int, Any, npt.NDArray[np.float64]]] = []
-    suite = MetaWorldSuite(MetaWorldOptions(benchmark="mt10", fast=False))
+    suite = MetaWorldSuite(MetaWorldConfig(benchmark="mt10", fast=False))
     for task in tasks:
         name = suite.task_names[task]
         env: Any = ALL_V3_ENVIRONMENTS[name]()
@@ -125,7 +125,7 @@ def _physics_of(tasks: Sequence[int], setting: Setting) -> Round:
 
 def _reset(setting: Setting) -> Round:
     """Milliseconds per reset of the fast path, in process, to goals that every environment has seen."""
-    suite = MetaWorldSuite(MetaWorldOptions(benchmark="mt10", envs_per_task=1, workers=1))
+    suite = MetaWorldSuite(MetaWorldConfig(benchmark="mt10", envs_per_task=1, workers=1))
     engine = suite.make_engine(1, seed=0)
     resets = setting.pick(GOALS, 2)
     for _ in range(2 * resets):  # goals come round: the second time all are known

@@ -19,11 +19,13 @@ from experiments.bench.update import (
     hidden_sizes,
     rounds_of,
 )
-from varshare_rl.optim.combiners import GradientOptions, Method
+from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
 from varshare_rl.optim.jacobian import TaskGradients
 
 SIZES = {"2 x 128": NARROW, "3 x 400": WIDE}
-METHODS = [method for method in Method if method is not Method.softmax_temperature]  # which is SAC's
+METHODS = [
+    method for method in AggregatorName if method is not AggregatorName.softmax_temperature
+]  # which is SAC's
 NAMES = ["shared", "varshare_lora"]
 #: PCGrad with a backward pass per task: what a network without recording layers costs.
 SLOW = "pcgrad, a pass per task"
@@ -41,13 +43,13 @@ class _OneByOne(TaskGradients):
 def _ppo(network: str, size: str, method: str, setting: Setting) -> Round:
     architecture = ARCHITECTURES[network](hidden_sizes(SIZES[size], setting), "tanh")
     algorithm = filled_ppo(architecture, TASKS, setting.pick(ROLLOUT, 8), MINIBATCHES)
-    options = GradientOptions()
+    options = GradientConfig()
     for step in (algorithm.actor_step, algorithm.critic_step):
         if method == SLOW:
-            step.combine_by(Method.pcgrad, options, TASKS)
+            step.aggregate_by(AggregatorName.pcgrad, options, TASKS)
             step.reduction.gradients.__class__ = _OneByOne  # type: ignore[attr-defined]
         else:
-            step.combine_by(Method[method], options, TASKS)
+            step.aggregate_by(AggregatorName[method], options, TASKS)
 
     def update() -> None:
         algorithm.rollout.position = algorithm.rollout.vector_steps  # the same rollout again

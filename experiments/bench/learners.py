@@ -5,25 +5,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varshare_rl.algorithms.base import Algorithm, Learner, Problem
-from varshare_rl.algorithms.ppo import PPO, PPOOptions
-from varshare_rl.algorithms.sac import SAC, SACOptions
+from varshare_rl.algorithms.base import AgentContext, Algorithm, TaskSpec
+from varshare_rl.algorithms.ppo import PPO, PPOConfig
+from varshare_rl.algorithms.sac import SAC, SACConfig
 from varshare_rl.nn import Architecture
-from varshare_rl.optim.elbo import Elbo, ElboOptions
-from varshare_rl.run.allocator import keep_freed_memory
+from varshare_rl.optim.elbo import Elbo, ElboConfig
+from varshare_rl.run.process import keep_freed_memory
 from varshare_rl.types import Transition
 
 OBS_SIZE, ACTION_SIZE = 39, 4
 
 
-def learner(architecture: Architecture, num_tasks: int) -> Learner:
+def learner(architecture: Architecture, num_tasks: int) -> AgentContext:
     """What an algorithm is built from, for one environment per task on the CPU, in a process like training's."""
     keep_freed_memory()
     mask = torch.ones(num_tasks, ACTION_SIZE, dtype=torch.bool)
-    problem = Problem(num_tasks, 1, OBS_SIZE, ACTION_SIZE, False, mask, torch.device("cpu"), 500)
-    elbo = ElboOptions()
-    return Learner(
-        problem,
+    spec = TaskSpec(num_tasks, 1, OBS_SIZE, ACTION_SIZE, False, mask, torch.device("cpu"), 500)
+    elbo = ElboConfig()
+    return AgentContext(
+        spec,
         lambda inputs, outputs: architecture.build(inputs, outputs, num_tasks, elbo.posterior()),
         Elbo(elbo, num_tasks),
     )
@@ -49,7 +49,7 @@ def filled_sac(
     tasks_per_update: int | None = None,
 ) -> SAC:
     """SAC with a replay memory full of noise, past its random start."""
-    options = SACOptions(
+    options = SACConfig(
         replay_capacity_per_task=capacity,
         batch_per_task=batch_per_task,
         tasks_per_update=tasks_per_update,
@@ -67,7 +67,7 @@ def filled_sac(
 
 def filled_ppo(architecture: Architecture, num_tasks: int, steps: int, minibatches: int, epochs: int = 1) -> PPO:
     """PPO with a full rollout."""
-    options = PPOOptions(rollout_transitions_per_task=steps, epochs=epochs, minibatches=minibatches, target_kl=None)
+    options = PPOConfig(rollout_transitions_per_task=steps, epochs=epochs, minibatches=minibatches, target_kl=None)
     algorithm = PPO(options, learner(architecture, num_tasks))
     while not algorithm.ready():
         step(algorithm, num_tasks)

@@ -74,8 +74,8 @@ class PlainSAC:
 
         with torch.no_grad():
             next_action, next_log_prob = self.act(batch["next_obs"])
-            following = torch.cat([batch["next_obs"], next_action], -1)
-            next_q = torch.min(*(target(following).squeeze(-1) for target in self.targets))
+            next_action = torch.cat([batch["next_obs"], next_action], -1)
+            next_q = torch.min(*(target(next_action).squeeze(-1) for target in self.targets))
             next_value = next_q - alpha_of_row * next_log_prob
             wanted = batch["reward"] + discount * (1 - batch["terminated"]) * next_value
         taken = torch.cat([batch["obs"], batch["action"]], -1)

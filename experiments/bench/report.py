@@ -114,8 +114,8 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 def _page(results: dict[str, Any]) -> list[str]:
     lines = ["# Results of the benchmark", "", "Written by `python -m experiments.bench`; see README.md."]
     for choice, result in results.items():
-        conditions = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
-        lines += ["", f"## {choice}", "", f"{result['rounds']} rounds; {conditions}."]
+        provenance = ", ".join(f"{name} {value}" for name, value in result["machine"].items())
+        lines += ["", f"## {choice}", "", f"{result['rounds']} rounds; {provenance}."]
         for section in result["sections"]:
             lines += ["", f"### {section['title']}", "", *table(section)]
     return lines

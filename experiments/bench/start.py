@@ -18,7 +18,7 @@ LossStep.__call__ = stop
 #: Makes an engine with one environment per task and resets it; without the clean-up that ends a process.
 _READY = """
 import os
-from envs.metaworld import MetaWorldOptions, MetaWorldSuite
+from varshare_rl.envs.metaworld import MetaWorldOptions, MetaWorldSuite
 engine = MetaWorldSuite(MetaWorldOptions(benchmark={benchmark!r}, envs_per_task=1)).make_engine(1, seed=0)
 engine.reset()
 engine.close()

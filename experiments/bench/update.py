@@ -13,14 +13,14 @@ from experiments.bench.contenders import Contender, Round, Setting, measure
 from experiments.bench.learners import ACTION_SIZE, OBS_SIZE, filled_ppo, filled_sac
 from experiments.bench.reference import PlainSAC
 from experiments.bench.report import Goal, Ratio, Section
-from varshare_rl.algorithms.ppo import PPOOptions
+from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.config import COMPONENTS
 from varshare_rl.nn import Architecture
 
 TASKS, BATCH = 10, 128
 WIDE, NARROW = [400, 400, 400], [128, 128]
 #: As many rows in a minibatch, and as many passes over each transition, as PPO has by default.
-ROLLOUT, MINIBATCHES, EPOCHS = 500, 2, PPOOptions().epochs
+ROLLOUT, MINIBATCHES, EPOCHS = 500, 2, PPOConfig().epochs
 
 #: All of them at the same hidden sizes, with their own defaults (rank 8 of what has one).
 ARCHITECTURES: Mapping[str, Callable[..., Architecture]] = COMPONENTS["network"]

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.results import write_csv
-from varshare_rl.nn import Posterior, VarShare, VarShareLoRA
-from varshare_rl.nn.options import Architecture
+from varshare_rl.nn import Posterior, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.nn.config import Architecture
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -29,15 +29,15 @@ CONTENDERS = {
     "local": ("local", 1),
 }
 NETWORKS: dict[str, Callable[[], Architecture]] = {
-    "varshare_lora": lambda: VarShareLoRA(hidden=[HIDDEN, HIDDEN], rank=RANK),
-    "varshare": lambda: VarShare(hidden=[HIDDEN, HIDDEN]),
+    "varshare_lora": lambda: VarShareLoRAConfig(hidden=[HIDDEN, HIDDEN], rank=RANK),
+    "varshare": lambda: VarShareConfig(hidden=[HIDDEN, HIDDEN]),
 }
 
 
-def build(network: str, estimator: str, particles: int, sigma: float) -> nn.Module:
+def build(network: str, estimator: str, weight_samples: int, sigma: float) -> nn.Module:
     """A network whose factors have means of trained size and one sigma; the same for every estimator."""
     torch.manual_seed(0)
-    made = NETWORKS[network]().build(IN, OUT, TASKS, Posterior(estimator=estimator, particles=particles))
+    made = NETWORKS[network]().build(IN, OUT, TASKS, Posterior(estimator=estimator, weight_samples=weight_samples))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "rhos" in name:
@@ -82,8 +82,8 @@ def measure_variances(draws: int) -> list[dict[str, object]]:
     for network in NETWORKS:
         for sigma in SIGMAS:
             base: dict[str, float] = {}
-            for name, (estimator, particles) in CONTENDERS.items():
-                found = variances(build(network, estimator, particles, sigma), x, target, draws)
+            for name, (estimator, weight_samples) in CONTENDERS.items():
+                found = variances(build(network, estimator, weight_samples, sigma), x, target, draws)
                 base = base or found
                 row: dict[str, object] = {"network": network, "sigma": sigma, "estimator": name}
                 for kind, value in found.items():

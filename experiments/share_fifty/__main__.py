@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from experiments.share_fifty.rules import FAMILIES, Transformer, accuracy, loss_of, sequences
 from varshare_rl.adapters import Adapter, apply_lora
-from varshare_rl.continual.share import (
-    LearnOptions,
+from varshare_rl.files import write_atomically, write_json
+from varshare_rl.run.results import provenance
+from varshare_rl.transfer.share import (
+    LearnConfig,
     Share,
-    ShareOptions,
-    SizeOptions,
+    ShareConfig,
+    SizeConfig,
     attach,
     average,
     consolidate,
@@ -31,8 +33,6 @@ from varshare_rl.continual.share import (
     trained_parameters,
     using_tasks,
 )
-from varshare_rl.files import write_atomically, write_json
-from varshare_rl.run.results import conditions
 
 Rule = tuple[int, int]
 TARGETS = ["q_proj", "v_proj"]
@@ -97,7 +97,7 @@ def learn_coefficients(base: Transformer, share: Share, rule: Rule, updates: int
     """Trained parameters and accuracy of a new family that gets coefficients alone."""
     torch.manual_seed(100 * rule[0] + rule[1])
     model = copy.deepcopy(base)
-    attach(model, share, LearnOptions(p=p), fresh=1)
+    attach(model, share, LearnConfig(p=p), fresh=1)
     draw = batches(rule)
     with using_tasks(model, 0):
         fine_tune(model, lambda: loss_of(model, *draw()), updates, learning_rate=2e-2)
@@ -121,12 +121,12 @@ def measure(given: argparse.Namespace, log: Callable[[str], None]) -> dict[str, 
     result["LoRA per task"] = rows(
         seen, held_out, lambda rule: {**{t: v[1] for t, v in trained.items()}, **unseen}[str(rule)]
     )
-    log(f"LoRA per task: {result['LoRA per task']}")
+    log(f"LoRA per task: {result['AdapterSet per task']}")
     adapters = {task: adapter for task, (adapter, _) in trained.items()}
     numbers = sum(factors.a.numel() + factors.b.numel() for factors in adapters[str(seen[0])].values())
 
     for k in given.k:
-        share = consolidate(adapters, ShareOptions(k=SizeOptions(fixed=k)))
+        share = consolidate(adapters, ShareConfig(k=SizeConfig(fixed=k)))
         name = f"Share, k = {k}"
         result[name] = {
             "seen": statistics.mean(accuracy(with_adapter(base, share.rebuild(str(rule))), rule) for rule in seen)
@@ -195,7 +195,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     result = measure(given, lambda line: print(f"{time.perf_counter() - begin:6.0f} s  {line}", flush=True))
     settings = {key: value for key, value in vars(given).items() if key != "folder"}
-    about = conditions({**settings, "seconds": round(time.perf_counter() - begin, 1)}, seed=0)
+    about = provenance({**settings, "seconds": round(time.perf_counter() - begin, 1)}, seed=0)
     write_json(given.folder / "results.json", {"results": result, "conditions": about})
     write_atomically(given.folder / "results.md", page(result, given))
     print(page(result, given))

@@ -17,7 +17,7 @@ from typing import Any
 from experiments.results import write_csv
 from experiments.share_scale.measure import LAYERS, POLICIES, RANK, run
 from varshare_rl.files import write_json
-from varshare_rl.run.results import conditions
+from varshare_rl.run.results import provenance
 
 
 def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_csv(given.folder / "results.csv", list(rows[0]), rows)
     seconds = round(time.perf_counter() - begin, 1)
     about = {"tasks": given.tasks, "batch": given.batch, "layers": LAYERS, "rank": RANK, "seconds": seconds}
-    write_json(given.folder / "results.json", conditions(about, seed=0) | {"threads": 1})
+    write_json(given.folder / "results.json", provenance(about, seed=0) | {"threads": 1})
     draw(rows, given.folder / "results.png")
 
 

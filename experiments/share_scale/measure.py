@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from varshare_rl.adapters import Adapter, LowRank
-from varshare_rl.continual.share import Merge, Method, Share, ShareOptions, SizeOptions, add, consolidate
-from varshare_rl.continual.share.factors import distance, norm
+from varshare_rl.transfer.share import BasisMethod, Merge, Share, ShareConfig, SizeConfig, add, consolidate
+from varshare_rl.transfer.share.factors import distance, norm
 
 LAYERS = {"layer0": (256, 256), "layer1": (512, 256), "layer2": (256, 512)}  # out, in
 RANK = 8
@@ -18,12 +18,12 @@ SHARED = 16  # directions that all adapters have in common, on either side
 NOISE = 0.07  # norm of each factor's own part, relative to the common part
 
 #: Ways to take in the adapters: options, and when a batch makes the basis decompose again.
-POLICIES: dict[str, tuple[ShareOptions, Merge]] = {
-    "k = 16, merge always": (ShareOptions(k=SizeOptions(fixed=16)), Merge.always),
-    "max_error = 0.15, merge if needed": (ShareOptions(k=SizeOptions(max_error=0.15)), Merge.needed),
-    "max_error = 0.15, merge always": (ShareOptions(k=SizeOptions(max_error=0.15)), Merge.always),
-    "k = 16, originals kept": (ShareOptions(k=SizeOptions(fixed=16), keep_originals=True), Merge.always),
-    "as published, k = 16": (ShareOptions(Method.paper, SizeOptions(fixed=16)), Merge.always),
+POLICIES: dict[str, tuple[ShareConfig, Merge]] = {
+    "k = 16, merge always": (ShareConfig(k=SizeConfig(fixed=16)), Merge.always),
+    "max_error = 0.15, merge if needed": (ShareConfig(k=SizeConfig(max_error=0.15)), Merge.needed),
+    "max_error = 0.15, merge always": (ShareConfig(k=SizeConfig(max_error=0.15)), Merge.always),
+    "k = 16, originals kept": (ShareConfig(k=SizeConfig(fixed=16), keep_originals=True), Merge.always),
+    "as published, k = 16": (ShareConfig(BasisMethod.paper, SizeConfig(fixed=16)), Merge.always),
 }
 
 

@@ -41,14 +41,14 @@ def row(run: Path) -> dict[str, Any]:
     agent = load_agent(run, "last", Device.cpu)
     document = sharing_document(agent.algorithm.trained_modules(), agent.suite.task_names, summary["transitions"])
     curve = nats(run)
-    settled = [value for at, value in curve if at >= SETTLED * summary["transitions"]]
+    frozen_eval = [value for at, value in curve if at >= SETTLED * summary["transitions"]]
     return {
         "seed": agent.config.seed,
         "budget_nats": getattr(agent.config.elbo.schedule, "budget_nats", None),
         "success": summary["mean_success"],
         "return": summary["mean_return"],
         "nats_at_first": curve[0][1],
-        "nats_settled": mean(settled),
+        "nats_settled": mean(frozen_eval),
         "nats_by_task": {name: task["kl"] for name, task in summary["tasks"].items()},
         "nats_by_layer": {layer["name"]: mean(layer["nats"]) for layer in document["layers"]},
         "sharing": document["sharing"],

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varshare_rl.adapters import Adapter, AdapterInfo, LowRank, adapter_scale, describe, read_adapter, write_adapter
-from varshare_rl.types import UserError
+from varshare_rl.errors import UserError
 
 
 def factors(inputs: int, outputs: int, rank: int, scale: float = 1.0) -> LowRank:

@@ -11,16 +11,16 @@ import torch
 from models import PATHS, SIZE, TARGETS, Model, tokens
 from torch import Tensor, nn
 
-from varshare_rl.adapters import Adapter, LoRA, LoRALinear, LowRank, apply_lora, base_network, task_adapter
-from varshare_rl.nn import Independent, L2Soft, Posterior, Shared, VarShareLoRA
-from varshare_rl.nn import LoRA as LoRANetwork
+from varshare_rl.adapters import Adapter, AdapterSet, LoRALinear, LowRank, apply_lora, base_network, task_adapter
+from varshare_rl.errors import UserError
+from varshare_rl.nn import AdapterSet as LoRANetwork
+from varshare_rl.nn import IndependentConfig, L2SoftConfig, Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.nn.parameters import count_trainable
-from varshare_rl.types import UserError
 
 NAMES = ["one", "two", "three"]
 
 
-def adapted(dropout: float = 0.0) -> LoRA:
+def adapted(dropout: float = 0.0) -> AdapterSet:
     """Three adapters of ranks 1, 2 and 3, with factors of ordinary size and scales of their own."""
     lora = apply_lora(Model().double(), TARGETS, rank=2, dropout=dropout)
     for rank, name in enumerate(NAMES, start=1):
@@ -31,7 +31,7 @@ def adapted(dropout: float = 0.0) -> LoRA:
     return lora
 
 
-def naive(lora: LoRA, x: Tensor, name: str) -> Tensor:
+def naive(lora: AdapterSet, x: Tensor, name: str) -> Tensor:
     """The plain model with ``W + scale b a`` built in full."""
     adapter = lora.adapter(name)
     model = copy.deepcopy(lora.model)
@@ -300,7 +300,7 @@ def test_an_adapter_may_leave_modules_alone() -> None:
     for name in ("part", "one"):
         lora.activate(name)
         zero = LowRank(torch.zeros(1, SIZE), torch.zeros(SIZE, 1))
-        full = LoRA.adapter(lora, name) | {path: zero for path in PATHS if path not in lora.adapter(name)}
+        full = AdapterSet.adapter(lora, name) | {path: zero for path in PATHS if path not in lora.adapter(name)}
         other = copy.deepcopy(lora)
         other.add("full", full)
         other.activate("full")
@@ -399,7 +399,7 @@ def test_training_moves_the_rows_own_adapters_and_nothing_else() -> None:
     assert changed == {f"{path}.{factor}:{name}" for path in PATHS for factor in "ab" for name in ("one", "three")}
 
 
-@pytest.mark.parametrize("kind", [VarShareLoRA, LoRANetwork, L2Soft])
+@pytest.mark.parametrize("kind", [VarShareLoRAConfig, LoRANetwork, L2SoftConfig])
 def test_a_trained_agents_corrections_are_adapters_of_its_shared_network(kind: Any) -> None:
     options = kind(hidden=[7, 6], rank=3, alpha=2.0, layer_norm=True)
     network = options.build(5, 4, 3, Posterior()).double()
@@ -422,7 +422,9 @@ def test_a_trained_agents_corrections_are_adapters_of_its_shared_network(kind: A
         task_adapter(network, 3)
 
 
-@pytest.mark.parametrize("options", [Independent(hidden=[7]), Shared(hidden=[7]), L2Soft(hidden=[7], rank=None)])
+@pytest.mark.parametrize(
+    "options", [IndependentConfig(hidden=[7]), SharedConfig(hidden=[7]), L2SoftConfig(hidden=[7], rank=None)]
+)
 def test_networks_without_low_rank_corrections_have_no_adapters(options: Any) -> None:
     with pytest.raises(UserError, match="Layer has no low-rank correction"):
         task_adapter(options.build(5, 4, 3, Posterior()), 0)

@@ -19,9 +19,9 @@ from torch import nn
 from varshare_rl.adapters import Adapter, LowRank, apply_lora, describe, read_adapter, write_adapter
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
+from varshare_rl.continual.loading import load_sequence
+from varshare_rl.errors import UserError
 from varshare_rl.nn.merge import merged
-from varshare_rl.sequence.loading import load_sequence
-from varshare_rl.types import UserError
 
 peft = pytest.importorskip("peft")
 
@@ -206,7 +206,7 @@ def test_a_task_of_a_sequence_runs_in_peft_too(
     assert outcome.code == 0, outcome.err
     outcome = command("export", "run=run", "task=swapped_left", "format=peft", "out=files")
     assert outcome.code == 0, outcome.err
-    policy = load_sequence(Path("run"), "last", Device.cpu)[0].governor.policy
+    policy = load_sequence(Path("run"), "last", Device.cpu)[0].networks.policy
     monkeypatch.chdir("files")
     names = follow_instructions()
     x = torch.randn(20, names["base"].get_submodule("0").in_features)

@@ -11,46 +11,45 @@ import torch
 from helpers import build, collect
 from torch import Tensor, nn
 
-from envs.pointmass import PointMassOptions
-from envs.suite import VectorEngine
-from varshare_rl.algorithms.ppo import PPO, PPOOptions
-from varshare_rl.algorithms.sac import SAC, SACOptions
+from varshare_rl.algorithms.ppo import PPO, PPOConfig
+from varshare_rl.algorithms.sac import SAC, SACConfig
 from varshare_rl.data.rewards import RewardScale
-from varshare_rl.nn import Posterior, Shared, SharedLayer, VarShareLoRA
-from varshare_rl.nn.bronet import BroNet
-from varshare_rl.nn.critic import CriticOptions, ValueLoss
-from varshare_rl.nn.mlp import TaskMLP
-from varshare_rl.nn.options import Blocks
-from varshare_rl.types import UserError
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.envs.suite import VectorEngine
+from varshare_rl.errors import UserError
+from varshare_rl.nn import Posterior, SharedConfig, SharedLayer, VarShareLoRAConfig
+from varshare_rl.nn.config import Blocks
+from varshare_rl.nn.critic import CriticConfig, ValueLoss
+from varshare_rl.nn.mlp import BroNet, TaskMLP
 
 TASKS, ENVS = 3, 4
-ENV = PointMassOptions(
+ENV = PointMassConfig(
     tasks=["normal_left", "normal_left_2", "normal_left_3"], reward_scales=[1, 100, 10_000], envs_per_task=ENVS
 )
 OPTIONS: dict[str, Any] = {
-    "ppo": PPOOptions(rollout_transitions_per_task=40, epochs=2, minibatches=2, reward_scale=RewardScale.none),
-    "sac": SACOptions(replay_capacity_per_task=500, batch_per_task=16, start_transitions_per_task=40),
+    "ppo": PPOConfig(rollout_transitions_per_task=40, epochs=2, minibatches=2, reward_scale=RewardScale.none),
+    "sac": SACConfig(replay_capacity_per_task=500, batch_per_task=16, start_transitions_per_task=40),
 }
 NETWORKS: dict[str, Any] = {
-    "shared": lambda: Shared(hidden=[16, 16]),
-    "varshare_lora": lambda: VarShareLoRA(hidden=[16, 16]),
+    "shared": lambda: SharedConfig(hidden=[16, 16]),
+    "varshare_lora": lambda: VarShareLoRAConfig(hidden=[16, 16]),
 }
 CRITICS = {
-    "wide": CriticOptions(hidden=[32]),
-    "layer_norm": CriticOptions(layer_norm=True),
-    "bronet": CriticOptions(blocks=Blocks.bronet),
-    "popart": CriticOptions(popart=True),
-    "categorical": CriticOptions(loss=ValueLoss.categorical, bins=21),
-    "all": CriticOptions(hidden=[24, 24], blocks=Blocks.bronet, loss=ValueLoss.categorical, popart=True),
+    "wide": CriticConfig(hidden=[32]),
+    "layer_norm": CriticConfig(layer_norm=True),
+    "bronet": CriticConfig(blocks=Blocks.bronet),
+    "popart": CriticConfig(popart=True),
+    "categorical": CriticConfig(loss=ValueLoss.categorical, bins=21),
+    "all": CriticConfig(hidden=[24, 24], blocks=Blocks.bronet, loss=ValueLoss.categorical, popart=True),
 }
 Learning = PPO | SAC
 
 
 def make(
-    algorithm: str, network: str = "varshare_lora", critic: CriticOptions | None = None, **options: Any
+    algorithm: str, network: str = "varshare_lora", critic: CriticConfig | None = None, **options: Any
 ) -> tuple[VectorEngine, Learning]:
     _, engine, learner = build(
-        ENV, replace(OPTIONS[algorithm], **options), NETWORKS[network](), critic=critic or CriticOptions()
+        ENV, replace(OPTIONS[algorithm], **options), NETWORKS[network](), critic=critic or CriticConfig()
     )
     return engine, learner
 
@@ -92,18 +91,18 @@ def test_every_critic_makes_its_updates_and_goes_on_bit_for_bit(algorithm: str, 
 
 
 def test_the_critics_architecture_is_its_own(algorithm: str) -> None:
-    options = CriticOptions(hidden=[24, 24], blocks=Blocks.bronet)
+    options = CriticConfig(hidden=[24, 24], blocks=Blocks.bronet)
     _, learner = make(algorithm, "varshare_lora", options)
     assert isinstance(learner.actor.network, TaskMLP)
     networks = [learner.critic.network] if isinstance(learner, PPO) else list(learner.critic.networks)
     assert all(isinstance(network, BroNet) and network.layers[1].theta.shape == (24, 24) for network in networks)
-    _, learner = make(algorithm, "varshare_lora", CriticOptions(layer_norm=True))
+    _, learner = make(algorithm, "varshare_lora", CriticConfig(layer_norm=True))
     assert not any("norms" in name for name, _ in learner.actor.named_parameters())
     assert any("norms" in name for name, _ in learner.critic.named_parameters())
 
 
 @dataclass
-class OwnStack(Shared):
+class OwnStack(SharedConfig):
     """An architecture that puts its layers together in a way of its own."""
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
@@ -112,16 +111,16 @@ class OwnStack(Shared):
 
 def test_architectures_without_residual_blocks_refuse_them() -> None:
     with pytest.raises(UserError, match="without blocks=bronet; choose blocks=mlp") as error:
-        build(ENV, OPTIONS["ppo"], OwnStack(hidden=[16]), critic=CriticOptions(blocks=Blocks.bronet))
+        build(ENV, OPTIONS["ppo"], OwnStack(hidden=[16]), critic=CriticConfig(blocks=Blocks.bronet))
     assert "\n" not in str(error.value)
     build(ENV, OPTIONS["ppo"], OwnStack(hidden=[16]))
 
 
 def test_the_values_that_advantages_and_targets_are_made_of_are_in_units_of_the_return(algorithm: str) -> None:
-    engine, learner = make(algorithm, critic=CriticOptions(popart=True, popart_rate=0.2))
+    engine, learner = make(algorithm, critic=CriticConfig(popart=True, popart_rate=0.2))
     learn(engine, learner, 5)
-    spread = learner.critic.spread()[:, 0]
-    assert (spread[1:] / spread[:-1] > 30).all()  # rewards are 1 : 100 : 10 000
+    value_std = learner.critic.value_std()[:, 0]
+    assert (value_std[1:] / value_std[:-1] > 30).all()  # rewards are 1 : 100 : 10 000
     obs, action = torch.zeros(TASKS, 8, 4), torch.zeros(TASKS, 8, 2)
     values = (
         learner.critic(obs, learner.task_ids)
@@ -136,7 +135,7 @@ def policy_after(algorithm: str, scale: float, popart: bool) -> Tensor:
     """The policy's parameters after a few updates on rewards times ``scale``."""
     env = replace(ENV, reward_scales=[scale] * TASKS)
     options = replace(OPTIONS[algorithm], learning_rate=1e-3)
-    critic = CriticOptions(popart=popart)
+    critic = CriticConfig(popart=popart)
     _, engine, learner = build(env, options, NETWORKS["shared"](), critic=critic)
     heads = [learner.critic.network] if algorithm == "ppo" else learner.critic.networks
     with torch.no_grad():
@@ -159,11 +158,11 @@ def test_a_factor_on_the_rewards_changes_nothing_under_popart(algorithm: str, po
 
 def test_the_entropy_coefficient_counts_in_units_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
     """The target has ``- spread_i alpha log pi``, and the policy's loss is ``alpha log pi - Q / spread_i``."""
-    engine, learner = make("sac", critic=CriticOptions(popart=True))
+    engine, learner = make("sac", critic=CriticConfig(popart=True))
     assert isinstance(learner, SAC)
     learn(engine, learner, 1)
-    spread = torch.tensor([[2.0], [8.0], [0.5]])
-    monkeypatch.setattr(learner.critic, "spread", lambda: spread)
+    value_std = torch.tensor([[2.0], [8.0], [0.5]])
+    monkeypatch.setattr(learner.critic, "spread", lambda: value_std)
     monkeypatch.setattr(learner.critic, "track", lambda *_: None)
     monkeypatch.setattr(learner.target_critic, "forward", lambda obs, action, ids: torch.zeros(2, *obs.shape[:2]))
     seen: list[Tensor] = []
@@ -195,7 +194,7 @@ def test_the_entropy_coefficient_counts_in_units_of_the_values(monkeypatch: pyte
     units = torch.tensor([[1.0], [8.0], [1.0]])  # spread times alpha
     torch.testing.assert_close(seen[0], -0.99 * units * log_probs[0] * (1 - batch.terminated))
     monkeypatch.setattr(
-        learner.critic, "forward", lambda obs, action, ids: action.sum(-1).expand(2, -1, -1) * spread
+        learner.critic, "forward", lambda obs, action, ids: action.sum(-1).expand(2, -1, -1) * value_std
     )
     losses: list[Tensor] = []
     monkeypatch.setattr(learner, "actor_step", lambda loss: losses.append(loss) or torch.zeros(()))
@@ -229,7 +228,7 @@ def test_adaptive_scales_reach_what_is_learnt_from(algorithm: str) -> None:
 def test_resets_renew_the_networks_and_nothing_else(algorithm: str) -> None:
     engine, learner = make(
         algorithm,
-        critic=CriticOptions(popart=True),
+        critic=CriticConfig(popart=True),
         resets=3,
         reward_scale=RewardScale.return_std,
         normalize_observations=True,

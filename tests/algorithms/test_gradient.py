@@ -8,44 +8,47 @@ import pytest
 import torch
 from helpers import collect
 
-from envs.pointmass import PointMassOptions
-from envs.suite import VectorEngine
-from varshare_rl.algorithms.ppo import PPOOptions
-from varshare_rl.algorithms.sac import SACOptions
+from varshare_rl.algorithms.ppo import PPOConfig
+from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.assemble import build_algorithm, build_suite
 from varshare_rl.config import TrainConfig
 from varshare_rl.config_checks import check_config
-from varshare_rl.nn import VarShareLoRA
-from varshare_rl.optim.combiners import GradientOptions, Method
-from varshare_rl.optim.guard import GuardOptions
-from varshare_rl.optim.optimizer import OptimizerOptions, Schedule
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.envs.suite import VectorEngine
+from varshare_rl.nn import VarShareLoRAConfig
+from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
+from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
+from varshare_rl.optim.optimizer import OptimizerConfig, Schedule
 from varshare_rl.optim.reduction import JacobianReduction, TemperatureReduction
 from varshare_rl.optim.step import LossStep
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
 
 ALGORITHMS = {
-    "ppo": PPOOptions(rollout_transitions_per_task=20, epochs=2, minibatches=2),
-    "sac": SACOptions(
+    "ppo": PPOConfig(rollout_transitions_per_task=20, epochs=2, minibatches=2),
+    "sac": SACConfig(
         start_transitions_per_task=8,
         batch_per_task=8,
         replay_capacity_per_task=100,
         updates_per_transition_per_task=0.25,
     ),
 }
-SCHEDULED = OptimizerOptions(schedule=Schedule.cosine, warmup=0.2, weight_decay=0.1, spread_rate=2.0)
+SCHEDULED = OptimizerConfig(schedule=Schedule.cosine, warmup=0.2, weight_decay=0.1, rho_lr_scale=2.0)
 
 
 def make(
-    algorithm: str, actor: Method, critic: Method, guard: GuardOptions | None = None
+    algorithm: str,
+    actor: AggregatorName,
+    critic: AggregatorName,
+    divergence_guard: DivergenceGuardConfig | None = None,
 ) -> tuple[VectorEngine, Any]:
     torch.manual_seed(0)
     config = TrainConfig(
-        PointMassOptions(envs_per_task=4, horizon=10),
+        PointMassConfig(envs_per_task=4, horizon=10),
         ALGORITHMS[algorithm],
-        VarShareLoRA(hidden=[8], layer_norm=True),
-        gradient=GradientOptions(actor, critic),
+        VarShareLoRAConfig(hidden=[8], layer_norm=True),
+        gradient=GradientConfig(actor, critic),
         optimizer=SCHEDULED,
-        guard=guard or GuardOptions(),
+        divergence_guard=divergence_guard or DivergenceGuardConfig(),
     )
     check_config(config)
     suite = build_suite(config)
@@ -55,28 +58,33 @@ def make(
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_reset_forgets_what_steps_remember(algorithm: str) -> None:
     """Running losses of the old networks, for one, would call every loss of the new ones an explosion."""
-    methods, guard = (Method.gradnorm, Method.gradvac), GuardOptions(explosion=1000.0)
-    engine, learner = make(algorithm, *methods, guard)
-    _, fresh = make(algorithm, *methods, guard)
+    methods, divergence_guard = (
+        (AggregatorName.gradnorm, AggregatorName.gradvac),
+        DivergenceGuardConfig(explosion=1000.0),
+    )
+    engine, learner = make(algorithm, *methods, divergence_guard)
+    _, fresh = make(algorithm, *methods, divergence_guard)
     train(engine, learner, torch.from_numpy(engine.reset()), range(12))
-    memories = [(step.reduction.combiner.state(), step.guard.state()) for step in steps(learner)[:2]]
+    memories = [(step.reduction.aggregator.state(), step.divergence_guard.state()) for step in steps(learner)[:2]]
     assert memories[0][0]["weights"] is not None
     assert memories[1][0]["targets"] is not None
     assert all(guarded["steps"] > 0 and guarded["average"] is not None for _, guarded in memories)
     learner.reset_networks()
     for step, new in zip(steps(learner), steps(fresh), strict=True):
         assert not step.optimizer.state
-        assert step.guard.state() == new.guard.state() | {"masked": step.guard.masked}
+        assert step.divergence_guard.state() == new.divergence_guard.state() | {
+            "masked": step.divergence_guard.masked
+        }
         if isinstance(step.reduction, JacobianReduction):
-            assert step.reduction.combiner.state() == new.reduction.combiner.state()
+            assert step.reduction.aggregator.state() == new.reduction.aggregator.state()
 
 
 def test_all_steps_take_note_of_how_far_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA it is then that a guard finds out about tasks to leave out; until then it drops whole steps."""
-    _, learner = make("sac", Method.mean, Method.mean)
+    _, learner = make("sac", AggregatorName.mean, AggregatorName.mean)
     noted = []
     for step in steps(learner):
-        monkeypatch.setattr(step.guard, "look", lambda step=step: noted.append(step))
+        monkeypatch.setattr(step.divergence_guard, "look", lambda step=step: noted.append(step))
     learner.advance(0.5)
     assert noted == steps(learner)
 
@@ -99,14 +107,16 @@ def train(engine: VectorEngine, learner: Any, obs: torch.Tensor, steps: range) -
 @pytest.mark.parametrize(
     ("actor", "critic"),
     [
-        (Method.gradvac, Method.nashmtl),
-        (Method.gradnorm, Method.pcgrad),
-        (Method.softmax_temperature, Method.graddrop),
+        (AggregatorName.gradvac, AggregatorName.nashmtl),
+        (AggregatorName.gradnorm, AggregatorName.pcgrad),
+        (AggregatorName.softmax_temperature, AggregatorName.graddrop),
     ],
 )
-def test_two_halves_are_one_whole(tmp_path: Any, algorithm: str, actor: Method, critic: Method) -> None:
-    if actor is Method.softmax_temperature and algorithm == "ppo":
-        actor = Method.mean
+def test_two_halves_are_one_whole(
+    tmp_path: Any, algorithm: str, actor: AggregatorName, critic: AggregatorName
+) -> None:
+    if actor is AggregatorName.softmax_temperature and algorithm == "ppo":
+        actor = AggregatorName.mean
     engine, whole = make(algorithm, actor, critic)
     obs = train(engine, whole, torch.from_numpy(engine.reset()), range(12))
     assert whole.updates > 0
@@ -128,7 +138,7 @@ def test_two_halves_are_one_whole(tmp_path: Any, algorithm: str, actor: Method, 
 
 
 def test_actor_and_critic_have_their_own() -> None:
-    _, learner = make("sac", Method.softmax_temperature, Method.pcgrad)
+    _, learner = make("sac", AggregatorName.softmax_temperature, AggregatorName.pcgrad)
     assert isinstance(learner.actor_step.reduction, TemperatureReduction)
     assert learner.actor_step.reduction.log_temperature is learner.log_alpha
     assert isinstance(learner.critic_step.reduction, JacobianReduction)
@@ -136,7 +146,7 @@ def test_actor_and_critic_have_their_own() -> None:
 
 def test_no_shared_parameter_of_the_networks_needs_a_pass_per_task(monkeypatch: pytest.MonkeyPatch) -> None:
     for algorithm in ALGORITHMS:
-        engine, learner = make(algorithm, Method.pcgrad, Method.pcgrad)
+        engine, learner = make(algorithm, AggregatorName.pcgrad, AggregatorName.pcgrad)
         for step in (learner.actor_step, learner.critic_step):
             monkeypatch.delattr(type(step.reduction.gradients), "_one_at_a_time", raising=False)
         train(engine, learner, torch.from_numpy(engine.reset()), range(12))
@@ -147,7 +157,7 @@ def test_no_shared_parameter_of_the_networks_needs_a_pass_per_task(monkeypatch: 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_rest_learns_on_when_one_task_breaks(algorithm: str) -> None:
-    engine, learner = make(algorithm, Method.mean, Method.pcgrad)
+    engine, learner = make(algorithm, AggregatorName.mean, AggregatorName.pcgrad)
     obs = train(engine, learner, torch.from_numpy(engine.reset()), range(6))
     fields = learner.rollout.fields if algorithm == "ppo" else None
     before = [parameter.detach().clone() for parameter in learner.actor.parameters()]

@@ -9,32 +9,32 @@ import torch
 from helpers import build, collect, hold_noise
 from torch import Tensor
 
-from envs.cartpole import CartPoleOptions
-from envs.pointmass import PointMassOptions
-from envs.suite import VectorEngine
 from varshare_rl.algorithms import ppo
-from varshare_rl.algorithms.ppo import PPO, PPOOptions
+from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.data.rewards import RewardScale
-from varshare_rl.nn import Independent, Shared, VarShare, VarShareLoRA
+from varshare_rl.envs.cartpole import CartPoleConfig
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.envs.suite import VectorEngine
+from varshare_rl.nn import IndependentConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.nn.critic import ValueNetwork
-from varshare_rl.nn.draws import Draw
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import stochastic_layers
-from varshare_rl.optim.combiners import GradientOptions, Method
-from varshare_rl.optim.elbo import DrawOptions
+from varshare_rl.nn.weight_sampler import Resample
+from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
+from varshare_rl.optim.elbo import DrawConfig
 from varshare_rl.types import Transition
 
 ENVS = 4
-OPTIONS = PPOOptions(rollout_transitions_per_task=80, epochs=3, minibatches=4, target_kl=None)
+OPTIONS = PPOConfig(rollout_transitions_per_task=80, epochs=3, minibatches=4, target_kl=None)
 SUITES: dict[str, Callable[[], Any]] = {
-    "box": lambda: PointMassOptions(envs_per_task=ENVS),
-    "discrete": lambda: CartPoleOptions(envs_per_task=ENVS),
+    "box": lambda: PointMassConfig(envs_per_task=ENVS),
+    "discrete": lambda: CartPoleConfig(envs_per_task=ENVS),
 }
 NETWORKS: dict[str, Callable[[], Any]] = {
-    "varshare_lora": lambda: VarShareLoRA(hidden=[16]),
-    "varshare": lambda: VarShare(hidden=[16]),
-    "shared": lambda: Shared(hidden=[16]),
-    "independent": lambda: Independent(hidden=[16]),
+    "varshare_lora": lambda: VarShareLoRAConfig(hidden=[16]),
+    "varshare": lambda: VarShareConfig(hidden=[16]),
+    "shared": lambda: SharedConfig(hidden=[16]),
+    "independent": lambda: IndependentConfig(hidden=[16]),
 }
 STOCHASTIC = ("varshare_lora", "varshare")
 
@@ -43,11 +43,11 @@ def make(
     suite: str,
     network: str = "varshare_lora",
     spread: float = -2.0,
-    acting: Draw = Draw.per_update,
+    acting: Resample = Resample.per_update,
     **options: Any,
 ) -> tuple[VectorEngine, PPO]:
     """An engine and a PPO whose posteriors are wide enough for their noise to matter."""
-    elbo = {"draw": DrawOptions(acting=acting)}
+    elbo = {"draw": DrawConfig(acting=acting)}
     _, engine, learner = build(SUITES[suite](), replace(OPTIONS, **options), NETWORKS[network](), **elbo)
     assert isinstance(learner, PPO)
     with torch.no_grad():
@@ -78,9 +78,9 @@ def log_ratios(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("acting", list(Draw))
+@pytest.mark.parametrize("acting", list(Resample))
 def test_ratio_is_one_before_the_first_step(
-    suite: str, network: str, acting: Draw, log_ratios: list[Tensor]
+    suite: str, network: str, acting: Resample, log_ratios: list[Tensor]
 ) -> None:
     """With sampled weights, running observation statistics and a rollout that crosses episodes."""
     engine, learner = make(suite, network, acting=acting, minibatches=1, epochs=2)
@@ -102,7 +102,7 @@ def test_ratio_would_not_be_one_if_weights_were_drawn_anew(
     """Guards the test above."""
     engine, learner = make(suite, network, minibatches=1, epochs=1)
     rollout(engine, learner)
-    learner.draws.renew()
+    learner.draws.resample()
     learner.update()
     assert (log_ratios[0].exp() - 1).abs().max() > 0.01
 
@@ -160,7 +160,7 @@ def test_a_time_limit_is_bootstrapped_and_an_end_is_not(monkeypatch: pytest.Monk
         return plain(critic, obs, ids, target)
 
     monkeypatch.setattr(ValueNetwork, "loss", watched)
-    env = PointMassOptions(tasks=["normal_left", "normal_right"], envs_per_task=ENVS)
+    env = PointMassConfig(tasks=["normal_left", "normal_right"], envs_per_task=ENVS)
     options = replace(
         OPTIONS, reward_scale=RewardScale.none, epochs=1, minibatches=1, discount=0.5, gae_lambda=0.7,
         rollout_transitions_per_task=2 * ENVS,
@@ -250,11 +250,11 @@ def held_draws(learner: PPO) -> int:
 
 @pytest.mark.parametrize("horizon", [10, 7])  # of 10 vector steps
 def test_the_predicted_memory_has_draws_per_episode_and_gradients_per_task(horizon: int) -> None:
-    elbo = {"draw": DrawOptions(acting=Draw.per_episode)}
-    options = PPOOptions(rollout_transitions_per_task=10 * ENVS, epochs=1, minibatches=1)
-    _, engine, learner = build(PointMassOptions(envs_per_task=ENVS, horizon=horizon), options, **elbo)
+    elbo = {"draw": DrawConfig(acting=Resample.per_episode)}
+    options = PPOConfig(rollout_transitions_per_task=10 * ENVS, epochs=1, minibatches=1)
+    _, engine, learner = build(PointMassConfig(envs_per_task=ENVS, horizon=horizon), options, **elbo)
     for step in (learner.actor_step, learner.critic_step):
-        step.combine_by(Method.pcgrad, GradientOptions(), 8)
+        step.aggregate_by(AggregatorName.pcgrad, GradientConfig(), 8)
     predicted, most = learner.memory_bytes(), 0
     obs = torch.from_numpy(engine.reset())
     for _ in range(4):

@@ -8,26 +8,27 @@ import torch
 from helpers import build, collect
 from torch import Tensor
 
-from envs.cartpole import CartPoleOptions
-from envs.pointmass import PointMassOptions
-from varshare_rl.algorithms.base import Learner, Problem
-from varshare_rl.algorithms.sac import SAC, SACOptions
+from varshare_rl.algorithms.base import AgentContext, TaskSpec
+from varshare_rl.algorithms.sac import SAC, SACConfig
 from varshare_rl.data.rewards import RewardScale
-from varshare_rl.nn import Posterior, Shared, VarShareLoRA
+from varshare_rl.envs.cartpole import CartPoleConfig
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.errors import UserError
+from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import stochastic_layers
-from varshare_rl.optim.elbo import DrawOptions, Elbo, ElboOptions, TargetDraw
-from varshare_rl.types import Transition, UserError
+from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig, TargetDraw
+from varshare_rl.types import Transition
 
 TASKS, ENVS = 2, 4
-ENV = PointMassOptions(tasks=["normal_left", "normal_right"], envs_per_task=ENVS)
-OPTIONS = SACOptions(replay_capacity_per_task=500, batch_per_task=16, start_transitions_per_task=40)
+ENV = PointMassConfig(tasks=["normal_left", "normal_right"], envs_per_task=ENVS)
+OPTIONS = SACConfig(replay_capacity_per_task=500, batch_per_task=16, start_transitions_per_task=40)
 
 
-def make(started: bool = True, draw: DrawOptions | None = None, **options: Any) -> SAC:
+def make(started: bool = True, draw: DrawConfig | None = None, **options: Any) -> SAC:
     """A SAC, with enough transitions to learn from if ``started``."""
-    _, engine, learner = build(ENV, replace(OPTIONS, **options), draw=draw or DrawOptions())
+    _, engine, learner = build(ENV, replace(OPTIONS, **options), draw=draw or DrawConfig())
     assert isinstance(learner, SAC)
     if started:
         collect(engine, learner, torch.from_numpy(engine.reset()), 12)
@@ -40,7 +41,7 @@ def clone(tensors: Any) -> list[Tensor]:
 
 def test_discrete_actions_are_refused() -> None:
     with pytest.raises(UserError, match="algorithm=sac needs Box actions") as error:
-        build(CartPoleOptions(), SACOptions())
+        build(CartPoleConfig(), SACConfig())
     assert "\n" not in str(error.value)
     assert "algorithm=ppo" in str(error.value)
 
@@ -75,15 +76,15 @@ def test_updates_fall_due_by_transitions() -> None:
     assert done == [0] * 10 + [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
-def problem(mask: list[list[bool]]) -> Learner:
+def spec(mask: list[list[bool]]) -> AgentContext:
     tasks, actions = len(mask), len(mask[0])
-    shapes = Problem(tasks, ENVS, 4, actions, False, torch.tensor(mask), torch.device("cpu"), 100)
-    options = Shared(hidden=[8])
-    return Learner(shapes, lambda a, b: options.build(a, b, tasks, Posterior()), Elbo(ElboOptions(), tasks))
+    shapes = TaskSpec(tasks, ENVS, 4, actions, False, torch.tensor(mask), torch.device("cpu"), 100)
+    options = SharedConfig(hidden=[8])
+    return AgentContext(shapes, lambda a, b: options.build(a, b, tasks, Posterior()), Elbo(ElboConfig(), tasks))
 
 
 def test_target_entropy_counts_a_tasks_own_dimensions() -> None:
-    learner = SAC(OPTIONS, problem([[True, True, True], [True, False, False]]))
+    learner = SAC(OPTIONS, spec([[True, True, True], [True, False, False]]))
     assert learner.target_entropy.tolist() == [-3.0, -1.0]
     random = learner.act(torch.zeros(2, 50, 4))
     assert (random[1, :, 1:] == 0).all()
@@ -168,17 +169,17 @@ def test_the_target_has_the_entropy_bonus_of_its_own_task(
 @pytest.mark.parametrize("targets", TargetDraw)
 def test_target_critics_follow_at_their_rate(targets: TargetDraw) -> None:
     """Spreads do where targets are drawn; means do without them."""
-    learner = make(target_rate=0.25, draw=DrawOptions(targets=targets))
+    learner = make(target_rate=0.25, draw=DrawConfig(targets=targets))
     learner.update()
     before = dict(
         zip(dict(learner.critic.named_parameters()), clone(learner.target_critic.parameters()), strict=True)
     )
     learner.update()
     critic = dict(learner.critic.named_parameters())
-    spreads = {name for name in critic if ".rhos_" in name}
-    assert spreads
+    sigmas = {name for name in critic if ".rhos_" in name}
+    assert sigmas
     for name, after in learner.target_critic.named_parameters():
-        if targets is TargetDraw.mean and name in spreads:
+        if targets is TargetDraw.mean and name in sigmas:
             assert torch.equal(after, before[name])
         else:
             torch.testing.assert_close(after, 0.75 * before[name] + 0.25 * critic[name].detach())
@@ -233,7 +234,7 @@ def test_weights_are_drawn_anew_and_evaluation_uses_the_mean() -> None:
 def test_the_divergence_weighs_on_actor_and_critics() -> None:
     nats = {}
     for weight in (0.0, 10.0):
-        _, engine, learner = build(ENV, OPTIONS, VarShareLoRA(hidden=[16]), kl_weight=weight)
+        _, engine, learner = build(ENV, OPTIONS, VarShareLoRAConfig(hidden=[16]), kl_weight=weight)
         collect(engine, learner, torch.from_numpy(engine.reset()), 12)
         for _ in range(20):
             learner.update()
@@ -260,8 +261,8 @@ def test_replay_holds_raw_transitions_and_batches_are_normalised(
     with torch.no_grad():
         learner.replay.rows[..., 8:] = 5.0  # every next observation
     learner.update()
-    spread = learner.reward_scaler.moments.std().float()
-    torch.testing.assert_close(targets[0], (1.0 / spread).expand(TASKS, 16))
+    value_std = learner.reward_scaler.moments.std().float()
+    torch.testing.assert_close(targets[0], (1.0 / value_std).expand(TASKS, 16))
     mean, std = raw[..., :4].mean(1), raw[..., :4].std(1, correction=0)
     torch.testing.assert_close(
         seen[0], ((5.0 - mean) / std).unsqueeze(1).expand(TASKS, 16, 4), rtol=1e-4, atol=1e-4

@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from varshare_rl.data.replay import Replay
+from varshare_rl.data.replay import ReplayBuffer
 from varshare_rl.types import Transition
 
 TASKS, ENVS, OBS, ACTION = 3, 2, 4, 2
 
 
-def replay(capacity: int = 10) -> Replay:
-    return Replay(TASKS, capacity, OBS, ACTION, torch.device("cpu"))
+def replay(capacity: int = 10) -> ReplayBuffer:
+    return ReplayBuffer(TASKS, capacity, OBS, ACTION, torch.device("cpu"))
 
 
 def transition(number: int, envs: int = ENVS) -> Transition:
@@ -26,7 +26,7 @@ def transition(number: int, envs: int = ENVS) -> Transition:
     )
 
 
-def marks(memory: Replay) -> list[list[int]]:
+def marks(memory: ReplayBuffer) -> list[list[int]]:
     """What each task's filled rows were, in place order."""
     return memory.rows[:, : len(memory), 0].round().int().tolist()
 

@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from envs.batched import philox
-from envs.cartpole import CartPoleOptions, CartPoleSuite
-from envs.pointmass import PointMassOptions, PointMassSuite
-from envs.suite import State, Step, Suite, SuiteError, VectorEngine
+from varshare_rl.envs.batched import philox
+from varshare_rl.envs.cartpole import CartPoleConfig, CartPoleSuite
+from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
+from varshare_rl.envs.suite import State, Step, Suite, VectorEngine
+from varshare_rl.errors import UserError
 
 SUITES = ["pointmass", "cartpole"]
 STEPS = 100  # several episodes of either suite under random actions
@@ -21,8 +22,8 @@ RESULTS = ("obs", "next_obs", "reward", "terminated", "truncated", "success", "t
 
 def make_suite(name: str) -> Suite:
     if name == "pointmass":
-        return PointMassSuite(PointMassOptions(horizon=15))
-    return CartPoleSuite(CartPoleOptions(horizon=30))
+        return PointMassSuite(PointMassConfig(horizon=15))
+    return CartPoleSuite(CartPoleConfig(horizon=30))
 
 
 def random_actions(suite: Suite, envs: int, steps: int = STEPS) -> list[npt.NDArray[Any]]:
@@ -211,14 +212,14 @@ def test_returned_arrays_and_states_are_the_callers_to_keep(name: str) -> None:
 @pytest.mark.parametrize("name", SUITES)
 def test_impossible_requests_are_one_line_errors(name: str) -> None:
     suite = make_suite(name)
-    with pytest.raises(SuiteError, match="envs_per_task=0: at least 1"):
+    with pytest.raises(UserError, match="envs_per_task=0: at least 1"):
         suite.make_engine(0, seed=0)
-    with pytest.raises(SuiteError, match="seed=-1"):
+    with pytest.raises(UserError, match="seed=-1"):
         suite.make_engine(1, seed=-1)
     engine = suite.make_engine(2, seed=0)
-    with pytest.raises(SuiteError, match="actions have shape"):
+    with pytest.raises(UserError, match="actions have shape"):
         engine.step(random_actions(suite, 3)[0])
-    with pytest.raises(SuiteError, match="has envs_per_task 3, this engine 2"):
+    with pytest.raises(UserError, match="has envs_per_task 3, this engine 2"):
         engine.load_state(suite.make_engine(3, seed=0).state())
-    with pytest.raises(SuiteError, match="has seed 1, this engine 0"):
+    with pytest.raises(UserError, match="has seed 1, this engine 0"):
         engine.load_state(suite.make_engine(2, seed=1).state())

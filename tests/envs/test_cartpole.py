@@ -8,12 +8,12 @@ import gymnasium
 import numpy as np
 import pytest
 
-from envs.cartpole import TASK_NAMES, CartPoleOptions, CartPoleSuite
-from envs.suite import SuiteError
+from varshare_rl.envs.cartpole import TASK_NAMES, CartPoleConfig, CartPoleSuite
+from varshare_rl.errors import UserError
 
 
 def test_the_standard_task_takes_the_steps_of_cartpole_v1() -> None:
-    suite = CartPoleSuite(CartPoleOptions(tasks=["standard"]))
+    suite = CartPoleSuite(CartPoleConfig(tasks=["standard"]))
     engine = suite.make_engine(1, seed=0)
     engine.reset()
     reference: Any = gymnasium.make("CartPole-v1").unwrapped
@@ -49,7 +49,7 @@ def test_the_standard_task_takes_the_steps_of_cartpole_v1() -> None:
     ],
 )
 def test_a_variant_is_cartpole_v1_with_that_attribute_changed(task: str, attributes: dict[str, float]) -> None:
-    engine = CartPoleSuite(CartPoleOptions(tasks=[task])).make_engine(1, seed=1)
+    engine = CartPoleSuite(CartPoleConfig(tasks=[task])).make_engine(1, seed=1)
     reference: Any = gymnasium.make("CartPole-v1").unwrapped
     for name, value in attributes.items():
         setattr(reference, name, value)
@@ -69,7 +69,7 @@ def test_a_variant_is_cartpole_v1_with_that_attribute_changed(task: str, attribu
 
 @pytest.mark.parametrize("kind", list(TASK_NAMES))
 def test_every_task_can_be_balanced_to_the_end_and_says_so_there_only(kind: str) -> None:
-    suite = CartPoleSuite(CartPoleOptions(variant_set=kind))
+    suite = CartPoleSuite(CartPoleConfig(variant_set=kind))
     engine = suite.make_engine(20, seed=0, evaluation=True)
     obs = engine.reset()
     for count in range(1, 501):
@@ -86,12 +86,12 @@ def test_every_task_can_be_balanced_to_the_end_and_says_so_there_only(kind: str)
 
 def test_a_fall_is_a_termination_without_success_even_at_the_horizon() -> None:
     pushes = np.ones((1, 1), dtype=np.int64)
-    free = CartPoleSuite(CartPoleOptions(tasks=["standard"])).make_engine(1, seed=0)
+    free = CartPoleSuite(CartPoleConfig(tasks=["standard"])).make_engine(1, seed=0)
     steps = 1
     while not (step := free.step(pushes)).terminated.any():
         steps += 1
     assert not step.success.any()
-    cut = CartPoleSuite(CartPoleOptions(tasks=["standard"], horizon=steps)).make_engine(1, seed=0)
+    cut = CartPoleSuite(CartPoleConfig(tasks=["standard"], horizon=steps)).make_engine(1, seed=0)
     for _ in range(steps):
         step = cut.step(pushes)
     assert step.terminated.all()
@@ -100,7 +100,7 @@ def test_a_fall_is_a_termination_without_success_even_at_the_horizon() -> None:
 
 
 def test_identical_tasks_move_identically_from_different_starts() -> None:
-    suite = CartPoleSuite(CartPoleOptions(variant_set="identical"))
+    suite = CartPoleSuite(CartPoleConfig(variant_set="identical"))
     assert suite.task_names == ("identical_0", "identical_1", "identical_2", "identical_3")
     engine = suite.make_engine(1, seed=0)
     starts = engine.reset()
@@ -115,25 +115,25 @@ def test_identical_tasks_move_identically_from_different_starts() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (CartPoleOptions(variant_set="all"), "variant_set 'all': choose from variants, identical"),
-        (CartPoleOptions(tasks=["identical_0"]), "unknown cartpole task 'identical_0': choose from standard"),
-        (CartPoleOptions(horizon=-1), "horizon=-1: at least 1"),
+        (CartPoleConfig(variant_set="all"), "variant_set 'all': choose from variants, identical"),
+        (CartPoleConfig(tasks=["identical_0"]), "unknown cartpole task 'identical_0': choose from standard"),
+        (CartPoleConfig(horizon=-1), "horizon=-1: at least 1"),
     ],
 )
-def test_impossible_options_are_one_line_errors(options: CartPoleOptions, message: str) -> None:
-    with pytest.raises(SuiteError, match=message) as caught:
+def test_impossible_options_are_one_line_errors(options: CartPoleConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         CartPoleSuite(options)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("action", [2, -1])
 def test_an_unknown_action_is_an_error(action: int) -> None:
-    engine = CartPoleSuite(CartPoleOptions()).make_engine(2, seed=0)
-    with pytest.raises(SuiteError, match=r"neither 0 \(left\) nor 1 \(right\)"):
+    engine = CartPoleSuite(CartPoleConfig()).make_engine(2, seed=0)
+    with pytest.raises(UserError, match=r"neither 0 \(left\) nor 1 \(right\)"):
         engine.step(np.full((6, 2), action))
 
 
 def test_conditions_name_the_set() -> None:
-    suite = CartPoleSuite(CartPoleOptions(variant_set="identical", horizon=100))
-    assert suite.conditions["variant_set"] == "identical"
-    assert suite.conditions["horizon"] == 100
+    suite = CartPoleSuite(CartPoleConfig(variant_set="identical", horizon=100))
+    assert suite.provenance["variant_set"] == "identical"
+    assert suite.provenance["horizon"] == 100

@@ -7,9 +7,9 @@ from itertools import product
 import numpy as np
 import pytest
 
-from envs.division import divide
-from envs.metaworld import BENCHMARKS
-from envs.metaworld_costs import STEP_MICROSECONDS
+from varshare_rl.envs.division import divide
+from varshare_rl.envs.metaworld import BENCHMARKS
+from varshare_rl.envs.metaworld_costs import STEP_MICROSECONDS
 
 
 def loads(costs: list[float], envs: int, plan: list[list[int]]) -> list[float]:

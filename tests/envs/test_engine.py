@@ -11,10 +11,10 @@ import pytest
 from gymnasium.spaces import Discrete
 from walk import WalkFactory, actions, assert_same, make, trace
 
-from envs.cores import cores, physical_cores
-from envs.engine import SlotEngine, choose_workers
-from envs.slots import EngineSpec
-from envs.suite import SuiteError
+from varshare_rl.envs.cores import cores, physical_cores
+from varshare_rl.envs.engine import SlotEngine, choose_workers
+from varshare_rl.envs.slots import EngineSpec
+from varshare_rl.errors import UserError
 
 
 def test_shapes_types_and_task_ids() -> None:
@@ -148,7 +148,7 @@ def test_irreproducible_environment_is_refused_when_loaded(workers: int) -> None
     engine = make(workers, noise=False)
     engine.reset()
     state = engine.state()
-    with pytest.raises(SuiteError, match="not deterministic"):
+    with pytest.raises(UserError, match="not deterministic"):
         engine.load_state(state)
     engine.close()
 
@@ -156,7 +156,7 @@ def test_irreproducible_environment_is_refused_when_loaded(workers: int) -> None
 def test_state_of_other_settings_is_refused() -> None:
     engine = make()
     engine.reset()
-    with pytest.raises(SuiteError, match="seed 7, this engine 8"):
+    with pytest.raises(UserError, match="seed 7, this engine 8"):
         make(seed=8).load_state(engine.state())
 
 
@@ -172,7 +172,7 @@ def test_wrong_use_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="closed"):
         engine.reset()
     for envs, seed, workers in ((0, 0, 1), (1, -1, 1), (1, 0, -1)):
-        with pytest.raises(SuiteError, match="is not possible"):
+        with pytest.raises(UserError, match="is not possible"):
             make(workers, envs=envs, seed=seed)
 
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
 
-from envs.gymnasium_suite import GymnasiumOptions, GymnasiumSuite
-from envs.slots import EngineSpec
-from envs.suite import Suite, SuiteError
+from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumSuite
+from varshare_rl.envs.slots import EngineSpec
+from varshare_rl.envs.suite import Suite
+from varshare_rl.errors import UserError
 
 
 def suite(*ids: str, horizon: int | None = None, workers: int = 1) -> GymnasiumSuite:
-    return GymnasiumSuite(GymnasiumOptions(ids=list(ids), horizon=horizon, workers=workers))
+    return GymnasiumSuite(GymnasiumConfig(ids=list(ids), horizon=horizon, workers=workers))
 
 
 def test_box_tasks_are_padded_and_masked() -> None:
@@ -128,13 +129,13 @@ def test_state_continues_bit_for_bit_in_a_fresh_process(env_id: str) -> None:
     ],
 )
 def test_errors_are_one_line(ids: list[str], horizon: int | None, message: str) -> None:
-    with pytest.raises(SuiteError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         suite(*ids, horizon=horizon)
     assert "\n" not in str(caught.value)
 
 
 def test_conditions() -> None:
-    conditions = suite("CartPole-v1").conditions
-    assert conditions["gymnasium"] == gymnasium.__version__
-    assert conditions["ids"] == "CartPole-v1"
-    assert conditions["horizon"] == 500
+    provenance = suite("CartPole-v1").provenance
+    assert provenance["gymnasium"] == gymnasium.__version__
+    assert provenance["ids"] == "CartPole-v1"
+    assert provenance["horizon"] == 500

@@ -9,25 +9,26 @@ import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
 
-from envs.lunarlander import LunarLanderOptions, LunarLanderSuite
-from envs.slots import EngineSpec
-from envs.suite import Suite, SuiteError
+from varshare_rl.envs.lunarlander import LunarLanderConfig, LunarLanderSuite
+from varshare_rl.envs.slots import EngineSpec
+from varshare_rl.envs.suite import Suite
+from varshare_rl.errors import UserError
 
 
 def test_suite() -> None:
-    made = LunarLanderSuite(LunarLanderOptions())
+    made = LunarLanderSuite(LunarLanderConfig())
     assert isinstance(made, Suite)
     assert made.task_names == ("standard", "windy", "heavy")
     assert made.action_space == Discrete(4)
     assert made.observation_space.shape == (8,)
     assert made.horizon == 1000
-    assert made.conditions["success"] == "return >= 200"
-    assert LunarLanderSuite(LunarLanderOptions(continuous=True)).action_space == Box(-1, 1, (2,), np.float32)
+    assert made.provenance["success"] == "return >= 200"
+    assert LunarLanderSuite(LunarLanderConfig(continuous=True)).action_space == Box(-1, 1, (2,), np.float32)
 
 
 def test_heavy_falls_faster_and_wind_pushes() -> None:
     """All variants start alike at the same seed but for the pull of the first steps."""
-    made = LunarLanderSuite(LunarLanderOptions(workers=1))
+    made = LunarLanderSuite(LunarLanderConfig(workers=1))
     falls, drifts = [], []
     for seed in range(4):
         engine = made.make_engine(1, seed)
@@ -43,7 +44,7 @@ def test_heavy_falls_faster_and_wind_pushes() -> None:
 
 def test_success_is_a_return_of_200_on_the_last_step() -> None:
     """Gymnasium's own heuristic pilot lands; doing nothing crashes."""
-    engine = LunarLanderSuite(LunarLanderOptions(tasks=["standard"], workers=1)).make_engine(6, 0)
+    engine = LunarLanderSuite(LunarLanderConfig(tasks=["standard"], workers=1)).make_engine(6, 0)
     # Imported here: Box2D's first import must be the suite's, which keeps it from ending the process.
     from gymnasium.envs.box2d import lunar_lander
 
@@ -68,7 +69,7 @@ def test_success_is_a_return_of_200_on_the_last_step() -> None:
 
 
 def test_an_episode_is_the_one_gymnasium_plays() -> None:
-    engine = LunarLanderSuite(LunarLanderOptions(tasks=["windy"], workers=1)).make_engine(1, 5)
+    engine = LunarLanderSuite(LunarLanderConfig(tasks=["windy"], workers=1)).make_engine(1, 5)
     seed = EngineSpec(1, 1, 8, (), "int64", seed=5, evaluation=False).episode(0, 0).integer_seed()
     env = gymnasium.make("LunarLander-v3", enable_wind=True, wind_power=15.0, turbulence_power=1.5)
     np.testing.assert_array_equal(engine.reset()[0, 0], env.reset(seed=seed)[0])
@@ -81,5 +82,5 @@ def test_an_episode_is_the_one_gymnasium_plays() -> None:
 
 @pytest.mark.parametrize("tasks", [["windy", "stormy"], [], ["heavy", "heavy"]])
 def test_unknown_missing_or_repeated_tasks_are_errors(tasks: list[str]) -> None:
-    with pytest.raises(SuiteError, match=r"choose from standard, windy, heavy|list one or more, each once"):
-        LunarLanderSuite(LunarLanderOptions(tasks=tasks))
+    with pytest.raises(UserError, match=r"choose from standard, windy, heavy|list one or more, each once"):
+        LunarLanderSuite(LunarLanderConfig(tasks=tasks))

@@ -10,15 +10,16 @@ import pytest
 from metaworld.evaluation import evaluation
 from metaworld.policies import SawyerDrawerCloseV3Policy, SawyerReachV3Policy
 
-from envs.engine import SlotEngine
-from envs.metaworld import BENCHMARKS, MetaWorldOptions, MetaWorldSuite, make_goals
-from envs.metaworld_official import official_envs
-from envs.suite import Suite, SuiteError
+from varshare_rl.envs.engine import SlotEngine
+from varshare_rl.envs.metaworld import BENCHMARKS, MetaWorldConfig, MetaWorldSuite, make_goals
+from varshare_rl.envs.metaworld_official import official_envs
+from varshare_rl.envs.suite import Suite
+from varshare_rl.errors import UserError
 
 
 def suite(*tasks: str, **kwargs: object) -> MetaWorldSuite:
     options: dict[str, object] = {"goals_per_task": 5, "workers": 1}
-    return MetaWorldSuite(MetaWorldOptions(tasks=list(tasks), **(options | kwargs)))  # type: ignore[arg-type]
+    return MetaWorldSuite(MetaWorldConfig(tasks=list(tasks), **(options | kwargs)))  # type: ignore[arg-type]
 
 
 def roll(engine: SlotEngine, steps: int, seed: int = 0) -> list[np.ndarray]:
@@ -44,7 +45,7 @@ def test_benchmarks() -> None:
         *("button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3"),
     )
     for name, tasks in BENCHMARKS.items():
-        assert MetaWorldSuite(MetaWorldOptions(benchmark=name)).task_names == tasks
+        assert MetaWorldSuite(MetaWorldConfig(benchmark=name)).task_names == tasks
 
 
 def test_suite_follows_the_protocol_and_states_its_conditions() -> None:
@@ -54,18 +55,18 @@ def test_suite_follows_the_protocol_and_states_its_conditions() -> None:
     assert made.observation_space.shape == (39,)
     assert made.action_mask.shape == (2, 4)
     assert made.action_mask.all()
-    assert dict(made.conditions) == {
+    assert dict(made.provenance) == {
         "suite": "metaworld",
         "metaworld": "3.1.1",
         "mujoco": "3.3.0",
-        "gymnasium": made.conditions["gymnasium"],
+        "gymnasium": made.provenance["gymnasium"],
         "reward_function_version": "v2",
         "horizon": 200,
         "goals_per_task": 5,
         "goal_seed": 3,
         "tasks": "push-v3,reach-v3",
     }
-    assert MetaWorldSuite(MetaWorldOptions(benchmark="mt1", tasks=["sweep-v3"])).name == "mt1"
+    assert MetaWorldSuite(MetaWorldConfig(benchmark="mt1", tasks=["sweep-v3"])).name == "mt1"
 
 
 @pytest.mark.parametrize(
@@ -84,8 +85,8 @@ def test_suite_follows_the_protocol_and_states_its_conditions() -> None:
     ],
 )
 def test_impossible_options_are_one_line_errors(options: dict[str, object], message: str) -> None:
-    with pytest.raises(SuiteError, match=message) as caught:
-        MetaWorldSuite(MetaWorldOptions(**options))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=message) as caught:
+        MetaWorldSuite(MetaWorldConfig(**options))  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 
@@ -100,7 +101,7 @@ def official_goals(benchmark: metaworld.Benchmark, name: str) -> np.ndarray:
 
 def test_goals_of_a_list_are_those_of_the_package() -> None:
     names = ("shelf-place-v3", "hammer-v3")
-    goals = MetaWorldSuite(MetaWorldOptions(tasks=list(names), goal_seed=4)).goals
+    goals = MetaWorldSuite(MetaWorldConfig(tasks=list(names), goal_seed=4)).goals
     for k, name in enumerate(names):
         np.testing.assert_array_equal(goals[k], official_goals(make_official("MT1", name, seed=4 + k), name))
 
@@ -108,7 +109,7 @@ def test_goals_of_a_list_are_those_of_the_package() -> None:
 @pytest.mark.parametrize("benchmark", ["MT10", pytest.param("MT50", marks=pytest.mark.slow)])
 def test_goals_of_a_benchmark_are_those_of_the_package(benchmark: str) -> None:
     official = make_official(benchmark, seed=11)
-    made = MetaWorldSuite(MetaWorldOptions(benchmark=benchmark.lower(), goal_seed=11))
+    made = MetaWorldSuite(MetaWorldConfig(benchmark=benchmark.lower(), goal_seed=11))
     for name, goals in zip(made.task_names, made.goals, strict=True):
         np.testing.assert_array_equal(goals, official_goals(official, name), err_msg=name)
 
@@ -141,7 +142,7 @@ def test_state_continues_bit_for_bit_in_a_fresh_process(tasks: tuple[str, ...]) 
     state = engine.state()
     expected = roll(engine, 20, seed=1)  # beyond two more resets
     assert [slot["episode"] for slot in state["slots"]] == [1] * 4
-    made.options.workers = 2
+    made.config.workers = 2
     fresh = made.make_engine(1, 3)
     fresh.load_state(state)
     assert_same(roll(fresh, 20, seed=1), expected)
@@ -152,7 +153,7 @@ def test_workers_and_repeats_give_the_same_steps() -> None:
     made = suite("drawer-open-v3", "reach-v3", "window-open-v3", horizon=8)
     traces = []
     for workers in (1, 3):
-        made.options.workers = workers
+        made.config.workers = workers
         engine = made.make_engine(1, 0)
         traces.append([engine.reset(), *roll(engine, 20)])
         engine.reset()

@@ -16,11 +16,11 @@ from metaworld.policies import ENV_POLICY_MAP
 from metaworld.utils import reward_utils
 from scipy.spatial.transform import Rotation
 
-from envs import metaworld_fast
-from envs.metaworld import MetaWorldEnv, MetaWorldOptions, MetaWorldSuite, make_goals
-from envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
-from envs.metaworld_math import Quaternion, make_hstack, make_norm, make_tolerance
-from envs.slots import Episode
+from varshare_rl.envs import metaworld_fast
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldEnv, MetaWorldSuite, make_goals
+from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
+from varshare_rl.envs.metaworld_math import Quaternion, make_hstack, make_norm, make_tolerance
+from varshare_rl.envs.slots import Episode
 
 #: Between them: every kind of observation, the contact force, quaternions, stale first observations.
 SAMPLE = ("push-v3", "door-open-v3", "window-close-v3", "basketball-v3", "stick-pull-v3", "faucet-open-v3")
@@ -132,7 +132,7 @@ def test_the_package_stays_untouched() -> None:
     for module in (metaworld.sawyer_xyz_env, reward_utils):
         assert module.np is np
     assert official.step.__module__ == "metaworld.sawyer_xyz_env"
-    assert private.step.__module__ == "envs.metaworld_methods"
+    assert private.step.__module__ == "varshare_rl.envs.metaworld_methods"
     assert reward_utils.tolerance.__module__ == "metaworld.utils.reward_utils"
 
 
@@ -147,11 +147,11 @@ def unknown_version(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.usefixtures("unknown_version")
 def test_unknown_version_warns_once_and_uses_the_package() -> None:
     with pytest.warns(UserWarning, match=r"checked with metaworld 3\.1\.1, this is 9\.9\.9"):
-        suite = MetaWorldSuite(MetaWorldOptions(tasks=["reach-v3"]))
+        suite = MetaWorldSuite(MetaWorldConfig(tasks=["reach-v3"]))
     assert not suite.fast
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        MetaWorldSuite(MetaWorldOptions(tasks=["reach-v3"]))
+        MetaWorldSuite(MetaWorldConfig(tasks=["reach-v3"]))
 
 
 def test_another_scipy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +166,7 @@ def test_another_scipy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     ("fast", "version", "expected"), [(True, "v2", True), (False, "v2", False), (True, "v1", False)]
 )
 def test_option(fast: bool, version: str, expected: bool) -> None:
-    options = MetaWorldOptions(tasks=["reach-v3"], fast=fast, reward_function_version=version, workers=1)
+    options = MetaWorldConfig(tasks=["reach-v3"], fast=fast, reward_function_version=version, workers=1)
     suite = MetaWorldSuite(options)
     assert suite.fast is expected
     engine = suite.make_engine(1, 0)
@@ -178,7 +178,7 @@ def test_engines_agree_with_and_without() -> None:
     """Also where two environments in different episodes share one model."""
     results = []
     for fast in (True, False):
-        options = MetaWorldOptions(
+        options = MetaWorldConfig(
             tasks=["peg-insert-side-v3", "basketball-v3"], fast=fast, workers=1, horizon=30, goals_per_task=3
         )
         engine = MetaWorldSuite(options).make_engine(2, 0)

@@ -8,8 +8,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from envs.pointmass import ARENA, GOAL_RADIUS, TASK_NAMES, PointMassDynamics, PointMassOptions, PointMassSuite
-from envs.suite import SuiteError
+from varshare_rl.envs.pointmass import (
+    ARENA,
+    GOAL_RADIUS,
+    TASK_NAMES,
+    PointMassConfig,
+    PointMassDynamics,
+    PointMassSuite,
+)
+from varshare_rl.errors import UserError
 
 Array = npt.NDArray[np.float64]
 #: Actions ``[T, E, 2]`` from observations ``[T, E, 4]`` and the number of steps taken so far.
@@ -23,7 +30,7 @@ INVERSES = {"normal": IDENTITY, "swapped": EXCHANGE, "flipped": -IDENTITY, "heav
 
 def successes(policy: Policy, envs: int = 8, seed: int = 0, evaluation: bool = True) -> npt.NDArray[np.bool_]:
     """Success of one episode in every slot, ``[T, E]``."""
-    suite = PointMassSuite(PointMassOptions())
+    suite = PointMassSuite(PointMassConfig())
     engine = suite.make_engine(envs, seed, evaluation)
     obs = engine.reset()
     for count in range(suite.horizon):
@@ -97,7 +104,7 @@ def test_the_two_goals_of_each_dynamics_are_disjoint_and_inside_the_arena() -> N
 
 
 def test_the_two_tasks_of_each_dynamics_are_indistinguishable_without_the_reward() -> None:
-    engine = PointMassSuite(PointMassOptions()).make_engine(3, seed=2)
+    engine = PointMassSuite(PointMassConfig()).make_engine(3, seed=2)
     observations = [engine.reset()]
     actions = np.random.default_rng(0).uniform(-1, 1, (90, 1, 3, 2))
     observations += [engine.step(action.repeat(8, axis=0)).obs for action in actions]
@@ -144,7 +151,7 @@ def test_a_search_for_the_best_blind_policy_stays_within_the_bound() -> None:
 
 
 def test_reward_is_minus_half_the_distance_to_the_tasks_own_goal() -> None:
-    engine = PointMassSuite(PointMassOptions()).make_engine(2, seed=0)
+    engine = PointMassSuite(PointMassConfig()).make_engine(2, seed=0)
     for action in np.random.default_rng(1).uniform(-2, 2, (45, 8, 2, 2)):
         step = engine.step(action)
         distance = np.linalg.norm(step.next_obs[..., :2] - GOALS[:, None], axis=-1)
@@ -152,7 +159,7 @@ def test_reward_is_minus_half_the_distance_to_the_tasks_own_goal() -> None:
 
 
 def test_one_step_of_each_dynamics_against_hand_worked_numbers() -> None:
-    engine = PointMassSuite(PointMassOptions()).make_engine(1, seed=0)
+    engine = PointMassSuite(PointMassConfig()).make_engine(1, seed=0)
     start = engine.reset()
     # dv = 0.1 * 2 / mass * M (1, -0.5): the axes exchanged, the sign turned, half of it for twice the mass.
     expected = np.array([[0.2, -0.1], [-0.1, 0.2], [-0.2, 0.1], [0.1, -0.05]]).repeat(2, axis=0)[:, None]
@@ -164,7 +171,7 @@ def test_one_step_of_each_dynamics_against_hand_worked_numbers() -> None:
 
 
 def test_the_border_stops_the_motion_across_it_only() -> None:
-    engine = PointMassSuite(PointMassOptions(tasks=["normal_right"])).make_engine(1, seed=0)
+    engine = PointMassSuite(PointMassConfig(tasks=["normal_right"])).make_engine(1, seed=0)
     for _ in range(30):
         step = engine.step(np.array([[[1.0, 0.3]]]))
     assert step.next_obs[0, 0, 0] == ARENA
@@ -173,14 +180,14 @@ def test_the_border_stops_the_motion_across_it_only() -> None:
 
 
 def test_actions_beyond_the_box_count_as_its_border() -> None:
-    suite = PointMassSuite(PointMassOptions())
+    suite = PointMassSuite(PointMassConfig())
     one, other = suite.make_engine(1, seed=0), suite.make_engine(1, seed=0)
     np.testing.assert_array_equal(one.step(np.full((8, 1, 2), 7.0)).obs, other.step(np.ones((8, 1, 2))).obs)
 
 
 def test_a_subset_keeps_its_order_and_its_episodes() -> None:
-    whole = PointMassSuite(PointMassOptions())
-    some = PointMassSuite(PointMassOptions(tasks=["heavy_up_right", "normal_left"]))
+    whole = PointMassSuite(PointMassConfig())
+    some = PointMassSuite(PointMassConfig(tasks=["heavy_up_right", "normal_left"]))
     assert some.task_names == ("heavy_up_right", "normal_left")
     rows = [whole.task_names.index(name) for name in some.task_names]
     one, other = whole.make_engine(2, seed=6), some.make_engine(2, seed=6)
@@ -190,12 +197,12 @@ def test_a_subset_keeps_its_order_and_its_episodes() -> None:
 
 
 def test_copies_of_a_task_at_their_own_reward_scales() -> None:
-    plain = PointMassSuite(PointMassOptions(tasks=["swapped_left", "heavy_up_right"]))
+    plain = PointMassSuite(PointMassConfig(tasks=["swapped_left", "heavy_up_right"]))
     names = ["swapped_left", "swapped_left_2", "heavy_up_right_7"]
-    scaled = PointMassSuite(PointMassOptions(tasks=names, reward_scales=[1, 100, 0.5]))
+    scaled = PointMassSuite(PointMassConfig(tasks=names, reward_scales=[1, 100, 0.5]))
     assert scaled.task_names == tuple(names)
-    assert scaled.conditions["reward_scales"] == "1, 100, 0.5"
-    assert "reward_scales" not in plain.conditions
+    assert scaled.provenance["reward_scales"] == "1, 100, 0.5"
+    assert "reward_scales" not in plain.provenance
     one, other = plain.make_engine(2, seed=6), scaled.make_engine(2, seed=6)
     same = [0, 0, 1]
     np.testing.assert_array_equal(one.reset()[same], other.reset())
@@ -212,19 +219,19 @@ def test_copies_of_a_task_at_their_own_reward_scales() -> None:
     ("options", "message"),
     [
         (
-            PointMassOptions(tasks=["normal_left", "up"]),
+            PointMassConfig(tasks=["normal_left", "up"]),
             "unknown pointmass task 'up': choose from normal",
         ),
-        (PointMassOptions(tasks=["normal_left", "normal_left"]), "'normal_left' is named twice"),
-        (PointMassOptions(tasks=["normal_left_2", "normal_left_2"]), "'normal_left_2' is named twice"),
-        (PointMassOptions(tasks=["up_2"]), "unknown pointmass task 'up_2'"),
-        (PointMassOptions(reward_scales=[1.0]), "1 numbers for 8 tasks"),
-        (PointMassOptions(tasks=["normal_left"], reward_scales=[float("inf")]), "reward_scales has inf"),
-        (PointMassOptions(horizon=0), "horizon=0: at least 1"),
-        (PointMassOptions(envs_per_task=-2), "envs_per_task=-2: at least 1"),
+        (PointMassConfig(tasks=["normal_left", "normal_left"]), "'normal_left' is named twice"),
+        (PointMassConfig(tasks=["normal_left_2", "normal_left_2"]), "'normal_left_2' is named twice"),
+        (PointMassConfig(tasks=["up_2"]), "unknown pointmass task 'up_2'"),
+        (PointMassConfig(reward_scales=[1.0]), "1 numbers for 8 tasks"),
+        (PointMassConfig(tasks=["normal_left"], reward_scales=[float("inf")]), "reward_scales has inf"),
+        (PointMassConfig(horizon=0), "horizon=0: at least 1"),
+        (PointMassConfig(envs_per_task=-2), "envs_per_task=-2: at least 1"),
     ],
 )
-def test_impossible_options_are_one_line_errors(options: PointMassOptions, message: str) -> None:
-    with pytest.raises(SuiteError, match=message) as caught:
+def test_impossible_options_are_one_line_errors(options: PointMassConfig, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
         PointMassSuite(options)
     assert "\n" not in str(caught.value)

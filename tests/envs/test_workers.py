@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from walk import BOX, Walk, actions, assert_same, make, trace
 
-from envs.engine import SlotEngine
-from envs.suite import SuiteError
-from envs.workers import WorkerError, Workers
+from varshare_rl.envs.engine import SlotEngine
+from varshare_rl.envs.workers import WorkerError, Workers
+from varshare_rl.errors import UserError
 
 
 def test_closed_workers_are_an_error_and_are_gone() -> None:
@@ -106,7 +106,7 @@ def test_engines_share_processes_and_not_their_state() -> None:
 def test_a_worker_for_every_core_stays_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = sorted(os.sched_getaffinity(0))
     places = [frozenset({allowed[0]}), frozenset({allowed[-1]})]
-    monkeypatch.setattr("envs.workers.cores", lambda: places)
+    monkeypatch.setattr("varshare_rl.envs.workers.cores", lambda: places)
     for workers, expected in ((2, places), (3, [frozenset(allowed)] * 3)):
         engine = make(workers)
         assert engine._pool is not None
@@ -127,7 +127,7 @@ def test_a_failure_closes_all_engines_of_the_processes() -> None:
 
 
 def test_factory_that_workers_cannot_import_is_refused() -> None:
-    with pytest.raises(SuiteError, match="use workers=1"):
+    with pytest.raises(UserError, match="use workers=1"):
         SlotEngine(
             lambda task: Walk(task, 0, True, 0.0),
             step_seconds=[1.0, 1.0],

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from gymnasium.spaces import Box
 
-from envs.engine import SlotEngine
-from envs.slots import Episode
-from envs.workers import Workers
+from varshare_rl.envs.engine import SlotEngine
+from varshare_rl.envs.slots import Episode
+from varshare_rl.envs.workers import Workers
 
 BOX = Box(-1.0, 1.0, (2,), np.float32)
 

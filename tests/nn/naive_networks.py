@@ -104,7 +104,7 @@ def soft_modularization(network: SoftModularizationNetwork, row: Tensor, task: i
     for index, layer in enumerate(network.modules_by_layer):
         condition = gate
         if index > 0:
-            condition = F.linear(torch.cat(before), *weight_of(network.conditions[index - 1], task)) * gate
+            condition = F.linear(torch.cat(before), *weight_of(network.provenance[index - 1], task)) * gate
         logits = F.linear(torch.tanh(condition), *weight_of(network.routes[index], task))
         out = [
             torch.tanh(normalized(network.norms[index], stacked(layer, x, module), module))

@@ -71,12 +71,12 @@ def test_low_rank_is_the_best_approximation_built_in_full(
 
 def test_new_factors_are_balanced_near_the_old_ones_and_cheaper() -> None:
     layer = low_rank(0.7)
-    spreads = (layer.rhos_A.clone(), layer.rhos_B.clone())
+    sigmas = (layer.rhos_A.clone(), layer.rhos_B.clone())
     kl = layer.kl()
     saving = absorb(layer, 0.5, max_error=9.0)[""].saving
     torch.testing.assert_close(layer.mus_B.mT @ layer.mus_B, layer.mus_A @ layer.mus_A.mT)
-    assert torch.equal(layer.rhos_A, spreads[0])
-    assert torch.equal(layer.rhos_B, spreads[1])
+    assert torch.equal(layer.rhos_A, sigmas[0])
+    assert torch.equal(layer.rhos_B, sigmas[1])
     assert saving > 0
     assert layer.kl().sum() < kl.sum()
     # from balanced factors a small step is a small change: components keep their places
@@ -124,22 +124,22 @@ def test_a_layer_is_left_alone_to_the_bit() -> None:
 
 
 def test_a_follower_absorbs_where_its_leader_does() -> None:
-    leader, follower = (nn.ModuleDict({"a": low_rank(0.8), "b": low_rank(0.0)}) for _ in range(2))
-    follower.load_state_dict(leader.state_dict())
+    leader, target_module = (nn.ModuleDict({"a": low_rank(0.8), "b": low_rank(0.0)}) for _ in range(2))
+    target_module.load_state_dict(leader.state_dict())
     with torch.no_grad():
-        for value in follower.parameters():
+        for value in target_module.parameters():
             value.add_(1e-3 * torch.randn_like(value))
-    follower.requires_grad_(False)
-    apart = {name: weights(follower[name]) for name in "ab"}
-    gap = {name: (leader[name].mus_A - follower[name].mus_A).norm() for name in "ab"}
-    untouched = state(follower["b"])
+    target_module.requires_grad_(False)
+    apart = {name: weights(target_module[name]) for name in "ab"}
+    gap = {name: (leader[name].mus_A - target_module[name].mus_A).norm() for name in "ab"}
+    untouched = state(target_module["b"])
     bound = float(absorb_errors(leader["b"]).max()) * 0.9
-    done = absorb(leader, 1.0, bound, follower)
+    done = absorb(leader, 1.0, bound, target_module)
     assert [done[name].done for name in "ab"] == [True, False]
-    assert all(torch.equal(value, untouched[name]) for name, value in follower["b"].state_dict().items())
-    shift = (weights(follower["a"]) - apart["a"]).norm() / apart["a"].norm()
+    assert all(torch.equal(value, untouched[name]) for name, value in target_module["b"].state_dict().items())
+    shift = (weights(target_module["a"]) - apart["a"]).norm() / apart["a"].norm()
     assert shift < 2 * bound
-    assert (leader["a"].mus_A - follower["a"].mus_A).norm() < 5 * gap["a"]  # factors still correspond
+    assert (leader["a"].mus_A - target_module["a"].mus_A).norm() < 5 * gap["a"]  # factors still correspond
 
 
 def absorb_errors(layer: nn.Module) -> Tensor:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn import Posterior, Shared, VarShareLoRA
+from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.nn.actor import Categorical, CategoricalActor, TanhGaussianActor, TanhNormal
-from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
+from varshare_rl.nn.critic import CriticConfig, TwinQ, ValueNetwork
 
 
-class Fixed(nn.Module):
+class FixedPriorConfig(nn.Module):
     """Gives the same output rows whatever the input."""
 
     def __init__(self, output: Tensor) -> None:
@@ -26,12 +26,12 @@ class Fixed(nn.Module):
 
 def test_gaussian_actor_splits_offsets_and_clamps() -> None:
     output = torch.tensor([0.5, -0.5, 0.3, -30.0])
-    actor = TanhGaussianActor(Fixed(output), torch.ones(2, 2, dtype=torch.bool), (-5.0, 1.0), 0.2)
+    actor = TanhGaussianActor(FixedPriorConfig(output), torch.ones(2, 2, dtype=torch.bool), (-5.0, 1.0), 0.2)
     distribution = actor(torch.zeros(2, 3, 1), torch.arange(2))
     assert distribution.mean[1, 2].tolist() == [0.5, -0.5]
     assert distribution.log_std[0, 1].tolist() == pytest.approx([0.5, -5.0])
     torch.testing.assert_close(distribution.mode(), torch.tanh(output[:2]).expand(2, 3, 2))
-    high = TanhGaussianActor(Fixed(torch.tensor([0.0, 9.0])), torch.ones(1, 1).bool(), (-5.0, 1.0))
+    high = TanhGaussianActor(FixedPriorConfig(torch.tensor([0.0, 9.0])), torch.ones(1, 1).bool(), (-5.0, 1.0))
     assert high(torch.zeros(1, 1, 1), torch.arange(1)).log_std.item() == 1.0
 
 
@@ -71,7 +71,7 @@ def test_gaussian_entropy_has_a_gradient_and_masked_dimensions_have_none() -> No
 
 def test_masked_action_dimensions_are_zero() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    actor = TanhGaussianActor(Fixed(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])), mask)
+    actor = TanhGaussianActor(FixedPriorConfig(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])), mask)
     distribution = actor(torch.zeros(2, 4, 1), torch.arange(2))
     for action in (distribution.sample().action, distribution.mode()):
         assert torch.equal(action != 0, mask.unsqueeze(1).expand(2, 4, 3))
@@ -80,7 +80,7 @@ def test_masked_action_dimensions_are_zero() -> None:
 def test_categorical_draws_with_its_probabilities_and_never_outside_the_mask() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 3.0])
     mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    distribution = CategoricalActor(Fixed(logits), mask)(torch.zeros(2, 40_000, 1), torch.arange(2))
+    distribution = CategoricalActor(FixedPriorConfig(logits), mask)(torch.zeros(2, 40_000, 1), torch.arange(2))
     sample = distribution.sample()
     assert sample.action.dtype == torch.int64
     assert torch.equal(sample.action, sample.raw)
@@ -99,10 +99,10 @@ def test_categorical_entropy_of_equal_choices() -> None:
 
 
 def test_value_and_twin_critics() -> None:
-    options = VarShareLoRA(hidden=[8])
-    value = ValueNetwork(options.build(5, 1, 3, Posterior()), 3, CriticOptions())
+    options = VarShareLoRAConfig(hidden=[8])
+    value = ValueNetwork(options.build(5, 1, 3, Posterior()), 3, CriticConfig())
     assert value(torch.zeros(3, 4, 5), torch.arange(3)).shape == (3, 4)
-    critic = TwinQ(lambda: Shared(hidden=[8]).build(7, 1, 3, Posterior()), 3, CriticOptions())
+    critic = TwinQ(lambda: SharedConfig(hidden=[8]).build(7, 1, 3, Posterior()), 3, CriticConfig())
     obs, action = torch.randn(3, 4, 5), torch.randn(3, 4, 2)
     q = critic(obs, action, torch.arange(3))
     assert q.shape == (2, 3, 4)

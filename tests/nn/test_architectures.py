@@ -13,27 +13,27 @@ from naive_networks import naive_network
 from torch import Tensor, nn
 
 from varshare_rl.nn import (
-    CARE,
-    MOORE,
     Architecture,
-    FiLM,
-    Independent,
-    L2Soft,
-    LoRA,
-    MultiHead,
-    PaCo,
+    CAREConfig,
+    FiLMConfig,
+    IndependentConfig,
+    L2SoftConfig,
+    LoRAConfig,
+    MOOREConfig,
+    MultiHeadConfig,
+    PaCoConfig,
     Posterior,
-    Shared,
-    SoftModularization,
-    TaskEmbedding,
-    VarShare,
-    VarShareLoRA,
+    SharedConfig,
+    SoftModularizationConfig,
+    TaskEmbeddingConfig,
+    VarShareConfig,
+    VarShareLoRAConfig,
 )
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
 from varshare_rl.nn.stochastic import penalized_layers, stochastic_layers
 from varshare_rl.nn.variational import ESTIMATORS
 from varshare_rl.ops.activations import ACTIVATIONS
-from varshare_rl.optim.task_window import TaskWindow
+from varshare_rl.optim.task_subset import TaskSubset
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 
@@ -57,68 +57,76 @@ class Case:
 # Layers 5 -> 7 -> 6 -> 3: weights 35 + 42 + 18 = 95, biases 7 + 6 + 3 = 16, together 111.
 CASES = {
     # one-hot: 4 more columns of 7
-    "shared": Case(lambda: Shared(hidden=[7, 6]), False, ParameterCount(139, 139, 139, 0)),
-    "independent": Case(lambda: Independent(hidden=[7, 6]), False, ParameterCount(444, 111, 0, 111)),
+    "shared": Case(lambda: SharedConfig(hidden=[7, 6]), False, ParameterCount(139, 139, 139, 0)),
+    "independent": Case(lambda: IndependentConfig(hidden=[7, 6]), False, ParameterCount(444, 111, 0, 111)),
     # mus and rhos of 95 weights each
     "varshare": Case(
-        lambda: VarShare(hidden=[7, 6]), True, ParameterCount(111 + 4 * 190, 111 + 95, 111, 190), starts_shared=True
+        lambda: VarShareConfig(hidden=[7, 6]),
+        True,
+        ParameterCount(111 + 4 * 190, 111 + 95, 111, 190),
+        starts_shared=True,
     ),
     # rank 2: factors of 2 * (5 + 7) + 2 * (7 + 6) + 2 * (6 + 3) = 68
     "varshare_lora": Case(
-        lambda: VarShareLoRA(hidden=[7, 6], rank=2, alpha=3.0),
+        lambda: VarShareLoRAConfig(hidden=[7, 6], rank=2, alpha=3.0),
         True,
         ParameterCount(111 + 4 * 136, 111 + 68, 111, 136),
         starts_shared=True,
     ),
     # an embedding of 2: two more columns of 7
     "task_embedding": Case(
-        lambda: TaskEmbedding(hidden=[7, 6], embedding=2), False, ParameterCount(125 + 4 * 2, 125 + 2, 125, 2)
+        lambda: TaskEmbeddingConfig(hidden=[7, 6], embedding=2), False, ParameterCount(125 + 4 * 2, 125 + 2, 125, 2)
     ),
     # trunk 42 + 48, head 21
-    "multi_head": Case(lambda: MultiHead(hidden=[7, 6]), False, ParameterCount(90 + 4 * 21, 111, 90, 21)),
+    "multi_head": Case(lambda: MultiHeadConfig(hidden=[7, 6]), False, ParameterCount(90 + 4 * 21, 111, 90, 21)),
     # features 5 -> 4 -> 4: 24 + 20; modules 4 -> 7 -> 6, two each: 2 * (35 + 48); routes 4 -> 4 and 4 -> 2:
     # 20 + 10; condition 4 -> 4: 20; head 21; per task an embedding of 4
     "soft_modularization": Case(
-        lambda: SoftModularization(hidden=[7, 6], modules=2, embedding=4),
+        lambda: SoftModularizationConfig(hidden=[7, 6], modules=2, embedding=4),
         False,
         ParameterCount(281 + 4 * 4, 281 + 4, 281, 4),
     ),
     "paco": Case(
-        lambda: PaCo(hidden=[7, 6], parameter_sets=3), False, ParameterCount(333 + 4 * 3, 333 + 3, 333, 3)
+        lambda: PaCoConfig(hidden=[7, 6], parameter_sets=3), False, ParameterCount(333 + 4 * 3, 333 + 3, 333, 3)
     ),
     # two experts 5 -> 7 -> 6 of 90; per task a mixture of 2 and a head of 21
-    "moore": Case(lambda: MOORE(hidden=[7, 6], experts=2), False, ParameterCount(180 + 4 * 23, 180 + 23, 180, 23)),
+    "moore": Case(
+        lambda: MOOREConfig(hidden=[7, 6], experts=2), False, ParameterCount(180 + 4 * 23, 180 + 23, 180, 23)
+    ),
     "moore_single_head": Case(
-        lambda: MOORE(hidden=[7, 6], experts=3, multi_head=False),
+        lambda: MOOREConfig(hidden=[7, 6], experts=3, multi_head=False),
         False,
         ParameterCount(291 + 4 * 3, 291 + 3, 291, 3),
     ),
     # two encoders 5 -> 4 -> 4 of 44; context 3 -> 3 -> 3: 24; attention 3 -> 3 -> 2: 12 + 8; trunk
     # 7 -> 7 -> 6 -> 3: 56 + 48 + 21; per task an embedding of 3
     "care": Case(
-        lambda: CARE(hidden=[7, 6], experts=2, encoder_width=4, context=3),
+        lambda: CAREConfig(hidden=[7, 6], experts=2, encoder_width=4, context=3),
         False,
         ParameterCount(257 + 4 * 3, 257 + 3, 257, 3),
     ),
     # scales and shifts of 7 + 6
     "film": Case(
-        lambda: FiLM(hidden=[7, 6]), False, ParameterCount(111 + 4 * 26, 111 + 26, 111, 26), starts_shared=True
+        lambda: FiLMConfig(hidden=[7, 6]),
+        False,
+        ParameterCount(111 + 4 * 26, 111 + 26, 111, 26),
+        starts_shared=True,
     ),
     "lora": Case(
-        lambda: LoRA(hidden=[7, 6], rank=2, alpha=3.0),
+        lambda: LoRAConfig(hidden=[7, 6], rank=2, alpha=3.0),
         False,
         ParameterCount(111 + 4 * 68, 111 + 68, 111, 68),
         starts_shared=True,
     ),
     "l2_soft": Case(
-        lambda: L2Soft(hidden=[7, 6], rank=2, alpha=3.0),
+        lambda: L2SoftConfig(hidden=[7, 6], rank=2, alpha=3.0),
         False,
         ParameterCount(111 + 4 * 68, 111 + 68, 111, 68),
         penalized=True,
         starts_shared=True,
     ),
     "l2_soft_full_rank": Case(
-        lambda: L2Soft(hidden=[7, 6], rank=None),
+        lambda: L2SoftConfig(hidden=[7, 6], rank=None),
         False,
         ParameterCount(111 + 4 * 95, 111 + 95, 111, 95),
         penalized=True,
@@ -240,7 +248,7 @@ def test_every_parameter_gets_a_gradient(network: nn.Module) -> None:
 def test_fresh_adapters_are_the_shared_network(name: str) -> None:
     network = build(name).eval()
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
-    plain = Shared(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
+    plain = SharedConfig(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
     with torch.no_grad():
         for ours, wrapped in zip(plain.layers, network.layers, strict=True):
             theirs = getattr(wrapped, "residual", wrapped)
@@ -343,11 +351,13 @@ def test_options_reach_the_layers(name: str) -> None:
     assert not torch.equal(warm(x, ids), warm(x, ids))
 
 
-@pytest.mark.parametrize("options", [VarShareLoRA, VarShare])
+@pytest.mark.parametrize("options", [VarShareLoRAConfig, VarShareConfig])
 @pytest.mark.parametrize("estimator", [None, *ESTIMATORS])
-def test_the_estimator_reaches_the_layers(options: type[VarShareLoRA | VarShare], estimator: str | None) -> None:
-    network = options(hidden=[7]).build(IN, OUT, TASKS, Posterior(estimator=estimator, particles=2)).train()
-    own = {(layer.estimator, layer.particles) for layer in network.layers}
+def test_the_estimator_reaches_the_layers(
+    options: type[VarShareLoRAConfig | VarShareConfig], estimator: str | None
+) -> None:
+    network = options(hidden=[7]).build(IN, OUT, TASKS, Posterior(estimator=estimator, weight_samples=2)).train()
+    own = {(layer.estimator, layer.weight_samples) for layer in network.layers}
     assert own == {(estimator or options.default_estimator, 2)}
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
     assert torch.equal(network(x, ids), network(x, ids)) == (estimator == "mean")
@@ -356,7 +366,7 @@ def test_the_estimator_reaches_the_layers(options: type[VarShareLoRA | VarShare]
 def test_updates_of_a_few_tasks_have_their_outputs_and_gradients(network: nn.Module) -> None:
     """Rows in the place of stacks change nothing for the tasks whose rows they are."""
     network.eval()
-    window = TaskWindow(TASKS, TASKS - 1, [network], [], [])
+    window = TaskSubset(TASKS, TASKS - 1, [network], [], [])
     x, everything = inputs()
 
     def gradients(ids: Tensor, losses: Tensor) -> dict[str, Tensor]:

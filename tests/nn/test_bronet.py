@@ -5,15 +5,24 @@ import torch
 from naive import scramble
 from torch import Tensor, nn
 
-from varshare_rl.nn import Independent, L2Soft, LoRA, Posterior, Shared, TaskEmbedding, VarShare, VarShareLoRA
-from varshare_rl.nn.bronet import BroNet
-from varshare_rl.nn.options import ArchitectureOptions, Blocks
+from varshare_rl.nn import (
+    IndependentConfig,
+    L2SoftConfig,
+    LoRAConfig,
+    Posterior,
+    SharedConfig,
+    TaskEmbeddingConfig,
+    VarShareConfig,
+    VarShareLoRAConfig,
+)
+from varshare_rl.nn.config import Blocks, NetworkConfig
+from varshare_rl.nn.mlp import BroNet
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
-ARCHITECTURES: dict[str, type[ArchitectureOptions]] = {
-    "shared": Shared, "independent": Independent, "varshare": VarShare, "varshare_lora": VarShareLoRA, "lora": LoRA,
-    "l2_soft": L2Soft, "task_embedding": TaskEmbedding,
+ARCHITECTURES: dict[str, type[NetworkConfig]] = {
+    "shared": SharedConfig, "independent": IndependentConfig, "varshare": VarShareConfig, "varshare_lora": VarShareLoRAConfig, "lora": LoRAConfig,
+    "l2_soft": L2SoftConfig, "task_embedding": TaskEmbeddingConfig,
 }  # fmt: skip
 
 

@@ -7,22 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from envs.pointmass import PointMassOptions
-from varshare_rl.algorithms.ppo import PPOOptions
-from varshare_rl.algorithms.sac import SACOptions
+from varshare_rl.algorithms.ppo import PPOConfig
+from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.assemble import build_algorithm, build_suite, parameter_count
 from varshare_rl.config import COMPONENTS, TrainConfig
-from varshare_rl.nn import CARE, MOORE, Architecture, Posterior, Shared, VarShareLoRA
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.errors import UserError
+from varshare_rl.nn import Architecture, CAREConfig, MOOREConfig, Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.nn.capacity import match_width
-from varshare_rl.types import UserError
 
 NETWORKS = sorted(COMPONENTS["network"])
-ALGORITHMS: dict[str, type] = {"ppo": PPOOptions, "sac": SACOptions}
+ALGORITHMS: dict[str, type] = {"ppo": PPOConfig, "sac": SACConfig}
 
 
 def build(network: Any, algorithm: str) -> tuple[TrainConfig, int]:
     """The configuration after an agent was built from it, and the agent's active parameters per task."""
-    config = TrainConfig(PointMassOptions(), ALGORITHMS[algorithm](), network)
+    config = TrainConfig(PointMassConfig(), ALGORITHMS[algorithm](), network)
     suite = build_suite(config)
     count = parameter_count(build_algorithm(config, suite, torch.device("cpu")), len(suite.task_names))
     return config, count.active_per_task
@@ -40,7 +40,9 @@ def test_agents_match_within_two_percent(name: str, algorithm: str, target: int)
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_number_of_layers_stays(layers: int) -> None:
-    config, active = build(VarShareLoRA(hidden=[5] * layers, active_parameters=50_000, layer_norm=True), "ppo")
+    config, active = build(
+        VarShareLoRAConfig(hidden=[5] * layers, active_parameters=50_000, layer_norm=True), "ppo"
+    )
     assert len(config.network.hidden) == layers
     assert abs(active - 50_000) <= 1_000
 
@@ -49,7 +51,7 @@ def test_the_width_is_the_nearest() -> None:
     """One network 3 -> w -> 2: 6 w + 2 parameters, and 4 more columns for the one-hot task: 10 w + 2."""
 
     def width(target: int) -> list[int]:
-        options = Shared(hidden=[1], active_parameters=target)
+        options = SharedConfig(hidden=[1], active_parameters=target)
         return match_width(options, lambda candidate: [candidate.build(3, 2, 4, Posterior())], 4)
 
     assert width(1_002) == [100]
@@ -62,10 +64,19 @@ def test_the_width_is_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("architecture", "said"),
     [
-        (Shared(active_parameters=30), r"is 30; the smallest network=shared with 2 hidden layers has \d+; give"),
-        (CARE(active_parameters=20_000), r"is 20000; the smallest network=care with 2 hidden layers has \d+"),
-        (Shared(hidden=[1], active_parameters=155), r"the nearest of network=shared with 1 hidden layers are "),
-        (Shared(hidden=[], active_parameters=155), r"network\.hidden has none; give network\.hidden=\[64,64\]"),
+        (
+            SharedConfig(active_parameters=30),
+            r"is 30; the smallest network=shared with 2 hidden layers has \d+; give",
+        ),
+        (CAREConfig(active_parameters=20_000), r"is 20000; the smallest network=care with 2 hidden layers has \d+"),
+        (
+            SharedConfig(hidden=[1], active_parameters=155),
+            r"the nearest of network=shared with 1 hidden layers are ",
+        ),
+        (
+            SharedConfig(hidden=[], active_parameters=155),
+            r"network\.hidden has none; give network\.hidden=\[64,64\]",
+        ),
     ],
 )
 def test_the_impossible_is_refused_in_one_line(architecture: Architecture, said: str) -> None:
@@ -76,9 +87,9 @@ def test_the_impossible_is_refused_in_one_line(architecture: Architecture, said:
 
 def test_the_smallest_agent_has_room_for_its_experts() -> None:
     with pytest.raises(UserError, match="the smallest network=moore with 2 hidden layers has") as error:
-        build(MOORE(experts=9, active_parameters=500), "ppo")
+        build(MOOREConfig(experts=9, active_parameters=500), "ppo")
     smallest = int(str(error.value).split(" has ")[1].split(";")[0])
-    config, active = build(MOORE(experts=9, active_parameters=smallest), "ppo")
+    config, active = build(MOOREConfig(experts=9, active_parameters=smallest), "ppo")
     assert config.network.hidden == [9, 9]
     assert active == smallest
 
@@ -86,8 +97,8 @@ def test_the_smallest_agent_has_room_for_its_experts() -> None:
 def test_finding_the_width_does_not_move_the_random_state() -> None:
     """The agent is the one that its resolved configuration gives."""
     torch.manual_seed(3)
-    config, _ = build(VarShareLoRA(active_parameters=30_000), "sac")
+    config, _ = build(VarShareLoRAConfig(active_parameters=30_000), "sac")
     after = torch.rand(3)
     torch.manual_seed(3)
-    build(VarShareLoRA(hidden=config.network.hidden), "sac")
+    build(VarShareLoRAConfig(hidden=config.network.hidden), "sac")
     assert torch.equal(torch.rand(3), after)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from varshare_rl.nn import CARE, Posterior
+from varshare_rl.nn import CAREConfig, Posterior
 from varshare_rl.nn.care import CARENetwork
 
 
 def network() -> CARENetwork:
-    return CARE(hidden=[8], experts=3, encoder_width=4, context=5).build(6, 2, 4, Posterior())
+    return CAREConfig(hidden=[8], experts=3, encoder_width=4, context=5).build(6, 2, 4, Posterior())
 
 
 def test_attention_is_a_weight_for_every_encoder() -> None:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn import Independent, Posterior, Shared, VarShareLoRA
-from varshare_rl.nn.critic import Critic, CriticOptions, TwinQ, ValueLoss, ValueNetwork
-from varshare_rl.nn.options import Blocks
+from varshare_rl.nn import IndependentConfig, Posterior, SharedConfig, VarShareLoRAConfig
+from varshare_rl.nn.config import Blocks
+from varshare_rl.nn.critic import Critic, CriticConfig, TwinQ, ValueLoss, ValueNetwork
 from varshare_rl.nn.parameters import count_parameters
 
 TASKS, BATCH, OBS, ACTION = 3, 20, 5, 2
@@ -16,17 +16,17 @@ IDS = torch.arange(TASKS)
 SCALES = torch.tensor([[1.0], [100.0], [10_000.0]], dtype=torch.float64)
 
 
-def networks(options: CriticOptions, inputs: int) -> nn.Module:
-    return VarShareLoRA(hidden=[8]).build(inputs, options.outputs, TASKS, Posterior(temperature=0.0))
+def networks(options: CriticConfig, inputs: int) -> nn.Module:
+    return VarShareLoRAConfig(hidden=[8]).build(inputs, options.outputs, TASKS, Posterior(temperature=0.0))
 
 
 def value_network(**options: object) -> ValueNetwork:
-    chosen = CriticOptions(**options)  # type: ignore[arg-type]
+    chosen = CriticConfig(**options)  # type: ignore[arg-type]
     return ValueNetwork(networks(chosen, OBS), TASKS, chosen)
 
 
 def twins(**options: object) -> TwinQ:
-    chosen = CriticOptions(**options)  # type: ignore[arg-type]
+    chosen = CriticConfig(**options)  # type: ignore[arg-type]
     return TwinQ(lambda: networks(chosen, OBS + ACTION), TASKS, chosen)
 
 
@@ -56,12 +56,12 @@ def test_values_stay_when_statistics_move(make: type[Critic], dtype: torch.dtype
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     for step in range(1, 6):
         before = [values(module, dtype) for module in (critic, target)]
-        spread, mean = critic.spread().clone(), critic.statistics.mean.clone()  # type: ignore[union-attr]
+        value_std, mean = critic.value_std().clone(), critic.statistics.mean.clone()  # type: ignore[union-attr]
         critic.track(targets(step), target)
-        assert ((critic.spread() / spread - 1).abs() > 0.02).all()
-        assert ((critic.statistics.mean - mean).abs() > 0.02 * spread[:, 0]).all()  # type: ignore[union-attr]
+        assert ((critic.value_std() / value_std - 1).abs() > 0.02).all()
+        assert ((critic.statistics.mean - mean).abs() > 0.02 * value_std[:, 0]).all()  # type: ignore[union-attr]
         for module, old in zip((critic, target), before, strict=True):
-            scale = torch.maximum(old.abs().amax(-1, keepdim=True), critic.spread().to(dtype))
+            scale = torch.maximum(old.abs().amax(-1, keepdim=True), critic.value_std().to(dtype))
             assert ((values(module, dtype) - old).abs() / scale).max() <= tolerance
 
 
@@ -90,8 +90,8 @@ def test_targets_share_the_statistics_and_are_not_trained() -> None:
 
 def test_losses_are_in_the_units_of_the_task() -> None:
     """The same task at three scales has one loss and one gradient."""
-    options = CriticOptions(popart=True)
-    critic = ValueNetwork(Shared(hidden=[8]).build(OBS, 1, TASKS, Posterior()), TASKS, options).double()
+    options = CriticConfig(popart=True)
+    critic = ValueNetwork(SharedConfig(hidden=[8]).build(OBS, 1, TASKS, Posterior()), TASKS, options).double()
     obs = torch.randn(1, BATCH, OBS, dtype=torch.float64).expand(TASKS, BATCH, OBS)
     with torch.no_grad():
         critic.network.layers[0].theta[:, OBS:] = 0.0  # type: ignore[index, union-attr]  # blind to the task
@@ -115,7 +115,7 @@ def test_without_options_a_critic_is_its_network_and_the_squared_error() -> None
     assert torch.equal(critic(obs, IDS), plain)
     assert torch.equal(critic.loss(obs, IDS, target), 0.5 * (plain - target).square().mean(-1))
     assert all(name.startswith("network.") for name in critic.state_dict())
-    assert critic.spread().tolist() == [[1.0]]
+    assert critic.value_std().tolist() == [[1.0]]
     pair = twins()
     action = torch.randn(TASKS, BATCH, ACTION)
     loss, q = pair.loss(obs, action, IDS, target)
@@ -139,7 +139,7 @@ def test_a_categorical_critic_learns_its_targets(popart: bool) -> None:
         critic.loss(obs, IDS, target).sum().backward()
         optimizer.step()
     with torch.no_grad():
-        error = (critic(obs, IDS) - target).square().mean(1).sqrt() / critic.spread()[:, 0]
+        error = (critic(obs, IDS) - target).square().mean(1).sqrt() / critic.value_std()[:, 0]
     assert (error < 0.2).all(), error
     assert (critic.loss(obs, IDS, target) < first - 0.5).all()
 
@@ -159,17 +159,19 @@ def test_renewed_critics_keep_the_statistics_only() -> None:
 
 
 def test_the_critics_networks_are_the_policys_but_for_what_is_given() -> None:
-    network = VarShareLoRA(hidden=[8, 8], layer_norm=True, rank=3)
-    assert CriticOptions().architecture(network) == network
-    wide = CriticOptions(hidden=[16], layer_norm=False, blocks=Blocks.bronet).architecture(network)
-    assert wide == VarShareLoRA(hidden=[16], layer_norm=False, blocks=Blocks.bronet, rank=3)
-    assert CriticOptions(activation="elu").architecture(network) == replace(network, activation="elu")
-    assert network == VarShareLoRA(hidden=[8, 8], layer_norm=True, rank=3)
+    network = VarShareLoRAConfig(hidden=[8, 8], layer_norm=True, rank=3)
+    assert CriticConfig().architecture(network) == network
+    wide = CriticConfig(hidden=[16], layer_norm=False, blocks=Blocks.bronet).architecture(network)
+    assert wide == VarShareLoRAConfig(hidden=[16], layer_norm=False, blocks=Blocks.bronet, rank=3)
+    assert CriticConfig(activation="elu").architecture(network) == replace(network, activation="elu")
+    assert network == VarShareLoRAConfig(hidden=[8, 8], layer_norm=True, rank=3)
 
 
 def test_scales_and_offsets_are_counted_as_per_task() -> None:
     plain, popart = (
-        ValueNetwork(Independent(hidden=[8]).build(OBS, 1, TASKS, Posterior()), TASKS, CriticOptions(popart=on))
+        ValueNetwork(
+            IndependentConfig(hidden=[8]).build(OBS, 1, TASKS, Posterior()), TASKS, CriticConfig(popart=on)
+        )
         for on in (False, True)
     )
     one, other = count_parameters([plain], TASKS), count_parameters([popart], TASKS)

@@ -16,11 +16,11 @@ from varshare_rl.nn.variational import ESTIMATORS
 TASKS, IN, OUT = 2, 5, 3
 Layer = VarShareLoRALayer | VarShareLayer
 LAYERS: dict[str, Callable[[str, int], Layer]] = {
-    "varshare_lora": lambda estimator, particles: VarShareLoRALayer(
-        IN, OUT, TASKS, rank=2, alpha=3.0, estimator=estimator, particles=particles
+    "varshare_lora": lambda estimator, weight_samples: VarShareLoRALayer(
+        IN, OUT, TASKS, rank=2, alpha=3.0, estimator=estimator, weight_samples=weight_samples
     ),
-    "varshare": lambda estimator, particles: VarShareLayer(
-        IN, OUT, TASKS, estimator=estimator, particles=particles
+    "varshare": lambda estimator, weight_samples: VarShareLayer(
+        IN, OUT, TASKS, estimator=estimator, weight_samples=weight_samples
     ),
 }
 SAMPLED = [estimator for estimator in ESTIMATORS if estimator != "mean"]
@@ -31,10 +31,10 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def made(name: str, estimator: str, particles: int = 1) -> Layer:
+def made(name: str, estimator: str, weight_samples: int = 1) -> Layer:
     """The same parameters whatever the estimator."""
     torch.manual_seed(3)
-    layer = LAYERS[name](estimator, particles).double()
+    layer = LAYERS[name](estimator, weight_samples).double()
     scramble(layer)
     return layer
 
@@ -58,17 +58,17 @@ def outputs(layer: Layer, x: Tensor, passes: int, rows: int, temperature: float 
 
 
 @pytest.mark.parametrize("estimator", SAMPLED)
-@pytest.mark.parametrize("particles", [1, 3])
+@pytest.mark.parametrize("weight_samples", [1, 3])
 def test_mean_and_variance_of_the_output_equal_those_of_fresh_weights(
-    name: str, estimator: str, particles: int
+    name: str, estimator: str, weight_samples: int
 ) -> None:
-    layer = made(name, estimator, particles)
+    layer = made(name, estimator, weight_samples)
     x = torch.randn(IN, dtype=torch.float64)
     with torch.no_grad():
         expected = fresh_weights(layer, 60_000, 0.7) @ x + layer.bias
     passes, rows = (20, 2_000) if estimator == "local" else (12_000, 6)
     drawn = outputs(layer, x, passes, rows, 0.7).transpose(1, 2).flatten(0, 1)
-    independent = len(drawn) if estimator == "local" else passes * particles
+    independent = len(drawn) if estimator == "local" else passes * weight_samples
     error = (expected.var(0) * (1 / independent + 1 / len(expected))).sqrt()
     assert (error < 0.15 * expected.std(0)).all()  # sharp enough to mean something
     assert ((drawn.mean(0) - expected.mean(0)).abs() < 5 * error).all()
@@ -97,7 +97,7 @@ def test_local_is_the_whole_distribution_and_not_its_moments_alone() -> None:
 
 @pytest.mark.parametrize("estimator", SAMPLED)
 def test_how_rows_of_one_pass_depend_on_each_other(name: str, estimator: str) -> None:
-    layer = made(name, estimator, particles=2)
+    layer = made(name, estimator, weight_samples=2)
     x = torch.randn(IN, dtype=torch.float64)
     drawn = outputs(layer, x, 3_000, 4)[:, 0, :, 0]
     centred = drawn - drawn.mean(0)
@@ -108,8 +108,8 @@ def test_how_rows_of_one_pass_depend_on_each_other(name: str, estimator: str) ->
     assert same == pytest.approx(1.0 if estimator == "weight" else 0.0, abs=0.1)
 
 
-def test_an_odd_number_of_rows_is_dealt_to_the_particles(name: str) -> None:
-    layer = made(name, "weight", particles=3)
+def test_an_odd_number_of_rows_is_dealt_to_the_samples(name: str) -> None:
+    layer = made(name, "weight", weight_samples=3)
     row = torch.randn(IN, dtype=torch.float64)
     for rows, distinct in ((7, 3), (2, 2), (1, 1)):
         y = layer(row.expand(TASKS, rows, IN), torch.arange(TASKS))
@@ -162,7 +162,7 @@ def test_local_gradients_vary_at_least_five_times_less(name: str) -> None:
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradcheck_with_fixed_randomness(name: str, estimator: str) -> None:
-    layer = made(name, estimator, particles=2)
+    layer = made(name, estimator, weight_samples=2)
     names = [key for key, _ in layer.named_parameters()]
     x = torch.randn(TASKS, 4, IN, dtype=torch.float64, requires_grad=True)
 

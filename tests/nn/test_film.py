@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from varshare_rl.nn import FiLM, Posterior
+from varshare_rl.errors import UserError
+from varshare_rl.nn import FiLMConfig, Posterior
 from varshare_rl.nn.film import FeatureModulation
 from varshare_rl.nn.task_rows import task_rows
-from varshare_rl.types import UserError
 
 
 def test_scale_and_shift_by_hand() -> None:
@@ -23,7 +23,7 @@ def test_scale_and_shift_by_hand() -> None:
 
 def test_the_modulation_comes_after_the_norm() -> None:
     """Before it, a LayerNorm would take a scale of all features away again."""
-    network = FiLM(hidden=[8], layer_norm=True).build(5, 2, 2, Posterior())
+    network = FiLMConfig(hidden=[8], layer_norm=True).build(5, 2, 2, Posterior())
     x = torch.randn(6, 5)
     before = network(x, 0)
     with torch.no_grad():
@@ -34,4 +34,4 @@ def test_the_modulation_comes_after_the_norm() -> None:
 
 def test_without_a_hidden_layer_there_is_nothing_to_modulate() -> None:
     with pytest.raises(UserError, match="network=film needs a hidden layer"):
-        FiLM(hidden=[]).build(5, 2, 2, Posterior())
+        FiLMConfig(hidden=[]).build(5, 2, 2, Posterior())

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from varshare_rl.nn import L2Soft, L2SoftLayer, Posterior, VarShareLayer, VarShareLoRALayer
+from varshare_rl.nn import L2SoftConfig, L2SoftLayer, Posterior, VarShareLayer, VarShareLoRALayer
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import StochasticLayer, penalized_layers
-from varshare_rl.optim.elbo import Elbo, ElboOptions, KLNormalization, posterior_size
+from varshare_rl.optim.elbo import Elbo, ElboConfig, KLNormalization, posterior_size
 
 
 def test_penalty_by_hand() -> None:
@@ -40,14 +40,14 @@ def test_penalty_is_the_means_part_of_the_divergence(rank: int | None) -> None:
 
 
 def test_it_is_penalised_but_not_stochastic() -> None:
-    network = L2Soft(hidden=[6]).build(4, 2, 3, Posterior())
+    network = L2SoftConfig(hidden=[6]).build(4, 2, 3, Posterior())
     assert [name for name, _ in penalized_layers(network)] == ["layers.0", "layers.1"]
     assert not any(isinstance(layer, StochasticLayer) for layer in network.modules())
 
 
 @pytest.mark.parametrize(("rank", "size"), [(2, 2 * (4 + 6) + 2 * (6 + 2)), (None, 4 * 6 + 6 * 2)])
 def test_one_key_weights_it_like_varshare(rank: int | None, size: int) -> None:
-    network = L2Soft(hidden=[6], rank=rank).build(4, 2, 3, Posterior(prior_scale=0.5))
+    network = L2SoftConfig(hidden=[6], rank=rank).build(4, 2, 3, Posterior(prior_scale=0.5))
     with torch.no_grad():
         for layer in network.layers:
             layer.get_parameter(layer.per_task_parameters[0])[1] += 1.0
@@ -55,5 +55,5 @@ def test_one_key_weights_it_like_varshare(rank: int | None, size: int) -> None:
     nats = total_kl(network, 3)
     assert nats[1] > nats[0]
     for normalization, divisor in (("data", 500), ("parameters", size), ("none", 1)):
-        elbo = Elbo(ElboOptions(kl_weight=0.2, normalization=KLNormalization[normalization]), 3)
+        elbo = Elbo(ElboConfig(kl_weight=0.2, normalization=KLNormalization[normalization]), 3)
         torch.testing.assert_close(elbo.penalty(network, 500), 0.2 * nats / divisor)

@@ -8,11 +8,11 @@ from naive import scramble
 from torch import nn
 
 from varshare_rl.config import COMPONENTS
-from varshare_rl.nn import Architecture, L2Soft, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.errors import UserError
+from varshare_rl.nn import Architecture, L2SoftConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.merge import Normalize, merged, merged_policy
 from varshare_rl.ops.activations import ACTIVATIONS
-from varshare_rl.types import UserError
 
 NAMES = (
     "shared", "independent", "varshare", "varshare_lora", "lora", "l2_soft", "task_embedding", "multi_head",
@@ -42,7 +42,7 @@ def test_the_merged_network_is_the_posterior_mean_of_its_task(name: str, layer_n
 
 def test_residuals_of_full_rank_and_scaled_ones_are_folded() -> None:
     x = torch.randn(TASKS, 9, IN)
-    for options in (L2Soft(hidden=[7], rank=None), L2Soft(hidden=[7], rank=2, alpha=6.0)):
+    for options in (L2SoftConfig(hidden=[7], rank=None), L2SoftConfig(hidden=[7], rank=2, alpha=6.0)):
         network = build(options)
         expected = network(x, torch.arange(TASKS))[2]
         torch.testing.assert_close(merged(network, 2)(x[2]), expected, rtol=1e-5, atol=1e-5)
@@ -50,13 +50,13 @@ def test_residuals_of_full_rank_and_scaled_ones_are_folded() -> None:
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_has_its_module(activation: str) -> None:
-    network = build(VarShareLoRA(hidden=[7], activation=activation))
+    network = build(VarShareLoRAConfig(hidden=[7], activation=activation))
     x = torch.randn(TASKS, 9, IN)
     torch.testing.assert_close(merged(network, 2)(x[2]), network(x, torch.arange(TASKS))[2], rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_are_copies() -> None:
-    network = build(Shared(hidden=[7]))
+    network = build(SharedConfig(hidden=[7]))
     before = {key: value.clone() for key, value in network.state_dict().items()}
     with torch.no_grad():
         for parameter in merged(network, 0).parameters():
@@ -69,8 +69,8 @@ def test_policies_do_what_their_task_can() -> None:
     mask = torch.ones(TASKS, 3, dtype=torch.bool)
     mask[1, 2] = False
     for actor in (
-        TanhGaussianActor(build(VarShareLoRA(hidden=[7])), mask),
-        CategoricalActor(VarShare(hidden=[7]).build(IN, 3, TASKS, Posterior()), mask),
+        TanhGaussianActor(build(VarShareLoRAConfig(hidden=[7])), mask),
+        CategoricalActor(VarShareConfig(hidden=[7]).build(IN, 3, TASKS, Posterior()), mask),
     ):
         scramble(actor)
         actor.eval()
@@ -95,7 +95,7 @@ def test_an_unknown_task_is_named(name: str, task: int) -> None:
 def test_what_is_no_perceptron_per_task_is_refused() -> None:
     with pytest.raises(UserError, match="GRU has no plain form"):
         merged(nn.GRU(2, 2), 0)
-    network = build(Shared(hidden=[7]))
+    network = build(SharedConfig(hidden=[7]))
     network.get_submodule("layers")[1] = nn.Bilinear(2, 2, 2)  # type: ignore[operator]
     with pytest.raises(UserError, match="Bilinear has no weight of one task"):
         merged(network, 0)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from varshare_rl.nn import MOORE, Posterior
+from varshare_rl.errors import UserError
+from varshare_rl.nn import MOOREConfig, Posterior
 from varshare_rl.nn.moore import orthonormalize
-from varshare_rl.types import UserError
 
 
 def gram(basis: Tensor) -> Tensor:
@@ -48,19 +48,19 @@ def test_gradcheck() -> None:
 
 
 def test_the_network_mixes_orthonormal_experts() -> None:
-    network = MOORE(hidden=[32, 16], experts=4, activation="relu").build(5, 3, 2, Posterior())
+    network = MOOREConfig(hidden=[32, 16], experts=4, activation="relu").build(5, 3, 2, Posterior())
     basis = orthonormalize(network.experts(torch.randn(100, 5)))
     torch.testing.assert_close(gram(basis), torch.eye(4).expand(100, -1, -1), rtol=0, atol=1e-5)
 
 
 def test_more_experts_than_features_are_refused() -> None:
     with pytest.raises(UserError, match=r"network\.experts is 4; .* last hidden layer's 3 dimensions"):
-        MOORE(hidden=[8, 3]).build(5, 3, 2, Posterior())
-    MOORE(hidden=[2, 4]).build(5, 3, 2, Posterior())
+        MOOREConfig(hidden=[8, 3]).build(5, 3, 2, Posterior())
+    MOOREConfig(hidden=[2, 4]).build(5, 3, 2, Posterior())
 
 
 @pytest.mark.parametrize("multi_head", [True, False])
 def test_only_heads_that_are_asked_for(multi_head: bool) -> None:
-    network = MOORE(hidden=[8], multi_head=multi_head).build(5, 3, 6, Posterior())
+    network = MOOREConfig(hidden=[8], multi_head=multi_head).build(5, 3, 6, Posterior())
     shape = network.head.weights.shape if multi_head else network.head.theta.shape
     assert tuple(shape) == ((6, 3, 8) if multi_head else (3, 8))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from varshare_rl.nn import MultiHead, Posterior
+from varshare_rl.nn import MultiHeadConfig, Posterior
 
 
 def test_with_equal_heads_tasks_are_alike() -> None:
-    network = MultiHead(hidden=[8, 8]).build(5, 3, 4, Posterior())
+    network = MultiHeadConfig(hidden=[8, 8]).build(5, 3, 4, Posterior())
     x = torch.randn(1, 6, 5).expand(4, 6, 5)
     assert (network(x, torch.arange(4))[1:] - network(x, torch.arange(4))[0]).abs().max() > 1e-2
     with torch.no_grad():

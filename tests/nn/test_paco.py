@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from varshare_rl.nn import PaCo, Posterior
+from varshare_rl.nn import PaCoConfig, Posterior
 
 
 def test_a_layer_is_linear_with_composed_weights() -> None:
-    network = PaCo(hidden=[], parameter_sets=3).build(5, 2, 4, Posterior()).double()
+    network = PaCoConfig(hidden=[], parameter_sets=3).build(5, 2, 4, Posterior()).double()
     x = torch.randn(4, 6, 5, dtype=torch.float64)
     y = network(x, torch.arange(4))
     (layer,) = network.layers
@@ -21,7 +21,7 @@ def test_a_layer_is_linear_with_composed_weights() -> None:
 
 def test_outputs_are_not_mixed() -> None:
     """With a hidden layer the mixture of the sets' outputs is something else than the output of the mixed set."""
-    network = PaCo(hidden=[8], parameter_sets=2).build(5, 2, 3, Posterior())
+    network = PaCoConfig(hidden=[8], parameter_sets=2).build(5, 2, 3, Posterior())
     x = torch.randn(6, 5)
     with torch.no_grad():
         network.compositions.copy_(torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 1.0]]))
@@ -30,7 +30,7 @@ def test_outputs_are_not_mixed() -> None:
 
 
 def test_a_single_set_is_that_network() -> None:
-    network = PaCo(hidden=[8], parameter_sets=2, activation="relu").build(5, 2, 3, Posterior())
+    network = PaCoConfig(hidden=[8], parameter_sets=2, activation="relu").build(5, 2, 3, Posterior())
     with torch.no_grad():
         network.compositions[1] = torch.tensor([0.0, 1.0])
     x = torch.randn(6, 5)
@@ -40,7 +40,7 @@ def test_a_single_set_is_that_network() -> None:
 
 
 def test_composed_weights_start_with_the_usual_spread() -> None:
-    network = PaCo(hidden=[200], parameter_sets=5).build(100, 2, 6, Posterior())
+    network = PaCoConfig(hidden=[200], parameter_sets=5).build(100, 2, 6, Posterior())
     composed = torch.einsum("ts,sgf->tgf", network.compositions, network.layers[0].weights)
     usual = 1 / (3 * 100) ** 0.5  # of the uniform distribution on +-1 / sqrt(100)
     torch.testing.assert_close(composed.std((1, 2)), torch.full((6,), usual), rtol=0.05, atol=0)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varshare_rl.nn.popart import LARGEST_SPREAD, LEAST_SPREAD, TargetStatistics, TaskAffine, rows
+from varshare_rl.nn.popart import LARGEST_STD, LEAST_STD, TargetStatistics, TaskAffine, rows
 
 RATE = 0.1
 
@@ -23,28 +23,28 @@ def test_statistics_per_task_equal_numpy() -> None:
         mean = np.einsum("k,ktb->t", weights, np.stack(seen)) / 50
         second = np.einsum("k,ktb->t", weights, np.square(np.stack(seen))) / 50
         np.testing.assert_allclose(statistics.mean.numpy(), mean, rtol=1e-10)
-        np.testing.assert_allclose(statistics.spread.numpy(), np.sqrt(second - mean**2), rtol=1e-8)
+        np.testing.assert_allclose(statistics.std.numpy(), np.sqrt(second - mean**2), rtol=1e-8)
 
 
 def test_the_first_batch_sets_the_statistics_and_moves_nothing() -> None:
     statistics = TargetStatistics(2, 0.003)
     assert statistics.mean.tolist() == [0.0, 0.0]
-    assert statistics.spread.tolist() == [1.0, 1.0]
+    assert statistics.std.tolist() == [1.0, 1.0]
     target = torch.tensor([[1.0, 3.0], [-10.0, 30.0]])
     move = statistics.update(target)
     torch.testing.assert_close(statistics.mean, torch.tensor([2.0, 10.0]).double())
-    torch.testing.assert_close(statistics.spread, torch.tensor([1.0, 20.0]).double())
+    torch.testing.assert_close(statistics.std, torch.tensor([1.0, 20.0]).double())
     assert move.ratio.tolist() == [1.0, 1.0]
     assert move.shift.tolist() == [0.0, 0.0]
     assert statistics.update(target + 1).ratio[1] != 1.0
 
 
-@pytest.mark.parametrize(("size", "bound"), [(0.0, LEAST_SPREAD), (1e9, LARGEST_SPREAD)])
+@pytest.mark.parametrize(("size", "bound"), [(0.0, LEAST_STD), (1e9, LARGEST_STD)])
 def test_the_spread_has_a_floor_and_a_ceiling(size: float, bound: float) -> None:
     statistics = TargetStatistics(1, 0.5)
     for _ in range(3):
         statistics.update(torch.tensor([[-size, size]]) + 7)
-    assert statistics.spread.tolist() == [bound]
+    assert statistics.std.tolist() == [bound]
 
 
 def test_normalize_and_restore_are_inverses() -> None:
@@ -97,9 +97,9 @@ def test_a_target_that_is_not_finite_does_not_count() -> None:
         if number == 2:
             assert [value[1].item() for value in move] == [1.0, 0.0]
     assert torch.equal(statistics.mean[0], other.mean[0])
-    assert torch.equal(statistics.spread[0], other.spread[0])
+    assert torch.equal(statistics.std[0], other.std[0])
     alone = TargetStatistics(1, RATE)
     for number in (1, 3):
         alone.update(batches[number, 1:])
     assert torch.equal(statistics.mean[1:], alone.mean)
-    assert torch.equal(statistics.spread[1:], alone.spread)
+    assert torch.equal(statistics.std[1:], alone.std)

@@ -9,17 +9,25 @@ import torch
 from naive import scramble, weight_of
 from torch import Tensor, nn
 
-from varshare_rl.nn import Independent, IndependentLayer, Posterior, Shared, VarShare, VarShareLayer, VarShareLoRA
+from varshare_rl.nn import (
+    IndependentConfig,
+    IndependentLayer,
+    Posterior,
+    SharedConfig,
+    VarShareConfig,
+    VarShareLayer,
+    VarShareLoRAConfig,
+)
 from varshare_rl.nn import VarShareLoRALayer as LoRALayer
-from varshare_rl.nn.options import ArchitectureOptions
+from varshare_rl.nn.config import NetworkConfig
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.sharing import Sharing, measure_sharing
 
 TASKS = 4
-NETWORKS: dict[str, ArchitectureOptions] = {
-    "varshare_lora": VarShareLoRA(hidden=[7, 6], rank=2, alpha=3.0),
-    "varshare": VarShare(hidden=[7, 6]),
-    "independent": Independent(hidden=[7, 6]),
+NETWORKS: dict[str, NetworkConfig] = {
+    "varshare_lora": VarShareLoRAConfig(hidden=[7, 6], rank=2, alpha=3.0),
+    "varshare": VarShareConfig(hidden=[7, 6]),
+    "independent": IndependentConfig(hidden=[7, 6]),
 }
 
 
@@ -123,9 +131,9 @@ def test_the_spread_is_that_of_draws(name: str) -> None:
     for layer, variance, theta in zip(sharing.layers, variances, shared, strict=True):
         torch.testing.assert_close(layer.spread, variance.mean(1).sqrt(), rtol=0.03, atol=0.0)
         expected = variance.mean(1).sqrt() / theta.square().mean().sqrt()
-        torch.testing.assert_close(layer.relative_spread, expected, rtol=0.03, atol=0.0)
+        torch.testing.assert_close(layer.relative_sigma, expected, rtol=0.03, atol=0.0)
     mean = torch.cat(variances, 1).mean(1) / torch.cat([theta.flatten() for theta in shared]).square().mean()
-    torch.testing.assert_close(sharing.relative_spread, mean.sqrt(), rtol=0.03, atol=0.0)
+    torch.testing.assert_close(sharing.relative_sigma, mean.sqrt(), rtol=0.03, atol=0.0)
 
 
 def test_moving_a_common_part_changes_neither_sharing_nor_distance() -> None:
@@ -144,7 +152,7 @@ def test_moving_a_common_part_changes_neither_sharing_nor_distance() -> None:
 
 
 def test_a_fresh_network_shares_everything() -> None:
-    sharing = measured(nn.ModuleDict({"actor": VarShareLoRA(hidden=[7]).build(5, 3, TASKS, Posterior())}))
+    sharing = measured(nn.ModuleDict({"actor": VarShareLoRAConfig(hidden=[7]).build(5, 3, TASKS, Posterior())}))
     assert sharing.sharing == 1.0
     assert float(sharing.distance().max()) == 0.0
     assert sharing.similarity().isnan().all()
@@ -155,15 +163,15 @@ def test_a_fresh_network_shares_everything() -> None:
 
 def test_independent_tasks_share_a_fraction_that_falls_with_their_number() -> None:
     tasks = 20
-    sharing = measured(nn.ModuleDict({"actor": Independent(hidden=[64]).build(32, 8, tasks, Posterior())}))
+    sharing = measured(nn.ModuleDict({"actor": IndependentConfig(hidden=[64]).build(32, 8, tasks, Posterior())}))
     assert sharing.sharing == pytest.approx(1 / tasks, rel=0.1)
-    assert (sharing.nats, sharing.residual, sharing.relative_spread) == (None, None, None)
+    assert (sharing.nats, sharing.residual, sharing.relative_sigma) == (None, None, None)
     off_diagonal = sharing.distance()[~torch.eye(tasks, dtype=torch.bool)]
     assert off_diagonal.mean().item() == pytest.approx(math.sqrt(2), rel=0.05)
 
 
 def test_a_network_without_weights_per_task_has_no_measures() -> None:
-    assert measure_sharing({"actor": Shared(hidden=[7]).build(5, 3, TASKS, Posterior())}) is None
+    assert measure_sharing({"actor": SharedConfig(hidden=[7]).build(5, 3, TASKS, Posterior())}) is None
 
 
 def test_small_differences_survive_float32() -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from varshare_rl.nn import Posterior, SoftModularization
+from varshare_rl.nn import Posterior, SoftModularizationConfig
 from varshare_rl.nn.soft_modularization import SoftModularizationNetwork
 
 
 def network(hidden: list[int], modules: int) -> SoftModularizationNetwork:
-    return SoftModularization(hidden=hidden, modules=modules, embedding=6).build(5, 3, 4, Posterior())
+    return SoftModularizationConfig(hidden=hidden, modules=modules, embedding=6).build(5, 3, 4, Posterior())
 
 
 def test_rows_of_the_routing_sum_to_one() -> None:
@@ -47,5 +47,5 @@ def test_equal_routes_average_the_modules() -> None:
 
 
 def test_features_are_as_wide_as_the_first_layer_unless_given() -> None:
-    assert SoftModularization(hidden=[12, 8]).build(5, 3, 4, Posterior()).embeddings.shape == (4, 12)
+    assert SoftModularizationConfig(hidden=[12, 8]).build(5, 3, 4, Posterior()).embeddings.shape == (4, 12)
     assert network([12, 8], 2).embeddings.shape == (4, 6)

@@ -10,9 +10,16 @@ import torch.nn.functional as F
 from naive import scramble
 from torch import Tensor, nn
 
-from varshare_rl.nn import Posterior, Shared, VarShare, VarShareLayer, VarShareLoRA, VarShareLoRALayer
+from varshare_rl.nn import (
+    Posterior,
+    SharedConfig,
+    VarShareConfig,
+    VarShareLayer,
+    VarShareLoRAConfig,
+    VarShareLoRALayer,
+)
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
-from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
+from varshare_rl.nn.critic import CriticConfig, TwinQ, ValueNetwork
 from varshare_rl.nn.uncertainty import (
     draw_weights,
     layer_moments,
@@ -34,7 +41,11 @@ def layer(kind: str) -> VarShareLoRALayer | VarShareLayer:
 
 
 def network(kind: str, inputs: int, outputs: int, rho: float, hidden: int = 16) -> nn.Module:
-    options = VarShareLoRA(hidden=[hidden, hidden], rank=4) if kind == "lora" else VarShare(hidden=[hidden, hidden])
+    options = (
+        VarShareLoRAConfig(hidden=[hidden, hidden], rank=4)
+        if kind == "lora"
+        else VarShareConfig(hidden=[hidden, hidden])
+    )
     made = options.build(inputs, outputs, TASKS, Posterior()).double()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -157,7 +168,7 @@ def test_linearised_spread_of_a_network_is_that_of_samples(kind: str, rho: float
 
 @pytest.mark.parametrize("popart", [False, True])
 def test_actions_and_values_of_all_heads(popart: bool) -> None:
-    critic = CriticOptions(popart=popart)
+    critic = CriticConfig(popart=popart)
     target = torch.randn(TASKS, 30) * 7.0 + torch.tensor([[0.0], [5.0], [100.0]])
     obs = torch.randn(TASKS, 5, 6, dtype=torch.float64)
     mask = torch.tensor([[True, True], [True, False], [True, True]])
@@ -186,6 +197,6 @@ def test_actions_and_values_of_all_heads(popart: bool) -> None:
 def test_what_has_no_spread_is_refused() -> None:
     x = torch.randn(TASKS, 2, 4)
     with pytest.raises(ValueError, match="no layer of this network has a posterior"):
-        sample_outputs(Shared(hidden=[4]).build(4, 1, TASKS, Posterior()), (x,), 4)
+        sample_outputs(SharedConfig(hidden=[4]).build(4, 1, TASKS, Posterior()), (x,), 4)
     with pytest.raises(ValueError, match="at least 2"):
-        sample_outputs(VarShareLoRA(hidden=[4]).build(4, 1, TASKS, Posterior()), (x,), 1)
+        sample_outputs(VarShareLoRAConfig(hidden=[4]).build(4, 1, TASKS, Posterior()), (x,), 1)

@@ -10,22 +10,22 @@ import torch
 from helpers import build, collect
 from torch import Tensor
 
-from envs.pointmass import PointMassOptions
 from varshare_rl.algorithms import ppo
-from varshare_rl.algorithms.ppo import PPOOptions
-from varshare_rl.algorithms.sac import SACOptions
-from varshare_rl.nn import VarShare, VarShareLoRA, VarShareLoRALayer
+from varshare_rl.algorithms.ppo import PPOConfig
+from varshare_rl.algorithms.sac import SACConfig
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.nn import VarShareConfig, VarShareLoRAConfig, VarShareLoRALayer
 from varshare_rl.nn.posteriors import PosteriorLayer, posterior_layers
-from varshare_rl.optim.absorption import Absorbing, AbsorbOptions, absorb_all
+from varshare_rl.optim.absorption import AbsorbConfig, Absorbing, absorb_all
 
-PPO = PPOOptions(rollout_transitions_per_task=40, epochs=2, minibatches=2, target_kl=None)
-SAC = SACOptions(start_transitions_per_task=8, batch_per_task=8, replay_capacity_per_task=200)
-ABSORB = AbsorbOptions(every=4, rate=0.5, max_error=9.0)
+PPO = PPOConfig(rollout_transitions_per_task=40, epochs=2, minibatches=2, target_kl=None)
+SAC = SACConfig(start_transitions_per_task=8, batch_per_task=8, replay_capacity_per_task=200)
+ABSORB = AbsorbConfig(every=4, rate=0.5, max_error=9.0)
 
 
-def learner(algorithm: Any, network: Any, absorb: AbsorbOptions = ABSORB) -> tuple[Any, Any]:
+def learner(algorithm: Any, network: Any, absorb: AbsorbConfig = ABSORB) -> tuple[Any, Any]:
     """An engine and an algorithm whose residuals have a size and something in common."""
-    _, engine, made = build(PointMassOptions(envs_per_task=4), algorithm, network, absorb=absorb)
+    _, engine, made = build(PointMassConfig(envs_per_task=4), algorithm, network, absorb=absorb)
     with torch.no_grad():
         for module in made.trained_modules().values():
             for _, layer in posterior_layers(module):
@@ -40,11 +40,11 @@ def learner(algorithm: Any, network: Any, absorb: AbsorbOptions = ABSORB) -> tup
 
 @pytest.mark.parametrize(("before", "after", "due"), [(0, 3, False), (3, 4, True), (4, 7, False), (2, 9, True)])
 def test_it_is_due_when_updates_pass_a_multiple(before: int, after: int, due: bool) -> None:
-    assert AbsorbOptions(every=4).due(before, after) is due
-    assert AbsorbOptions(every=0).due(before, after) is False
+    assert AbsorbConfig(every=4).due(before, after) is due
+    assert AbsorbConfig(every=0).due(before, after) is False
 
 
-@pytest.mark.parametrize("network", [VarShareLoRA(hidden=[16], rank=2), VarShare(hidden=[16])])
+@pytest.mark.parametrize("network", [VarShareLoRAConfig(hidden=[16], rank=2), VarShareConfig(hidden=[16])])
 def test_ratio_stays_one_before_the_first_step_of_a_rollout(network: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Tensor] = []
     plain: Callable[..., Any] = ppo.ppo_policy_loss
@@ -68,7 +68,7 @@ def test_ratio_stays_one_before_the_first_step_of_a_rollout(network: Any, monkey
 
 @pytest.mark.parametrize("algorithm", [PPO, SAC])
 def test_updates_say_what_was_absorbed_and_the_state_keeps_it(algorithm: Any) -> None:
-    engine, made = learner(algorithm, VarShareLoRA(hidden=[16], rank=2))
+    engine, made = learner(algorithm, VarShareLoRAConfig(hidden=[16], rank=2))
     obs = torch.from_numpy(engine.reset())
     first = {}
     while made.updates < 4:
@@ -81,14 +81,14 @@ def test_updates_say_what_was_absorbed_and_the_state_keeps_it(algorithm: Any) ->
     layers = [name for name in first if name.startswith("absorb_error/")]
     assert len(layers) == sum(len(list(posterior_layers(module))) for module in made.trained_modules().values())
     state = made.state()
-    _, other = learner(algorithm, VarShareLoRA(hidden=[16], rank=2))
+    _, other = learner(algorithm, VarShareLoRAConfig(hidden=[16], rank=2))
     other.load_state(state)
     assert other.absorbed == pytest.approx({name: first[name] for name in other.absorbed})
     assert set(other.absorbed) == {name for name in first if name.startswith("absorb")}
 
 
 def test_nothing_is_absorbed_by_default() -> None:
-    engine, made = learner(PPO, VarShareLoRA(hidden=[16]), AbsorbOptions())
+    engine, made = learner(PPO, VarShareLoRAConfig(hidden=[16]), AbsorbConfig())
     collect(engine, made, torch.from_numpy(engine.reset()), made.rollout.vector_steps)
     made.update()
     assert not any(name.startswith("absorb") for name in made.metrics())
@@ -96,8 +96,8 @@ def test_nothing_is_absorbed_by_default() -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_moments_of_factors_start_afresh_and_others_stay(kind: str) -> None:
-    network = VarShareLoRA(hidden=[16], rank=2) if kind == "lora" else VarShare(hidden=[16])
-    engine, made = learner(PPO, network, AbsorbOptions())
+    network = VarShareLoRAConfig(hidden=[16], rank=2) if kind == "lora" else VarShareConfig(hidden=[16])
+    engine, made = learner(PPO, network, AbsorbConfig())
     collect(engine, made, torch.from_numpy(engine.reset()), made.rollout.vector_steps)
     made.update()
     optimizer = made.actor_step.optimizer
@@ -118,7 +118,7 @@ def test_moments_of_factors_start_afresh_and_others_stay(kind: str) -> None:
 
 
 def test_target_critics_absorb_with_the_critics() -> None:
-    _, made = learner(SAC, VarShareLoRA(hidden=[16], rank=2))
+    _, made = learner(SAC, VarShareLoRAConfig(hidden=[16], rank=2))
 
     def weights(layer: PosteriorLayer) -> Tensor:
         assert isinstance(layer, VarShareLoRALayer)

@@ -8,17 +8,17 @@ import torch
 from helpers import build, collect
 from torch import nn
 
-from envs.pointmass import PointMassOptions
-from varshare_rl.algorithms.ppo import PPOOptions
-from varshare_rl.algorithms.sac import SACOptions
-from varshare_rl.nn import Independent, Posterior, Shared, VarShareLoRA
+from varshare_rl.algorithms.ppo import PPOConfig
+from varshare_rl.algorithms.sac import SACConfig
+from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.nn import IndependentConfig, Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.nn.parameters import shared_parameters
-from varshare_rl.optim.conflict import gradient_gram
+from varshare_rl.optim.jacobian import gradient_gram
 from varshare_rl.optim.step import LossStep
 
 ALGORITHMS: dict[str, Callable[[], Any]] = {
-    "ppo": lambda: PPOOptions(rollout_transitions_per_task=40, epochs=2, minibatches=2),
-    "sac": lambda: SACOptions(start_transitions_per_task=20, batch_per_task=8, replay_capacity_per_task=100),
+    "ppo": lambda: PPOConfig(rollout_transitions_per_task=40, epochs=2, minibatches=2),
+    "sac": lambda: SACConfig(start_transitions_per_task=20, batch_per_task=8, replay_capacity_per_task=100),
 }
 
 
@@ -51,7 +51,7 @@ def test_a_step_measures_once_when_it_is_asked() -> None:
 
 
 def test_shared_parameters_are_those_of_no_task() -> None:
-    build_network = VarShareLoRA(hidden=[4], layer_norm=True).build
+    build_network = VarShareLoRAConfig(hidden=[4], layer_norm=True).build
     network = build_network(3, 2, 5, Posterior())
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     assert [names[id(parameter)] for parameter in shared_parameters(network)] == [
@@ -60,12 +60,12 @@ def test_shared_parameters_are_those_of_no_task() -> None:
 
 
 @pytest.mark.parametrize(
-    "network", [VarShareLoRA(hidden=[16]), Shared(hidden=[16])], ids=["varshare_lora", "shared"]
+    "network", [VarShareLoRAConfig(hidden=[16]), SharedConfig(hidden=[16])], ids=["varshare_lora", "shared"]
 )
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_measuring_changes_no_bit_of_the_training(name: str, network: Any) -> None:
     def train(measure: bool) -> tuple[Any, torch.Tensor]:
-        _, engine, learner = build(PointMassOptions(envs_per_task=4), ALGORITHMS[name](), network)
+        _, engine, learner = build(PointMassConfig(envs_per_task=4), ALGORITHMS[name](), network)
         obs = torch.from_numpy(engine.reset())
         while learner.updates < 8:
             obs = collect(engine, learner, obs, 1)
@@ -90,7 +90,9 @@ def test_measuring_changes_no_bit_of_the_training(name: str, network: Any) -> No
 
 
 def test_independent_networks_have_no_conflict_to_measure() -> None:
-    _, engine, learner = build(PointMassOptions(envs_per_task=4), ALGORITHMS["ppo"](), Independent(hidden=[16]))
+    _, engine, learner = build(
+        PointMassConfig(envs_per_task=4), ALGORITHMS["ppo"](), IndependentConfig(hidden=[16])
+    )
     obs = torch.from_numpy(engine.reset())
     learner.measure_conflict()
     while learner.updates == 0:

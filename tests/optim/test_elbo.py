@@ -3,15 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from varshare_rl.nn import Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn import IndependentConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.nn.parameters import total_kl
-from varshare_rl.optim.elbo import Elbo, ElboOptions, Estimator, KLNormalization, posterior_size
+from varshare_rl.optim.elbo import Elbo, ElboConfig, Estimator, KLNormalization, posterior_size
 
 TASKS = 3
 
 
 def network() -> torch.nn.Module:
-    made = VarShareLoRA(hidden=[6], rank=2).build(4, 2, TASKS, Posterior())
+    made = VarShareLoRAConfig(hidden=[6], rank=2).build(4, 2, TASKS, Posterior())
     with torch.no_grad():
         made.layers[0].mus_B[1] += 1.0
     return made
@@ -27,7 +27,7 @@ def network() -> torch.nn.Module:
 )
 def test_penalty_is_the_weighted_kl_over_n(normalization: KLNormalization, divisor: float) -> None:
     made = network()
-    elbo = Elbo(ElboOptions(kl_weight=0.2, normalization=normalization), TASKS)
+    elbo = Elbo(ElboConfig(kl_weight=0.2, normalization=normalization), TASKS)
     penalty = elbo.penalty(made, 500)
     assert isinstance(penalty, torch.Tensor)
     assert penalty.shape == (TASKS,)
@@ -37,7 +37,7 @@ def test_penalty_is_the_weighted_kl_over_n(normalization: KLNormalization, divis
 
 def test_gradient_of_the_penalty_stays_with_its_task() -> None:
     made = network()
-    penalty = Elbo(ElboOptions(), TASKS).penalty(made, 10)
+    penalty = Elbo(ElboConfig(), TASKS).penalty(made, 10)
     assert isinstance(penalty, torch.Tensor)
     penalty[2].backward()
     for layer in made.layers:
@@ -47,22 +47,22 @@ def test_gradient_of_the_penalty_stays_with_its_task() -> None:
 
 
 def test_no_weight_no_penalty() -> None:
-    assert Elbo(ElboOptions(kl_weight=0.0), TASKS).penalty(network(), 10) == 0.0
+    assert Elbo(ElboConfig(kl_weight=0.0), TASKS).penalty(network(), 10) == 0.0
 
 
-@pytest.mark.parametrize("options", [Shared(hidden=[5]), Independent(hidden=[5])])
+@pytest.mark.parametrize("options", [SharedConfig(hidden=[5]), IndependentConfig(hidden=[5])])
 @pytest.mark.parametrize("normalization", list(KLNormalization))
 def test_networks_without_posteriors_have_no_penalty(
-    options: Shared | Independent, normalization: KLNormalization
+    options: SharedConfig | IndependentConfig, normalization: KLNormalization
 ) -> None:
     made = options.build(4, 2, TASKS, Posterior())
-    penalty = Elbo(ElboOptions(normalization=normalization), TASKS).penalty(made, 10)
+    penalty = Elbo(ElboConfig(normalization=normalization), TASKS).penalty(made, 10)
     assert penalty == 0.0
 
 
 def test_the_penalty_alone_brings_the_posterior_to_the_prior() -> None:
-    made = VarShare(hidden=[3]).build(2, 1, TASKS, Posterior(prior_scale=0.5))
-    elbo = Elbo(ElboOptions(kl_weight=1.0, normalization=KLNormalization.none), TASKS)
+    made = VarShareConfig(hidden=[3]).build(2, 1, TASKS, Posterior(prior_scale=0.5))
+    elbo = Elbo(ElboConfig(kl_weight=1.0, normalization=KLNormalization.none), TASKS)
     optimizer = torch.optim.Adam(made.parameters(), lr=0.2)
     start = total_kl(made, TASKS)
     for _ in range(150):
@@ -76,10 +76,10 @@ def test_the_penalty_alone_brings_the_posterior_to_the_prior() -> None:
 
 
 def test_posterior_size_counts_gaussians_of_one_task() -> None:
-    assert posterior_size(VarShare(hidden=[6]).build(4, 2, TASKS, Posterior())) == 4 * 6 + 6 * 2
-    assert posterior_size(Shared(hidden=[6]).build(4, 2, TASKS, Posterior())) == 0
+    assert posterior_size(VarShareConfig(hidden=[6]).build(4, 2, TASKS, Posterior())) == 4 * 6 + 6 * 2
+    assert posterior_size(SharedConfig(hidden=[6]).build(4, 2, TASKS, Posterior())) == 0
 
 
 def test_options_become_posterior_settings() -> None:
-    options = ElboOptions(prior_scale=0.3, temperature=0.5, estimator=Estimator.flipout, particles=3)
+    options = ElboConfig(prior_scale=0.3, temperature=0.5, estimator=Estimator.flipout, weight_samples=3)
     assert options.posterior() == Posterior(0.3, "flipout", 0.5, 3)

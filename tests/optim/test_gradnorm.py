@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from varshare_rl.optim.gradnorm import GradNorm, GradNormOptions
+from varshare_rl.optim.gradnorm import GradNorm, GradNormConfig
 
 #: Rows of norm 1 and 3.
 ROWS = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
@@ -11,37 +11,37 @@ ROWS = torch.tensor([[1.0, 0.0], [0.0, 3.0]])
 
 def test_the_first_step_by_hand() -> None:
     """Weighted norms 1 and 3, their mean 2: the first weight is to rise and the second to fall, by Adam's rate."""
-    combiner = GradNorm(GradNormOptions(learning_rate=0.1))
-    assert combiner(ROWS, torch.ones(2), None).tolist() == [1.0, 3.0]  # with weights of 1
-    assert combiner.weights is not None
-    assert combiner.weights.tolist() == pytest.approx([1.1, 0.9])
-    assert combiner(ROWS, torch.ones(2), None).tolist() == pytest.approx([1.1, 2.7])
+    aggregator = GradNorm(GradNormConfig(learning_rate=0.1))
+    assert aggregator(ROWS, torch.ones(2), None).tolist() == [1.0, 3.0]  # with weights of 1
+    assert aggregator.weights is not None
+    assert aggregator.weights.tolist() == pytest.approx([1.1, 0.9])
+    assert aggregator(ROWS, torch.ones(2), None).tolist() == pytest.approx([1.1, 2.7])
 
 
 def test_norms_become_equal_and_weights_sum_to_the_number_of_tasks() -> None:
-    combiner = GradNorm(GradNormOptions())
+    aggregator = GradNorm(GradNormConfig())
     for _ in range(300):
-        combined = combiner(ROWS, torch.ones(2), None)
-    assert combiner.weights is not None
-    assert combiner.weights.sum().item() == pytest.approx(2.0)
+        combined = aggregator(ROWS, torch.ones(2), None)
+    assert aggregator.weights is not None
+    assert aggregator.weights.sum().item() == pytest.approx(2.0)
     assert combined.tolist() == pytest.approx([1.5, 1.5], rel=0.1)
 
 
 def test_a_task_that_lags_behind_gets_more() -> None:
-    combiner = GradNorm(GradNormOptions(asymmetry=1.0))
+    aggregator = GradNorm(GradNormConfig(asymmetry=1.0))
     rows = torch.eye(2)
-    combiner(rows, torch.tensor([1.0, 4.0]), None)
+    aggregator(rows, torch.tensor([1.0, 4.0]), None)
     for _ in range(300):
-        combined = combiner(rows, torch.tensor([0.9, 1.2]), None)  # shares left: 0.9 and 0.3, rates 1.5 and 0.5
+        combined = aggregator(rows, torch.tensor([0.9, 1.2]), None)  # shares left: 0.9 and 0.3, rates 1.5 and 0.5
     assert (combined[0] / combined[1]).item() == pytest.approx(3.0, rel=0.1)
 
 
 @pytest.mark.parametrize("losses", [[-0.5, 1.0], [1.0, 0.0]])
 def test_a_loss_that_is_not_positive_has_no_rate(losses: list[float]) -> None:
-    one, other = (GradNorm(GradNormOptions(asymmetry=asymmetry)) for asymmetry in (0.0, 2.0))
-    for combiner in (one, other):
+    one, other = (GradNorm(GradNormConfig(asymmetry=asymmetry)) for asymmetry in (0.0, 2.0))
+    for aggregator in (one, other):
         for _ in range(3):
-            combined = combiner(ROWS, torch.tensor(losses), None)
+            combined = aggregator(ROWS, torch.tensor(losses), None)
         assert torch.isfinite(combined).all()
     assert one.weights is not None
     assert other.weights is not None
@@ -49,22 +49,22 @@ def test_a_loss_that_is_not_positive_has_no_rate(losses: list[float]) -> None:
 
 
 def test_a_task_that_is_left_out_keeps_its_share() -> None:
-    combiner = GradNorm(GradNormOptions())
+    aggregator = GradNorm(GradNormConfig())
     rows = torch.diag(torch.tensor([1.0, 3.0, 0.0]))
     for _ in range(200):
-        combiner(rows, torch.ones(3), torch.tensor([True, True, False]))
-    assert combiner.weights is not None
-    assert combiner.weights[0] > 2 * combiner.weights[1]
-    assert combiner.weights[2].item() == pytest.approx(1.0, rel=0.3)
-    assert combiner.weights.min() > 0
+        aggregator(rows, torch.ones(3), torch.tensor([True, True, False]))
+    assert aggregator.weights is not None
+    assert aggregator.weights[0] > 2 * aggregator.weights[1]
+    assert aggregator.weights[2].item() == pytest.approx(1.0, rel=0.3)
+    assert aggregator.weights.min() > 0
 
 
 def test_it_goes_on_from_its_state_and_starts_again_when_it_forgets() -> None:
-    combiner = GradNorm(GradNormOptions())
-    combiner(ROWS, torch.ones(2), None)
-    other = GradNorm(GradNormOptions())
-    other.load_state(combiner.state())
-    assert torch.equal(other(ROWS, torch.ones(2), None), combiner(ROWS, torch.ones(2), None))
+    aggregator = GradNorm(GradNormConfig())
+    aggregator(ROWS, torch.ones(2), None)
+    other = GradNorm(GradNormConfig())
+    other.load_state(aggregator.state())
+    assert torch.equal(other(ROWS, torch.ones(2), None), aggregator(ROWS, torch.ones(2), None))
     other.forget()
     assert other.state() == {"weights": None}
     assert other(ROWS, torch.ones(2), None).tolist() == [1.0, 3.0]

@@ -11,11 +11,11 @@ from helpers import hold_noise
 from torch import Tensor, nn
 
 from varshare_rl.config import COMPONENTS
-from varshare_rl.nn import Posterior, Shared, VarShareLoRA
-from varshare_rl.nn.critic import CriticOptions, TwinQ
-from varshare_rl.nn.options import Blocks
+from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
+from varshare_rl.nn.config import Blocks
+from varshare_rl.nn.critic import CriticConfig, TwinQ
 from varshare_rl.optim.jacobian import TaskGradients
-from varshare_rl.optim.roles import roles
+from varshare_rl.optim.optimizer import roles
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 IDS = torch.arange(TASKS)
@@ -99,7 +99,7 @@ def test_rows_are_the_tasks_gradients(name: str, layer_norm: bool) -> None:
 
 
 def test_residual_blocks_need_one_pass() -> None:
-    network = scrambled(VarShareLoRA(hidden=[6, 6], blocks=Blocks.bronet).build(IN, OUT, TASKS, Posterior()))
+    network = scrambled(VarShareLoRAConfig(hidden=[6, 6], blocks=Blocks.bronet).build(IN, OUT, TASKS, Posterior()))
     gradients = assert_equal_to_one_by_one(network, lambda: losses_of(network))
     assert gradients.slow == []
 
@@ -118,8 +118,8 @@ def test_rows_of_large_float32_layers(name: str) -> None:
 
 
 def test_sampled_weights_and_twin_critics() -> None:
-    options = VarShareLoRA(hidden=[7, 6], layer_norm=True)
-    critic = TwinQ(lambda: options.build(IN, 1, TASKS, Posterior()), TASKS, CriticOptions())
+    options = VarShareLoRAConfig(hidden=[7, 6], layer_norm=True)
+    critic = TwinQ(lambda: options.build(IN, 1, TASKS, Posterior()), TASKS, CriticConfig())
     scrambled(critic)
 
     def losses() -> Tensor:
@@ -135,7 +135,7 @@ class Outside(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = Shared(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
+        self.network = SharedConfig(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
         self.scale = nn.Parameter(torch.ones(OUT))
 
     def forward(self, x: Tensor, task_ids: Tensor) -> Tensor:
@@ -155,7 +155,7 @@ class Mixing(nn.Module):
 
     def __init__(self, gate: float) -> None:
         super().__init__()
-        self.network = Shared(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
+        self.network = SharedConfig(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
         self.gate = gate
 
     def forward(self, x: Tensor, task_ids: Tensor) -> Tensor:
@@ -181,7 +181,7 @@ class FarPairs(nn.Module):
 
     def __init__(self, other: int) -> None:
         super().__init__()
-        self.network = Shared(hidden=[7, 6]).build(IN, OUT, 80, Posterior())
+        self.network = SharedConfig(hidden=[7, 6]).build(IN, OUT, 80, Posterior())
         self.other = other
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,7 +207,7 @@ def test_no_two_tasks_are_too_far_apart_to_be_seen_mixing(other: int) -> None:
 
 def test_many_tasks_that_do_not_mix_need_one_pass() -> None:
     tasks = 200
-    network = scrambled(VarShareLoRA(hidden=[7, 6]).build(IN, OUT, tasks, Posterior()), torch.float32)
+    network = scrambled(VarShareLoRAConfig(hidden=[7, 6]).build(IN, OUT, tasks, Posterior()), torch.float32)
     gradients = Watched(network, split(network)[0])
     gradients(network(torch.randn(tasks, BATCH, IN), torch.arange(tasks)).square().mean((1, 2)))
     assert gradients.slow == []
@@ -224,7 +224,7 @@ def test_mixing_that_starts_later_is_found_at_the_next_look() -> None:
 
 
 def test_a_flat_batch_falls_back() -> None:
-    network = scrambled(Shared(hidden=[7]).build(IN, OUT, TASKS, Posterior()))
+    network = scrambled(SharedConfig(hidden=[7]).build(IN, OUT, TASKS, Posterior()))
     x = torch.randn(TASKS * 2, IN).double()
 
     def losses() -> Tensor:
@@ -235,7 +235,9 @@ def test_a_flat_batch_falls_back() -> None:
 
 
 def test_parameters_that_are_not_reached() -> None:
-    network = scrambled(nn.ModuleList([Shared(hidden=[]).build(IN, OUT, TASKS, Posterior()) for _ in range(2)]))
+    network = scrambled(
+        nn.ModuleList([SharedConfig(hidden=[]).build(IN, OUT, TASKS, Posterior()) for _ in range(2)])
+    )
     shared, _ = split(network)
     gradients = TaskGradients(network, shared)
     x = torch.randn(TASKS, BATCH, IN).double()

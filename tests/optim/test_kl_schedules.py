@@ -7,19 +7,26 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn import Posterior, VarShareLoRA
+from varshare_rl.nn import Posterior, VarShareLoRAConfig
 from varshare_rl.nn.parameters import total_kl
-from varshare_rl.nn.spread import noise_to_weight
-from varshare_rl.optim.elbo import Elbo, ElboOptions
-from varshare_rl.optim.kl_schedules import Band, Constant, Dual, FreeBits, KLSchedule, Ramp
+from varshare_rl.nn.variational import noise_to_weight
+from varshare_rl.optim.elbo import Elbo, ElboConfig
+from varshare_rl.optim.kl_schedules import (
+    BandConfig,
+    ConstantConfig,
+    DualConfig,
+    FreeBitsConfig,
+    KLSchedule,
+    RampConfig,
+)
 
 TASKS = 3
-SCHEDULES = [Constant(), Ramp(), Band(interval=1), Dual(), FreeBits()]
+SCHEDULES = [ConstantConfig(), RampConfig(), BandConfig(interval=1), DualConfig(), FreeBitsConfig()]
 
 
 def network(prior_scale: float = 1.0, sigma: float = 0.0067) -> nn.Module:
     torch.manual_seed(0)
-    made = VarShareLoRA(hidden=[6], rank=2).build(4, 2, TASKS, Posterior(prior_scale=prior_scale))
+    made = VarShareLoRAConfig(hidden=[6], rank=2).build(4, 2, TASKS, Posterior(prior_scale=prior_scale))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "rhos" in name:
@@ -32,7 +39,7 @@ def nats(*values: float) -> Tensor:
 
 
 def test_constant() -> None:
-    schedule = Constant().build(0.3, TASKS)
+    schedule = ConstantConfig().build(0.3, TASKS)
     torch.testing.assert_close(schedule.penalty(nats(1.0, 2.0, 4.0)), nats(0.3, 0.6, 1.2))
     schedule.step(nats(1.0, 2.0, 4.0), {"network": network()})
     schedule.advance(0.7)
@@ -44,21 +51,21 @@ def test_constant() -> None:
     [(0.0, 0.0), (0.05, 0.25), (0.1, 0.5), (0.5, 0.5), (0.8, 0.5), (0.9, 0.75), (1.0, 1.0), (1.2, 1.0)],
 )
 def test_ramp_rises_holds_and_rises_again(fraction: float, weight: float) -> None:
-    schedule = Ramp().build(0.5, TASKS)
+    schedule = RampConfig().build(0.5, TASKS)
     schedule.advance(fraction)
     assert schedule.metrics()["kl_weight"] == pytest.approx(weight)
     torch.testing.assert_close(schedule.penalty(nats(2.0)), nats(2.0 * weight))
 
 
 def test_ramp_without_its_ends_is_constant() -> None:
-    schedule = Ramp(warmup=0.0, late=0.0).build(0.5, TASKS)
+    schedule = RampConfig(warmup=0.0, late=0.0).build(0.5, TASKS)
     for fraction in (0.0, 0.5, 1.0):
         schedule.advance(fraction)
         assert schedule.metrics()["kl_weight"] == 0.5
 
 
 def test_free_bits_cost_nothing() -> None:
-    schedule = FreeBits(free_nats=10.0).build(0.5, TASKS)
+    schedule = FreeBitsConfig(free_nats=10.0).build(0.5, TASKS)
     given = nats(4.0, 10.0, 30.0).requires_grad_()
     penalty = schedule.penalty(given)
     torch.testing.assert_close(penalty, nats(0.0, 0.0, 10.0))
@@ -80,7 +87,7 @@ def test_free_bits_cost_nothing() -> None:
 def test_band_moves_towards_the_band_from_both_sides(sigma: float, prior_scale: float, moves: str) -> None:
     module = network(prior_scale, sigma)
     ratio, _ = noise_to_weight([module])
-    schedule = Band(interval=1).build(0.1, TASKS)
+    schedule = BandConfig(interval=1).build(0.1, TASKS)
     schedule.step(nats(1.0, 1.0, 1.0), {"network": module})
     after = schedule.metrics()["kl_weight"]
     assert after == pytest.approx({"up": 0.11, "down": 0.1 / 1.1, "stays": 0.1}[moves])
@@ -92,7 +99,7 @@ def test_band_moves_towards_the_band_from_both_sides(sigma: float, prior_scale: 
 def test_band_brings_the_spread_of_a_trained_posterior_into_the_band(sigma: float, prior_scale: float) -> None:
     """The other force is a quadratic loss that pulls every rho to where the spread is outside the band."""
     module = network(prior_scale, sigma)
-    elbo = Elbo(ElboOptions(kl_weight=1e-2, schedule=Band(interval=10)), TASKS)
+    elbo = Elbo(ElboConfig(kl_weight=1e-2, schedule=BandConfig(interval=10)), TASKS)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     rhos = [parameter for name, parameter in module.named_parameters() if "rhos" in name]
     home = math.log(math.expm1(sigma))
@@ -107,7 +114,7 @@ def test_band_brings_the_spread_of_a_trained_posterior_into_the_band(sigma: floa
 
 
 def test_band_looks_at_every_nth_update_and_smooths() -> None:
-    schedule = Band(interval=3, smoothing=0.25).build(0.1, TASKS)
+    schedule = BandConfig(interval=3, smoothing=0.25).build(0.1, TASKS)
     modules = {"network": network()}
     for expected in (0.1, 0.1, 0.11, 0.11, 0.11, 0.121):
         schedule.step(nats(1.0), modules)
@@ -124,8 +131,8 @@ def test_band_looks_at_every_nth_update_and_smooths() -> None:
 @pytest.mark.parametrize("budget", [20.0, 60.0])
 def test_dual_holds_its_budget_against_a_loss_that_wants_more(per_task: bool, budget: float) -> None:
     module = network()
-    schedule = Dual(budget_nats=budget, per_task=per_task)
-    elbo = Elbo(ElboOptions(kl_weight=0.01, schedule=schedule), TASKS)
+    schedule = DualConfig(budget_nats=budget, per_task=per_task)
+    elbo = Elbo(ElboConfig(kl_weight=0.01, schedule=schedule), TASKS)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     targets = [torch.randn_like(layer.mus_B) * 5 for layer in module.layers]
     for _ in range(2500):
@@ -145,7 +152,7 @@ def test_dual_holds_its_budget_against_a_loss_that_wants_more(per_task: bool, bu
 
 
 def test_dual_by_hand() -> None:
-    schedule = Dual(budget_nats=100.0, rate=0.1, gain=0.5).build(0.2, 2)
+    schedule = DualConfig(budget_nats=100.0, rate=0.1, gain=0.5).build(0.2, 2)
     schedule.step(nats(100.0, 100.0), {})
     assert schedule.metrics()["kl_weight"] == pytest.approx(0.2)
     schedule.step(nats(140.0, 100.0), {})  # mean 120
@@ -175,7 +182,7 @@ def test_state_round_trip(options: Any) -> None:
 
 
 def test_no_controller_moves_without_posteriors() -> None:
-    elbo = Elbo(ElboOptions(schedule=Band(interval=1)), TASKS)
+    elbo = Elbo(ElboConfig(schedule=BandConfig(interval=1)), TASKS)
     plain = nn.Linear(3, 2)
     assert elbo.penalty(plain, 10) == 0.0
     elbo.step({"network": plain}, lambda: torch.zeros(TASKS))

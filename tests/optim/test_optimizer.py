@@ -4,23 +4,30 @@ import pytest
 import torch
 from torch import nn
 
-from varshare_rl.nn import MOORE, Independent, PaCo, Posterior, Shared, VarShare, VarShareLoRA
-from varshare_rl.optim.optimizer import OptimizerOptions, Schedule, schedule_factor
-from varshare_rl.optim.roles import Kind, roles
+from varshare_rl.nn import (
+    IndependentConfig,
+    MOOREConfig,
+    PaCoConfig,
+    Posterior,
+    SharedConfig,
+    VarShareConfig,
+    VarShareLoRAConfig,
+)
+from varshare_rl.optim.optimizer import Kind, OptimizerConfig, Schedule, roles, schedule_factor
 from varshare_rl.optim.step import LossStep
 
-LINEAR = OptimizerOptions(schedule=Schedule.linear)
-WARM = OptimizerOptions(schedule=Schedule.linear, warmup=0.2, final_rate=0.1)
-COSINE = OptimizerOptions(schedule=Schedule.cosine, final_rate=0.2)
+LINEAR = OptimizerConfig(schedule=Schedule.linear)
+WARM = OptimizerConfig(schedule=Schedule.linear, warmup=0.2, final_rate=0.1)
+COSINE = OptimizerConfig(schedule=Schedule.cosine, final_rate=0.2)
 
 
 @pytest.mark.parametrize(
     ("options", "fraction", "factor"),
     [
-        (OptimizerOptions(), 0.0, 1.0),
-        (OptimizerOptions(), 1.0, 1.0),
-        (OptimizerOptions(warmup=0.5), 0.25, 0.5),
-        (OptimizerOptions(warmup=0.5), 0.75, 1.0),
+        (OptimizerConfig(), 0.0, 1.0),
+        (OptimizerConfig(), 1.0, 1.0),
+        (OptimizerConfig(warmup=0.5), 0.25, 0.5),
+        (OptimizerConfig(warmup=0.5), 0.75, 1.0),
         (LINEAR, 0.0, 1.0),
         (LINEAR, 0.25, 0.75),
         (LINEAR, 1.0, 0.0),
@@ -35,12 +42,12 @@ COSINE = OptimizerOptions(schedule=Schedule.cosine, final_rate=0.2)
         (COSINE, 1.0, 0.2),
     ],
 )
-def test_schedules_by_hand(options: OptimizerOptions, fraction: float, factor: float) -> None:
+def test_schedules_by_hand(options: OptimizerConfig, fraction: float, factor: float) -> None:
     assert schedule_factor(options, fraction) == pytest.approx(factor, abs=1e-12)
 
 
-def step_of(options: OptimizerOptions, network: nn.Module | None = None) -> LossStep:
-    network = network or VarShareLoRA(hidden=[4], layer_norm=True).build(3, 2, 2, Posterior())
+def step_of(options: OptimizerConfig, network: nn.Module | None = None) -> LossStep:
+    network = network or VarShareLoRAConfig(hidden=[4], layer_norm=True).build(3, 2, 2, Posterior())
     return LossStep(network, 0.01, 0.0, optimizer=options)
 
 
@@ -58,16 +65,16 @@ def moves(step: LossStep, fraction: float | None = None) -> dict[Kind, float]:
 
 
 def test_rates_of_theta_means_and_spreads() -> None:
-    found = moves(step_of(OptimizerOptions(mean_rate=0.5, spread_rate=3.0)))
+    found = moves(step_of(OptimizerConfig(mu_lr_scale=0.5, rho_lr_scale=3.0)))
     assert found == pytest.approx({Kind.theta: 0.01, Kind.mean: 0.005, Kind.spread: 0.03}, rel=1e-3)
 
 
 def test_a_rate_of_zero_holds_what_it_is_for() -> None:
-    assert moves(step_of(OptimizerOptions(spread_rate=0.0)))[Kind.spread] == 0.0
+    assert moves(step_of(OptimizerConfig(rho_lr_scale=0.0)))[Kind.spread] == 0.0
 
 
 def test_the_schedule_drives_every_rate() -> None:
-    options = OptimizerOptions(mean_rate=0.5, schedule=Schedule.linear)
+    options = OptimizerConfig(mu_lr_scale=0.5, schedule=Schedule.linear)
     found = moves(step_of(options), fraction=0.75)
     assert found == pytest.approx({Kind.theta: 0.0025, Kind.mean: 0.00125, Kind.spread: 0.0025}, rel=1e-3)
     step = step_of(options)
@@ -77,8 +84,8 @@ def test_the_schedule_drives_every_rate() -> None:
 
 
 def test_weight_decay_by_hand_and_on_weights_only() -> None:
-    network = VarShareLoRA(hidden=[4], layer_norm=True).build(3, 2, 2, Posterior())
-    step = step_of(OptimizerOptions(weight_decay=0.5), network)
+    network = VarShareLoRAConfig(hidden=[4], layer_norm=True).build(3, 2, 2, Posterior())
+    step = step_of(OptimizerConfig(weight_decay=0.5), network)
     before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
     step(torch.stack([0.0 * parameter.sum() for parameter in network.parameters()][:1] * 2))  # a gradient of zero
     first = next(iter(before))
@@ -91,18 +98,18 @@ def test_weight_decay_by_hand_and_on_weights_only() -> None:
 @pytest.mark.parametrize(
     ("network", "expected"),
     [
-        (Shared(hidden=[4], layer_norm=True), {"theta": "theta, decays", "bias": "theta", "weight": "theta"}),
-        (VarShare(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mean", "rhos": "spread"}),
-        (Independent(hidden=[4]), {"weights": "theta, decays", "biases": "theta"}),
+        (SharedConfig(hidden=[4], layer_norm=True), {"theta": "theta, decays", "bias": "theta", "weight": "theta"}),
+        (VarShareConfig(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mean", "rhos": "spread"}),
+        (IndependentConfig(hidden=[4]), {"weights": "theta, decays", "biases": "theta"}),
         (
-            PaCo(hidden=[4], layer_norm=True),
+            PaCoConfig(hidden=[4], layer_norm=True),
             {
                 "compositions": "theta", "weights": "theta, decays", "biases": "theta",
                 "weight": "theta", "bias": "theta",
             },
         ),
         (
-            MOORE(hidden=[4, 4], layer_norm=True, experts=2, multi_head=False),
+            MOOREConfig(hidden=[4, 4], layer_norm=True, experts=2, multi_head=False),
             {
                 "mixtures": "theta", "weights": "theta, decays", "biases": "theta", "scales": "theta",
                 "offsets": "theta", "weight": "theta", "bias": "theta", "theta": "theta, decays",
@@ -110,26 +117,28 @@ def test_weight_decay_by_hand_and_on_weights_only() -> None:
         ),
     ],
 )  # fmt: skip
-def test_roles(network: Shared | VarShare | Independent | PaCo | MOORE, expected: dict[str, str]) -> None:
+def test_roles(
+    network: SharedConfig | VarShareConfig | IndependentConfig | PaCoConfig | MOOREConfig, expected: dict[str, str]
+) -> None:
     built = network.build(3, 2, 2, Posterior())
     found = {}
     for (name, parameter), role in zip(built.named_parameters(), roles(built), strict=True):
         assert role.parameter is parameter
         own = {"mus", "rhos", "compositions", "mixtures"}
-        own |= {"weights", "biases"} if isinstance(network, Independent) else set()
+        own |= {"weights", "biases"} if isinstance(network, IndependentConfig) else set()
         assert role.own == (name.rpartition(".")[2] in own)
         found[name.rpartition(".")[2]] = role.kind.value + (", decays" if role.decays else "")
     assert found == expected
 
 
 def test_without_options_there_is_one_group_and_adam() -> None:
-    step = step_of(OptimizerOptions())
+    step = step_of(OptimizerConfig())
     assert type(step.optimizer) is torch.optim.Adam
     assert len(step.optimizer.param_groups) == 1
     assert step.optimizer.defaults["fused"]
 
 
 def test_frozen_parameters_are_not_trained() -> None:
-    network = Shared(hidden=[4]).build(3, 2, 2, Posterior())
+    network = SharedConfig(hidden=[4]).build(3, 2, 2, Posterior())
     network.layers[0].requires_grad_(False)
     assert len(LossStep(network, 0.1, 0.0).parameters) == 2

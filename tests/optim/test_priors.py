@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn import Posterior, VarShare, VarShareLoRA
-from varshare_rl.optim.priors import Adaptive, Fixed, Learned
+from varshare_rl.nn import Posterior, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.optim.priors import AdaptivePriorConfig, FixedPriorConfig, LearnedPriorConfig
 
 TASKS = 4
 
 
 def network(full_rank: bool = False) -> nn.Module:
     torch.manual_seed(1)
-    options = VarShare(hidden=[5]) if full_rank else VarShareLoRA(hidden=[5], rank=2)
+    options = VarShareConfig(hidden=[5]) if full_rank else VarShareLoRAConfig(hidden=[5], rank=2)
     made = options.build(3, 2, TASKS, Posterior(prior_scale=0.1)).double()
     with torch.no_grad():
         for name, parameter in made.named_parameters():
@@ -36,7 +36,7 @@ def scales(module: nn.Module) -> list[list[float]]:
 def test_fixed_stays() -> None:
     module = network()
     before = scales(module)
-    prior = Fixed().build(0.1, TASKS)
+    prior = FixedPriorConfig().build(0.1, TASKS)
     prior.step([module], no_gap)
     assert scales(module) == before
     assert prior.metrics([module]) == {}
@@ -46,7 +46,7 @@ def test_fixed_stays() -> None:
 def test_learned_converges_to_the_root_of_the_mean_second_moment(full_rank: bool) -> None:
     """Empirical Bayes in closed form: ``p^2 = mean(mu^2 + sigma^2)`` over tasks and entries of a layer."""
     module = network(full_rank)
-    prior = Learned(rate=0.05, spring=0.0, interval=1).build(0.1, TASKS)
+    prior = LearnedPriorConfig(rate=0.05, spring=0.0, interval=1).build(0.1, TASKS)
     for _ in range(500):
         prior.step([module], no_gap)
     for layer in module.layers:
@@ -72,7 +72,7 @@ def test_learned_step_is_the_gradient_of_the_divergence() -> None:
     (gradient,) = torch.autograd.grad(objective, log_scale)
     assert abs(float(gradient)) < 1.0
     layer.log_prior_scale = log_scale.detach().repeat(TASKS)
-    Learned(rate=0.01, spring=0.3, interval=1).build(0.1, TASKS).step([module], no_gap)
+    LearnedPriorConfig(rate=0.01, spring=0.3, interval=1).build(0.1, TASKS).step([module], no_gap)
     expected = float(log_scale.detach() - 0.01 * gradient)
     assert layer.log_prior_scale.tolist() == pytest.approx([expected] * TASKS, rel=1e-12)
 
@@ -81,7 +81,7 @@ def test_the_spring_holds_learned_scales_back() -> None:
     reached = []
     for spring in (0.0, 1.0, 100.0):
         module = network()
-        prior = Learned(rate=0.01, spring=spring, interval=1).build(0.1, TASKS)
+        prior = LearnedPriorConfig(rate=0.01, spring=spring, interval=1).build(0.1, TASKS)
         for _ in range(1500):
             prior.step([module], no_gap)
         reached.append(module.layers[0].prior_scale[0].item())
@@ -91,7 +91,7 @@ def test_the_spring_holds_learned_scales_back() -> None:
 
 def test_learned_moves_at_every_nth_update_and_reports() -> None:
     module = network()
-    prior = Learned(interval=3).build(0.1, TASKS)
+    prior = LearnedPriorConfig(interval=3).build(0.1, TASKS)
     before = scales(module)
     prior.step([module], no_gap)
     prior.step([module], no_gap)
@@ -104,7 +104,7 @@ def test_learned_moves_at_every_nth_update_and_reports() -> None:
 
 def test_adaptive_by_hand() -> None:
     module = network()
-    prior = Adaptive(interval=1, smoothing=0.5).build(1.0, TASKS)
+    prior = AdaptivePriorConfig(interval=1, smoothing=0.5).build(1.0, TASKS)
     prior.step([module], lambda: torch.tensor([1.0, 2.0, 3.0, 10.0]))
     middle, deviation = 2.5, 1.4826 * 1.0  # absolute deviations 1.5, 0.5, 0.5, 7.5
     expected = [0.01 + 0.29 / (1 + math.exp(-(gap - middle) / deviation)) for gap in (1.0, 2.0, 3.0, 10.0)]
@@ -117,7 +117,9 @@ def test_adaptive_by_hand() -> None:
 
 def test_a_gap_that_is_not_finite_is_no_other_tasks_business() -> None:
     module = network()
-    prior, other = (Adaptive(interval=1, smoothing=0.5).build(1.0, tasks) for tasks in (TASKS, TASKS - 1))
+    prior, other = (
+        AdaptivePriorConfig(interval=1, smoothing=0.5).build(1.0, tasks) for tasks in (TASKS, TASKS - 1)
+    )
     for bad in (math.nan, math.inf):
         prior.step([module], lambda: torch.tensor([1.0, 2.0, 4.0, bad]))  # noqa: B023
         other.step([], lambda: torch.tensor([1.0, 2.0, 4.0]))
@@ -133,15 +135,15 @@ def test_a_gap_that_is_not_finite_is_no_other_tasks_business() -> None:
 
 def test_adaptive_asks_for_the_gap_only_when_it_is_due() -> None:
     module = network()
-    prior = Adaptive(interval=2).build(1.0, TASKS)
+    prior = AdaptivePriorConfig(interval=2).build(1.0, TASKS)
     prior.step([module], no_gap)
     assert prior.metrics([module]) == {}
     prior.step([module], lambda: torch.zeros(TASKS))
     assert module.layers[0].prior_scale.tolist() == pytest.approx([0.155] * TASKS)
 
 
-@pytest.mark.parametrize("options", [Learned(interval=2), Adaptive(interval=2)])
-def test_state_round_trip(options: Learned | Adaptive) -> None:
+@pytest.mark.parametrize("options", [LearnedPriorConfig(interval=2), AdaptivePriorConfig(interval=2)])
+def test_state_round_trip(options: LearnedPriorConfig | AdaptivePriorConfig) -> None:
     one_module, other_module = network(), network()
     one, other = options.build(0.1, TASKS), options.build(0.1, TASKS)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from varshare_rl.nn import Independent, Posterior, Shared, VarShare, VarShareLoRA
+from varshare_rl.nn import IndependentConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.reporting.figures import to_png
 from varshare_rl.reporting.layers import short_names
 from varshare_rl.reporting.sharing_figures import sharing_figures
@@ -32,13 +32,13 @@ def document(option: Any, tasks: int = 3, trained: bool = True) -> dict[str, Any
 @pytest.mark.parametrize(
     ("option", "tasks", "trained", "expected"),
     [
-        (VarShareLoRA(hidden=[6]), 3, True, ALL),
-        (VarShareLoRA(hidden=[6]), 20, True, ALL),
-        (VarShareLoRA(hidden=[6]), 3, False, ALL),
-        (VarShareLoRA(hidden=[6]), 1, True, ALL),
-        (VarShare(hidden=[6]), 3, True, ALL),
-        (Independent(hidden=[6]), 3, True, ALL - {"nats"}),
-        (Shared(hidden=[6]), 3, True, {"conflict"}),
+        (VarShareLoRAConfig(hidden=[6]), 3, True, ALL),
+        (VarShareLoRAConfig(hidden=[6]), 20, True, ALL),
+        (VarShareLoRAConfig(hidden=[6]), 3, False, ALL),
+        (VarShareLoRAConfig(hidden=[6]), 1, True, ALL),
+        (VarShareConfig(hidden=[6]), 3, True, ALL),
+        (IndependentConfig(hidden=[6]), 3, True, ALL - {"nats"}),
+        (SharedConfig(hidden=[6]), 3, True, {"conflict"}),
     ],
     ids=["lora", "many_tasks", "fresh", "one_task", "full_rank", "independent", "shared"],
 )
@@ -50,7 +50,7 @@ def test_every_document_has_its_figures(option: Any, tasks: int, trained: bool, 
 
 
 def test_a_figure_shows_the_numbers_and_names() -> None:
-    made = document(VarShareLoRA(hidden=[6]))
+    made = document(VarShareLoRAConfig(hidden=[6]))
     figures = sharing_figures(made)
     shown = figures["nats"].axes[1].images[0].get_array()
     assert shown is not None
@@ -66,7 +66,7 @@ def test_a_figure_shows_the_numbers_and_names() -> None:
 
 
 def test_the_first_leaf_of_the_tree_stands_beside_the_first_row() -> None:
-    made = document(VarShareLoRA(hidden=[6]), tasks=6)
+    made = document(VarShareLoRAConfig(hidden=[6]), tasks=6)
     tree, heat = sharing_figures(made)["distance"].axes[:2]
     assert tree.get_ylim() == (60.0, 0.0)  # leaves at 5, 15, ..., the first at the top
     assert heat.get_ylim() == (5.5, -0.5)

@@ -10,7 +10,7 @@ import pytest
 _FAULTS = """
 import resource
 import numpy as np
-from varshare_rl.run.allocator import keep_freed_memory
+from varshare_rl.run.process import keep_freed_memory
 
 def faults():
     '''Pages that the kernel had to give while four arrays of 4 MB came and went 20 times.'''

@@ -11,9 +11,9 @@ import torch
 from helpers import build
 from torch import Tensor
 
-from envs.pointmass import PointMassOptions
-from varshare_rl.algorithms.ppo import PPOOptions
-from varshare_rl.algorithms.sac import SACOptions
+from varshare_rl.algorithms.ppo import PPOConfig
+from varshare_rl.algorithms.sac import SACConfig
+from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.nn.posteriors import posterior_layers
 from varshare_rl.run.calibration import (
     GRID,
@@ -26,7 +26,7 @@ from varshare_rl.run.calibration import (
     observed_returns,
     task_calibration,
 )
-from varshare_rl.run.recording import record
+from varshare_rl.run.episode_recording import record
 
 
 def column(values: list[float]) -> Tensor:
@@ -68,13 +68,13 @@ def test_a_gaussian_predictor_that_is_right_is_calibrated_and_a_proud_one_is_not
     assert coverage(np.array([-0.6, 0.7]), np.ones(2), (0.5,)).tolist() == [0.5]  # half-width 0.6745
 
 
-@pytest.mark.parametrize("options", [PPOOptions(), SACOptions()])
-def test_predictions_are_differences_of_values_of_one_draw(options: PPOOptions | SACOptions) -> None:
+@pytest.mark.parametrize("options", [PPOConfig(), SACConfig()])
+def test_predictions_are_differences_of_values_of_one_draw(options: PPOConfig | SACConfig) -> None:
     """With no spread to speak of: value now minus discounted value where time ran out, row by row."""
-    suite, _, made = build(PointMassOptions(envs_per_task=2, horizon=7), options)
+    suite, _, made = build(PointMassConfig(envs_per_task=2, horizon=7), options)
     with torch.no_grad():
         for _, layer in posterior_layers(made.critic):
-            for name in layer.spread_parameters:
+            for name in layer.rho_parameters:
                 layer.get_parameter(name).fill_(-40.0)
     engine = suite.make_engine(2, 0, evaluation=True)
     recording = record(made, engine, 3)
@@ -87,7 +87,7 @@ def test_predictions_are_differences_of_values_of_one_draw(options: PPOOptions |
     made.critic.eval()
 
     def value(obs: Tensor, action: Tensor) -> Tensor:
-        soft = isinstance(options, SACOptions)
+        soft = isinstance(options, SACConfig)
         result: Tensor = (
             made.critic(obs, action, made.task_ids).mean(0) if soft else made.critic(obs, made.task_ids)
         )
@@ -103,12 +103,12 @@ def test_predictions_are_differences_of_values_of_one_draw(options: PPOOptions |
             wanted = (now - 0.9 ** (ahead + 1) * later).numpy()
             np.testing.assert_allclose(comparison.mean[:, rows], wanted, rtol=1e-4, atol=1e-5)
             seen = sum(0.9**k * recording.reward[step + k] for k in range(ahead + 1))
-            if isinstance(options, SACOptions):
+            if isinstance(options, SACConfig):
                 bonus = sum(0.9**k * recording.log_prob[step + k] for k in range(1, ahead + 1))
                 seen = seen - 0.5 * (bonus + 0.9 ** (ahead + 1) * recording.next_log_prob[end])
             np.testing.assert_allclose(comparison.observed[:, rows], np.asarray(seen), rtol=1e-4, atol=1e-5)
             np.testing.assert_allclose(comparison.tail_weight[:, rows], 0.9 ** (ahead + 1))
-    if isinstance(options, PPOOptions):
+    if isinstance(options, PPOConfig):
         assert comparison.std.max() < 1e-5
     else:
         assert comparison.std.max() > 1e-3  # the twins are two draws
@@ -116,7 +116,7 @@ def test_predictions_are_differences_of_values_of_one_draw(options: PPOOptions |
 
 
 def test_recording_repeats_and_counts_the_episodes_asked_for() -> None:
-    suite, _, made = build(PointMassOptions(envs_per_task=2, horizon=5), PPOOptions())
+    suite, _, made = build(PointMassConfig(envs_per_task=2, horizon=5), PPOConfig())
     recordings = []
     for _ in range(2):
         torch.manual_seed(3)

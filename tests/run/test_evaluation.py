@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from envs.cartpole import CartPoleOptions, CartPoleSuite
-from envs.pointmass import PointMassOptions, PointMassSuite
-from envs.suite import Suite
-from varshare_rl.run.evaluation import Stage, play
+from varshare_rl.envs.cartpole import CartPoleConfig, CartPoleSuite
+from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
+from varshare_rl.envs.suite import Suite
+from varshare_rl.run.evaluation import EpisodeCursor, play
 
 
 class Simple:
@@ -29,7 +29,7 @@ class Simple:
 
 def played(suite: Suite, episodes: int, rounds: int, names: tuple[str, ...], going_on: bool) -> np.ndarray:
     engine = suite.make_engine(2, 0, evaluation=True)
-    stage = Stage() if going_on else None
+    stage = EpisodeCursor() if going_on else None
     found = []
     for _ in range(rounds):
         means = play(lambda envs: Simple(suite), suite, engine, episodes, torch.device("cpu"), stage)
@@ -39,7 +39,7 @@ def played(suite: Suite, episodes: int, rounds: int, names: tuple[str, ...], goi
 
 def test_episodes_go_on() -> None:
     """Three rounds of two episodes are six episodes, when all take as long."""
-    suite = PointMassSuite(PointMassOptions())
+    suite = PointMassSuite(PointMassConfig())
     names = ("return", "episode_steps", "success")
     rounds = played(suite, 2, 3, names, going_on=True)
     assert rounds.mean(0) == pytest.approx(played(suite, 6, 1, names, going_on=False)[0])
@@ -49,7 +49,7 @@ def test_episodes_go_on() -> None:
 
 def test_what_is_left_of_an_episode_does_not_count() -> None:
     """Poles do not fall together, so a round ends in the middle of an episode: by hand from one long recording."""
-    suite = CartPoleSuite(CartPoleOptions(tasks=["standard"]))
+    suite = CartPoleSuite(CartPoleConfig(tasks=["standard"]))
     engine, policy = suite.make_engine(2, 0, evaluation=True), Simple(suite)
     whole: list[list[tuple[int, int]]] = [[], []]  # first step and the step after the last of every slot's episodes
     obs, since = engine.reset(), [0, 0]

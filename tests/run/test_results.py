@@ -14,7 +14,7 @@ import torch
 
 from varshare_rl.files import to_json
 from varshare_rl.run import results
-from varshare_rl.run.results import conditions, summary
+from varshare_rl.run.results import provenance, summary
 
 PARAMETERS = {"stored": 100, "active_per_task": 60, "shared": 50, "per_task": 5}
 
@@ -75,7 +75,7 @@ def test_summary_misses_nothing_silently() -> None:
 
 
 def test_conditions_name_the_versions_that_run() -> None:
-    found = conditions({"suite": "mt10", "reward_version": "v2", "horizon": 500}, seed=7)
+    found = provenance({"suite": "mt10", "reward_version": "v2", "horizon": 500}, seed=7)
     expected = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -108,7 +108,7 @@ def test_commit_of_a_clone_and_of_nothing_else(tmp_path: Path, monkeypatch: pyte
     source.touch()
 
     def commit_and_dirty() -> tuple[str | None, bool | None]:
-        found = conditions({}, seed=0)
+        found = provenance({}, seed=0)
         return found["git_commit"], found["git_dirty"]
 
     assert commit_and_dirty() == (None, None)  # no repository

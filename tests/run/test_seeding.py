@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
+from varshare_rl.errors import UserError
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
-from varshare_rl.run.seeding import load_rng_state, rng_state, seed_everything
-from varshare_rl.types import UserError
+from varshare_rl.run.process import load_rng_state, rng_state, seed_everything
 
 
 def draw() -> list[float]:

@@ -8,8 +8,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugins.hparams import metadata
 from tensorboard.util import tensor_util
 
+from varshare_rl.errors import UserError
 from varshare_rl.run.tracker import Tracker
-from varshare_rl.types import UserError
 
 
 def lines_of(run_dir: Path) -> list[dict[str, Any]]:

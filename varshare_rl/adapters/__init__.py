@@ -4,12 +4,12 @@ from varshare_rl.adapters.adapter import Adapter, AdapterInfo, LowRank, adapter_
 from varshare_rl.adapters.agent import base_network, task_adapter
 from varshare_rl.adapters.folder import read_adapter, write_adapter
 from varshare_rl.adapters.layer import LoRALinear
-from varshare_rl.adapters.lora import LoRA, apply_lora
+from varshare_rl.adapters.lora import AdapterSet, apply_lora
 
 __all__ = [
     "Adapter",
     "AdapterInfo",
-    "LoRA",
+    "AdapterSet",
     "LoRALinear",
     "LowRank",
     "adapter_scale",

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from varshare_rl.types import UserError
+from varshare_rl.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter, LowRank
-from varshare_rl.nn.l2_soft import L2SoftLayer
+from varshare_rl.errors import UserError
+from varshare_rl.nn.lora import L2SoftLayer, ResidualLayer
 from varshare_rl.nn.merge import WeightBias, plain_network
-from varshare_rl.nn.residual import ResidualLayer
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
-from varshare_rl.types import UserError
 
 
 def base_network(network: nn.Module) -> nn.Sequential:
@@ -50,7 +49,7 @@ def correction(layer: nn.Module, task: int) -> LowRank | None:
     return LowRank(a.detach().clone(), b.detach().clone(), layer.scale)
 
 
-def task_spread(network: nn.Module, task: int) -> dict[str, Tensor]:
+def task_rho(network: nn.Module, task: int) -> dict[str, Tensor]:
     """What a LoRA adapter has no room for: ``rho`` of both factors and the prior's scale, by path and name.
 
     Empty without posteriors.

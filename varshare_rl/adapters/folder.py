@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from varshare_rl.adapters.adapter import Adapter, AdapterInfo, LowRank, describe
+from varshare_rl.errors import UserError
 from varshare_rl.files import whole_folder, write_atomically, write_json
-from varshare_rl.types import UserError
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"

@@ -14,8 +14,8 @@ from varshare_rl.adapters.adapter import Adapter, LowRank, adapter_scale, descri
 from varshare_rl.adapters.folder import read_adapter, write_adapter
 from varshare_rl.adapters.layer import LoRALinear, Selection
 from varshare_rl.adapters.targets import find_targets, listed
+from varshare_rl.errors import UserError
 from varshare_rl.nn.initial import check_positive, linear_parameters
-from varshare_rl.types import UserError
 
 
 def apply_lora(
@@ -25,7 +25,7 @@ def apply_lora(
     alpha: float | None = None,
     dropout: float = 0.0,
     rslora: bool = False,
-) -> LoRA:
+) -> AdapterSet:
     """Freeze ``model`` and give its linear modules room for adapters, in place.
 
     Nothing of what it computes changes until an adapter is active.
@@ -57,7 +57,7 @@ def apply_lora(
     for path, layer in layers.items():
         layer.train(layer.base.training)
         _replace(model, path, layer)
-    return LoRA(model, layers, selection, learned, _Defaults(rank, alpha, dropout, rslora))
+    return AdapterSet(model, layers, selection, learned, _Defaults(rank, alpha, dropout, rslora))
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Defaults:
     rslora: bool
 
 
-class LoRA:
+class AdapterSet:
     """The adapters of one model; made by :func:`apply_lora`.
 
     Attributes:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from varshare_rl.types import UserError
+from varshare_rl.errors import UserError
 
 
 def find_targets(modules: dict[str, nn.Module], wanted: Sequence[str] | str) -> dict[str, nn.Linear]:

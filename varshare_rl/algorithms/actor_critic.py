@@ -8,20 +8,20 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.algorithms.base import Learner
+from varshare_rl.algorithms.base import AgentContext
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.data.rewards import RewardScale, reward_scaler
 from varshare_rl.nn.actor import Actor, PolicyDistribution
 from varshare_rl.nn.critic import Critic
-from varshare_rl.nn.draws import Draw, PolicyDraws
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.stochastic import drawn_layers
+from varshare_rl.nn.weight_sampler import Resample, WeightSampler
 from varshare_rl.optim.absorption import Absorbing, absorb_all
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Metrics, Scalars, Tree
 
 
-class ActorCriticOptions(Protocol):
+class ActorCriticConfig(Protocol):
     """The options that every actor-critic algorithm has."""
 
     learning_rate: float
@@ -47,22 +47,22 @@ class GreedyPolicy:
     """
 
     def __init__(
-        self, actor: Actor, normalizer: ObservationNormalizer, mode: Draw, num_tasks: int, envs_per_task: int
+        self, actor: Actor, normalizer: ObservationNormalizer, mode: Resample, num_tasks: int, envs_per_task: int
     ) -> None:
         self.actor, self.normalizer = actor, normalizer
         self.task_ids = torch.arange(num_tasks)
-        self.draws = PolicyDraws(mode, actor, num_tasks, envs_per_task)
+        self.weight_sampler = WeightSampler(mode, actor, num_tasks, envs_per_task)
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """``[T, E, F]`` to actions ``[T, E, ...]``."""
-        with self.draws.acting(obs.shape[1]):
+        with self.weight_sampler.sample(obs.shape[1]):
             distribution: PolicyDistribution = self.actor(self.normalizer(obs), self.task_ids)
             return distribution.mode()
 
     def observe(self, done: Tensor) -> None:
         """New episodes may get new draws."""
-        self.draws.observe(done)
+        self.weight_sampler.record(done)
 
 
 class ActorCritic:
@@ -72,7 +72,7 @@ class ActorCritic:
     (``target_name``).
 
     Args:
-        options: rates, clipping, discount, what is normalised, and how often networks start anew.
+        config: rates, clipping, discount, what is normalised, and how often networks start anew.
         learner: the problem, the network factory and the ELBO.
         build: makes a fresh policy and critic, on the problem's device.
         epsilon: Adam's epsilon.
@@ -84,29 +84,29 @@ class ActorCritic:
 
     def __init__(
         self,
-        options: ActorCriticOptions,
-        learner: Learner,
+        config: ActorCriticConfig,
+        context: AgentContext,
         build: Callable[[], Networks],
         epsilon: float = 1e-8,
     ) -> None:
-        problem = learner.problem
-        self.problem, self.elbo, self.task_ids = problem, learner.elbo, problem.task_ids
-        self.regularizer = learner.regularizer
+        spec = context.spec
+        self.spec, self.elbo, self.task_ids = spec, context.elbo, spec.task_ids
+        self.regularizer = context.regularizer
         self.actor, self.critic = build()
-        clip = options.max_grad_norm
-        chosen = (learner.optimizer, learner.guard)
-        self.actor_step = LossStep(self.actor, options.learning_rate, clip, epsilon, *chosen)
-        self.critic_step = LossStep(self.critic, options.critic_learning_rate, clip, epsilon, *chosen)
-        gradient = learner.gradient
-        self.actor_step.combine_by(gradient.actor, gradient, problem.num_tasks)
-        self.critic_step.combine_by(gradient.critic, gradient, problem.num_tasks)
-        self.normalizer = ObservationNormalizer(
-            problem.num_tasks, problem.obs_size, options.normalize_observations
-        ).to(problem.device)
-        self.reward_scaler = reward_scaler(options.reward_scale, problem.num_tasks, options.discount)
-        self.reward_scaler.to(problem.device)
-        self.draws = PolicyDraws(
-            self.elbo.options.draw.acting, self.actor, problem.num_tasks, problem.envs_per_task, self.replays_draws
+        clip = config.max_grad_norm
+        chosen = (context.optimizer, context.divergence_guard)
+        self.actor_step = LossStep(self.actor, config.learning_rate, clip, epsilon, *chosen)
+        self.critic_step = LossStep(self.critic, config.critic_learning_rate, clip, epsilon, *chosen)
+        gradient = context.gradient
+        self.actor_step.aggregate_by(gradient.actor, gradient, spec.num_tasks)
+        self.critic_step.aggregate_by(gradient.critic, gradient, spec.num_tasks)
+        self.normalizer = ObservationNormalizer(spec.num_tasks, spec.obs_size, config.normalize_observations).to(
+            spec.device
+        )
+        self.reward_scaler = reward_scaler(config.reward_scale, spec.num_tasks, config.discount)
+        self.reward_scaler.to(spec.device)
+        self.weight_sampler = WeightSampler(
+            self.elbo.config.draw.acting, self.actor, spec.num_tasks, spec.envs_per_task, self.replays_draws
         )
         self.absorbing = {
             "actor": Absorbing(self.actor, self.actor_step.optimizer),
@@ -114,7 +114,7 @@ class ActorCritic:
         }
         self.absorbed: Scalars = {}  # what the last absorption is to be logged with
         self.updates = 0
-        self.resets_planned, self.resets_done, self.fraction = options.resets, 0, 0.0
+        self.resets_planned, self.resets_done, self.fraction = config.resets, 0, 0.0
         self._build = build
 
     def policy(self, obs: Tensor) -> PolicyDistribution:
@@ -124,17 +124,17 @@ class ActorCritic:
 
     def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
         """The mode of the policy."""
-        mode = self.elbo.options.draw.evaluation
-        return GreedyPolicy(self.actor, self.normalizer, mode, self.problem.num_tasks, envs_per_task)
+        mode = self.elbo.config.draw.evaluation
+        return GreedyPolicy(self.actor, self.normalizer, mode, self.spec.num_tasks, envs_per_task)
 
     def weight_draws(self) -> str:
         """With which weights it acts, learns and is evaluated."""
         layer = next((layer for _, layer in drawn_layers(self.actor)), None)
         if layer is None:
             return "none: this network has no posteriors"
-        draw = self.elbo.options.draw
-        drawn = layer.particles > 1 and layer.estimator in ("weight", "flipout")
-        estimator = f"{layer.estimator}, {layer.particles} particles" if drawn else layer.estimator
+        draw = self.elbo.config.draw
+        drawn = layer.weight_samples > 1 and layer.estimator in ("weight", "flipout")
+        estimator = f"{layer.estimator}, {layer.weight_samples} samples" if drawn else layer.estimator
         return (
             f"acting {draw.acting.value}; training {self.training_draws} ({estimator}); "
             f"{self.target_name} {draw.targets.value}; evaluation {draw.evaluation.value}"
@@ -169,9 +169,9 @@ class ActorCritic:
         parts of the budget but the last.
         """
         self.reward_scaler.settle()
-        options = self.elbo.options.absorb
-        if options.due(updates_before, self.updates):
-            self.absorbed = dict(absorb_all(self.absorbing, options))
+        config = self.elbo.config.absorb
+        if config.due(updates_before, self.updates):
+            self.absorbed = dict(absorb_all(self.absorbing, config))
         due = min(int(self.fraction * (self.resets_planned + 1) + 1e-9), self.resets_planned)
         if due > self.resets_done:
             self.resets_done = due
@@ -188,10 +188,10 @@ class ActorCritic:
 
     def masked_steps(self) -> Tensor:
         """Steps of actor and critic that each task was left out of, ``[T]``."""
-        masked = torch.zeros(self.problem.num_tasks, dtype=torch.int64)
+        masked = torch.zeros(self.spec.num_tasks, dtype=torch.int64)
         for step in (self.actor_step, self.critic_step):
-            if step.guard.masked is not None:
-                masked += step.guard.masked.cpu()
+            if step.divergence_guard.masked is not None:
+                masked += step.divergence_guard.masked.cpu()
         return masked
 
     def trained_modules(self) -> dict[str, nn.Module]:
@@ -205,14 +205,14 @@ class ActorCritic:
         gradients of the shared parameters that are combined, one per task; ``draws``: of the policy's weights,
         with ``vector_steps`` between updates. ``share`` of the tasks are in one update.
         """
-        modules, problem = self.trained_modules().values(), self.problem
+        modules, spec = self.trained_modules().values(), self.spec
         steps = (self.actor_step, self.critic_step)
         sizes = [parameter.numel() for module in modules for parameter in module.parameters()]
         own = [role.parameter.numel() for step in steps for role in step.roles if role.own]
         held = {
             "networks": 4 * (4 * sum(sizes) - round((1.0 - share) * sum(own))),
-            "task gradients": sum(step.reduction.memory_bytes(problem.num_tasks) for step in steps),
-            "draws": self.draws.memory_bytes(vector_steps, problem.horizon),
+            "task gradients": sum(step.reduction.memory_bytes(spec.num_tasks) for step in steps),
+            "draws": self.weight_sampler.memory_bytes(vector_steps, spec.horizon),
         }
         return {name: size for name, size in held.items() if size}
 
@@ -242,7 +242,7 @@ class ActorCritic:
         return {
             **self.policy_state(),
             "elbo": self.elbo.state(),
-            "draws": self.draws.state(),
+            "draws": self.weight_sampler.state(),
             "actor_step": self.actor_step.state(),
             "critic_step": self.critic_step.state(),
             "updates": self.updates,
@@ -254,7 +254,7 @@ class ActorCritic:
         """Put back what :meth:`state` gave."""
         self.load_policy_state(state)
         self.elbo.load_state(state["elbo"])
-        self.draws.load_state(state["draws"])
+        self.weight_sampler.load_state(state["draws"])
         self.actor_step.load_state(state["actor_step"])
         self.critic_step.load_state(state["critic_step"])
         self.updates = state["updates"]

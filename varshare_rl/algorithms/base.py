@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.actor import Actor, CategoricalActor, TanhGaussianActor
-from varshare_rl.nn.critic import CriticOptions, TwinQ, ValueNetwork
-from varshare_rl.optim.combiners import GradientOptions
+from varshare_rl.nn.critic import CriticConfig, TwinQ, ValueNetwork
+from varshare_rl.optim.aggregators import GradientConfig
+from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.elbo import Elbo
-from varshare_rl.optim.guard import GuardOptions
-from varshare_rl.optim.optimizer import OptimizerOptions
+from varshare_rl.optim.optimizer import OptimizerConfig
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
 #: Builds a task network from its input and output size.
@@ -22,7 +22,7 @@ NetworkFactory = Callable[[int, int], nn.Module]
 
 
 @dataclass(frozen=True)
-class Problem:
+class TaskSpec:
     """What an algorithm must know of the tasks, and where it computes."""
 
     num_tasks: int
@@ -111,19 +111,19 @@ class Algorithm(Protocol):
 
 
 def build_actor(
-    problem: Problem,
+    spec: TaskSpec,
     make_network: NetworkFactory,
     log_std_range: tuple[float, float],
     initial_log_std: float,
 ) -> Actor:
     """The policy that fits the action space, on the problem's device."""
     actor: Actor
-    if problem.discrete:
-        actor = CategoricalActor(make_network(problem.obs_size, problem.action_size), problem.action_mask)
+    if spec.discrete:
+        actor = CategoricalActor(make_network(spec.obs_size, spec.action_size), spec.action_mask)
     else:
-        network = make_network(problem.obs_size, 2 * problem.action_size)
-        actor = TanhGaussianActor(network, problem.action_mask, log_std_range, initial_log_std)
-    return actor.to(problem.device)
+        network = make_network(spec.obs_size, 2 * spec.action_size)
+        actor = TanhGaussianActor(network, spec.action_mask, log_std_range, initial_log_std)
+    return actor.to(spec.device)
 
 
 class Regularizer(Protocol):
@@ -138,29 +138,29 @@ class Regularizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Learner:
+class AgentContext:
     """What every algorithm is built from besides its own options."""
 
-    problem: Problem
+    spec: TaskSpec
     make_network: NetworkFactory
     elbo: Elbo
-    critic: CriticOptions = field(default_factory=CriticOptions)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     make_critic_network: NetworkFactory | None = None  # None: as make_network
-    gradient: GradientOptions = field(default_factory=GradientOptions)
-    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
-    guard: GuardOptions = field(default_factory=GuardOptions)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    divergence_guard: DivergenceGuardConfig = field(default_factory=DivergenceGuardConfig)
     regularizer: Regularizer | None = None
 
     def value_network(self) -> ValueNetwork:
         """A fresh state value, on the problem's device."""
-        network = self._critic_network(self.problem.obs_size)
-        return ValueNetwork(network, self.problem.num_tasks, self.critic).to(self.problem.device)
+        network = self._critic_network(self.spec.obs_size)
+        return ValueNetwork(network, self.spec.num_tasks, self.critic).to(self.spec.device)
 
     def twin_critic(self) -> TwinQ:
         """Fresh twin action values, on the problem's device."""
-        size = self.problem.obs_size + self.problem.action_size
-        twins = TwinQ(lambda: self._critic_network(size), self.problem.num_tasks, self.critic)
-        return twins.to(self.problem.device)
+        size = self.spec.obs_size + self.spec.action_size
+        twins = TwinQ(lambda: self._critic_network(size), self.spec.num_tasks, self.critic)
+        return twins.to(self.spec.device)
 
     def _critic_network(self, in_features: int) -> nn.Module:
         return (self.make_critic_network or self.make_network)(in_features, self.critic.outputs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
-from varshare_rl.algorithms.base import Learner, build_actor
+from varshare_rl.algorithms.base import AgentContext, build_actor
 from varshare_rl.data.rewards import RewardScale
 from varshare_rl.data.rollout import Rollout, RolloutStep
 from varshare_rl.nn.actor import Sample
@@ -22,7 +22,7 @@ from varshare_rl.types import Scalars, Transition, Tree
 
 
 @dataclass
-class PPOOptions:
+class PPOConfig:
     """Options of ``algorithm=ppo``. Sizes are per task."""
 
     name: str = "ppo"
@@ -52,7 +52,7 @@ class PPO(ActorCritic):
     The critic draws anew at each pass.
 
     Args:
-        options: see :class:`PPOOptions`.
+        config: see :class:`PPOConfig`.
         learner: the problem, the network factory and the ELBO.
     """
 
@@ -61,24 +61,24 @@ class PPO(ActorCritic):
     replays_draws = True
     critic: ValueNetwork
 
-    def __init__(self, options: PPOOptions, learner: Learner) -> None:
-        problem = learner.problem
-        log_std_range = (options.min_log_std, options.max_log_std)
+    def __init__(self, config: PPOConfig, context: AgentContext) -> None:
+        spec = context.spec
+        log_std_range = (config.min_log_std, config.max_log_std)
 
         def build() -> Networks:
-            actor = build_actor(problem, learner.make_network, log_std_range, options.initial_log_std)
-            return actor, learner.value_network()
+            actor = build_actor(spec, context.make_network, log_std_range, config.initial_log_std)
+            return actor, context.value_network()
 
-        super().__init__(options, learner, build, epsilon=1e-5)
-        self.options = options
-        self.rollout = Rollout(-(-options.rollout_transitions_per_task // problem.envs_per_task))
+        super().__init__(config, context, build, epsilon=1e-5)
+        self.config = config
+        self.rollout = Rollout(-(-config.rollout_transitions_per_task // spec.envs_per_task))
         self._acted: list[tuple[Tensor, Sample]] = []
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """Sample actions under the draws of ``elbo.draw.acting``."""
         obs = self.normalizer(obs)
-        with self.draws.acting(obs.shape[1]):
+        with self.weight_sampler.sample(obs.shape[1]):
             sample = self.policy(obs).sample()
         self._acted.append((obs, sample))
         return sample.action
@@ -103,7 +103,7 @@ class PPO(ActorCritic):
                 transition.terminated,
                 transition.truncated,
                 self.normalizer(transition.next_obs),
-                self.draws.observe(done),
+                self.weight_sampler.record(done),
             )
         )
         self.normalizer.update(transition.obs)
@@ -119,7 +119,7 @@ class PPO(ActorCritic):
         minibatches = self._update_epochs(data)
         self.rollout.clear()
         self.finish_update(updates_before)
-        self.draws.renew()
+        self.weight_sampler.resample()
         metrics: Scalars = {
             f"loss/{name}": torch.stack([minibatch[name] for minibatch in minibatches]).mean()
             for name in minibatches[0]
@@ -132,7 +132,7 @@ class PPO(ActorCritic):
     def _training_data(self) -> tuple[dict[str, Tensor], Tensor]:
         """The rollout as ``[T, S * E, ...]`` with advantages and value targets; the explained variance."""
         rollout = self.rollout
-        mean = self.elbo.options.draw.targets is TargetDraw.mean
+        mean = self.elbo.config.draw.targets is TargetDraw.mean
         with posterior_mean(self.critic) if mean else nullcontext():
             value, next_value = (
                 self.critic(rollout[name].flatten(1, 2), self.task_ids).view_as(rollout["reward"])
@@ -140,7 +140,7 @@ class PPO(ActorCritic):
             )
         advantage = gae(
             rollout["reward"], value, next_value, rollout["terminated"], rollout["truncated"],
-            self.options.discount, self.options.gae_lambda,
+            self.config.discount, self.config.gae_lambda,
         )  # fmt: skip
         target = advantage + value
         data = {name: rollout[name].flatten(1, 2) for name in ("obs", "raw_action", "log_prob")}
@@ -154,27 +154,27 @@ class PPO(ActorCritic):
     def _update_epochs(self, data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Steps on shuffled minibatches until the epochs are done or the policy has moved far enough."""
         transitions = data["obs"].shape[1]
-        size = max(transitions // self.options.minibatches, 1)
+        size = max(transitions // self.config.minibatches, 1)
         done: list[dict[str, Tensor]] = []
-        for _ in range(self.options.epochs):
+        for _ in range(self.config.epochs):
             order = torch.randperm(transitions, device=data["obs"].device)
             for start in range(0, transitions - size + 1, size):
                 rows = order[start : start + size]
                 batch = {name: value.index_select(1, rows) for name, value in data.items()}
                 done.append(self._update_minibatch(batch, transitions))
-                target = self.options.target_kl
+                target = self.config.target_kl
                 if target is not None and float(done[-1]["approximate_kl"]) > target:
                     return done
         return done
 
     def _update_minibatch(self, batch: dict[str, Tensor], transitions: int) -> dict[str, Tensor]:
         """One step of actor and critic on a minibatch ``[T, M]``; ``transitions`` is the ELBO's ``n_i``."""
-        with self.draws.replaying(batch.get("draws")):
+        with self.weight_sampler.replay(batch.get("draws")):
             distribution = self.policy(batch["obs"])
         log_prob = distribution.log_prob(batch["raw_action"])
-        policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], self.options.clip)
+        policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], self.config.clip)
         entropy = distribution.entropy().mean(-1)
-        actor_losses = policy.loss - self.options.entropy_weight * entropy
+        actor_losses = policy.loss - self.config.entropy_weight * entropy
         actor_norm = self.actor_step(actor_losses + self.penalty("actor", transitions))
 
         self.critic.track(batch["target"])
@@ -201,12 +201,12 @@ class PPO(ActorCritic):
 
     def memory_bytes(self) -> dict[str, int]:
         """What every training holds; rollout: observations, action, two floats, two flags, which draws."""
-        problem = self.problem
-        row = 4 * (2 * problem.obs_size + 2) + (8 if problem.discrete else 4 * problem.action_size) + 2
-        row += self.draws.bytes_per_step()
+        spec = self.spec
+        row = 4 * (2 * spec.obs_size + 2) + (8 if spec.discrete else 4 * spec.action_size) + 2
+        row += self.weight_sampler.bytes_per_step()
         return {
             **self.common_bytes(self.rollout.vector_steps),
-            "rollout": problem.num_tasks * self.rollout.vector_steps * problem.envs_per_task * row,
+            "rollout": spec.num_tasks * self.rollout.vector_steps * spec.envs_per_task * row,
         }
 
     def state(self) -> Tree:
@@ -216,4 +216,4 @@ class PPO(ActorCritic):
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave."""
         super().load_state(state)
-        self.rollout.load_state(state["rollout"], self.problem.device)
+        self.rollout.load_state(state["rollout"], self.spec.device)

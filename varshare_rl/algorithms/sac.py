@@ -9,23 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
-from varshare_rl.algorithms.base import Learner, build_actor
-from varshare_rl.data.replay import Replay, ReplayBatch
+from varshare_rl.algorithms.base import AgentContext, build_actor
+from varshare_rl.data.replay import ReplayBatch, ReplayBuffer
 from varshare_rl.data.rewards import RewardScale
+from varshare_rl.errors import UserError
 from varshare_rl.nn.critic import TwinQ
-from varshare_rl.nn.draws import drawn_once
-from varshare_rl.nn.parameters import frozen, spread_parameters
+from varshare_rl.nn.parameters import frozen, rho_parameters
 from varshare_rl.nn.stochastic import theta_only
+from varshare_rl.nn.weight_sampler import drawn_once
 from varshare_rl.ops.returns import td_target
-from varshare_rl.optim.combiners import Method
+from varshare_rl.optim.aggregators import AggregatorName
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
-from varshare_rl.optim.task_window import TaskWindow
-from varshare_rl.types import Scalars, Transition, Tree, UserError
+from varshare_rl.optim.task_subset import TaskSubset
+from varshare_rl.types import Scalars, Transition, Tree
 
 
 @dataclass
-class SACOptions:
+class SACConfig:
     """Options of ``algorithm=sac``. Sizes are per task."""
 
     name: str = "sac"
@@ -60,11 +61,11 @@ class SAC(ActorCritic):
     """SAC with twin critics and an entropy coefficient per task.
 
     Every update draws weights anew, once for all its passes where the estimator allows
-    (:func:`~varshare_rl.nn.draws.drawn_once`). Under PopArt the entropy coefficient counts in units of the task's
+    (:func:`~varshare_rl.nn.weight_sampler.drawn_once`). Under PopArt the entropy coefficient counts in units of the task's
     values, so a factor on a task's rewards changes nothing.
 
     Args:
-        options: see :class:`SACOptions`.
+        config: see :class:`SACConfig`.
         learner: the problem, the network factory and the ELBO.
 
     Raises:
@@ -76,37 +77,39 @@ class SAC(ActorCritic):
     target_name = "target critics"
     replays_draws = False
 
-    def __init__(self, options: SACOptions, learner: Learner) -> None:
-        problem = learner.problem
-        if problem.discrete:
+    def __init__(self, config: SACConfig, context: AgentContext) -> None:
+        spec = context.spec
+        if spec.discrete:
             raise UserError("algorithm=sac needs Box actions, and this suite's are Discrete; use algorithm=ppo")
 
         def build() -> Networks:
-            return build_actor(problem, learner.make_network, (-20.0, 2.0), 0.0), learner.twin_critic()
+            return build_actor(spec, context.make_network, (-20.0, 2.0), 0.0), context.twin_critic()
 
-        super().__init__(options, learner, build)
-        self.options = options
+        super().__init__(config, context, build)
+        self.config = config
         self.target_critic = self.critic.target()
-        self.target_critic.train(learner.elbo.options.draw.targets is TargetDraw.sample)
-        self._followed = self._followed_parameters()
-        self.absorbing["critic"] = replace(self.absorbing["critic"], follower=self.target_critic)
-        log_alpha = torch.full((problem.num_tasks,), options.initial_entropy_coefficient).log()
-        self.log_alpha = nn.Parameter(log_alpha.to(problem.device))
-        dimensions = problem.action_mask.to(problem.device).sum(1).float()
-        self.target_entropy = options.target_entropy_per_dimension * dimensions  # [T]
-        self.entropy_step = LossStep([self.log_alpha], options.entropy_learning_rate, 0.0, guard=learner.guard)
+        self.target_critic.train(context.elbo.config.draw.targets is TargetDraw.sample)
+        self._target_pairs = self._target_parameters()
+        self.absorbing["critic"] = replace(self.absorbing["critic"], target_module=self.target_critic)
+        log_alpha = torch.full((spec.num_tasks,), config.initial_entropy_coefficient).log()
+        self.log_alpha = nn.Parameter(log_alpha.to(spec.device))
+        dimensions = spec.action_mask.to(spec.device).sum(1).float()
+        self.target_entropy = config.target_entropy_per_dimension * dimensions  # [T]
+        self.entropy_step = LossStep(
+            [self.log_alpha], config.entropy_learning_rate, 0.0, divergence_guard=context.divergence_guard
+        )
         for method, step in (
-            (learner.gradient.actor, self.actor_step),
-            (learner.gradient.critic, self.critic_step),
+            (context.gradient.actor, self.actor_step),
+            (context.gradient.critic, self.critic_step),
         ):
-            if method is Method.softmax_temperature:
+            if method is AggregatorName.softmax_temperature:
                 step.follow_temperature(self.log_alpha)
-        self.replay = Replay(
-            problem.num_tasks, options.replay_capacity_per_task, problem.obs_size, problem.action_size,
-            problem.device,
+        self.replay = ReplayBuffer(
+            spec.num_tasks, config.replay_capacity_per_task, spec.obs_size, spec.action_size,
+            spec.device,
         )  # fmt: skip
-        self.window = TaskWindow(
-            problem.num_tasks, options.tasks_per_update or problem.num_tasks,
+        self.window = TaskSubset(
+            spec.num_tasks, config.tasks_per_update or spec.num_tasks,
             [self.actor, self.critic, self.target_critic, self.normalizer, self.reward_scaler], [self.log_alpha],
             [step.optimizer for step in (self.actor_step, self.critic_step, self.entropy_step)],
         )  # fmt: skip
@@ -116,11 +119,11 @@ class SAC(ActorCritic):
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
         """Uniformly random actions at first, then samples of the policy."""
-        if self.transitions_per_task < self.options.start_transitions_per_task:
-            shape = (*obs.shape[:2], self.problem.action_size)
+        if self.transitions_per_task < self.config.start_transitions_per_task:
+            shape = (*obs.shape[:2], self.spec.action_size)
             uniform = torch.rand(shape, device=obs.device) * 2.0 - 1.0
-            return uniform * self.problem.action_mask.to(obs.device).unsqueeze(1)
-        with self.draws.acting(obs.shape[1]):
+            return uniform * self.spec.action_mask.to(obs.device).unsqueeze(1)
+        with self.weight_sampler.sample(obs.shape[1]):
             return self.policy(self.normalizer(obs)).sample().action
 
     @torch.no_grad()
@@ -130,10 +133,10 @@ class SAC(ActorCritic):
         self.normalizer.update(transition.obs)
         done = transition.terminated | transition.truncated
         self.reward_scaler.update(transition.reward, done)
-        self.draws.observe(done)
+        self.weight_sampler.record(done)
         self.transitions_per_task += transition.reward.shape[1]
-        if self.transitions_per_task >= self.options.start_transitions_per_task:
-            self.updates_due += self.options.updates_per_transition_per_task * transition.reward.shape[1]
+        if self.transitions_per_task >= self.config.start_transitions_per_task:
+            self.updates_due += self.config.updates_per_transition_per_task * transition.reward.shape[1]
 
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""
@@ -150,15 +153,15 @@ class SAC(ActorCritic):
             if tasks is not None:
                 self.task_ids = tasks
             scalars = self._step(tasks)
-        self.task_ids = self.problem.task_ids
-        self.draws.renew()
+        self.task_ids = self.spec.task_ids
+        self.weight_sampler.resample()
         self.updates += 1
         self.updates_due -= 1.0
         self.finish_update(self.updates - 1)
         return scalars
 
     def _step(self, tasks: Tensor | None) -> Scalars:
-        batch = self._normalized(self.replay.sample(self.options.batch_per_task, tasks))
+        batch = self._normalized(self.replay.sample(self.config.batch_per_task, tasks))
         transitions = len(self.replay)
         with drawn_once(self.actor), drawn_once(self.critic):
             critic = self._update_critic(batch, transitions)
@@ -168,7 +171,7 @@ class SAC(ActorCritic):
             target_entropy = target_entropy[tasks.to(target_entropy.device)]
         self.entropy_step(-self.log_alpha * (log_prob + target_entropy))
         with torch.no_grad():
-            torch._foreach_lerp_(*self._followed, self.options.target_rate)
+            torch._foreach_lerp_(*self._target_pairs, self.config.target_rate)
         self.elbo.step(self.trained_modules(), lambda: self._loss_gap(batch, critic))
         return {
             "loss/critic": critic.losses.mean(),
@@ -193,10 +196,10 @@ class SAC(ActorCritic):
     def _update_critic(self, batch: ReplayBatch, transitions: int) -> CriticStep:
         alpha = self.log_alpha.detach().exp().unsqueeze(1)  # [T, 1]
         with torch.no_grad():
-            following = self.policy(batch.next_obs).sample()
-            next_q = self.target_critic(batch.next_obs, following.action, self.task_ids).amin(0)
-            next_value = next_q - alpha * self.critic.spread() * following.log_prob
-            target = td_target(batch.reward, next_value, batch.terminated, self.options.discount)
+            next_action = self.policy(batch.next_obs).sample()
+            next_q = self.target_critic(batch.next_obs, next_action.action, self.task_ids).amin(0)
+            next_value = next_q - alpha * self.critic.value_std() * next_action.log_prob
+            target = td_target(batch.reward, next_value, batch.terminated, self.config.discount)
         self.critic.track(target, self.target_critic)
         losses, q = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
         norm = self.critic_step(losses + self.penalty("critic", transitions))
@@ -215,15 +218,15 @@ class SAC(ActorCritic):
         sample = self.policy(batch.obs).sample()
         with frozen(self.critic):  # a fixed function here: skip its weight gradients
             q = self.critic(batch.obs, sample.action, self.task_ids).amin(0)
-        losses = (alpha * sample.log_prob - q / self.critic.spread()).mean(-1)
+        losses = (alpha * sample.log_prob - q / self.critic.value_std()).mean(-1)
         norm = self.actor_step(losses + self.penalty("actor", transitions))
         return losses.detach().mean(), sample.log_prob.detach().mean(-1), norm
 
-    def _followed_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+    def _target_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
         """Those of the target critics and what they follow; spreads only where targets are drawn."""
         targets, sources = list(self.target_critic.parameters()), list(self.critic.parameters())
-        spreads = [] if self.target_critic.training else spread_parameters(self.critic)
-        unused = {id(parameter) for parameter in spreads}
+        sigmas = [] if self.target_critic.training else rho_parameters(self.critic)
+        unused = {id(parameter) for parameter in sigmas}
         kept = [pair for pair in zip(targets, sources, strict=True) if id(pair[1]) not in unused]
         return [target for target, _ in kept], [source for _, source in kept]
 
@@ -237,7 +240,7 @@ class SAC(ActorCritic):
         super().reset_networks()
         self.target_critic.load_state_dict(self.critic.state_dict())
         with torch.no_grad():
-            self.log_alpha.fill_(self.options.initial_entropy_coefficient).log_()
+            self.log_alpha.fill_(self.config.initial_entropy_coefficient).log_()
         self.entropy_step.forget()
 
     def memory_bytes(self) -> dict[str, int]:

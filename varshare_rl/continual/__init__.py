@@ -1,1 +1,1 @@
-"""Continual learning: what an agent that has learnt some tasks does with the next one."""
+"""Learning one task after another: what ``python -m varshare_rl.continual`` runs."""

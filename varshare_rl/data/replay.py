@@ -21,7 +21,7 @@ class ReplayBatch:
     next_obs: Tensor  # [T, B, F]
 
 
-class Replay:
+class ReplayBuffer:
     """A ring buffer per task, ``[T, capacity, row]``, all tasks equally full.
 
     A row is ``obs | action | reward | terminated | next_obs``. Truncation is not stored: ``next_obs`` is the

@@ -1,42 +1,39 @@
 """Task layers, architectures, policies and critics. Every network is called ``network(x, task_ids)``."""
 
-from varshare_rl.nn.care import CARE
-from varshare_rl.nn.film import FiLM
-from varshare_rl.nn.independent import Independent, IndependentLayer
-from varshare_rl.nn.l2_soft import L2Soft, L2SoftLayer
-from varshare_rl.nn.lora import LoRA
-from varshare_rl.nn.moore import MOORE
-from varshare_rl.nn.multi_head import MultiHead
-from varshare_rl.nn.options import Architecture, Posterior
-from varshare_rl.nn.paco import PaCo
-from varshare_rl.nn.residual import ResidualLayer
-from varshare_rl.nn.shared import Shared, SharedLayer
-from varshare_rl.nn.soft_modularization import SoftModularization
-from varshare_rl.nn.task_embedding import TaskEmbedding, TaskEmbeddingLayer
-from varshare_rl.nn.varshare import VarShare, VarShareLayer
-from varshare_rl.nn.varshare_lora import VarShareLoRA, VarShareLoRALayer
+from varshare_rl.nn.care import CAREConfig
+from varshare_rl.nn.config import Architecture, Posterior
+from varshare_rl.nn.film import FiLMConfig
+from varshare_rl.nn.independent import IndependentConfig, IndependentLayer, MultiHeadConfig
+from varshare_rl.nn.lora import L2SoftConfig, L2SoftLayer, LoRAConfig, ResidualLayer
+from varshare_rl.nn.moore import MOOREConfig
+from varshare_rl.nn.paco import PaCoConfig
+from varshare_rl.nn.shared import SharedConfig, SharedLayer
+from varshare_rl.nn.soft_modularization import SoftModularizationConfig
+from varshare_rl.nn.task_embedding import TaskEmbeddingConfig, TaskEmbeddingLayer
+from varshare_rl.nn.varshare import VarShareConfig, VarShareLayer
+from varshare_rl.nn.varshare_lora import VarShareLoRAConfig, VarShareLoRALayer
 
 __all__ = [
-    "CARE",
-    "MOORE",
     "Architecture",
-    "FiLM",
-    "Independent",
+    "CAREConfig",
+    "FiLMConfig",
+    "IndependentConfig",
     "IndependentLayer",
-    "L2Soft",
+    "L2SoftConfig",
     "L2SoftLayer",
-    "LoRA",
-    "MultiHead",
-    "PaCo",
+    "LoRAConfig",
+    "MOOREConfig",
+    "MultiHeadConfig",
+    "PaCoConfig",
     "Posterior",
     "ResidualLayer",
-    "Shared",
+    "SharedConfig",
     "SharedLayer",
-    "SoftModularization",
-    "TaskEmbedding",
+    "SoftModularizationConfig",
+    "TaskEmbeddingConfig",
     "TaskEmbeddingLayer",
-    "VarShare",
+    "VarShareConfig",
     "VarShareLayer",
-    "VarShareLoRA",
+    "VarShareLoRAConfig",
     "VarShareLoRALayer",
 ]

@@ -70,7 +70,7 @@ class _Move:
 
 @torch.no_grad()
 def absorb(
-    module: nn.Module, rate: float, max_error: float, follower: nn.Module | None = None
+    module: nn.Module, rate: float, max_error: float, target_module: nn.Module | None = None
 ) -> dict[str, Absorption]:
     """Absorb in every layer of ``module`` that has residuals; returns what happened, by layer name.
 
@@ -93,7 +93,7 @@ def absorb(
         raise ValueError(f"rate is {rate}; it must be above 0 and at most 1")
     if not max_error >= 0:
         raise ValueError(f"max_error is {max_error}; it must be at least 0")
-    copies = {} if follower is None else dict(posterior_layers(follower))
+    copies = {} if target_module is None else dict(posterior_layers(target_module))
     done = {}
     for name, layer in posterior_layers(module):
         if not layer.theta.requires_grad:

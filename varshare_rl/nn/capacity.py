@@ -8,9 +8,9 @@ from copy import copy
 import torch
 from torch import nn
 
-from varshare_rl.nn.options import Architecture
+from varshare_rl.errors import UserError
+from varshare_rl.nn.config import Architecture
 from varshare_rl.nn.parameters import count_parameters
-from varshare_rl.types import UserError
 
 #: How far from the number that was asked for an agent may be, as a fraction of it.
 TOLERANCE = 0.02

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import check_positive
 from varshare_rl.nn.mlp import TaskMLP
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.stacked import StackedMLP
 from varshare_rl.nn.task_rows import TaskIds, task_rows
@@ -68,7 +68,7 @@ class CARENetwork(nn.Module):
 
 
 @dataclass
-class CARE(ArchitectureOptions):
+class CAREConfig(NetworkConfig):
     """``network=care``: contextual attention-based representations (Sodhani et al. 2021).
 
     As in the paper, ``experts`` encoders of two layers are mixed by soft attention from the task's context, no

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.options import Architecture, Blocks
+from varshare_rl.nn.config import Architecture, Blocks
 from varshare_rl.nn.popart import TargetStatistics, TaskAffine
 from varshare_rl.nn.task_rows import TaskIds
 from varshare_rl.ops.categorical import categorical_cross_entropy, categorical_value, support
@@ -26,7 +26,7 @@ class ValueLoss(Enum):
 
 
 @dataclass
-class CriticOptions:
+class CriticConfig:
     """Options of ``critic``: its networks where they differ from the policy's, its loss, and its units."""
 
     hidden: list[int] | None = None  # null: as network.hidden
@@ -58,20 +58,20 @@ class CriticHead(nn.Module):
 
     Args:
         num_tasks: ``T``.
-        options: with the squared loss the output is the value, under PopArt after a scale and an offset per task;
+        config: with the squared loss the output is the value, under PopArt after a scale and an offset per task;
             with the categorical one outputs are logits over the atoms and the value is their mean.
     """
 
     atoms: Tensor
 
-    def __init__(self, num_tasks: int, options: CriticOptions) -> None:
+    def __init__(self, num_tasks: int, config: CriticConfig) -> None:
         super().__init__()
-        self.categorical = options.loss is ValueLoss.categorical
-        self.low, self.high = options.value_min, options.value_max
+        self.categorical = config.loss is ValueLoss.categorical
+        self.low, self.high = config.value_min, config.value_max
         if self.categorical:
-            self.register_buffer("atoms", support(self.low, self.high, options.bins), persistent=False)
+            self.register_buffer("atoms", support(self.low, self.high, config.bins), persistent=False)
         # Atoms are fixed: a distribution over them cannot be moved and scaled without giving up the support.
-        self.affine = TaskAffine(num_tasks) if options.popart and not self.categorical else None
+        self.affine = TaskAffine(num_tasks) if config.popart and not self.categorical else None
 
     def value(self, outputs: Tensor, task_ids: TaskIds) -> Tensor:
         """``[T, B, G]`` to ``[T, B]``."""
@@ -97,15 +97,15 @@ class Critic(nn.Module):
     Args:
         num_tasks: ``T``.
         networks: how many networks there are.
-        options: see :class:`CriticOptions`.
+        config: see :class:`CriticConfig`.
     """
 
-    def __init__(self, num_tasks: int, networks: int, options: CriticOptions) -> None:
+    def __init__(self, num_tasks: int, networks: int, config: CriticConfig) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(CriticHead(num_tasks, options) for _ in range(networks))
-        self.statistics = TargetStatistics(num_tasks, options.popart_rate) if options.popart else None
+        self.heads = nn.ModuleList(CriticHead(num_tasks, config) for _ in range(networks))
+        self.statistics = TargetStatistics(num_tasks, config.popart_rate) if config.popart else None
 
-    def track(self, target: Tensor, *followers: Critic) -> None:
+    def track(self, target: Tensor, *target_critics: Critic) -> None:
         """Take targets ``[T, B]`` of all tasks into the statistics and keep every value as it was.
 
         ``followers`` are critics that share these statistics, such as target critics. Categorical heads cannot
@@ -114,16 +114,16 @@ class Critic(nn.Module):
         if self.statistics is None:
             return
         move = self.statistics.update(target)
-        for critic in (self, *followers):
+        for critic in (self, *target_critics):
             for head in critic.heads:
                 if head.affine is not None:
                     head.affine.follow(move)  # type: ignore[union-attr, operator]
 
-    def spread(self) -> Tensor:
+    def value_std(self) -> Tensor:
         """The unit of every task's values, ``[T, 1]``; without PopArt 1 for all, ``[1, 1]``."""
         if self.statistics is None:
             return torch.ones(1, 1, device=next(self.parameters()).device)
-        return self.statistics.spread.float().unsqueeze(1)
+        return self.statistics.std.float().unsqueeze(1)
 
     def target(self) -> Self:
         """A copy that is not trained and uses posterior means; it shares the statistics."""
@@ -151,13 +151,13 @@ class ValueNetwork(Critic):
     """State value ``V(obs)``.
 
     Args:
-        network: task network with ``options.outputs`` outputs.
+        network: task network with ``config.outputs`` outputs.
         num_tasks: ``T``.
-        options: see :class:`CriticOptions`.
+        config: see :class:`CriticConfig`.
     """
 
-    def __init__(self, network: nn.Module, num_tasks: int, options: CriticOptions) -> None:
-        super().__init__(num_tasks, 1, options)
+    def __init__(self, network: nn.Module, num_tasks: int, config: CriticConfig) -> None:
+        super().__init__(num_tasks, 1, config)
         self.network = network
 
     def forward(self, obs: Tensor, task_ids: TaskIds) -> Tensor:
@@ -173,13 +173,13 @@ class TwinQ(Critic):
     """Two action values ``Q(obs, action)`` (Fujimoto et al. 2018).
 
     Args:
-        make: builds one task network with ``options.outputs`` outputs.
+        make: builds one task network with ``config.outputs`` outputs.
         num_tasks: ``T``.
-        options: see :class:`CriticOptions`.
+        config: see :class:`CriticConfig`.
     """
 
-    def __init__(self, make: Callable[[], nn.Module], num_tasks: int, options: CriticOptions) -> None:
-        super().__init__(num_tasks, 2, options)
+    def __init__(self, make: Callable[[], nn.Module], num_tasks: int, config: CriticConfig) -> None:
+        super().__init__(num_tasks, 2, config)
         self.networks = nn.ModuleList([make(), make()])
 
     def forward(self, obs: Tensor, action: Tensor, task_ids: TaskIds) -> Tensor:

@@ -8,8 +8,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.mlp import hidden_norms
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.activations import ACTIVATIONS
@@ -56,7 +56,7 @@ class FiLMNetwork(nn.Module):
 
 
 @dataclass
-class FiLM(ArchitectureOptions):
+class FiLMConfig(NetworkConfig):
     """``network=film``: feature-wise linear modulation (Perez et al. 2018) of every hidden layer by the task.
 
     As in the paper the modulation stands between the normalisation (if any) and the activation, and is the

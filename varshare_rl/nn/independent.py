@@ -1,4 +1,4 @@
-"""One network per task and nothing shared: the single-task oracle, in one batched module."""
+"""A network per task with nothing shared, and a shared trunk with a head per task."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import linear_parameters
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
+from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.task_weights import FullRankWeights
 
@@ -40,7 +42,7 @@ class IndependentLayer(nn.Module):
 
 
 @dataclass
-class Independent(ArchitectureOptions):
+class IndependentConfig(NetworkConfig):
     """``network=independent``: one network per task."""
 
     name: str = "independent"
@@ -52,3 +54,24 @@ class Independent(ArchitectureOptions):
             return IndependentLayer(inputs, outputs, num_tasks)
 
         return self.stack(in_features, out_features, layer)
+
+
+@dataclass
+class MultiHeadConfig(NetworkConfig):
+    """``network=multi_head``: shared hidden layers, a head per task (Caruana 1997; MTMHSAC in Yu et al. 2020).
+
+    Deviation from implementations whose observations carry a one-hot: the trunk is not told the task, only the
+    heads differ. Active are the trunk and the task's own head.
+    """
+
+    name: str = "multi_head"
+
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> TaskMLP:
+        """An MLP of shared layers whose last one is a layer per task."""
+        shared = [True] * len(self.hidden) + [False]
+
+        def layer(inputs: int, outputs: int) -> nn.Module:
+            return SharedLayer(inputs, outputs) if shared.pop(0) else IndependentLayer(inputs, outputs, num_tasks)
+
+        sizes = [in_features, *self.hidden, out_features]
+        return TaskMLP(sizes, layer, self.activation, layer_norm=self.layer_norm)

@@ -1,17 +1,152 @@
-"""LoRA: a shared weight plus, per task, a low-rank residual without noise and without a penalty."""
+"""A shared weight plus, per task, a residual without noise: LoRA, and L2-soft with a penalty."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
-from varshare_rl.nn.residual import ResidualLayer
+from varshare_rl.nn.config import NetworkConfig, Posterior
+from varshare_rl.nn.initial import INITIAL_MU_STD, check_positive, linear_parameters
+from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.ops.gradient_record import GradientRecord, Recorder
+from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.task_weights import FullRankWeights, LowRankWeights, TaskWeights
+
+
+class ResidualLayer(nn.Module):
+    """Linear layer whose weight for task ``i`` is ``theta + (alpha / rank) B_i A_i``, or ``theta + phi_i``.
+
+    The low-rank form is that of LoRA (Hu et al. 2021) with a ``theta`` that is trained too, and the mean of
+    VarShare-LoRA's; the full-rank form is the mean of VarShare's. Both start there as well: ``A ~ N(0, 0.01^2)``,
+    ``B = 0`` and ``phi = 0``, so a fresh layer is the shared one.
+
+    Args:
+        in_features: size of the input, ``F``.
+        out_features: size of the output, ``G``.
+        num_tasks: number of tasks, ``T``.
+        rank: rank of the residual; None for full rank.
+        alpha: numerator of the scale of a low-rank residual; ``rank`` unless given, which makes the scale 1.
+
+    Attributes:
+        theta: ``[G, F]``; bias: ``[G]``; factors_A: ``[T, rank, F]`` and factors_B: ``[T, G, rank]``, or
+            residuals: ``[T, G, F]``; scale: ``alpha / rank``.
+    """
+
+    recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
+
+    def __init__(
+        self, in_features: int, out_features: int, num_tasks: int, rank: int | None = 8, alpha: float | None = None
+    ) -> None:
+        super().__init__()
+        check_positive(in_features=in_features, out_features=out_features, num_tasks=num_tasks)
+        check_positive(rank=1 if rank is None else rank)
+        self.in_features, self.out_features = in_features, out_features
+        self.num_tasks, self.rank = num_tasks, rank
+        self.scale = 1.0 if rank is None or alpha is None else alpha / rank
+        self.theta, bias = linear_parameters(in_features, out_features, bias=True)
+        assert bias is not None
+        self.bias = bias
+        self.per_task_parameters: tuple[str, ...]
+        if rank is None:
+            self.per_task_parameters = ("residuals",)
+            self.residuals = nn.Parameter(torch.zeros(num_tasks, out_features, in_features))
+        else:
+            self.per_task_parameters = ("factors_A", "factors_B")
+            self.factors_A = nn.Parameter(torch.randn(num_tasks, rank, in_features) * INITIAL_MU_STD)
+            self.factors_B = nn.Parameter(torch.zeros(num_tasks, out_features, rank))
+
+    def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
+        """Apply each row's own task's weight; layouts and errors as in ``VarShareLoRALayer.forward``."""
+        rows = task_rows(x, task_id, self.num_tasks)
+        record = None if self.recorder is None else GradientRecord(self.recorder, self.theta, self.bias)
+        if self.rank is None:
+            shared = linear(rows.x, self.theta, self.bias, record)
+            return rows.restore(torch.baddbmm(shared, rows.x, rows.select(self.residuals).transpose(1, 2)))
+        a, b = rows.select(self.factors_A), rows.select(self.factors_B)
+        return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, self.scale, record))
+
+    def task_weights(self) -> TaskWeights:
+        """The weights of all tasks, see :mod:`varshare_rl.nn.sharing`."""
+        if self.rank is None:
+            return FullRankWeights(self.theta, self.residuals)
+        return LowRankWeights(self.theta, self.factors_A, self.factors_B, self.scale)
+
+    def squared_norm(self) -> Tensor:
+        """Sum of the squares of each task's own parameters, ``[T]``."""
+        own = (self.get_parameter(name) for name in self.per_task_parameters)
+        return torch.stack([parameter.square().flatten(1).sum(1) for parameter in own]).sum(0)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}, "
+            f"rank={self.rank}, scale={self.scale:g}"
+        )
+
+
+class L2SoftLayer(ResidualLayer):
+    """Layer with residuals whose tasks pay ``1/2 ||phi_i||^2 / prior_scale^2``, in nats.
+
+    That is the mean's part of the divergence of a Gaussian posterior from the prior ``N(0, prior_scale^2)``:
+    ``KL(N(mu, sigma^2) || p) = mu^2 / (2 prior_scale^2) + (what depends on sigma alone)``, summed over entries.
+    Of a low-rank residual ``phi_i`` is both factors, as in VarShare-LoRA's divergence.
+
+    Attributes:
+        as of :class:`ResidualLayer`, and prior_scale.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        num_tasks: int,
+        rank: int | None = 8,
+        alpha: float | None = None,
+        prior_scale: float = 1.0,
+    ) -> None:
+        super().__init__(in_features, out_features, num_tasks, rank, alpha)
+        check_positive(prior_scale=prior_scale)
+        self.prior_scale = prior_scale
+
+    @property
+    def penalized_size(self) -> int:
+        """Number of penalised parameters of one task."""
+        return sum(self.get_parameter(name)[0].numel() for name in self.per_task_parameters)
+
+    def kl(self) -> Tensor:
+        """``1/2 ||phi_i||^2 / prior_scale^2`` per task, ``[T]`` nats."""
+        return self.squared_norm() * (0.5 / self.prior_scale**2)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, prior_scale={self.prior_scale:g}"
 
 
 @dataclass
-class LoRA(ArchitectureOptions):
+class L2SoftConfig(NetworkConfig):
+    """``network=l2_soft``: every linear layer an :class:`L2SoftLayer`, the ablation of VarShare's noise.
+
+    Residuals and start are those of ``varshare_lora`` (``rank=8``) or of ``varshare`` (``rank=null``), the
+    penalty is the mean's part of their divergence, and ``elbo.kl_weight``, ``elbo.normalization`` and
+    ``elbo.prior_scale`` act on it as on the whole, so one sweep serves all of them. What is missing is the noise
+    and the price of precision. Active are ``theta`` and the task's own residual.
+    """
+
+    name: str = "l2_soft"
+    rank: int | None = 8  # null: full rank
+    alpha: float | None = None
+
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network of penalised residual layers for ``num_tasks`` tasks."""
+
+        def layer(inputs: int, outputs: int) -> nn.Module:
+            return L2SoftLayer(inputs, outputs, num_tasks, self.rank, self.alpha, posterior.prior_scale)
+
+        return self.stack(in_features, out_features, layer)
+
+
+@dataclass
+class LoRAConfig(NetworkConfig):
     """``network=lora``: every linear layer ``W_i = theta + (alpha / rank) B_i A_i`` (Hu et al. 2021).
 
     It is VarShare-LoRA without its posterior: the same residuals from the same start, neither sampled nor paid

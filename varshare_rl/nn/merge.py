@@ -14,17 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varshare_rl.errors import UserError
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.independent import IndependentLayer
-from varshare_rl.nn.l2_soft import L2SoftLayer
+from varshare_rl.nn.lora import L2SoftLayer, ResidualLayer
 from varshare_rl.nn.mlp import TaskMLP
-from varshare_rl.nn.residual import ResidualLayer
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_embedding import TaskEmbeddingLayer
 from varshare_rl.nn.varshare import VarShareLayer
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.ops.activations import ACTIVATIONS, LEAKY_SLOPE
-from varshare_rl.types import UserError
 
 #: Weight ``[G, F]`` and bias ``[G]``.
 WeightBias = tuple[Tensor, Tensor | None]

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varshare_rl.errors import UserError
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.independent import IndependentLayer
 from varshare_rl.nn.mlp import hidden_norms
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.stacked import StackedMLP
 from varshare_rl.nn.task_rows import TaskIds, task_rows
-from varshare_rl.types import UserError
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class MOORENetwork(nn.Module):
 
 
 @dataclass
-class MOORE(ArchitectureOptions):
+class MOOREConfig(NetworkConfig):
     """``network=moore``: mixture of orthogonal experts (Hendawy et al. 2024).
 
     Every expert is an MLP of the sizes ``hidden`` without an activation at its end. Their outputs are made

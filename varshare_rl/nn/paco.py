@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import check_positive
 from varshare_rl.nn.mlp import hidden_norms
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.stacked import StackedLinear
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.activations import ACTIVATIONS
@@ -55,7 +55,7 @@ def _composed(layer: nn.Module, composition: Tensor, x: Tensor) -> Tensor:
 
 
 @dataclass
-class PaCo(ArchitectureOptions):
+class PaCoConfig(NetworkConfig):
     """``network=paco``: parameter-compositional multi-task RL (Sun et al. 2022).
 
     Parameters are combined, not outputs: a task runs one network whose weights and biases are its combination of

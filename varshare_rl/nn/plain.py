@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.nn.merge import Choose, Normalize
-from varshare_rl.types import UserError
 
 FORMAT_VERSION = 1
 MODULE_FILE = "network.json"

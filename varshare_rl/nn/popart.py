@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.task_rows import TaskIds, in_order
 
 #: Bounds on the spread that values are measured in.
-LEAST_SPREAD, LARGEST_SPREAD = 1e-4, 1e6
+LEAST_STD, LARGEST_STD = 1e-4, 1e6
 
 
 class Move(NamedTuple):
@@ -39,7 +39,7 @@ class TargetStatistics(nn.Module):
     second: Tensor
     weight: Tensor
     mean: Tensor
-    spread: Tensor
+    std: Tensor
 
     def __init__(self, num_tasks: int, rate: float) -> None:
         super().__init__()
@@ -58,23 +58,23 @@ class TargetStatistics(nn.Module):
             average.copy_(torch.where(counts, average.lerp(newest, self.rate), average))
         mean = torch.where(counts, self.first / self.weight, self.mean)
         variance = (self.second / self.weight - mean.square()).clamp_min(0.0)
-        spread = torch.where(counts, variance.sqrt().clamp(LEAST_SPREAD, LARGEST_SPREAD), self.spread)
-        ratio = torch.where(set_before, self.spread / spread, 1.0)
-        shift = torch.where(set_before, (self.mean - mean) / spread, 0.0)
+        std = torch.where(counts, variance.sqrt().clamp(LEAST_STD, LARGEST_STD), self.std)
+        ratio = torch.where(set_before, self.std / std, 1.0)
+        shift = torch.where(set_before, (self.mean - mean) / std, 0.0)
         self.mean.copy_(mean)
-        self.spread.copy_(spread)
+        self.std.copy_(std)
         return Move(ratio, shift)
 
     def normalize(self, value: Tensor, task_ids: TaskIds) -> Tensor:
         """``(value - mean) / spread``, ``[T, B]``."""
-        mean, spread = (rows(statistic, task_ids, value).to(value.dtype) for statistic in (self.mean, self.spread))
-        return (value - mean) / spread
+        mean, std = (rows(statistic, task_ids, value).to(value.dtype) for statistic in (self.mean, self.std))
+        return (value - mean) / std
 
     def restore(self, normalized: Tensor, task_ids: TaskIds) -> Tensor:
         """``spread * normalized + mean``, ``[T, B]``."""
-        statistics = (self.mean, self.spread)
-        mean, spread = (rows(values, task_ids, normalized).to(normalized.dtype) for values in statistics)
-        return torch.addcmul(mean, spread, normalized)
+        statistics = (self.mean, self.std)
+        mean, std = (rows(values, task_ids, normalized).to(normalized.dtype) for values in statistics)
+        return torch.addcmul(mean, std, normalized)
 
 
 class TaskAffine(nn.Module):

@@ -86,7 +86,7 @@ def _prune_layer(layer: PosteriorLayer, threshold: float, criterion: Criterion) 
     kept = measure >= threshold
     before, means = layer.kl().detach(), _copies(layer)
     _set_to_prior(layer, kept)
-    total = sum(layer.get_parameter(name).numel() for name in layer.spread_parameters)
+    total = sum(layer.get_parameter(name).numel() for name in layer.rho_parameters)
     return Pruned(kept, total // kept.numel(), before, layer.kl().detach(), _relative_change(layer, means))
 
 
@@ -134,7 +134,7 @@ def _set_to_prior(layer: PosteriorLayer, kept: Tensor) -> None:
 
 
 def _copies(layer: PosteriorLayer) -> dict[str, Tensor]:
-    names = [name for name in layer.per_task_parameters if name not in layer.spread_parameters]
+    names = [name for name in layer.per_task_parameters if name not in layer.rho_parameters]
     return {name: layer.get_parameter(name).clone() for name in names}
 
 

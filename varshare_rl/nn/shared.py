@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import linear_parameters
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, all_tasks, task_rows
+from varshare_rl.ops.gradient_record import GradientRecord, Recorder, per_task_offset
 from varshare_rl.ops.linear import linear
-from varshare_rl.ops.recording import Recorder, Recording, per_task_offset
 
 
 class SharedLayer(nn.Module):
@@ -33,7 +33,7 @@ class SharedLayer(nn.Module):
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """``x [..., F]`` in any layout to ``[..., G]``."""
         if self.one_hot_tasks == 0:
-            record = None if self.recorder is None else Recording(self.recorder, self.theta, self.bias)
+            record = None if self.recorder is None else GradientRecord(self.recorder, self.theta, self.bias)
             return linear(x, self.theta, self.bias, record)
         rows = task_rows(x, task_id, self.one_hot_tasks, stacked=False)  # columns are kept for all tasks
         if self.recorder is not None:
@@ -43,7 +43,7 @@ class SharedLayer(nn.Module):
 
     def _recorded(self, rows: TaskRows, recorder: Recorder) -> Tensor:
         """The same output, by functions that can tell the tasks' gradients apart."""
-        record = Recording(recorder, self.theta, columns=self.in_features)
+        record = GradientRecord(recorder, self.theta, columns=self.in_features)
         ids = all_tasks(self.one_hot_tasks) if rows.ids is None else rows.ids
         offset = per_task_offset(self.theta, self.bias, self.in_features, ids.to(self.theta.device), recorder)
         return linear(rows.x, self.theta[:, : self.in_features], None, record) + offset.unsqueeze(1)
@@ -54,7 +54,7 @@ class SharedLayer(nn.Module):
 
 
 @dataclass
-class Shared(ArchitectureOptions):
+class SharedConfig(NetworkConfig):
     """``network=shared``: all weights shared, the task given as a one-hot input."""
 
     name: str = "shared"

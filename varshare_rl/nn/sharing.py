@@ -67,7 +67,7 @@ class LayerSharing:
     theta_square: float | None
     mean_square: float
     gram: Tensor
-    spread: Tensor | None
+    sigma: Tensor | None
     effective_rank: Tensor
     histograms: dict[str, Histogram]
 
@@ -82,11 +82,11 @@ class LayerSharing:
         return self.residual_norm / math.sqrt(self.theta_square) if self.theta_square else None
 
     @property
-    def relative_spread(self) -> Tensor | None:
+    def relative_sigma(self) -> Tensor | None:
         """``spread`` over the root mean square entry of ``theta``, ``[T]``: noise against shared weight."""
-        if self.spread is None or not self.theta_square:
+        if self.sigma is None or not self.theta_square:
             return None
-        return self.spread / math.sqrt(self.theta_square / (self.rows * self.columns))
+        return self.sigma / math.sqrt(self.theta_square / (self.rows * self.columns))
 
     @property
     def sharing(self) -> float:
@@ -122,12 +122,12 @@ class Sharing:
         return (squares / sum(layer.theta_square or 0.0 for layer in known)).sqrt()
 
     @property
-    def relative_spread(self) -> Tensor | None:
+    def relative_sigma(self) -> Tensor | None:
         """Root mean square deviation over that of ``theta``'s entries, all layers as one vector, ``[T]``."""
         variance, square = torch.zeros(len(self.layers[0].gram), dtype=torch.float64), 0.0
         for layer in self.layers:
-            if layer.spread is not None and layer.theta_square is not None:
-                variance += layer.spread.square() * (layer.rows * layer.columns)
+            if layer.sigma is not None and layer.theta_square is not None:
+                variance += layer.sigma.square() * (layer.rows * layer.columns)
                 square += layer.theta_square
         return (variance / square).sqrt() if square > 0 else None
 
@@ -189,7 +189,7 @@ def measure_layer(name: str, layer: WeightsPerTask) -> LayerSharing:
         theta_square=theta_square,
         mean_square=max(mean_square, 0.0),
         gram=gram.cpu(),
-        spread=None if variance is None else variance.sqrt().cpu(),
+        sigma=None if variance is None else variance.sqrt().cpu(),
         effective_rank=effective_rank(weights.singular_values()).cpu(),
         histograms={key: _histogram(values) for key, values in weights.posterior().items()},
     )

@@ -56,7 +56,7 @@ class DrawnLayer(PenalizedLayer, Protocol):
     """A layer with a posterior over weights per task; ``kl`` is its divergence from the prior."""
 
     estimator: str  # how training passes draw when no noise is held
-    particles: int  # draws per task and pass of theirs
+    weight_samples: int  # draws per task and pass of theirs
     noise: Noise | None  # what training passes use, when held
     theta_only: bool  # leave the residuals out
 

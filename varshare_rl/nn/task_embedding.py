@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import check_positive, linear_parameters
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear
@@ -53,7 +53,7 @@ class TaskEmbeddingLayer(nn.Module):
 
 
 @dataclass
-class TaskEmbedding(ArchitectureOptions):
+class TaskEmbeddingConfig(NetworkConfig):
     """``network=task_embedding``: all weights shared, the task given as a learned embedding of unit norm.
 
     As in TD-MPC2 (Hansen et al. 2024) and BRC (Nauman et al. 2025). Deviations: the norm is 1 rather than at most

@@ -22,36 +22,36 @@ def all_tasks(num_tasks: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Window:
+class ActiveTasks:
     """Stacked tensors hold the rows of the tasks ``ids [K]``, in this order, and not of all ``num_tasks``."""
 
     ids: Tensor
     num_tasks: int
 
 
-_window: Window | None = None
+_active: ActiveTasks | None = None
 
 
-def open_window() -> Window | None:
-    """The window that is open, see :mod:`varshare_rl.optim.task_window`."""
-    return _window
+def active_tasks() -> ActiveTasks | None:
+    """The window that is open, see :mod:`varshare_rl.optim.task_subset`."""
+    return _active
 
 
 @contextmanager
-def opened(window: Window) -> Iterator[None]:
+def restrict_tasks(window: ActiveTasks) -> Iterator[None]:
     """Inside, batches are of the window's tasks, whose rows stacked tensors hold."""
-    global _window
-    assert _window is None, "windows do not nest"
-    _window = window
+    global _active
+    assert _active is None, "windows do not nest"
+    _active = window
     try:
         yield
     finally:
-        _window = None
+        _active = None
 
 
 def in_order(ids: Tensor, num_tasks: int, stacked: bool = True) -> bool:
     """Whether ``ids [K]`` are all tasks in order; of stacked tensors: those whose rows they hold just now."""
-    window = _window if stacked else None
+    window = _active if stacked else None
     return torch.equal(ids, all_tasks(num_tasks) if window is None else window.ids)
 
 

@@ -1,9 +1,10 @@
-"""What the layers with a Gaussian posterior over weights per task have in common."""
+"""Layers with a Gaussian posterior over weights per task, and how far their residuals scatter."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from varshare_rl.nn.initial import check_positive, stack_tasks, unstack_tasks
 from varshare_rl.nn.stochastic import Noise, RowNoise, WeightNoise
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, group_rows, task_rows
 from varshare_rl.ops.gaussian import gaussian_kl_between, posterior_kl, softplus_sigma
-from varshare_rl.ops.recording import Recorder, Recording
+from varshare_rl.ops.gradient_record import GradientRecord, Recorder
 from varshare_rl.ops.task_weights import TaskWeights
 
 
@@ -38,7 +39,7 @@ class VariationalLayer(nn.Module, ABC):
     0, their means are used. In training mode they are drawn with the reparameterisation trick: with the noise
     that is held (see :mod:`varshare_rl.nn.stochastic`), or else anew at each pass, as the ``estimator`` says:
 
-    - ``weight``: one draw per task, or ``particles`` draws that each serve a share of the rows;
+    - ``weight``: one draw per task, or ``weight_samples`` draws that each serve a share of the rows;
     - ``local``: a draw of its own for every row, in output space (Kingma, Salimans and Welling 2015);
     - ``flipout``: one draw per task whose signs are random for every row (Wen et al. 2018);
     - ``mean``: no draw.
@@ -49,7 +50,7 @@ class VariationalLayer(nn.Module, ABC):
         num_tasks: number of tasks, ``T``.
         prior_scale: standard deviation of the zero-mean Gaussian prior of every factor entry, at the start.
         estimator: one of :data:`ESTIMATORS`.
-        particles: draws per task and pass of ``weight`` and ``flipout``.
+        weight_samples: draws per task and pass of ``weight`` and ``flipout``.
 
     Attributes:
         log_prior_scale: ``[T]``, natural logarithm of each task's prior standard deviation.
@@ -74,7 +75,7 @@ class VariationalLayer(nn.Module, ABC):
         num_tasks: int,
         prior_scale: float,
         estimator: str,
-        particles: int,
+        weight_samples: int,
     ) -> None:
         super().__init__()
         check_positive(
@@ -82,12 +83,12 @@ class VariationalLayer(nn.Module, ABC):
             out_features=out_features,
             num_tasks=num_tasks,
             prior_scale=prior_scale,
-            particles=particles,
+            weight_samples=weight_samples,
         )
         if estimator not in ESTIMATORS:
             raise ValueError(f"unknown estimator {estimator!r}; there are {', '.join(ESTIMATORS)}")
         self.in_features, self.out_features = in_features, out_features
-        self.estimator, self.particles = estimator, particles
+        self.estimator, self.weight_samples = estimator, weight_samples
         self.noise: Noise | None = None
         self.theta_only = False
         self.paid_apart = False
@@ -137,18 +138,18 @@ class VariationalLayer(nn.Module, ABC):
             return self._mean(rows)
         if self.estimator == "local":
             return self._local(rows, temperature, self.draw_row_noise(rows.x.shape[:2]))
-        split = rows.split(self.particles)
+        split = rows.split(self.weight_samples)
         noise = self.draw_noise(split.x.shape[0])
         if self.estimator == "flipout":
             return rows.merge(self._flipout(split, temperature, noise))
         drawn = self.weights(noise, temperature, split.ids)
         return rows.merge(self.output(split.x, drawn, self._recording(split)))
 
-    def _recording(self, rows: TaskRows) -> Recording | None:
+    def _recording(self, rows: TaskRows) -> GradientRecord | None:
         """For blocks that are the tasks in order: only then is a block's gradient that of a task."""
         if self.recorder is None or rows.ids is not None:
             return None
-        return Recording(self.recorder, self.theta, self.bias)
+        return GradientRecord(self.recorder, self.theta, self.bias)
 
     def _mean(self, rows: TaskRows) -> Tensor:
         return self.output(rows.x, [rows.select(mu) for mu, _ in self.posteriors()], self._recording(rows))
@@ -193,11 +194,11 @@ class VariationalLayer(nn.Module, ABC):
         return drawn
 
     @abstractmethod
-    def shared_output(self, x: Tensor, record: Recording | None = None) -> Tensor:
+    def shared_output(self, x: Tensor, record: GradientRecord | None = None) -> Tensor:
         """``x theta^T + bias``, without residuals; ``record`` is handed on to the product with ``theta``."""
 
     @abstractmethod
-    def output(self, x: Tensor, factors: Sequence[Tensor], record: Recording | None = None) -> Tensor:
+    def output(self, x: Tensor, factors: Sequence[Tensor], record: GradientRecord | None = None) -> Tensor:
         """``x: [K, B, F]`` and one set of factors ``[K, ...]`` per block to ``[K, B, G]``."""
 
     @abstractmethod
@@ -207,13 +208,13 @@ class VariationalLayer(nn.Module, ABC):
         means: Sequence[Tensor],
         variances: Sequence[Tensor],
         noise: Sequence[Tensor],
-        record: Recording | None = None,
+        record: GradientRecord | None = None,
     ) -> Tensor:
         """The output under a draw of its own for every row, from noise as :meth:`draw_row_noise` gives it."""
 
     @abstractmethod
     def flipout_output(
-        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: Recording | None = None
+        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: GradientRecord | None = None
     ) -> Tensor:
         """The output under the perturbations ``deltas`` of the means, with random signs for every row."""
 
@@ -291,3 +292,34 @@ def summed_posterior_kl(layers: Sequence[VariationalLayer]) -> Tensor:
     """Sum over ``layers`` (at least one, none with a given prior) of their divergence: ``[T]`` nats."""
     posteriors = [(layer.log_prior_scale, posterior) for layer in layers for posterior in layer.posteriors()]
     return posterior_kl([posterior for _, posterior in posteriors], [scale for scale, _ in posteriors])
+
+
+@torch.no_grad()
+def residual_sigma(layer: VariationalLayer) -> Tensor:
+    """Root mean square over entries of the standard deviation of each task's residual, ``[T]``."""
+    variance = layer.task_weights().mean_variance()
+    assert variance is not None
+    return variance.sqrt().to(layer.theta.dtype)
+
+
+def prior_sigma(layer: VariationalLayer) -> Tensor:
+    """The same for residuals drawn from the prior, ``[T]``: ``p``, or ``s sqrt(r) p^2`` for a product."""
+    if len(layer.factors) == 1:
+        return layer.prior_scale
+    rank = layer.posteriors()[0][0].shape[1]
+    return layer.prior_scale.square() * (layer.scale * math.sqrt(rank))
+
+
+@torch.no_grad()
+def noise_to_weight(modules: Iterable[nn.Module]) -> tuple[float, float]:
+    """Spread of the residuals over the root mean square of ``theta``: now, and at the prior.
+
+    Means over all variational layers and tasks. Raises ValueError if there is none.
+    """
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, VariationalLayer)]
+    if not layers:
+        raise ValueError("no layer has a posterior")
+    size = [layer.theta.square().mean().sqrt() for layer in layers]
+    now = torch.stack([residual_sigma(layer).mean() / rms for layer, rms in zip(layers, size, strict=True)])
+    prior = torch.stack([prior_sigma(layer).mean() / rms for layer, rms in zip(layers, size, strict=True)])
+    return float(now.mean()), float(prior.mean())

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import INITIAL_RHO, linear_parameters
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.ops.gaussian import random_signs, softplus_sigma
+from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear
-from varshare_rl.ops.recording import Recording
 from varshare_rl.ops.task_weights import FullRankWeights
 
 
@@ -31,7 +31,7 @@ class VarShareLayer(VariationalLayer):
         prior_scale: standard deviation of the zero-mean Gaussian prior of every residual entry, at the start.
         bias: whether there is a shared bias.
         estimator: how training passes draw the weights, see :class:`VariationalLayer`.
-        particles: draws per task and pass.
+        weight_samples: draws per task and pass.
 
     Attributes:
         theta: ``[G, F]``; bias: ``[G]`` or None; mus, rhos: ``[T, G, F]``; log_prior_scale: ``[T]``.
@@ -39,7 +39,7 @@ class VarShareLayer(VariationalLayer):
 
     factors = (("mus", "rhos"),)
     per_task_parameters = ("mus", "rhos")
-    spread_parameters = ("rhos",)
+    rho_parameters = ("rhos",)
     mus: nn.Parameter
     rhos: nn.Parameter
 
@@ -51,17 +51,17 @@ class VarShareLayer(VariationalLayer):
         prior_scale: float = 1.0,
         bias: bool = True,
         estimator: str = "local",
-        particles: int = 1,
+        weight_samples: int = 1,
     ) -> None:
-        super().__init__(in_features, out_features, num_tasks, prior_scale, estimator, particles)
+        super().__init__(in_features, out_features, num_tasks, prior_scale, estimator, weight_samples)
         self.theta, self.bias = linear_parameters(in_features, out_features, bias)
         for name, value in self.fresh_factors(num_tasks).items():
             self.register_parameter(name, nn.Parameter(value))
 
-    def shared_output(self, x: Tensor, record: Recording | None = None) -> Tensor:
+    def shared_output(self, x: Tensor, record: GradientRecord | None = None) -> Tensor:
         return linear(x, self.theta, self.bias, record)
 
-    def output(self, x: Tensor, factors: Sequence[Tensor], record: Recording | None = None) -> Tensor:
+    def output(self, x: Tensor, factors: Sequence[Tensor], record: GradientRecord | None = None) -> Tensor:
         return torch.baddbmm(self.shared_output(x, record), x, factors[0].transpose(1, 2))
 
     def local_output(
@@ -70,13 +70,13 @@ class VarShareLayer(VariationalLayer):
         means: Sequence[Tensor],
         variances: Sequence[Tensor],
         noise: Sequence[Tensor],
-        record: Recording | None = None,
+        record: GradientRecord | None = None,
     ) -> Tensor:
         spread = torch.bmm(x.square(), variances[0].transpose(1, 2)).clamp_min(1e-16).sqrt()
         return torch.addcmul(self.output(x, means, record), spread, noise[0])
 
     def flipout_output(
-        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: Recording | None = None
+        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: GradientRecord | None = None
     ) -> Tensor:
         perturbed = torch.bmm(x * random_signs(x), deltas[0].transpose(1, 2))
         return torch.addcmul(self.output(x, means, record), perturbed, random_signs(perturbed))
@@ -93,7 +93,7 @@ class VarShareLayer(VariationalLayer):
 
 
 @dataclass
-class VarShare(ArchitectureOptions):
+class VarShareConfig(NetworkConfig):
     """``network=varshare``: every linear layer a :class:`VarShareLayer`."""
 
     default_estimator: ClassVar[str | None] = "local"
@@ -105,7 +105,7 @@ class VarShare(ArchitectureOptions):
         def layer(inputs: int, outputs: int) -> nn.Module:
             return VarShareLayer(
                 inputs, outputs, num_tasks, posterior.prior_scale,
-                estimator=posterior.estimator or "local", particles=posterior.particles,
+                estimator=posterior.estimator or "local", weight_samples=posterior.weight_samples,
             )  # fmt: skip
 
         return self.stack(in_features, out_features, layer, posterior.temperature)

@@ -9,12 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import INITIAL_MU_STD, INITIAL_RHO, check_positive, linear_parameters
-from varshare_rl.nn.options import ArchitectureOptions, Posterior
 from varshare_rl.nn.variational import VariationalLayer
 from varshare_rl.ops.gaussian import drawn_product, random_signs, softplus_sigma
+from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear, low_rank_linear
-from varshare_rl.ops.recording import Recording
 from varshare_rl.ops.task_weights import LowRankWeights
 
 
@@ -39,7 +39,7 @@ class VarShareLoRALayer(VariationalLayer):
         prior_scale: standard deviation of the zero-mean Gaussian prior of every factor entry, at the start.
         bias: whether there is a shared bias.
         estimator: how training passes draw the weights, see :class:`VariationalLayer`.
-        particles: draws per task and pass.
+        weight_samples: draws per task and pass.
 
     Attributes:
         theta: ``[G, F]``; bias: ``[G]`` or None; mus_A, rhos_A: ``[T, rank, F]``; mus_B, rhos_B:
@@ -48,7 +48,7 @@ class VarShareLoRALayer(VariationalLayer):
 
     factors = (("mus_A", "rhos_A"), ("mus_B", "rhos_B"))
     per_task_parameters = ("mus_A", "rhos_A", "mus_B", "rhos_B")
-    spread_parameters = ("rhos_A", "rhos_B")
+    rho_parameters = ("rhos_A", "rhos_B")
     mus_A: nn.Parameter
     rhos_A: nn.Parameter
     mus_B: nn.Parameter
@@ -64,9 +64,9 @@ class VarShareLoRALayer(VariationalLayer):
         prior_scale: float = 1.0,
         bias: bool = True,
         estimator: str = "weight",
-        particles: int = 1,
+        weight_samples: int = 1,
     ) -> None:
-        super().__init__(in_features, out_features, num_tasks, prior_scale, estimator, particles)
+        super().__init__(in_features, out_features, num_tasks, prior_scale, estimator, weight_samples)
         check_positive(rank=rank)
         self.rank = rank
         self.scale = (rank if alpha is None else alpha) / rank
@@ -74,10 +74,10 @@ class VarShareLoRALayer(VariationalLayer):
         for name, value in self.fresh_factors(num_tasks).items():
             self.register_parameter(name, nn.Parameter(value))
 
-    def shared_output(self, x: Tensor, record: Recording | None = None) -> Tensor:
+    def shared_output(self, x: Tensor, record: GradientRecord | None = None) -> Tensor:
         return linear(x, self.theta, self.bias, record)
 
-    def output(self, x: Tensor, factors: Sequence[Tensor], record: Recording | None = None) -> Tensor:
+    def output(self, x: Tensor, factors: Sequence[Tensor], record: GradientRecord | None = None) -> Tensor:
         a, b = factors
         return low_rank_linear(x, self.theta, self.bias, a, b, self.scale, record)
 
@@ -87,7 +87,7 @@ class VarShareLoRALayer(VariationalLayer):
         means: Sequence[Tensor],
         variances: Sequence[Tensor],
         noise: Sequence[Tensor],
-        record: Recording | None = None,
+        record: GradientRecord | None = None,
     ) -> Tensor:
         (mean_a, mean_b), (variance_a, variance_b), (noise_z, noise_y) = means, variances, noise
         z = drawn_product(x, mean_a, variance_a, noise_z)
@@ -96,7 +96,7 @@ class VarShareLoRALayer(VariationalLayer):
         )
 
     def flipout_output(
-        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: Recording | None = None
+        self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: GradientRecord | None = None
     ) -> Tensor:
         (mean_a, mean_b), (delta_a, delta_b) = means, deltas
         z = _flipped(x, mean_a, delta_a)
@@ -131,7 +131,7 @@ def _flipped(x: Tensor, mean: Tensor, delta: Tensor) -> Tensor:
 
 
 @dataclass
-class VarShareLoRA(ArchitectureOptions):
+class VarShareLoRAConfig(NetworkConfig):
     """``network=varshare_lora``: every linear layer a :class:`VarShareLoRALayer`."""
 
     default_estimator: ClassVar[str | None] = "weight"
@@ -145,7 +145,7 @@ class VarShareLoRA(ArchitectureOptions):
         def layer(inputs: int, outputs: int) -> nn.Module:
             return VarShareLoRALayer(
                 inputs, outputs, num_tasks, self.rank, self.alpha, posterior.prior_scale,
-                estimator=posterior.estimator or "weight", particles=posterior.particles,
+                estimator=posterior.estimator or "weight", weight_samples=posterior.weight_samples,
             )  # fmt: skip
 
         return self.stack(in_features, out_features, layer, posterior.temperature)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from varshare_rl.ops.recording import Recording
+from varshare_rl.ops.gradient_record import GradientRecord
 
 _BACKEND: Any = torch.backends.mkldnn
 _ONEDNN = (
@@ -29,7 +29,7 @@ _WORTH_ONEDNN = 1 << 17
 _BFLOAT16_WIDTH = 64
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, record: Recording | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, record: GradientRecord | None = None) -> Tensor:
     """``x weight^T + bias``, as ``torch.nn.functional.linear``: ``[..., F]``, ``[G, F]``, ``[G]`` to ``[..., G]``.
 
     Differentiable at least once; the oneDNN path and the recorded one no more often. While ``record`` is listened
@@ -48,7 +48,7 @@ def low_rank_linear(
     a: Tensor,
     b: Tensor,
     scale: float,
-    record: Recording | None = None,
+    record: GradientRecord | None = None,
 ) -> Tensor:
     """``x (weight + scale b_k a_k)^T + bias`` for every block ``k``, without building the residual ``b_k a_k``.
 
@@ -100,7 +100,7 @@ def _unflat(flat: Tensor, shape: torch.Size) -> Tensor:
     return unflat
 
 
-def _recorded(record: Recording | None, grad: Tensor, x: Tensor) -> bool:
+def _recorded(record: GradientRecord | None, grad: Tensor, x: Tensor) -> bool:
     """Add the weight's and the bias's gradients to the rows of whoever listens; False if nobody does."""
     rows = None if record is None else record.takes(x, grad)
     if rows is None:
@@ -118,7 +118,7 @@ def _recorded(record: Recording | None, grad: Tensor, x: Tensor) -> bool:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: Recording | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, record: GradientRecord | None) -> Tensor:
         rows, columns = _factors(x.reshape(-1, x.shape[-1]), weight)
         ctx.save_for_backward(rows if record is None else x, columns)
         ctx.record, ctx.shape = record, x.shape
@@ -151,7 +151,7 @@ class _LowRankLinear(torch.autograd.Function):
         a: Tensor,
         b: Tensor,
         scale: float,
-        record: Recording | None,
+        record: GradientRecord | None,
     ) -> Tensor:
         z = torch.bmm(a, x.transpose(1, 2))  # [K, r, B]: thin matrices are quickest with the long side contiguous
         rows, columns = _factors(x.reshape(-1, x.shape[2]), weight)
@@ -184,6 +184,48 @@ class _LowRankLinear(torch.autograd.Function):
             flat.sum(0) if need_bias else None,
             grad_a,
             grad_b,
+            None,
+            None,
+        )
+
+
+def recorded_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, record: GradientRecord) -> Tensor:
+    """``torch.nn.functional.layer_norm`` over the last dimension (Ba et al. 2016); ``[..., F]`` in and out.
+
+    Differentiable once. While ``record`` is listened to, gradients of ``weight`` and ``bias`` go there.
+    """
+    y: Tensor = _LayerNorm.apply(x, weight, bias, epsilon, record)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, record: GradientRecord
+    ) -> Tensor:
+        y, mean, inverse_std = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, epsilon)
+        ctx.save_for_backward(x, weight, bias, mean, inverse_std)
+        ctx.record = record
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, inverse_std = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        rows = ctx.record.takes(x, grad) if need_weight and need_bias else None
+        if rows is not None:
+            rows[0].add_(((x - mean) * inverse_std * grad).sum(1))
+            rows[1].add_(grad.sum(1))
+            need_weight = need_bias = False
+        grads = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), x, [x.shape[-1]], mean, inverse_std, weight, bias, [need_x, need_weight, need_bias]
+        )
+        return (
+            *(
+                value if needed else None
+                for value, needed in zip(grads, (need_x, need_weight, need_bias), strict=True)
+            ),
             None,
             None,
         )

@@ -28,10 +28,10 @@ def gae(
     carry = discount * gae_lambda * (~(terminated | truncated)).to(delta.dtype)
     by_step = delta.detach().transpose(0, 1).cpu().contiguous()  # in place: delta_s becomes advantage_s
     advantages, carries = by_step.numpy(), carry.transpose(0, 1).cpu().contiguous().numpy()
-    following = np.zeros_like(advantages[0])
+    next_action = np.zeros_like(advantages[0])
     for advantage, carried in zip(advantages[::-1], carries[::-1], strict=True):
-        advantage += carried * following
-        following = advantage
+        advantage += carried * next_action
+        next_action = advantage
     return by_step.transpose(0, 1).to(delta.device).contiguous()
 
 

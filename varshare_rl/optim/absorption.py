@@ -14,7 +14,7 @@ from varshare_rl.types import Metrics
 
 
 @dataclass
-class AbsorbOptions:
+class AbsorbConfig:
     """Options of ``elbo.absorb``: the mean of the residuals moves into the shared weights."""
 
     every: int = 0  # gradient updates; 0: never
@@ -32,10 +32,10 @@ class Absorbing:
 
     module: nn.Module
     optimizer: torch.optim.Optimizer
-    follower: nn.Module | None = None
+    target_module: nn.Module | None = None
 
 
-def absorb_all(parts: Mapping[str, Absorbing], options: AbsorbOptions) -> Metrics:
+def absorb_all(parts: Mapping[str, Absorbing], config: AbsorbConfig) -> Metrics:
     """Absorb in every part and return what to log.
 
     ``absorb/error`` is the largest error of a task in a layer that changed, ``absorb/moved`` the mean over layers
@@ -49,7 +49,7 @@ def absorb_all(parts: Mapping[str, Absorbing], options: AbsorbOptions) -> Metric
     """
     done: dict[str, Absorption] = {}
     for part_name, part in parts.items():
-        layers = absorb(part.module, options.rate, options.max_error, part.follower)
+        layers = absorb(part.module, config.rate, config.max_error, part.target_module)
         for name, absorption in layers.items():
             done[f"{part_name}.{name}"] = absorption
             layer = part.module.get_submodule(name)

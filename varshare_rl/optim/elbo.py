@@ -11,14 +11,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.draws import Draw
-from varshare_rl.nn.options import Posterior
+from varshare_rl.nn.config import Posterior
 from varshare_rl.nn.parameters import summed_kl
 from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
 from varshare_rl.nn.variational import Estimator
-from varshare_rl.optim.absorption import AbsorbOptions
-from varshare_rl.optim.kl_schedules import Constant
-from varshare_rl.optim.priors import Fixed, LossGap
+from varshare_rl.nn.weight_sampler import Resample
+from varshare_rl.optim.absorption import AbsorbConfig
+from varshare_rl.optim.kl_schedules import ConstantConfig
+from varshare_rl.optim.priors import FixedPriorConfig, LossGap
 from varshare_rl.types import Metrics, Tree
 
 
@@ -38,16 +38,16 @@ class TargetDraw(Enum):
 
 
 @dataclass
-class DrawOptions:
+class DrawConfig:
     """Options of ``elbo.draw``: which weights are used when."""
 
-    acting: Draw = Draw.per_update
+    acting: Resample = Resample.per_update
     targets: TargetDraw = TargetDraw.mean
-    evaluation: Draw = Draw.mean
+    evaluation: Resample = Resample.mean
 
 
 @dataclass
-class ElboOptions:
+class ElboConfig:
     """Options of ``elbo``: the weight of the divergence and how it moves, the posteriors and how they are drawn."""
 
     kl_weight: float = 0.01
@@ -55,30 +55,30 @@ class ElboOptions:
     prior_scale: float = 1.0
     temperature: float = 1.0
     estimator: Estimator | None = None  # of training passes; null: the architecture's own
-    particles: int = 1  # draws per task and training pass of the estimators weight and flipout
-    draw: DrawOptions = field(default_factory=DrawOptions)
-    schedule: Any = field(default_factory=Constant)  # options of the chosen elbo/schedule
-    prior: Any = field(default_factory=Fixed)  # options of the chosen elbo/prior
-    absorb: AbsorbOptions = field(default_factory=AbsorbOptions)
+    weight_samples: int = 1  # draws per task and training pass of the estimators weight and flipout
+    draw: DrawConfig = field(default_factory=DrawConfig)
+    schedule: Any = field(default_factory=ConstantConfig)  # options of the chosen elbo/schedule
+    prior: Any = field(default_factory=FixedPriorConfig)  # options of the chosen elbo/prior
+    absorb: AbsorbConfig = field(default_factory=AbsorbConfig)
 
     def posterior(self) -> Posterior:
         """The part that the layers are built from."""
         estimator = None if self.estimator is None else self.estimator.value
-        return Posterior(self.prior_scale, estimator, self.temperature, self.particles)
+        return Posterior(self.prior_scale, estimator, self.temperature, self.weight_samples)
 
 
 class Elbo:
     """Penalty ``kl_weight * KL_i / n_i`` per task, to be added to that task's RL loss, and its controllers.
 
     Args:
-        options: weight, normalisation, schedule, prior.
+        config: weight, normalisation, schedule, prior.
         num_tasks: number of tasks.
     """
 
-    def __init__(self, options: ElboOptions, num_tasks: int) -> None:
-        self.options = options
-        self.schedule = options.schedule.build(options.kl_weight, num_tasks)
-        self.prior = options.prior.build(options.prior_scale, num_tasks)
+    def __init__(self, config: ElboConfig, num_tasks: int) -> None:
+        self.config = config
+        self.schedule = config.schedule.build(config.kl_weight, num_tasks)
+        self.prior = config.prior.build(config.prior_scale, num_tasks)
         self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
         self._layers: WeakKeyDictionary[nn.Module, list[PenalizedLayer]] = WeakKeyDictionary()
 
@@ -87,7 +87,7 @@ class Elbo:
 
         Layers with ``paid_apart`` are not in it: somebody else adds their divergence to the loss.
         """
-        if self.options.kl_weight == 0.0:
+        if self.config.kl_weight == 0.0:
             return 0.0
         if module not in self._layers:  # the search is not free
             found = [layer for _, layer in penalized_layers(module)]
@@ -130,9 +130,9 @@ class Elbo:
         self.prior.load_state(state["prior"])
 
     def _divisor(self, module: nn.Module, transitions_per_task: int) -> float:
-        if self.options.normalization is KLNormalization.data:
+        if self.config.normalization is KLNormalization.data:
             return float(max(transitions_per_task, 1))
-        if self.options.normalization is KLNormalization.parameters:
+        if self.config.normalization is KLNormalization.parameters:
             return float(max(posterior_size(module), 1))
         return 1.0
 

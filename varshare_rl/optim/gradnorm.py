@@ -14,7 +14,7 @@ _LEAST = 1e-3
 
 
 @dataclass
-class GradNormOptions:
+class GradNormConfig:
     """Options of ``gradnorm``."""
 
     asymmetry: float = 0.0  # the paper's alpha: how much more a task that lags behind is to get
@@ -34,8 +34,8 @@ class GradNorm:
     the CPU, wherever the rows are.
     """
 
-    def __init__(self, options: GradNormOptions) -> None:
-        self.options = options
+    def __init__(self, config: GradNormConfig) -> None:
+        self.config = config
         self.weights: nn.Parameter | None = None
         self.first: Tensor | None = None  # [T] losses of the first step
 
@@ -52,7 +52,7 @@ class GradNorm:
         counts = torch.ones_like(norms, dtype=torch.bool) if kept is None else kept.cpu()
         counts = counts & torch.isfinite(norms)
         average = torch.where(counts, weighted, 0.0).sum() / counts.sum().clamp_min(1)
-        lag = weighted - average * self._rates(losses, counts).pow(self.options.asymmetry)
+        lag = weighted - average * self._rates(losses, counts).pow(self.config.asymmetry)
         self.weights.grad = torch.where(counts, torch.sign(lag) * norms, 0.0)
         before = self.weights.detach().clone()
         self.optimizer.step()
@@ -71,7 +71,7 @@ class GradNorm:
 
     def _start(self, weights: Tensor) -> None:
         self.weights = nn.Parameter(weights)
-        self.optimizer = torch.optim.Adam([self.weights], lr=self.options.learning_rate)
+        self.optimizer = torch.optim.Adam([self.weights], lr=self.config.learning_rate)
 
     def forget(self) -> None:
         """Equal weights again; the next losses are the first."""

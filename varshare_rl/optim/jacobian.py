@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.ops.recording import Recorder
+from varshare_rl.ops.gradient_record import Recorder
 from varshare_rl.types import Tree
 
 #: Relative difference from which a recorded gradient counts as one that other tasks' losses reach.
@@ -18,7 +18,7 @@ MIXED = 1e-4
 class TaskGradients:
     """The Jacobian of losses ``[T]`` in the shared parameters, from one backward pass where that can be.
 
-    Layers with a ``recorder`` (see :mod:`varshare_rl.ops.recording`) write down the gradients of their shared
+    Layers with a ``recorder`` (see :mod:`varshare_rl.ops.gradient_record`) write down the gradients of their shared
     parameters per task during a backward pass of the mean loss. A parameter that the mean's gradient reaches in
     another way, too, gets its rows from ``T`` backward passes instead, as does one whose recorded rows are
     reached by the losses of several tasks. The first is seen in every step: the recorded part does not arrive in
@@ -122,3 +122,18 @@ def _different(tasks: int) -> Tensor:
     index = torch.arange(tasks, dtype=torch.float64)
     between = (index // 32) / (tasks // 32 + 1)  # in [0, 1)
     return torch.exp2(index % 32 - 16) * (1.0 + between)
+
+
+def gradient_gram(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+    """``<g_i, g_j>`` of ``g_i``, the gradient of ``losses[i]`` by ``parameters`` as one vector: ``[T, T]`` float64.
+
+    A pair with a negative product is in conflict: a step that helps one of the two alone hurts the other, to first
+    order (Yu et al. 2020, *Gradient Surgery for Multi-Task Learning*). Costs ``T`` backward passes, keeps the graph
+    for the step that follows, leaves ``.grad`` as it is and draws no random number.
+    """
+    rows = []
+    for loss in losses:
+        gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
+        rows.append(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]))
+    matrix = torch.stack(rows).detach()
+    return (matrix @ matrix.t()).double()

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.spread import noise_to_weight
+from varshare_rl.nn.variational import noise_to_weight
 from varshare_rl.types import Metrics, Tree
 
 
@@ -66,7 +66,7 @@ class _Weighted:
 
 
 @dataclass
-class Constant:
+class ConstantConfig:
     """``elbo/schedule=constant``: ``elbo.kl_weight`` throughout."""
 
     name: str = "constant"
@@ -77,7 +77,7 @@ class Constant:
 
 
 @dataclass
-class Ramp:
+class RampConfig:
     """``elbo/schedule=ramp``: up from 0 to ``kl_weight``, hold, then up to ``late_factor * kl_weight``.
 
     The first rise takes the share ``warmup`` of the transitions, the last one the share ``late``; both linear.
@@ -94,20 +94,20 @@ class Ramp:
 
 
 class _Ramp(_Weighted):
-    def __init__(self, options: Ramp, kl_weight: float) -> None:
+    def __init__(self, config: RampConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
-        self.options, self.full = options, kl_weight
+        self.config, self.full = config, kl_weight
         self.advance(0.0)
 
     def advance(self, fraction: float) -> None:
-        warmup, late, top = self.options.warmup, self.options.late, self.options.late_factor
+        warmup, late, top = self.config.warmup, self.config.late, self.config.late_factor
         rise = min(fraction / warmup, 1.0) if warmup > 0 else 1.0
         end = max(fraction - (1.0 - late), 0.0) / late if late > 0 else 0.0
         self.weight = self.full * (rise + (top - 1.0) * min(end, 1.0))
 
 
 @dataclass
-class Band:
+class BandConfig:
     """``elbo/schedule=band``: keep the spread of the residuals within a band relative to the shared weights.
 
     The measure is the noise-to-weight ratio, the root mean square spread of ``s B A`` over that of ``theta``,
@@ -132,26 +132,26 @@ class Band:
 
 
 class _Band(_Weighted):
-    def __init__(self, options: Band, kl_weight: float) -> None:
+    def __init__(self, config: BandConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
-        self.options = options
+        self.config = config
         self.ratio = self.prior_ratio = math.nan
         self.steps = 0
 
     def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
         self.steps += 1
-        options = self.options
-        if self.steps % options.interval != 0:
+        config = self.config
+        if self.steps % config.interval != 0:
             return
         ratio, self.prior_ratio = noise_to_weight(modules.values())
         old = ratio if math.isnan(self.ratio) else self.ratio
-        self.ratio = old + options.smoothing * (ratio - old)
-        if options.low <= self.ratio <= options.high:
+        self.ratio = old + config.smoothing * (ratio - old)
+        if config.low <= self.ratio <= config.high:
             return
-        wants_more = self.ratio < options.low
+        wants_more = self.ratio < config.low
         prior_is_larger = self.prior_ratio > self.ratio
-        factor = options.factor if wants_more == prior_is_larger else 1.0 / options.factor
-        self.weight = min(max(float(self.weight) * factor, options.least), options.most)
+        factor = config.factor if wants_more == prior_is_larger else 1.0 / config.factor
+        self.weight = min(max(float(self.weight) * factor, config.least), config.most)
 
     def metrics(self) -> Metrics:
         return super().metrics() | {"noise_to_weight": self.ratio, "prior_noise_to_weight": self.prior_ratio}
@@ -166,7 +166,7 @@ class _Band(_Weighted):
 
 
 @dataclass
-class Dual:
+class DualConfig:
     """``elbo/schedule=dual``: hold the nats per task, of all networks together, at a budget.
 
     The weight is the multiplier of the constraint ``KL = budget`` and follows its violation, as in dual ascent,
@@ -193,22 +193,22 @@ _BOUND = math.log(1.2)  # what a violation counts as at most in the multiplier
 
 
 class _Dual(_Weighted):
-    def __init__(self, options: Dual, kl_weight: float, num_tasks: int) -> None:
-        super().__init__(torch.full((num_tasks,), max(kl_weight, options.least)))
-        self.options = options
+    def __init__(self, config: DualConfig, kl_weight: float, num_tasks: int) -> None:
+        super().__init__(torch.full((num_tasks,), max(kl_weight, config.least)))
+        self.config = config
         self.log_multiplier = torch.as_tensor(self.weight).log()
 
     def penalty(self, nats: Tensor) -> Tensor:
         return torch.as_tensor(self.weight).to(nats.device) * nats
 
     def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
-        options = self.options
-        held = nats.cpu() if options.per_task else nats.mean().cpu().expand(len(nats))
-        violation = (held / options.budget_nats).clamp_min(1e-12).log()
-        moved = self.log_multiplier + options.rate * violation.clamp(-_BOUND, _BOUND)
-        self.log_multiplier = moved.clamp(math.log(options.least), math.log(options.most))
-        weight = (self.log_multiplier + options.gain * violation).exp()
-        self.weight = weight.clamp(options.least, options.most)
+        config = self.config
+        held = nats.cpu() if config.per_task else nats.mean().cpu().expand(len(nats))
+        violation = (held / config.budget_nats).clamp_min(1e-12).log()
+        moved = self.log_multiplier + config.rate * violation.clamp(-_BOUND, _BOUND)
+        self.log_multiplier = moved.clamp(math.log(config.least), math.log(config.most))
+        weight = (self.log_multiplier + config.gain * violation).exp()
+        self.weight = weight.clamp(config.least, config.most)
 
     def state(self) -> Tree:
         return super().state() | {"log_multiplier": self.log_multiplier}
@@ -219,7 +219,7 @@ class _Dual(_Weighted):
 
 
 @dataclass
-class FreeBits:
+class FreeBitsConfig:
     """``elbo/schedule=free_bits``: the first ``free_nats`` of every task and network cost nothing.
 
     ``kl_weight * max(KL_i - free_nats, 0)`` (after Kingma et al. 2016, with a task in place of a latent group).
@@ -234,9 +234,9 @@ class FreeBits:
 
 
 class _FreeBits(_Weighted):
-    def __init__(self, options: FreeBits, kl_weight: float) -> None:
+    def __init__(self, config: FreeBitsConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
-        self.free_nats = options.free_nats
+        self.free_nats = config.free_nats
 
     def penalty(self, nats: Tensor) -> Tensor:
         return super().penalty((nats - self.free_nats).clamp_min(0.0))

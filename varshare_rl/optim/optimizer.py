@@ -1,16 +1,15 @@
-"""The optimiser behind a step: which parameters learn at which rate, decay, and how rates change in a run."""
+"""The optimiser behind a step: what each parameter is, at which rate it learns, and how rates change in a run."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
-
-from varshare_rl.optim.roles import Kind, Role
+from torch import nn
 
 
 class Schedule(Enum):
@@ -22,18 +21,18 @@ class Schedule(Enum):
 
 
 @dataclass
-class OptimizerOptions:
+class OptimizerConfig:
     """Options of ``optimizer``, for actor and critic. Rates are factors on their learning rates."""
 
-    mean_rate: float = 1.0  # of the adapters' means
-    spread_rate: float = 1.0  # of the adapters' spreads
+    mu_lr_scale: float = 1.0  # of the adapters' means
+    rho_lr_scale: float = 1.0  # of the adapters' spreads
     weight_decay: float = 0.0  # on weights that are no adapters, no biases and no norms
     schedule: Schedule = Schedule.constant
     warmup: float = 0.0  # share of the run in which rates rise from 0
     final_rate: float = 0.0  # what linear and cosine end at
 
 
-def schedule_factor(options: OptimizerOptions, fraction: float) -> float:
+def schedule_factor(config: OptimizerConfig, fraction: float) -> float:
     """Factor on every learning rate when ``fraction`` of the run is done.
 
     It rises linearly to 1 until ``fraction = warmup``. From there, with ``p`` the share done of what remains and
@@ -41,13 +40,13 @@ def schedule_factor(options: OptimizerOptions, fraction: float) -> float:
     (cosine; Loshchilov and Hutter 2017, without restarts).
     """
     fraction = min(max(fraction, 0.0), 1.0)
-    if fraction < options.warmup:
-        return fraction / options.warmup
-    done = (fraction - options.warmup) / (1.0 - options.warmup)
-    end = options.final_rate
-    if options.schedule is Schedule.linear:
+    if fraction < config.warmup:
+        return fraction / config.warmup
+    done = (fraction - config.warmup) / (1.0 - config.warmup)
+    end = config.final_rate
+    if config.schedule is Schedule.linear:
         return 1.0 - (1.0 - end) * done
-    if options.schedule is Schedule.cosine:
+    if config.schedule is Schedule.cosine:
         return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * done))
     return 1.0
 
@@ -61,28 +60,71 @@ class ScheduledAdam:
         trained: the parameters with their roles.
         learning_rate: before factors.
         epsilon: Adam's.
-        options: see :class:`OptimizerOptions`.
+        config: see :class:`OptimizerConfig`.
     """
 
     def __init__(
-        self, trained: Sequence[Role], learning_rate: float, epsilon: float, options: OptimizerOptions
+        self, trained: Sequence[Role], learning_rate: float, epsilon: float, config: OptimizerConfig
     ) -> None:
-        self.options = options
-        rates = {Kind.theta: 1.0, Kind.mean: options.mean_rate, Kind.spread: options.spread_rate}
+        self.config = config
+        rates = {Kind.theta: 1.0, Kind.mean: config.mu_lr_scale, Kind.spread: config.rho_lr_scale}
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for role in trained:
-            decay = options.weight_decay if role.decays else 0.0
+            decay = config.weight_decay if role.decays else 0.0
             groups.setdefault((learning_rate * rates[role.kind], decay), []).append(role.parameter)
         self.rates = [rate for rate, _ in groups]
         described: list[dict[str, Any]] = [
             {"params": parameters, "lr": rate, "weight_decay": decay}
             for (rate, decay), parameters in groups.items()
         ]
-        kind = torch.optim.AdamW if options.weight_decay else torch.optim.Adam
+        kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
         self.adam = kind(described, lr=learning_rate, eps=epsilon, fused=True)
 
     def advance(self, fraction: float) -> None:
         """Set the rates for when ``fraction`` of the run is done."""
-        factor = schedule_factor(self.options, fraction)
+        factor = schedule_factor(self.config, fraction)
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
+
+
+class Kind(Enum):
+    """The kinds of parameters that have a learning rate of their own."""
+
+    theta = "theta"  # everything that is no adapter
+    mean = "mean"  # of an adapter: parameters of one task in a layer that the tasks share otherwise
+    spread = "spread"  # the rho of an adapter
+
+
+@dataclass(frozen=True)
+class Role:
+    """One parameter; ``own``: dim 0 is the task; ``decays``: it is a weight that weight decay may act on."""
+
+    parameter: nn.Parameter
+    own: bool
+    kind: Kind
+    decays: bool
+
+
+def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
+    """The roles of all parameters that require a gradient, in the module's order.
+
+    Layers name stacked parameters (dim 0 is the task) in ``per_task_parameters``, and the spreads among them in
+    ``rho_parameters``. Weights are the shared parameters of two dimensions or more, and of three or more where
+    dim 0 is the task (of layers that share nothing) or, as a layer says by ``stacks_copies``, a copy of a layer;
+    parameters outside a module count as shared and do not decay.
+    """
+    if not isinstance(trained, nn.Module):
+        return [Role(parameter, False, Kind.theta, False) for parameter in trained]
+    found: dict[int, Role] = {}
+    for layer in trained.modules():
+        stacked = set(getattr(layer, "per_task_parameters", ()))
+        sigmas = set(getattr(layer, "spread_parameters", ()))
+        copies = getattr(layer, "stacks_copies", False)
+        parameters = dict(layer.named_parameters(recurse=False))
+        adapter = any(name not in stacked for name in parameters)
+        for name, parameter in parameters.items():
+            own = name in stacked
+            kind = Kind.spread if name in sigmas else Kind.mean if own and adapter else Kind.theta
+            decays = kind is Kind.theta and parameter.dim() >= (3 if own or copies else 2)
+            found.setdefault(id(parameter), Role(parameter, own, kind, decays))
+    return [found[id(parameter)] for parameter in trained.parameters() if parameter.requires_grad]

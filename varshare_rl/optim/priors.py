@@ -38,7 +38,7 @@ def _layers(modules: Iterable[nn.Module]) -> list[StochasticLayer]:
 
 
 @dataclass
-class Fixed:
+class FixedPriorConfig:
     """``elbo/prior=fixed``: ``elbo.prior_scale`` throughout."""
 
     name: str = "fixed"
@@ -63,7 +63,7 @@ class _Fixed:
 
 
 @dataclass
-class Learned:
+class LearnedPriorConfig:
     """``elbo/prior=learned``: one scale ``p`` per layer, by empirical Bayes.
 
     Gradient steps in ``log p`` on the mean divergence per Gaussian weight plus a spring to the start:
@@ -86,20 +86,20 @@ class Learned:
 
 
 class _Learned(_Fixed):
-    def __init__(self, options: Learned, prior_scale: float) -> None:
-        self.options, self.home = options, math.log(prior_scale)
+    def __init__(self, config: LearnedPriorConfig, prior_scale: float) -> None:
+        self.config, self.home = config, math.log(prior_scale)
         self.steps = 0
 
     @torch.no_grad()
     def step(self, modules: Iterable[nn.Module], gap: LossGap) -> None:
         self.steps += 1
-        if self.steps % self.options.interval != 0:
+        if self.steps % self.config.interval != 0:
             return
         for layer in _layers(modules):
             log_scale = layer.log_prior_scale.mean()
             slope = 1.0 - layer.second_moment().mean() * torch.exp(-2.0 * log_scale)
-            slope = slope + self.options.spring * (log_scale - self.home)
-            layer.log_prior_scale.fill_(log_scale - self.options.rate * slope.clamp(-1.0, 1.0))
+            slope = slope + self.config.spring * (log_scale - self.home)
+            layer.log_prior_scale.fill_(log_scale - self.config.rate * slope.clamp(-1.0, 1.0))
 
     def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
         scales = [float(layer.log_prior_scale.mean().exp()) for layer in _layers(modules)]
@@ -119,7 +119,7 @@ class _Learned(_Fixed):
 
 
 @dataclass
-class Adaptive:
+class AdaptivePriorConfig:
     """``elbo/prior=adaptive``: one scale per task, wide where the residuals help the critic.
 
     Every ``interval`` updates the gap of each task, critic loss with theta alone minus critic loss with the
@@ -140,20 +140,20 @@ class Adaptive:
 
 
 class _Adaptive(_Fixed):
-    def __init__(self, options: Adaptive, num_tasks: int) -> None:
-        self.options = options
+    def __init__(self, config: AdaptivePriorConfig, num_tasks: int) -> None:
+        self.config = config
         self.gap = torch.full((num_tasks,), math.nan)
         self.steps = 0
 
     @torch.no_grad()
     def step(self, modules: Iterable[nn.Module], gap: LossGap) -> None:
         self.steps += 1
-        if self.steps % self.options.interval != 0:
+        if self.steps % self.config.interval != 0:
             return
         newest = gap().cpu()
         newest = torch.where(newest.isfinite(), newest, self.gap)
         old = torch.where(self.gap.isnan(), newest, self.gap)
-        self.gap = old + self.options.smoothing * (newest - old)
+        self.gap = old + self.config.smoothing * (newest - old)
         scale = self.scales()
         for layer in _layers(modules):
             layer.log_prior_scale.copy_(scale.log())
@@ -163,7 +163,7 @@ class _Adaptive(_Fixed):
         middle = self.gap.nanquantile(0.5)
         deviation = 1.4826 * (self.gap - middle).abs().nanquantile(0.5)
         z = ((self.gap - middle) / deviation.clamp_min(1e-8)).nan_to_num(0.0)
-        return self.options.least + (self.options.most - self.options.least) * torch.sigmoid(z)
+        return self.config.least + (self.config.most - self.config.least) * torch.sigmoid(z)
 
     def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
         if bool(self.gap.isnan().all()):

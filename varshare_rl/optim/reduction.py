@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.optim.combiners import Combiner, GradientOptions, Method, build_combiner
+from varshare_rl.optim.aggregators import AggregatorName, GradientAggregator, GradientConfig, build_aggregator
 from varshare_rl.optim.jacobian import TaskGradients
-from varshare_rl.optim.roles import Role
+from varshare_rl.optim.optimizer import Role
 from varshare_rl.types import Tree
 
 #: A softmax weight below this is taken for it when a task's own gradient is scaled back.
@@ -104,8 +104,8 @@ class JacobianReduction:
 
     waits = True
 
-    def __init__(self, gradients: TaskGradients, combiner: Combiner) -> None:
-        self.gradients, self.combiner = gradients, combiner
+    def __init__(self, gradients: TaskGradients, aggregator: GradientAggregator) -> None:
+        self.gradients, self.aggregator = gradients, aggregator
 
     def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         if len(losses) == 1:
@@ -113,7 +113,7 @@ class JacobianReduction:
             return
         rows = self.gradients(losses)
         reached = self.gradients.reached
-        combined = self.combiner(rows, losses.detach(), kept)
+        combined = self.aggregator(rows, losses.detach(), kept)
         for index, gradient in enumerate(self.gradients.views(combined)):
             if index in reached:
                 self.gradients.shared[index].grad = gradient
@@ -122,18 +122,18 @@ class JacobianReduction:
         return 0 if num_tasks == 1 else num_tasks * sum(parameter.nbytes for parameter in self.gradients.shared)
 
     def forget(self) -> None:
-        self.combiner.forget()
+        self.aggregator.forget()
 
     def state(self) -> Tree:
-        return {"gradients": self.gradients.state(), "combiner": self.combiner.state()}
+        return {"gradients": self.gradients.state(), "combiner": self.aggregator.state()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         self.gradients.load_state(state["gradients"])
-        self.combiner.load_state(state["combiner"])
+        self.aggregator.load_state(state["combiner"])
 
 
 def build_reduction(
-    method: Method, options: GradientOptions, num_tasks: int, trained: nn.Module, roles: Sequence[Role]
+    method: AggregatorName, config: GradientConfig, num_tasks: int, trained: nn.Module, roles: Sequence[Role]
 ) -> Reduction:
     """The reduction of a method; networks that share nothing need no more than the mean.
 
@@ -142,8 +142,8 @@ def build_reduction(
     Raises:
         UserError: the method needs a package that is not installed.
     """
-    if method is Method.mean:
+    if method is AggregatorName.mean:
         return MeanReduction()
-    combiner = build_combiner(method, options, num_tasks)
+    aggregator = build_aggregator(method, config, num_tasks)
     shared = [role.parameter for role in roles if not role.own]
-    return JacobianReduction(TaskGradients(trained, shared), combiner) if shared else MeanReduction()
+    return JacobianReduction(TaskGradients(trained, shared), aggregator) if shared else MeanReduction()

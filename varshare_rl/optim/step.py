@@ -9,19 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.optim.combiners import GradientOptions, Method
-from varshare_rl.optim.conflict import gradient_gram
-from varshare_rl.optim.guard import Guard, GuardOptions, contained
-from varshare_rl.optim.optimizer import OptimizerOptions, ScheduledAdam
+from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
+from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
+from varshare_rl.optim.jacobian import gradient_gram
+from varshare_rl.optim.optimizer import OptimizerConfig, ScheduledAdam, roles
 from varshare_rl.optim.reduction import MeanReduction, Reduction, TemperatureReduction, build_reduction
-from varshare_rl.optim.roles import roles
 from varshare_rl.types import Tree
 
 
 class LossStep:
     """Reduce losses per task to a gradient, clip its norm, and step Adam.
 
-    The reduction is the mean over tasks unless another is chosen with :meth:`combine_by`. Tasks that the guard
+    The reduction is the mean over tasks unless another is chosen with :meth:`aggregate_by`. Tasks that the guard
     leaves out count as a loss of 0: the others' gradients stay as they are.
 
     Args:
@@ -31,7 +30,7 @@ class LossStep:
             switches clipping off.
         epsilon: Adam's epsilon.
         optimizer: rates, decay and schedule.
-        guard: which tasks are left out of a step.
+        divergence_guard: which tasks are left out of a step.
     """
 
     def __init__(
@@ -40,8 +39,8 @@ class LossStep:
         learning_rate: float,
         max_grad_norm: float,
         epsilon: float = 1e-8,
-        optimizer: OptimizerOptions | None = None,
-        guard: GuardOptions | None = None,
+        optimizer: OptimizerConfig | None = None,
+        divergence_guard: DivergenceGuardConfig | None = None,
     ) -> None:
         self.trained = trained
         self.roles = roles(trained)
@@ -49,8 +48,8 @@ class LossStep:
         self.max_grad_norm = max_grad_norm
         self.gram: Tensor | None = None  # of the tasks' gradients, when it was last asked for
         self._gram_of: list[nn.Parameter] | None = None
-        self.scheduled = ScheduledAdam(self.roles, learning_rate, epsilon, optimizer or OptimizerOptions())
-        self.guard = Guard(guard or GuardOptions())
+        self.scheduled = ScheduledAdam(self.roles, learning_rate, epsilon, optimizer or OptimizerConfig())
+        self.divergence_guard = DivergenceGuard(divergence_guard or DivergenceGuardConfig())
         self.reduction: Reduction = MeanReduction()
 
     @property
@@ -58,11 +57,11 @@ class LossStep:
         """Adam itself."""
         return self.scheduled.adam
 
-    def combine_by(self, method: Method, options: GradientOptions, num_tasks: int) -> None:
+    def aggregate_by(self, method: AggregatorName, config: GradientConfig, num_tasks: int) -> None:
         """Choose the reduction; ``softmax_temperature`` waits for :meth:`follow_temperature`."""
-        if method is not Method.softmax_temperature:
+        if method is not AggregatorName.softmax_temperature:
             assert isinstance(self.trained, nn.Module)
-            self.reduction = build_reduction(method, options, num_tasks, self.trained, self.roles)
+            self.reduction = build_reduction(method, config, num_tasks, self.trained, self.roles)
 
     def follow_temperature(self, log_temperature: Tensor) -> None:
         """Weigh the tasks by ``softmax(-log_temperature)``."""
@@ -74,7 +73,7 @@ class LossStep:
         if self._gram_of is not None:
             self.gram, self._gram_of = gradient_gram(losses, self._gram_of), None
         self.optimizer.zero_grad(set_to_none=True)
-        kept = self.guard.kept(losses, self.reduction.waits)
+        kept = self.divergence_guard.kept(losses, self.reduction.waits)
         if kept is not None:
             losses = torch.where(kept, losses, 0.0)
         with nullcontext() if kept is None else contained(losses):
@@ -87,7 +86,7 @@ class LossStep:
     def _step(self, norm: Tensor) -> None:
         """Step the optimiser unless the guard forbids it; on a device, the device decides."""
         here = self._decides_here(norm)
-        dropped = None if here and bool(torch.isfinite(norm)) else self.guard.drop(norm)
+        dropped = None if here and bool(torch.isfinite(norm)) else self.divergence_guard.drop(norm)
         if here and dropped is not None and bool(dropped):
             return
         self.optimizer.found_inf = None if here else dropped  # type: ignore[attr-defined]  # fused Adam obeys it
@@ -108,12 +107,12 @@ class LossStep:
     def advance(self, fraction: float) -> None:
         """Set learning rates for when ``fraction`` of the run is done, and take note of what the guard saw."""
         self.scheduled.advance(fraction)
-        self.guard.look()
+        self.divergence_guard.look()
 
     def forget(self) -> None:
         """Start afresh for parameters that do: no moments, no running losses, no memory of the reduction."""
         self.optimizer.state.clear()
-        self.guard.forget()
+        self.divergence_guard.forget()
         self.reduction.forget()
 
     def state(self) -> Tree:
@@ -121,11 +120,11 @@ class LossStep:
         return {
             "optimizer": self.optimizer.state_dict(),
             "reduction": self.reduction.state(),
-            "guard": self.guard.state(),
+            "guard": self.divergence_guard.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`state` gave."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.reduction.load_state(state["reduction"])
-        self.guard.load_state(state["guard"], self.parameters[0].device)
+        self.divergence_guard.load_state(state["guard"], self.parameters[0].device)

@@ -61,13 +61,13 @@ COSTS = {
 }
 
 
-def group_labels(documents: Sequence[Document], options: Sequence[Mapping[str, str]]) -> list[str]:
+def group_labels(documents: Sequence[Document], config: Sequence[Mapping[str, str]]) -> list[str]:
     """What each run is called: its method, and the settings that set it apart from others of that method.
 
     ``options`` are further settings of each run by name. Old tasks are named wherever runs differ in them, of
     whatever method they are.
     """
-    settings = [{**_settings(document), **own} for document, own in zip(documents, options, strict=True)]
+    settings = [{**_settings(document), **own} for document, own in zip(documents, config, strict=True)]
 
     def varies(name: str, method: str) -> bool:
         peers = [

@@ -33,7 +33,7 @@ from torch import Tensor
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.uncertainty import predict_values
-from varshare_rl.run.recording import Recording
+from varshare_rl.run.episode_recording import EpisodeRecording
 
 #: Nominal coverages that are reported one by one.
 LEVELS = (0.5, 0.8, 0.9, 0.95)
@@ -88,7 +88,7 @@ def episode_ends(terminated: Tensor, truncated: Tensor, discount: float) -> tupl
 
 def compare(
     algorithm: ActorCritic,
-    recording: Recording,
+    recording: EpisodeRecording,
     discount: float,
     draws: int,
     temperature: float = 1.0,
@@ -110,7 +110,7 @@ def compare(
     places, position = _time_ups(recording)
     now, later = _inputs(algorithm, recording)
     ends = tuple(_gather(x, places) for x in later)
-    inputs = tuple(torch.cat(pair, 1).to(algorithm.problem.device) for pair in zip(now, ends, strict=True))
+    inputs = tuple(torch.cat(pair, 1).to(algorithm.spec.device) for pair in zip(now, ends, strict=True))
     value = predict_values(algorithm.critic, inputs, draws, temperature).draws.cpu().double()  # type: ignore[arg-type]
     rows = end_row.shape[1]
     tail = value[:, :, rows:].gather(2, position.gather(1, end_row).expand(len(value), -1, -1))
@@ -122,7 +122,7 @@ def compare(
     )  # fmt: skip
 
 
-def _inputs(algorithm: ActorCritic, recording: Recording) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _inputs(algorithm: ActorCritic, recording: EpisodeRecording) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The critic's inputs at every step and at every successor, ``[T, S * E, ...]``."""
     if isinstance(algorithm.critic, TwinQ):
         return (
@@ -132,7 +132,7 @@ def _inputs(algorithm: ActorCritic, recording: Recording) -> tuple[tuple[Tensor,
     return (recording.rows("obs"),), (recording.rows("next_obs"),)
 
 
-def _time_ups(recording: Recording) -> tuple[Tensor, Tensor]:
+def _time_ups(recording: EpisodeRecording) -> tuple[Tensor, Tensor]:
     """Rows where time ran out, ``[T, N]`` padded with row 0, and each row's place among them, ``[T, S * E]``."""
     up = recording.rows("truncated")
     most = max(int(up.sum(1).max()), 1)

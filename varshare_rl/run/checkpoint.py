@@ -22,8 +22,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from varshare_rl.errors import UserError
 from varshare_rl.files import sync_folder, write_atomically
-from varshare_rl.types import Tree, UserError
+from varshare_rl.types import Tree
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"

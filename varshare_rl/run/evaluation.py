@@ -11,11 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from envs.suite import Suite, VectorEngine
 from varshare_rl.algorithms.base import Algorithm, EvaluationPolicy
+from varshare_rl.envs.suite import Suite, VectorEngine
 from varshare_rl.nn.stochastic import penalized_layers
-from varshare_rl.run.seeding import load_rng_state, rng_state
-from varshare_rl.run.threads import one_thread
+from varshare_rl.run.process import load_rng_state, one_thread, rng_state
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class Evaluation:
 
 
 @dataclass
-class Stage:
+class EpisodeCursor:
     """Where the episodes of an engine go on, so that every :func:`play` on it sees further ones.
 
     Attributes:
@@ -70,7 +69,7 @@ class Stage:
     within: npt.NDArray[np.bool_] | None = None
 
 
-class SideBySide:
+class PerTaskPolicies:
     """Policies of one task each, acting together as one policy of ``T`` tasks.
 
     Args:
@@ -92,7 +91,7 @@ class SideBySide:
 
 
 @torch.no_grad()
-def layer_nats(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]]:
+def layer_kl(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]]:
     """Nats per task ``[T]`` of every layer that has any, by ``<module>.<layer>``."""
     return {
         f"{name}.{path}": layer.kl().double().cpu().numpy()
@@ -105,7 +104,7 @@ def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes:
     """:func:`play` with the algorithm's own policy, and the nats of its networks."""
     device = next(next(iter(algorithm.trained_modules().values())).parameters()).device
     tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device)
-    layers = layer_nats(algorithm.trained_modules())
+    layers = layer_kl(algorithm.trained_modules())
     for index, row in enumerate(tasks.values()):
         row["kl"] = float(sum(nats[index] for nats in layers.values())) if layers else None
     return Evaluation(tasks)
@@ -118,7 +117,7 @@ def play(
     engine: VectorEngine,
     episodes: int,
     device: torch.device,
-    stage: Stage | None = None,
+    stage: EpisodeCursor | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Run ``episodes`` episodes of every task; means as in :class:`Evaluation`.
 
@@ -135,7 +134,7 @@ def play(
     flags = {name: np.zeros((num_tasks, episodes), dtype=bool) for name in ("success", "success_final")}
     episode = np.tile(np.arange(envs), (num_tasks, 1))  # the episode that each slot is in, [T, E]
     task = np.arange(num_tasks)[:, None].repeat(envs, 1)
-    stage = Stage() if stage is None else stage
+    stage = EpisodeCursor() if stage is None else stage
     if stage.obs is None or stage.within is None:
         obs = engine.reset()
     else:

@@ -13,22 +13,20 @@ from typing import Any
 
 import torch
 
-from envs.suite import Suite, VectorEngine
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
-from varshare_rl.run.allocator import keep_freed_memory
+from varshare_rl.envs.suite import Suite, VectorEngine
 from varshare_rl.run.checkpoint import save_checkpoint
 from varshare_rl.run.console import Console
-from varshare_rl.run.evaluation import Evaluation, evaluate, layer_nats
-from varshare_rl.run.observatory import Observatory
-from varshare_rl.run.seeding import load_rng_state, rng_state
-from varshare_rl.run.threads import one_thread
+from varshare_rl.run.evaluation import Evaluation, evaluate, layer_kl
+from varshare_rl.run.process import keep_freed_memory, load_rng_state, one_thread, rng_state
+from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
 
 @dataclass
-class LoopOptions:
+class LoopConfig:
     """Counts are transitions of all tasks together; 0 switches the thing off."""
 
     total_transitions: int
@@ -53,16 +51,16 @@ class Run:
     """A training run: its parts, and how far it has come."""
 
     suite: Suite
-    conditions: dict[str, Any]
+    provenance: dict[str, Any]
     engine: VectorEngine
     algorithm: Algorithm
     tracker: Tracker
-    observatory: Observatory
+    sharing_monitor: SharingMonitor
     console: Console
     run_dir: Path
     seed: int
     device: torch.device
-    options: LoopOptions
+    config: LoopConfig
     transitions: int = 0
     observed_at: int = 0
     best_score: tuple[float, float] | None = None
@@ -77,7 +75,7 @@ class Run:
         self.evaluation_engine: VectorEngine | None = None
         half = self.engine.envs_per_task // 2
         # Acting in two turns lets the workers step the first half while the policy acts for the second.
-        self._turns = [slice(0, half), slice(half, None)] if self.options.overlap and half else [slice(None)]
+        self._turns = [slice(0, half), slice(half, None)] if self.config.overlap and half else [slice(None)]
         self._phase: str | None = None
         self._phase_since = 0.0
 
@@ -91,9 +89,9 @@ class Run:
         with self.console, interruptible() as interrupted, self._timed("rest"):
             self.console.progress(self.transitions, {})
             obs = self._to_device(self._observation)
-            while self.transitions < self.options.total_transitions:
+            while self.transitions < self.config.total_transitions:
                 obs = self._vector_step(obs)
-                self.algorithm.advance(self.transitions / self.options.total_transitions)
+                self.algorithm.advance(self.transitions / self.config.total_transitions)
                 while self.algorithm.ready():
                     self._update()
                 self._after_step()
@@ -142,7 +140,7 @@ class Run:
 
     def _update(self) -> None:
         """One update, and an observation of the networks after the first one that falls due."""
-        every = self.options.observe_every
+        every = self.config.observe_every
         due = every > 0 and self.transitions // every > self.observed_at // every
         if due:
             self.algorithm.measure_conflict()
@@ -151,15 +149,15 @@ class Run:
         if due:
             self.observed_at = self.transitions
             with self._timed("sharing"):
-                self.observatory.observe(self.algorithm, self.transitions)
+                self.sharing_monitor.observe(self.algorithm, self.transitions)
 
     def _after_step(self) -> None:
         """Log, evaluate and save where their counts have come round."""
-        if self._due(self.options.log_every):
+        if self._due(self.config.log_every):
             self._log()
-        if self._due(self.options.evaluate_every):
+        if self._due(self.config.evaluate_every):
             self._evaluate()
-        if self._due(self.options.checkpoint_every):
+        if self._due(self.config.checkpoint_every):
             self.save("last")
 
     def _due(self, every: int) -> bool:
@@ -180,24 +178,24 @@ class Run:
 
     def _nats(self) -> Metrics:
         """``kl/<task>`` over all layers and ``kl_layer/<layer>``, the mean over tasks; none without posteriors."""
-        layers = layer_nats(self.algorithm.trained_modules())
+        layers = layer_kl(self.algorithm.trained_modules())
         metrics = {f"kl_layer/{layer}": float(nats.mean()) for layer, nats in layers.items()}
         for index, task in enumerate(self.suite.task_names if layers else ()):
             metrics[f"kl/{task}"] = float(sum(nats[index] for nats in layers.values()))
         return metrics
 
     def _masked(self) -> Metrics:
-        """``guard/<task>``: steps that a task was left out of, if any; says so when it begins."""
+        """``divergence_guard/<task>``: steps that a task was left out of, if any; says so when it begins."""
         metrics: Metrics = {}
         for task, steps in zip(self.suite.task_names, self.algorithm.masked_steps().tolist(), strict=True):
             if steps == 0:
                 continue
-            metrics[f"guard/{task}"] = float(steps)
+            metrics[f"divergence_guard/{task}"] = float(steps)
             if task not in self.masked_tasks:
                 self.masked_tasks.add(task)
                 self.console.message(
                     f"warning: by {self.transitions:,} transitions the loss of task {task} has diverged; "
-                    f"such steps go on without it and are counted as guard/{task}"
+                    f"such steps go on without it and are counted as divergence_guard/{task}"
                 )
         return metrics
 
@@ -215,10 +213,10 @@ class Run:
 
     def _evaluate(self) -> None:
         if self.evaluation_engine is None:
-            envs = min(self.options.evaluate_episodes, self.engine.envs_per_task)
+            envs = min(self.config.evaluate_episodes, self.engine.envs_per_task)
             self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
         with self._timed("evaluate"):
-            result = evaluate(self.algorithm, self.suite, self.evaluation_engine, self.options.evaluate_episodes)
+            result = evaluate(self.algorithm, self.suite, self.evaluation_engine, self.config.evaluate_episodes)
         self.evaluation, self.evaluated_at = result, self.transitions
         self.tracker.log(result.metrics(), self.transitions)
         self.console.table(f"evaluation at {self.transitions:,} transitions", result.tasks)

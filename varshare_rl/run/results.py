@@ -19,7 +19,7 @@ PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
 SOURCES = ("varshare_rl", "envs", "configs")  # what a result depends on
 
 
-def conditions(
+def provenance(
     suite_conditions: Mapping[str, Any], seed: int, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Return what a result must say of how it came about; the suite's own entries are added to it.
@@ -50,7 +50,7 @@ def summary(
     updates: int,
     seconds: float,
     parameters: Mapping[str, int],
-    conditions: Mapping[str, Any],
+    provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return the content of ``summary.json`` and ``evaluation.json``.
 
@@ -67,7 +67,7 @@ def summary(
         "seconds": round(seconds, 3),
         "transitions_per_second": round(transitions / seconds, 3) if seconds > 0 else None,
         "parameters": {name: parameters[name] for name in ("stored", "active_per_task", "shared", "per_task")},
-        "conditions": dict(conditions),
+        "conditions": dict(provenance),
     }
 
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
+from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, write_atomically
-from varshare_rl.types import UserError
 
 #: Height, width and three bytes of colour.
 Image = npt.NDArray[np.uint8]

@@ -1,0 +1,298 @@
+"""Combinations of the tasks' gradients: by hand, and against TorchJD on the whole Jacobian."""
+
+from __future__ import annotations
+
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchjd import aggregation
+
+from varshare_rl.errors import UserError
+from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
+from varshare_rl.optim.aggregators import (
+    AggregatorName,
+    AlignedScale,
+    CAGradConfig,
+    FairGradConfig,
+    GradientConfig,
+    NashMTLConfig,
+    build_aggregator,
+)
+from varshare_rl.optim.step import LossStep
+
+COMBINERS = [m for m in AggregatorName if m not in (AggregatorName.mean, AggregatorName.softmax_temperature)]
+THROUGH_TORCHJD = [m for m in COMBINERS if m is not AggregatorName.gradnorm]
+#: Gradients of two tasks that conflict: their product is -1.
+CONFLICT = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)
+
+
+def combine(method: AggregatorName, jacobian: Tensor, kept: Tensor | None = None, **options: Any) -> Tensor:
+    aggregator = build_aggregator(method, GradientConfig(**options), len(jacobian))
+    return aggregator(jacobian / len(jacobian), torch.ones(len(jacobian), dtype=jacobian.dtype), kept)
+
+
+def test_pcgrad_by_hand() -> None:
+    # (1, 0) loses its part along (-1, 1) and becomes (1/2, 1/2); (-1, 1) becomes (0, 1); their mean
+    torch.testing.assert_close(
+        combine(AggregatorName.pcgrad, CONFLICT), torch.tensor([0.25, 0.75], dtype=torch.float64)
+    )
+
+
+def test_pcgrad_without_conflict_is_the_mean() -> None:
+    jacobian = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=torch.float64)
+    torch.testing.assert_close(combine(AggregatorName.pcgrad, jacobian), jacobian.mean(0))
+
+
+def test_cagrad_by_hand() -> None:
+    # g_0 = (0, 1/2); the objective falls in w_1 throughout, so g_w = (1, 0): g_0 + c |g_0| g_w / |g_w|
+    found = combine(AggregatorName.cagrad, CONFLICT, cagrad=CAGradConfig(c=0.4))
+    torch.testing.assert_close(found, torch.tensor([0.2, 0.5], dtype=torch.float64), rtol=0, atol=2e-3)
+    # by symmetry w = (1/2, 1/2), g_w = g_0 = (0, 1)
+    mirrored = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
+    found = combine(AggregatorName.cagrad, mirrored, cagrad=CAGradConfig(c=0.4))
+    torch.testing.assert_close(found, torch.tensor([0.0, 1.4], dtype=torch.float64), rtol=0, atol=2e-3)
+
+
+def test_fairgrad_by_hand() -> None:
+    # w_1 (w_1 - w_2) = 1 and w_2 (2 w_2 - w_1) = 1: w_1^2 = 2 + sqrt(2), w_2 = w_1 - 1 / w_1
+    first = math.sqrt(2.0 + math.sqrt(2.0))
+    second = first - 1.0 / first
+    expected = torch.tensor([first - second, second], dtype=torch.float64)
+    torch.testing.assert_close(combine(AggregatorName.fairgrad, CONFLICT), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_fairgrad_solves_its_equation_at_any_scale(alpha: float, scale: float) -> None:
+    jacobian = torch.randn(5, 40, dtype=torch.float64) * scale
+    combined = combine(AggregatorName.fairgrad, jacobian, fairgrad=FairGradConfig(alpha))
+    gains = jacobian @ combined  # G w
+    weights = torch.linalg.lstsq(jacobian.t(), combined).solution
+    torch.testing.assert_close(gains, weights.pow(-1.0 / alpha), rtol=1e-4, atol=0.0)
+
+
+def torchjd_aggregator(method: AggregatorName, tasks: int) -> Callable[[Tensor], Tensor]:
+    """TorchJD's own on the Jacobian of the losses; of ``losses / T`` for what replaces the sum of gradients."""
+    plain: dict[AggregatorName, Callable[[], Any]] = {
+        AggregatorName.pcgrad: aggregation.PCGrad,
+        AggregatorName.cagrad: lambda: aggregation.CAGrad(c=0.4),
+        AggregatorName.fairgrad: lambda: aggregation.FairGrad(alpha=1.0),
+        AggregatorName.nashmtl: lambda: aggregation.NashMTL(tasks),
+        AggregatorName.upgrad: aggregation.UPGrad,
+        AggregatorName.mgda: aggregation.MGDA,
+        AggregatorName.imtlg: aggregation.IMTLG,
+        AggregatorName.aligned_mtl: aggregation.AlignedMTL,
+        AggregatorName.gradvac: lambda: aggregation.GradVac(beta=0.01),
+        AggregatorName.graddrop: aggregation.GradDrop,
+    }
+    aggregator = plain[method]()
+    of_sum = method in (AggregatorName.pcgrad, AggregatorName.gradvac, AggregatorName.graddrop)
+    return lambda jacobian: aggregator(jacobian / len(jacobian) if of_sum else jacobian)
+
+
+@pytest.mark.parametrize("method", THROUGH_TORCHJD)
+def test_equals_torchjd_on_the_jacobian(method: AggregatorName) -> None:
+    """Three steps, so that what a method remembers is compared, too."""
+    aggregator, reference = build_aggregator(method, GradientConfig(), 4), torchjd_aggregator(method, 4)
+    for step in range(3):
+        jacobian = torch.randn(4, 30, dtype=torch.float64) + 0.3 * torch.randn(30, dtype=torch.float64)
+        torch.manual_seed(step)
+        found = aggregator(jacobian / 4, torch.ones(4), None)
+        torch.manual_seed(step)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of NashMTL's solver
+            expected = reference(jacobian)
+        torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        m
+        for m in THROUGH_TORCHJD
+        if m not in (AggregatorName.nashmtl, AggregatorName.fairgrad, AggregatorName.graddrop)
+    ],
+)
+def test_the_scale_of_the_losses_scales_the_gradient(method: AggregatorName) -> None:
+    """TorchJD's tolerances alone would make CAGrad stop and UPGrad give in where gradients are small."""
+    jacobian = torch.randn(3, 20, dtype=torch.float64)
+    torch.manual_seed(0)
+    found = combine(method, jacobian)
+    torch.manual_seed(0)
+    torch.testing.assert_close(combine(method, jacobian * 1e-6), found * 1e-6, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", COMBINERS)
+def test_a_task_that_is_left_out_does_not_count(method: AggregatorName) -> None:
+    jacobian = torch.randn(4, 30, dtype=torch.float64)
+    jacobian[2] = 0.0
+    kept = torch.tensor([True, True, False, True])
+    torch.manual_seed(0)
+    found = combine(method, jacobian, kept)
+    assert torch.isfinite(found).all()
+    if method in (AggregatorName.nashmtl, AggregatorName.gradvac, AggregatorName.gradnorm):
+        expected = jacobian.sum(0) / 4
+    else:
+        torch.manual_seed(0)
+        others = combine(method, jacobian[kept])
+        # FairGrad's weights are no shares: they depend on the others in conflict alone, not on how many there are
+        expected = others * (1 if method is AggregatorName.fairgrad else 3 / 4)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("method", [m for m in COMBINERS if m is not AggregatorName.nashmtl])
+def test_a_task_that_is_left_out_changes_nothing_for_those_it_does_not_meet(method: AggregatorName) -> None:
+    found = []
+    for bad in (1.0, float("nan")):
+        shared = nn.Parameter(torch.zeros(4))  # a part for each of four tasks
+        pair = nn.ParameterList([shared])
+        step = LossStep(pair, 0.1, 0.0)
+        step.aggregate_by(method, GradientConfig(), 4)
+        step((shared + 1.0) * torch.tensor([1.0, 1.0, bad, 1.0]))
+        assert shared.grad is not None
+        found.append(shared.grad[[0, 1, 3]])
+    torch.testing.assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("method", COMBINERS)
+def test_no_gradient_at_all_and_gradients_that_are_not_finite(method: AggregatorName) -> None:
+    assert torch.equal(combine(method, torch.zeros(3, 5)), torch.zeros(5))
+    broken = torch.randn(3, 5)
+    broken[1] = float("nan")
+    if method is not AggregatorName.graddrop:
+        assert not torch.isfinite(combine(method, broken)).all()  # the step then sees it by the norm
+
+
+def test_options_reach_torchjd() -> None:
+    jacobian = torch.randn(3, 20, dtype=torch.float64)
+    one, other = (combine(AggregatorName.cagrad, jacobian, cagrad=CAGradConfig(c)) for c in (0.1, 0.9))
+    assert not torch.allclose(one, other)
+    long, short = (combine(AggregatorName.nashmtl, jacobian, nashmtl=NashMTLConfig(max_norm=n)) for n in (1.0, 0.1))
+    assert (long.norm().item(), short.norm().item()) == pytest.approx((1.0, 0.1), rel=1e-4)
+    found = {}
+    for scale in AlignedScale:
+        options = GradientConfig()
+        options.aligned_mtl.scale = scale
+        found[scale] = build_aggregator(AggregatorName.aligned_mtl, options, 3)(
+            jacobian / 3, torch.ones(3), None
+        ).norm()
+    assert found[AlignedScale.min] < found[AlignedScale.median]
+    assert found[AlignedScale.min] < found[AlignedScale.rmse]
+
+
+class Pair(nn.Module):
+    """Two shared numbers and one of each task's own, without layers."""
+
+    per_task_parameters = ("own",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Parameter(torch.zeros(2))
+        self.own = nn.Parameter(torch.zeros(2, 1))
+
+    def losses(self) -> Tensor:
+        return CONFLICT.float() @ self.shared + torch.tensor([3.0, 5.0]) * self.own[:, 0]
+
+
+def test_the_step_follows_the_combination_and_clips_the_whole() -> None:
+    pair = Pair()
+    step = LossStep(pair, 0.1, 1.0)
+    step.aggregate_by(AggregatorName.pcgrad, GradientConfig(), 2)
+    norm = step(pair.losses())
+    # PCGrad's (1/4, 3/4), and of the tasks' own 3/2 and 5/2 as under the mean
+    whole = math.sqrt(0.25**2 + 0.75**2 + 1.5**2 + 2.5**2)
+    assert norm.item() == pytest.approx(whole)
+    assert pair.shared.grad is not None
+    assert pair.own.grad is not None
+    torch.testing.assert_close(pair.shared.grad, torch.tensor([0.25, 0.75]) / whole)
+    torch.testing.assert_close(pair.own.grad, torch.tensor([[1.5], [2.5]]) / whole)
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("method", [m for m in AggregatorName if m is not AggregatorName.mean])
+def test_combiners_never_touch_adapters(method: AggregatorName, layer_norm: bool) -> None:
+    gradients = []
+    for chosen in (AggregatorName.mean, method):
+        torch.manual_seed(0)
+        network = VarShareLoRAConfig(hidden=[7, 6], layer_norm=layer_norm).build(5, 3, 4, Posterior())
+        step = LossStep(network, 0.0, 0.0)
+        step.aggregate_by(chosen, GradientConfig(), 4)
+        if chosen is AggregatorName.softmax_temperature:
+            step.follow_temperature(torch.tensor([-4.0, 0.0, 2.0, 1.0]))
+        x, target = torch.randn(6, 5).expand(4, 6, 5), torch.tensor([1.0, -1.0, 2.0, -3.0])  # they conflict
+        step((network(x, torch.arange(4)) - target.view(4, 1, 1)).square().mean((1, 2)))
+        gradients.append([(role.own, role.parameter.grad) for role in step.roles])
+    changed = False
+    for (own, mean), (_, combined) in zip(*gradients, strict=True):
+        assert mean is not None
+        assert combined is not None
+        if own:
+            exact = (
+                {"rtol": 1e-5, "atol": 1e-8}
+                if method is AggregatorName.softmax_temperature
+                else {"rtol": 0, "atol": 0}
+            )
+            torch.testing.assert_close(combined, mean, **exact)
+        else:
+            changed |= not torch.allclose(combined, mean)
+    assert changed or method is AggregatorName.gradnorm  # whose first weights are 1
+
+
+def test_softmax_temperature_by_hand() -> None:
+    pair = Pair()
+    step = LossStep(pair, 0.1, 0.0)
+    step.follow_temperature(torch.tensor([0.0, math.log(3.0)]))  # weights 3/4 and 1/4
+    step(pair.losses())
+    assert pair.shared.grad is not None
+    assert pair.own.grad is not None
+    torch.testing.assert_close(pair.shared.grad, torch.tensor([0.5, 0.25]))
+    torch.testing.assert_close(pair.own.grad, torch.tensor([[1.5], [2.5]]))
+
+
+@pytest.mark.parametrize("method", COMBINERS)
+def test_one_task_and_nothing_shared_are_the_mean(method: AggregatorName) -> None:
+    network = SharedConfig(hidden=[4]).build(3, 2, 1, Posterior())
+    step = LossStep(network, 0.1, 0.0)
+    step.aggregate_by(method, GradientConfig(), 1)
+    loss = network(torch.randn(1, 5, 3), torch.arange(1)).square().mean((1, 2))
+    expected = torch.autograd.grad(loss[0], list(network.parameters()), retain_graph=True)
+    step(loss)
+    for parameter, grad in zip(network.parameters(), expected, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+@pytest.mark.parametrize(
+    "method", [AggregatorName.gradvac, AggregatorName.nashmtl, AggregatorName.gradnorm, AggregatorName.pcgrad]
+)
+def test_what_is_remembered_survives(method: AggregatorName) -> None:
+    jacobians = torch.randn(6, 3, 20)
+    losses = torch.rand(6, 3)
+
+    def steps(aggregator: Any, which: range) -> list[Tensor]:
+        torch.manual_seed(which.start)
+        return [aggregator(jacobians[step], losses[step], None) for step in which]
+
+    whole = build_aggregator(method, GradientConfig(), 3)
+    steps(whole, range(3))
+    half = build_aggregator(method, GradientConfig(), 3)
+    steps(half, range(3))
+    again = build_aggregator(method, GradientConfig(), 3)
+    again.load_state(half.state())
+    for one, other in zip(steps(whole, range(3, 6)), steps(again, range(3, 6)), strict=True):
+        assert torch.equal(one, other)
+    fresh = build_aggregator(method, GradientConfig(), 3)
+    fresh.load_state(fresh.state())  # before the first step
+
+
+def test_without_torchjd_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchjd", None)
+    with pytest.raises(UserError, match=r"gradient=pcgrad needs TorchJD .*pip install 'varshare_rl\[gradient\]'"):
+        build_aggregator(AggregatorName.pcgrad, GradientConfig(), 2)
+    build_aggregator(AggregatorName.gradnorm, GradientConfig(), 2)  # this one is ours

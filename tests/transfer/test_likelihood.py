@@ -1,0 +1,68 @@
+"""Divergences against torch.distributions, and Fisher information by Monte Carlo against the closed form."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.distributions import Categorical, Normal, kl_divergence
+
+from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.transfer.likelihood import CategoricalPolicy, GaussianPolicy, UnitGaussian, policy_likelihood
+
+MASK = torch.tensor([[[1.0, 1.0, 0.0]]])
+GAUSSIAN = GaussianPolicy(MASK, (-5.0, 1.0), 0.3)
+CATEGORICAL = CategoricalPolicy(torch.tensor([[[True, True, False, True]]]))
+
+
+def test_divergence_of_gaussian_policies() -> None:
+    old, new = torch.randn(2, 1, 5, 6)
+    mine = GAUSSIAN.divergence(old, new)
+    normals = []
+    for outputs in (old, new):
+        mean, log_std = outputs.chunk(2, -1)
+        normals.append(Normal(mean, (log_std + 0.3).clamp(-5.0, 1.0).exp()))
+    torch.testing.assert_close(mine, (kl_divergence(*normals) * MASK).sum(-1))
+    assert mine.shape == (1, 5)
+    torch.testing.assert_close(GAUSSIAN.divergence(old, old), torch.zeros(1, 5))
+
+
+def test_divergence_of_categorical_policies() -> None:
+    old, new = torch.randn(2, 1, 5, 4)
+    kept = torch.tensor([0, 1, 3])
+    expected = kl_divergence(*(Categorical(logits=outputs[..., kept]) for outputs in (old, new)))
+    torch.testing.assert_close(CATEGORICAL.divergence(old, new), expected)
+
+
+def test_divergence_of_values() -> None:
+    old, new = torch.randn(2, 1, 5, 1)
+    expected = kl_divergence(Normal(old, 1.0), Normal(new, 1.0)).sum(-1)
+    torch.testing.assert_close(UnitGaussian().divergence(old, new), expected)
+
+
+def test_sampled_scores_have_the_fisher_information() -> None:
+    """``E[(d log p / d mean)^2] = 1 / std^2``, ``E[(d log p / d log std)^2] = 2``, and ``p (1 - p)`` for logits."""
+    outputs = torch.tensor([0.2, -0.4, 0.9, -0.5, 0.1, 0.3]).expand(1, 200_000, 6).clone().requires_grad_(True)
+    (score,) = torch.autograd.grad(GAUSSIAN.sampled_log_prob(outputs).sum(), outputs)
+    precision = (-2 * (outputs[0, 0, 3:5].detach() + 0.3)).exp()
+    found = score.square().mean((0, 1))
+    torch.testing.assert_close(found[:2], precision, rtol=0.03, atol=0)
+    torch.testing.assert_close(found[3:5], torch.full((2,), 2.0), rtol=0.03, atol=0)
+    assert found[2] == found[5] == 0  # the task does not have this dimension
+    logits = torch.tensor([0.2, -0.4, 5.0, 0.5]).expand(1, 200_000, 4).clone().requires_grad_(True)
+    (score,) = torch.autograd.grad(CATEGORICAL.sampled_log_prob(logits).sum(), logits)
+    p = torch.softmax(torch.tensor([0.2, -0.4, -torch.inf, 0.5]), 0)
+    torch.testing.assert_close(score.square().mean((0, 1)), p * (1 - p), rtol=0.03, atol=1e-7)
+    values = torch.zeros(1, 200_000, 1, requires_grad=True)
+    (score,) = torch.autograd.grad(UnitGaussian().sampled_log_prob(values).sum(), values)
+    assert float(score.square().mean()) == pytest.approx(1.0, rel=0.03)
+
+
+def test_actors_say_what_their_networks_mean() -> None:
+    network = torch.nn.Identity()
+    gaussian = policy_likelihood(TanhGaussianActor(network, torch.tensor([[True, False]]), (-3.0, 0.5), 0.1))
+    assert isinstance(gaussian, GaussianPolicy)
+    assert (gaussian.log_std_range, gaussian.initial_log_std) == ((-3.0, 0.5), 0.1)
+    assert gaussian.mask.flatten().tolist() == [1.0, 0.0]
+    categorical = policy_likelihood(CategoricalActor(network, torch.tensor([[True, False]])))
+    assert isinstance(categorical, CategoricalPolicy)
+    assert categorical.mask.flatten().tolist() == [True, False]

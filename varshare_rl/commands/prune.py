@@ -1,0 +1,151 @@
+"""``python -m varshare_rl.prune run=runs/<folder> threshold=0.01``: drop residuals that are at the prior."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from torch import Tensor
+
+from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.assemble import TrainedAgent, load_agent, run_provenance
+from varshare_rl.cli import run_command
+from varshare_rl.config import Device
+from varshare_rl.errors import UserError
+from varshare_rl.files import write_json
+from varshare_rl.nn.actor import CategoricalActor
+from varshare_rl.nn.critic import TwinQ
+from varshare_rl.nn.posteriors import posterior_layers
+from varshare_rl.nn.prune import Criterion, prune, report
+from varshare_rl.nn.stochastic import posterior_mean
+from varshare_rl.run.checkpoint import save_checkpoint
+from varshare_rl.run.console import Console
+from varshare_rl.run.episode_recording import EpisodeRecording, record
+
+
+@dataclass
+class PruneConfig:
+    """Which run, what to drop, and where the pruned copy goes."""
+
+    run: str = MISSING
+    threshold: float = 0.01  # units with less than this are dropped; nats per Gaussian, or a ratio for snr
+    criterion: Criterion = Criterion.nats
+    checkpoint: str = "last"
+    out: str | None = None  # default: <run>_pruned
+    episodes: int = 1  # of every task, whose states the change of the outputs is measured on
+    device: Device = Device.auto
+
+
+def main(composed: DictConfig) -> None:
+    """Write a pruned copy of the run's policy with ``pruning.json``; the run itself stays as it is."""
+    if OmegaConf.is_missing(composed, "run"):
+        raise UserError("run is missing; give the folder of a run: run=runs/<folder>")
+    options = cast(PruneConfig, OmegaConf.to_object(composed))
+    if not options.threshold >= 0:
+        raise UserError(f"threshold is {options.threshold}; it must be at least 0")
+    if options.episodes < 1:
+        raise UserError(f"episodes is {options.episodes}; it must be at least 1")
+    run_dir = Path(options.run)
+    named = run_dir if run_dir.name not in ("", "..") else run_dir.resolve()  # "." has no name of its own
+    out = named.with_name(f"{named.name}_pruned") if options.out is None else Path(options.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists already; give another folder: out=<folder>")
+    agent = load_agent(run_dir, options.checkpoint, options.device)
+    algorithm = agent.algorithm
+    trained = algorithm.trained_modules().values()
+    if not isinstance(algorithm, ActorCritic) or not any(any(posterior_layers(module)) for module in trained):
+        raise UserError(
+            f"{run_dir} was trained with network={agent.config.network.name}, which has no residuals to prune; "
+            "give a run of network=varshare_lora or varshare"
+        )
+    result = prune_agent(agent, algorithm, options)
+    write_pruned(agent, algorithm, result, run_dir, out)
+    console = Console(agent.state["transitions"])
+    console.message(
+        f"kept {result['kept']:,} of {result['units']:,} units, {result['bytes_kept']:,} of "
+        f"{result['bytes_dense']:,} bytes of posteriors; largest change of an action {_largest(result):.2g}"
+    )
+    console.message(f"written: {out / 'pruning.json'}; evaluate with run={out}")
+
+
+def prune_agent(agent: TrainedAgent, algorithm: ActorCritic, options: PruneConfig) -> dict[str, Any]:
+    """Prune all trained networks in place; the report."""
+    engine = agent.suite.make_engine(
+        min(options.episodes, agent.config.env.envs_per_task), agent.config.seed, evaluation=True
+    )
+    try:
+        recording = record(algorithm, engine, options.episodes)
+    finally:
+        engine.close()
+    before = _mean_outputs(algorithm, recording)
+    layers = {
+        f"{name}.{path}": pruned
+        for name, module in algorithm.trained_modules().items()
+        for path, pruned in prune(module, options.threshold, options.criterion).items()
+    }
+    after = _mean_outputs(algorithm, recording)
+    counted = recording.rows("counted")
+    return {
+        **report(layers),
+        "changes": {
+            task: {name: _change(before[name][i][counted[i]], after[name][i][counted[i]]) for name in before}
+            for i, task in enumerate(agent.suite.task_names)
+        },
+        "threshold": options.threshold,
+        "criterion": options.criterion.value,
+        "run": options.run,
+        "checkpoint": agent.checkpoint.name,
+        "episodes_per_task": options.episodes,
+        "conditions": run_provenance(agent.config, agent.suite, agent.device),
+    }
+
+
+def write_pruned(
+    agent: TrainedAgent, algorithm: ActorCritic, result: dict[str, Any], run_dir: Path, out: Path
+) -> None:
+    """The pruned policy as a run folder of its own, with its configuration and ``pruning.json``."""
+    saved = agent.state["algorithm"]
+    tree = {name: agent.state[name] for name in ("transitions", "updates", "seconds")}
+    tree["algorithm"] = {name: state for name, state in algorithm.policy_state().items() if name in saved}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {out} ({error.strerror}); give another: out=<folder>") from error
+    save_checkpoint(out, "last", agent.state["transitions"], tree)
+    write_json(out / "pruning.json", result)
+    shutil.copyfile(run_dir / "config.yaml", out / "config.yaml")
+
+
+@torch.no_grad()
+def _mean_outputs(algorithm: ActorCritic, recording: EpisodeRecording) -> dict[str, Tensor]:
+    """Deterministic actions (probabilities of Discrete ones) and values on the means, ``[T, S * E, ...]``."""
+    obs = recording.rows("obs").to(algorithm.spec.device)
+    with posterior_mean(algorithm.actor), posterior_mean(algorithm.critic):
+        policy: Any = algorithm.actor(obs, algorithm.task_ids)
+        action = policy.log_probs.exp() if isinstance(algorithm.actor, CategoricalActor) else policy.mode()
+        if isinstance(algorithm.critic, TwinQ):
+            taken = recording.rows("action").to(obs.device)
+            value = algorithm.critic(obs, taken, algorithm.task_ids).movedim(0, -1)
+        else:
+            value = algorithm.critic(obs, algorithm.task_ids)
+    return {"action": action.cpu(), "value": value.cpu()}
+
+
+def _change(before: Tensor, after: Tensor) -> dict[str, float]:
+    difference = (after - before).double()
+    return {"rms": float(difference.square().mean().sqrt()), "largest": float(difference.abs().max())}
+
+
+def _largest(result: dict[str, Any]) -> float:
+    return max(float(row["action"]["largest"]) for row in result["changes"].values())
+
+
+def command() -> None:
+    """Run the command line."""
+    ConfigStore.instance().store(name="prune_schema", node=PruneConfig)
+    run_command("prune", main)

@@ -1,1 +1,0 @@
-"""Continual-learning methods, one file each; see :class:`varshare_rl.continual.method.Method`."""

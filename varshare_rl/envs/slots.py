@@ -1,0 +1,234 @@
+"""One environment per slot: the small interface that single-task environments follow, and autoreset.
+
+A slot is one environment of one task. Its whole history is the number of its episode and the actions since
+that episode began: environments are reset from the episode's own seed, so replaying those actions in a
+fresh environment restores it exactly, with no knowledge of its inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from varshare_rl.envs.suite import State
+from varshare_rl.errors import UserError
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """What decides an episode before its first action."""
+
+    seed: np.random.SeedSequence
+    #: Position in the evaluation sweep of the task (0, 1, ...); None in training.
+    sweep: int | None
+
+    def choose(self, count: int) -> int:
+        """One of ``count`` fixed choices (goals): in turn in the evaluation sweep, at random in training."""
+        if self.sweep is not None:
+            return self.sweep % count
+        return int(np.random.default_rng(self.seed).integers(count))
+
+    def integer_seed(self) -> int:
+        """A 32-bit seed, for interfaces that take an integer."""
+        return int(self.seed.generate_state(1)[0])
+
+
+class TaskEnv(Protocol):
+    """One environment of one task.
+
+    A reset must forget everything before it: the episode and the actions alone decide what follows.
+    """
+
+    def reset(self, episode: Episode) -> Array:
+        """Begin an episode; returns the first observation, ``[F]``."""
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, bool]:
+        """Returns (observation ``[F]``, reward, terminated, truncated, success flag of this step).
+
+        A step that is both terminated and truncated counts as terminated.
+        """
+
+    def close(self) -> None:
+        """Free what the environment holds."""
+
+
+class TaskEnvFactory(Protocol):
+    """Makes the environment of a task. Must be picklable: workers receive it when they start."""
+
+    def __call__(self, task: int) -> TaskEnv:
+        """A fresh environment of task number ``task``."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Sizes and seeds that the engine and its workers share."""
+
+    num_tasks: int
+    envs_per_task: int
+    observation_size: int
+    action_shape: tuple[int, ...]  # of one slot: (A,) for Box, () for Discrete
+    action_dtype: str  # "float32" for Box, "int64" for Discrete
+    seed: int
+    evaluation: bool
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_tasks * self.envs_per_task
+
+    def episode(self, slot: int, index: int) -> Episode:
+        """Episode number ``index`` of ``slot`` (= task * envs_per_task + e).
+
+        Training episodes are seeded by (seed, 0) with spawn key (task, e, index). Evaluation episodes are
+        seeded by (seed, 1) with spawn key (task, sweep position), so that they do not depend on
+        ``envs_per_task``.
+        """
+        task, e = divmod(slot, self.envs_per_task)
+        if self.evaluation:
+            sweep = index * self.envs_per_task + e
+            return Episode(np.random.SeedSequence((self.seed, 1), spawn_key=(task, sweep)), sweep)
+        return Episode(np.random.SeedSequence((self.seed, 0), spawn_key=(task, e, index)), None)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The arrays that engine and workers share; first axis = slot."""
+
+    actions: Array
+    obs: npt.NDArray[np.float32]
+    next_obs: npt.NDArray[np.float32]
+    reward: npt.NDArray[np.float32]
+    flags: npt.NDArray[np.bool_]  # [slots, 3]: terminated, truncated, success
+
+    @staticmethod
+    def _layout(spec: EngineSpec) -> list[tuple[tuple[int, ...], str]]:
+        n, f = spec.num_slots, spec.observation_size
+        return [
+            ((n, *spec.action_shape), spec.action_dtype),
+            ((n, f), "float32"),
+            ((n, f), "float32"),
+            ((n,), "float32"),
+            ((n, 3), "bool"),
+        ]
+
+    @staticmethod
+    def size(spec: EngineSpec) -> int:
+        """Bytes that all arrays need; each starts on its own 64-byte line."""
+        return sum(_aligned(_bytes(shape, dtype)) for shape, dtype in Buffers._layout(spec))
+
+    @staticmethod
+    def over(spec: EngineSpec, memory: Any) -> Buffers:
+        """Lay the arrays over ``memory``, any writable buffer of at least ``size(spec)`` bytes."""
+        arrays, offset = [], 0
+        for shape, dtype in Buffers._layout(spec):
+            arrays.append(np.ndarray(shape, dtype, buffer=memory, offset=offset))
+            offset += _aligned(_bytes(shape, dtype))
+        return Buffers(*arrays)
+
+
+def _bytes(shape: tuple[int, ...], dtype: str) -> int:
+    return int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 64) * 64
+
+
+class Slot:
+    """One environment with autoreset and a record of the actions since its last reset.
+
+    Its rows of the buffers are looked up once: what is written to them is there for everyone.
+    """
+
+    def __init__(self, env: TaskEnv, spec: EngineSpec, index: int, buffers: Buffers) -> None:
+        self.env = env
+        self.spec = spec
+        self.index = index
+        self.place = index % spec.envs_per_task  # among the environments of its task
+        self.episode = 0
+        self.actions: list[Array] = []
+        self._action = buffers.actions[index : index + 1]  # a row stays a view, also where it is one number
+        self._obs, self._next_obs, self._flags = (
+            part[index] for part in (buffers.obs, buffers.next_obs, buffers.flags)
+        )
+        self._reward = buffers.reward[index : index + 1]
+
+    def begin(self, episode: int) -> None:
+        """Start episode number ``episode`` and write its first observation."""
+        self.episode = episode
+        self.actions = []
+        self._obs[:] = self.env.reset(self.spec.episode(self.index, episode))
+
+    def step(self) -> None:
+        """Do the action in the buffers; at an episode's end begin the next one at once."""
+        action = self._action[0].copy()
+        self._next_obs[:], self._reward[0], terminated, truncated, success = self.env.step(action)
+        flags = self._flags
+        flags[0], flags[1], flags[2] = terminated, truncated and not terminated, success
+        if terminated or truncated:
+            self.begin(self.episode + 1)
+        else:
+            self.actions.append(action)
+            self._obs[:] = self._next_obs
+
+    def state(self) -> State:
+        shape = (len(self.actions), *self.spec.action_shape)
+        actions = np.array(self.actions, dtype=self.spec.action_dtype).reshape(shape)
+        return {"episode": self.episode, "actions": actions, "obs": self._obs.copy()}
+
+    def load_state(self, state: State) -> None:
+        self.begin(int(state["episode"]))
+        for action in np.asarray(state["actions"], dtype=self.spec.action_dtype):
+            self.actions.append(action.copy())
+            self._obs[:] = self.env.step(self.actions[-1])[0]
+        if not np.array_equal(self._obs, state["obs"], equal_nan=True):
+            raise UserError(
+                f"replaying task {self.index // self.spec.envs_per_task} does not lead back to its saved "
+                "observation: it is not deterministic, or its package or machine changed; resume with the "
+                "versions that the run recorded"
+            )
+
+
+class Chunk:
+    """Some slots, stepped one after the other in one process."""
+
+    def __init__(self, factory: TaskEnvFactory, spec: EngineSpec, slots: Sequence[int], buffers: Buffers) -> None:
+        self.slots = [Slot(factory(i // spec.envs_per_task), spec, i, buffers) for i in slots]
+
+    def reset(self) -> None:
+        self._each(self.slots, lambda slot: slot.begin(0))
+
+    def step(self, first: int, last: int) -> None:
+        """Step the environments ``first <= e < last`` of every task in the chunk."""
+        self._each([slot for slot in self.slots if first <= slot.place < last], Slot.step)
+
+    def state(self) -> list[State]:
+        return [slot.state() for slot in self.slots]
+
+    def load_state(self, states: list[State]) -> None:
+        by_index = {slot.index: state for slot, state in zip(self.slots, states, strict=True)}
+        self._each(self.slots, lambda slot: slot.load_state(by_index[slot.index]))
+
+    def close(self) -> None:
+        for slot in self.slots:
+            slot.env.close()
+        self.slots = []
+
+    @staticmethod
+    def _each(slots: Sequence[Slot], do: Callable[[Slot], None]) -> None:
+        done = 0
+        try:
+            for slot in slots:
+                do(slot)
+                done += 1
+        except Exception as error:
+            slot = slots[done]
+            task = slot.index // slot.spec.envs_per_task
+            where = f"task {task}, environment {slot.place}, episode {slot.episode}, step {len(slot.actions)}"
+            error.add_note(f"in {where}")
+            raise

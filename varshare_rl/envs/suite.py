@@ -1,0 +1,116 @@
+"""The protocol that every task suite follows.
+
+A suite is a list of tasks with one observation space and one action space. It hands out vector
+engines, which step all tasks at once. Arrays are task-major: ``[T, E, ...]`` with ``T`` tasks and ``E``
+environments per task; the slot ``(t, e)`` always holds task ``t``. This package knows neither torch nor
+the learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import gymnasium
+import numpy as np
+import numpy.typing as npt
+
+from varshare_rl.errors import UserError
+
+FloatArray = npt.NDArray[np.float32]
+BoolArray = npt.NDArray[np.bool_]
+IntArray = npt.NDArray[np.int64]
+
+#: A nested structure of dicts and lists with leaves ndarray, int, float, str, bool or None.
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one vector step returns. Every array is the caller's to keep.
+
+    ``obs`` is what to act on next: at the end of an episode the slot has already been reset, and ``obs``
+    is the first observation of the new episode. ``next_obs`` is the true successor of the action, which at
+    the end of an episode is the last observation of the old one. ``success`` is the flag of this step (not
+    "so far"); suites without a notion of success leave it False and say ``has_success = False``.
+    """
+
+    obs: FloatArray  # [T, E, F]
+    next_obs: FloatArray  # [T, E, F]
+    reward: FloatArray  # [T, E]
+    terminated: BoolArray  # [T, E]  the task ended: there is no future value
+    truncated: BoolArray  # [T, E]  a time limit cut the episode: bootstrap from next_obs
+    success: BoolArray  # [T, E]
+    task_id: IntArray  # [T, E]
+
+
+class VectorEngine(Protocol):
+    """Steps ``T x E`` environments. A slot's trajectory depends on (seed, task, e) alone."""
+
+    num_tasks: int
+    envs_per_task: int
+
+    def reset(self) -> FloatArray:
+        """Restart every slot at its episode 0 and return the observations, ``[T, E, F]``.
+
+        Two calls return the same arrays, and the same actions afterwards give the same steps.
+        """
+
+    def step(self, actions: npt.NDArray[Any]) -> Step:
+        """Step every slot. ``actions``: ``[T, E, A]`` float32 for Box, ``[T, E]`` integers for Discrete."""
+
+    def begin(self, actions: npt.NDArray[Any], envs: slice) -> None:
+        """Hand over the actions of some environments of every task, ``[T, len(envs), ...]``.
+
+        Workers begin with them at once, while the caller computes the actions of the others.
+        """
+
+    def finish(self) -> Step:
+        """Complete the step begun; every environment must have been given its action.
+
+        ``begin(actions, slice(None))`` and ``finish()`` are ``step(actions)``.
+        """
+
+    def state(self) -> State:
+        """Everything needed to go on bit for bit in a fresh engine of the same suite and seed."""
+
+    def load_state(self, state: State) -> FloatArray:
+        """Put a state back; returns the current observations, ``[T, E, F]``."""
+
+    def close(self) -> None:
+        """Free processes and memory. May be called twice."""
+
+
+def check_identity(state: State, identity: State) -> None:
+    """Raise SuiteError unless a saved state is of an engine with this ``identity``."""
+    for name, value in identity.items():
+        if state[name] != value:
+            raise UserError(
+                f"the saved environment state has {name} {state[name]}, this engine {value}: resume with "
+                "the settings of the saved run"
+            )
+
+
+@runtime_checkable
+class Suite(Protocol):
+    """A list of tasks. Making a suite is cheap; engines are what costs."""
+
+    name: str
+    task_names: tuple[str, ...]
+    observation_space: gymnasium.spaces.Box  # of one task, padded to the common size, float32
+    action_space: gymnasium.spaces.Box | gymnasium.spaces.Discrete  # Box is always [-1, 1]
+    action_mask: BoolArray  # [T, A] (A dimensions or choices); False where a task has no such action
+    horizon: int  # the longest episode in steps
+    has_success: bool
+
+    @property
+    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
+        """What a result must say of this suite: versions of its packages, reward version, goals..."""
+
+    def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> VectorEngine:
+        """Build an engine. Evaluation engines draw from seeds apart from the training ones.
+
+        In evaluation episode ``j`` of slot ``e`` is episode ``j * envs_per_task + e`` of its task, and suites
+        with a fixed list of goals sweep it in that order, so that ``n`` episodes see ``n`` different goals.
+        """

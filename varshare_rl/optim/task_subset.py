@@ -1,0 +1,160 @@
+"""Updates of a few tasks at a time, whose cost does not grow with the number of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.nn.task_rows import ActiveTasks, restrict_tasks
+from varshare_rl.types import Tree
+
+#: Adam's state with the shape of the parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class TaskSubset:
+    """Has what is kept per task hold the rows of a few tasks only, for the time of an update.
+
+    Every layer keeps its stacks ``[T, ...]``. While the window is open each of them is ``[K, ...]``, the rows of
+    the window's tasks, in parameters, buffers and the moments of Adam; so passes, divergences, gradients and
+    steps are those of ``K`` tasks. On closing the rows go back. A task's rows and moments change in its own
+    windows alone, as with lazily updated embeddings, and Adam corrects their bias by the number of those.
+
+    No graph of autograd with a stack in it may outlive its turn, or the next one finds the wrong shape.
+
+    Tasks take turns: every pass goes through all of them in a new random order, in windows of nearly equal size.
+
+    Args:
+        num_tasks: ``T``.
+        size: the most tasks of a window, ``K``; with ``T`` or more there is no window.
+        modules: what has stacks, named in ``per_task_parameters`` and ``per_task_buffers``.
+        parameters: further stacks, outside modules.
+        optimizers: of all of these.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int,
+        size: int,
+        modules: Sequence[nn.Module],
+        parameters: Sequence[nn.Parameter],
+        optimizers: Sequence[torch.optim.Adam],
+    ) -> None:
+        self.num_tasks, self.size = num_tasks, min(size, num_tasks)
+        children = list({id(child): child for module in modules for child in module.modules()}.values())
+        self._buffers = [(child, name) for child in children for name in getattr(child, "per_task_buffers", ())]
+        stacks = [
+            child.get_parameter(name) for child in children for name in getattr(child, "per_task_parameters", ())
+        ]
+        self._stacks = list({id(stack): stack for stack in [*parameters, *stacks]}.values())  # each once
+        self._optimizers = {
+            id(parameter): optimizer
+            for optimizer in optimizers
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self.order = torch.arange(num_tasks)
+        self.passes = 0
+        self.next = 0  # window of this pass
+        self.born: dict[int, int] = {}  # by stack: passes before the first with its present moments
+
+    @property
+    def share(self) -> float:
+        """Of all tasks those of one window."""
+        return self.size / self.num_tasks
+
+    @property
+    def windows(self) -> int:
+        """How many make a pass."""
+        return -(-self.num_tasks // self.size)
+
+    @contextmanager
+    def turn(self) -> Iterator[Tensor | None]:
+        """Inside, the next tasks stand for all; gives their ids ``[K]``, or None where they are all."""
+        if self.windows == 1:
+            yield None
+            return
+        if self.next == 0:
+            self.order = torch.randperm(self.num_tasks)
+        ids = self.order.tensor_split(self.windows)[self.next]
+        close = self._open(ids)
+        try:
+            with restrict_tasks(ActiveTasks(ids, self.num_tasks)):
+                yield ids
+        finally:
+            close()
+        self.next = (self.next + 1) % self.windows
+        self.passes += self.next == 0
+
+    def state(self) -> Tree:
+        """Whose turn it is, and how old moments are."""
+        born = [list(pair) for pair in self.born.items()]
+        return {"order": self.order, "passes": self.passes, "next": self.next, "born": born}
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave."""
+        self.order, self.passes, self.next = state["order"], state["passes"], state["next"]
+        self.born = dict(state["born"])
+
+    def _open(self, ids: Tensor) -> Callable[[], None]:
+        """Put rows in the place of stacks; returns what puts them back."""
+        closing = [self._parameter(number, stack, ids) for number, stack in enumerate(self._stacks)]
+        closing += [_buffer(module, name, ids) for module, name in self._buffers]
+
+        def close() -> None:
+            for one in closing:
+                one()
+
+        return close
+
+    def _parameter(self, number: int, parameter: nn.Parameter, ids: Tensor) -> Callable[[], None]:
+        stack, rows = parameter.data, ids.to(parameter.device)
+        parameter.data, parameter.grad = stack.index_select(0, rows), None
+        optimizer = self._optimizers.get(id(parameter))
+        moments: dict[str, Tensor] = {}
+        if optimizer is not None and parameter in optimizer.state:
+            state = optimizer.state[parameter]
+            if number not in self.born:  # moments from before there were windows
+                self.born[number] = self.passes - int(state["step"])
+            moments = _take_moments(state, rows)
+            state["step"].fill_(self.passes - self.born[number])
+        else:
+            self.born[number] = self.passes
+
+        def close() -> None:
+            stack.index_copy_(0, rows, parameter.data)
+            parameter.data, parameter.grad = stack, None
+            if optimizer is not None and parameter in optimizer.state:
+                _put_moments(optimizer.state[parameter], moments or _no_moments(stack), rows)
+
+        return close
+
+
+def _take_moments(state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """Leave the rows of the moments in a parameter's state; returns the stacks."""
+    stacks = {name: state[name] for name in MOMENTS}
+    state.update({name: stack.index_select(0, rows) for name, stack in stacks.items()})
+    return stacks
+
+
+def _no_moments(stack: Tensor) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(stack) for name in MOMENTS}
+
+
+def _put_moments(state: dict[str, Tensor], stacks: dict[str, Tensor], rows: Tensor) -> None:
+    state.update({name: stack.index_copy_(0, rows, state[name]) for name, stack in stacks.items()})
+
+
+def _buffer(module: nn.Module, name: str, ids: Tensor) -> Callable[[], None]:
+    stack = module.get_buffer(name)
+    rows = ids.to(stack.device)
+    setattr(module, name, stack.index_select(0, rows))
+
+    def close() -> None:
+        stack.index_copy_(0, rows, module.get_buffer(name))
+        setattr(module, name, stack)
+
+    return close

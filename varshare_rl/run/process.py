@@ -1,0 +1,107 @@
+"""The process that trains: random generators, threads, and memory that it has freed."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from varshare_rl.errors import UserError
+from varshare_rl.types import Tree
+
+MAX_SEED = 2**32 - 1  # the limit of numpy's global generator
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's ``random``, numpy's global generator, and torch on the CPU and on every CUDA device.
+
+    Raises :class:`UserError` for a seed outside 0 to 2**32 - 1.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"seed={seed}: a seed is an integer from 0 to {MAX_SEED}; choose one in that range")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (packages that suites use draw from the global generator)
+    torch.manual_seed(seed)
+
+
+def rng_state() -> Tree:
+    """Return the state of every generator that :func:`seed_everything` seeds."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "python": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss},
+        "numpy": {
+            "name": name,
+            "keys": np.array(keys),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+        "cuda": list(cuda),
+    }
+
+
+def load_rng_state(tree: Tree) -> None:
+    """Put back what :func:`rng_state` returned.
+
+    A state of more CUDA devices than this machine has is put back for those that exist: on another machine
+    a run goes on, though not bit for bit.
+    """
+    python, numpy_state = tree["python"], tree["numpy"]
+    random.setstate((python["version"], tuple(int(word) for word in python["words"]), python["gauss"]))
+    np.random.set_state(  # noqa: NPY002
+        (
+            numpy_state["name"],
+            numpy_state["keys"],
+            numpy_state["position"],
+            numpy_state["has_gauss"],
+            numpy_state["cached"],
+        )
+    )
+    torch.set_rng_state(tree["torch"])
+    for device, state in enumerate(tree["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(state, device)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_LARGEST_THRESHOLD = 32 << 20  # glibc takes no larger one
+_NEVER = (1 << 31) - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory it frees from now on; returns whether its C library knows how (glibc does).
+
+    Activations of a few MB are allocated and freed at every update. By default glibc gives the top of its heap back
+    and asks for it again, and the kernel clears every page anew: thousands of page faults an update. Blocks of
+    more than 32 MB (replay memories) stay outside the heap. What was freed before the call goes back first.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    library = ctypes.CDLL(None)
+    mallopt, trim = getattr(library, "mallopt", None), getattr(library, "malloc_trim", None)
+    if mallopt is None or trim is None:
+        return False
+    trim(0)
+    return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Inside, torch computes with one thread.
+
+    The small products of acting gain nothing from more, and a thread that waits for another one that the
+    environment workers have pushed off its core waits for milliseconds.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

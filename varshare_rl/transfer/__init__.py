@@ -1,0 +1,1 @@
+"""Transfer: what an agent that has learnt some tasks does with the next one."""

@@ -1,0 +1,299 @@
+"""Share on a sequence: one low-rank basis for all tasks' corrections (arXiv 2602.06043)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import Any
+
+from torch import Tensor, nn
+
+from varshare_rl.adapters.adapter import Adapter, adapter_scale
+from varshare_rl.errors import UserError
+from varshare_rl.nn.initial import check_positive
+from varshare_rl.nn.parameters import total_kl
+from varshare_rl.transfer.low_rank import (
+    FrozenBase,
+    adapter_bytes,
+    adapter_of,
+    adapter_state,
+    check_learnt,
+    fresh_adapter,
+)
+from varshare_rl.transfer.low_rank import take_adapter as take_lora
+from varshare_rl.transfer.method import (
+    BYTES_PER_NUMBER,
+    ContinualMethod,
+    ContinualMethodConfig,
+    NetworkSpec,
+    Pretrained,
+    StorageCost,
+    frozen_eval,
+)
+from varshare_rl.transfer.share.coefficients import GaussianCoefficients
+from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig, check_options
+from varshare_rl.transfer.share.folder import share_of, share_state
+from varshare_rl.transfer.share.learn import (
+    LearnConfig,
+    attach,
+    check_learn_options,
+    take_adapter,
+    take_coefficients,
+)
+from varshare_rl.transfer.share.model import Share, adapter_numbers, add, consolidate, put_coefficients
+from varshare_rl.types import Tree
+
+#: The rule for k without another: a policy has to survive many merges.
+DEFAULT_MAX_ERROR = 0.01
+
+
+class Learn(Enum):
+    """What a task trains once there is a basis."""
+
+    directions = "directions"  # temporary directions and coefficients in them, merged into the basis afterwards
+    coefficients = "coefficients"  # coefficients in the basis, which stays as it is
+
+
+@dataclass
+class ShareMethodConfig(ContinualMethodConfig):
+    """``method=share``.
+
+    Attributes:
+        rank, alpha, rslora: of the LoRA adapters of the first tasks, as of ``method=lora``.
+        initial_tasks: how many tasks with a correction come before the basis is learnt in; a pretrained agent's count.
+        learn: see :class:`Learn`.
+        basis: how corrections are merged. Without a rule for ``k`` it is ``k.max_error=0.01``, but for
+            ``method=paper``, which keeps its own.
+        merge: when ``directions`` make the basis decompose again.
+        phi: number of temporary directions, a quarter of a layer's ``k`` at most, which is what null stands for.
+        p: columns of the coefficients that are learnt; null: the largest rank among the earlier tasks.
+        variational: coefficients have Gaussian posteriors, whose prior comes from earlier tasks.
+        prior_scale, prior_tasks: see :class:`~varshare_rl.transfer.share.learn.LearnConfig`.
+        kl_weight: factor on the divergence from that prior; 1 is the plain ELBO.
+        exact_pretrained: act in the pretrained agent's tasks with the adapters that it came with, which are stored beside the
+            basis; otherwise with what the basis rebuilds.
+    """
+
+    name: str = "share"
+    rank: int = 8
+    alpha: float | None = None
+    rslora: bool = False
+    initial_tasks: int = 4
+    learn: Learn = Learn.directions
+    basis: ShareConfig = field(default_factory=ShareConfig)
+    merge: Merge = Merge.needed
+    phi: int | None = None
+    p: int | None = None
+    variational: bool = False
+    prior_scale: float = 1.0
+    prior_tasks: float = 1.0
+    kl_weight: float = 0.01
+    exact_pretrained: bool = True
+
+
+class ShareMethod(ContinualMethod):
+    """``W_i = theta + (basis_B eps_B_i) (basis_A eps_A_i)^T`` with a frozen ``theta``.
+
+    The base is the pretrained agent's, or what the first task learns with all weights, whose correction is then nothing. The
+    next tasks learn LoRA adapters; when there are ``initial_tasks`` of them they become a basis, and every adapter
+    after that joins it. What a pretrained agent brings becomes a basis at once, and is counted.
+
+    Whether an old policy changes: never with ``learn=coefficients``, which leave the basis alone; by a merge, by no
+    more than :attr:`report` says; and never, where ``exact_pretrained`` keeps the pretrained agent's adapters.
+
+    With ``variational`` :meth:`penalty` adds ``kl_weight * KL / n`` for ``n`` transitions. The coefficients say
+    ``paid_apart``, so that the ELBO of the run does not add that divergence again.
+
+    Raises:
+        UserError: options that cannot be, or that might turn out to be impossible after hours only.
+    """
+
+    low_rank = True
+
+    def __init__(self, config: ShareMethodConfig, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
+        super().__init__(config, shape, pretrained)
+        self.basis_options = _basis_options(config)
+        _check(config, self.basis_options)
+        self.base = FrozenBase(shape, pretrained)
+        self.waiting: dict[int, Adapter] = {}  # LoRA adapters that are no part of a basis yet
+        self.share: Share | None = None
+        corrected = (
+            {} if pretrained is None else _named({i: own for i, own in enumerate(pretrained.adapters) if own})
+        )
+        if corrected:
+            self.share = consolidate(corrected, self.basis_options)
+
+    def begin(self, task: int, similar: int | None = None) -> nn.Module:
+        """The whole network, then LoRA adapters, then coefficients or temporary directions in the basis."""
+        config = self.config
+        if self.base.weights is None:
+            return self.base_network()
+        if self._learns_lora():
+            alpha = config.rank if config.alpha is None else config.alpha
+            scale = adapter_scale(alpha, config.rank, config.rslora)
+            return self.base.corrected(fresh_adapter(self.base.layers(), config.rank, scale))
+        assert self.share is not None
+        network = self.base.network()
+        for layer in attach(network, self.share, self._learn_options(self.share), fresh=1).values():
+            if isinstance(layer.coefficients, GaussianCoefficients):
+                layer.coefficients.paid_apart = True
+        return network
+
+    def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
+        """``kl_weight * KL / transitions`` of Gaussian coefficients, the only place where it is paid."""
+        if not self.config.variational or self.config.kl_weight == 0.0:
+            return 0.0
+        weight: float = self.config.kl_weight / max(transitions, 1)
+        return total_kl(network, 1) * weight
+
+    def end(self, network: nn.Module, inputs: Tensor) -> None:
+        """Keep the base, the adapter, or the coefficients; consolidate and merge when it is time."""
+        task, config = self.tasks, self.config
+        if self.base.weights is None:
+            self.base.keep(network)
+        elif self._learns_lora():
+            self._take_lora(task, take_lora(network))
+        elif config.learn is Learn.coefficients:
+            assert self.share is not None
+            self.share = put_coefficients(self.share, str(task), take_coefficients(network, 0))
+        else:
+            assert self.share is not None
+            self.share = add(self.share, {str(task): take_adapter(network, 0)}, config.merge)
+        self.tasks += 1
+
+    def policy(self, task: int) -> nn.Module:
+        """The base with the task's correction as it is rebuilt by now, or as it was learnt."""
+        check_learnt(task, self.tasks)
+        return frozen_eval(self.base.corrected(self._adapter(task)))
+
+    @property
+    def report(self) -> list[dict[str, Any]]:
+        """By layer and task in the basis: ``error``, how far the task's correction is from the learnt one.
+
+        ``||dW - rebuilt|| / ||dW||``, exact at the first merge and an upper bound after further ones.
+        ``exact``: the policy uses the correction itself all the same. ``k`` and ``merges`` are those of the basis.
+        """
+        if self.share is None:
+            return []
+        return [
+            {
+                "layer": layer,
+                "task": int(task),
+                "error": error,
+                "exact": self._exact(int(task)),
+                "k": self.share.layers[layer].k,
+                "merges": self.share.merges,
+            }
+            for layer, errors in self.share.errors().items()
+            for task, error in errors.items()
+        ]
+
+    def stored(self) -> StorageCost:
+        """Base and bases; what each task acts with; and what only merges and priors need.
+
+        The last are kept originals, and the coefficients of tasks that act with the adapter of the pretrained agent.
+        """
+        adapters = [*self.waiting.values(), *(own for i, own in enumerate(self._pretrained()) if self._exact(i))]
+        tasks, shared, memory = sum(map(adapter_bytes, adapters)), self.base.bytes(), 0
+        if self.share is not None:
+            shared += BYTES_PER_NUMBER * sum(layer.shared_numbers() for layer in self.share.layers.values())
+            for index, name in enumerate(self.share.tasks):
+                own = BYTES_PER_NUMBER * sum(layer.task_numbers(index) for layer in self.share.layers.values())
+                kept = BYTES_PER_NUMBER * adapter_numbers(self.share.originals.get(name, {}))
+                if self._exact(int(name)):
+                    memory += own  # an original would be the adapter once more
+                else:
+                    tasks, memory = tasks + own, memory + kept
+        return StorageCost(shared, tasks, memory)
+
+    def state(self) -> Tree:
+        """The base unless it is the pretrained agent's, adapters that wait, and the basis."""
+        return {
+            "tasks": self.tasks,
+            "base": self.base.state(),
+            "waiting": {str(task): adapter_state(adapter) for task, adapter in self.waiting.items()},
+            "share": None if self.share is None else share_state(self.share),
+        }
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave."""
+        self.tasks = state["tasks"]
+        self.base.load_state(state["base"])
+        self.waiting = {int(task): adapter_of(adapter) for task, adapter in state["waiting"].items()}
+        self.share = None if state["share"] is None else share_of(state["share"], self.basis_options)
+
+    def _learns_lora(self) -> bool:
+        known = len(self.waiting) + (0 if self.share is None else len(self.share.tasks))
+        first: int = self.config.initial_tasks
+        return known < first
+
+    def _take_lora(self, task: int, adapter: Adapter) -> None:
+        if self.share is not None:  # of a pretrained agent with fewer tasks than are to come first
+            self.share = add(self.share, {str(task): adapter}, self.config.merge)
+            return
+        self.waiting[task] = adapter
+        if len(self.waiting) == self.config.initial_tasks:
+            self.share = consolidate(_named(self.waiting), self.basis_options)
+            self.waiting = {}
+
+    def _learn_options(self, share: Share) -> LearnConfig:
+        config = self.config
+        phi = None
+        if config.learn is Learn.directions:
+            most = max(1, max(layer.k for layer in share.layers.values()) // 4)
+            phi = most if config.phi is None else min(config.phi, most)
+        return LearnConfig(config.p, phi, config.variational, config.prior_scale, config.prior_tasks)
+
+    def _pretrained(self) -> tuple[Adapter, ...]:
+        return () if self.pretrained is None else self.pretrained.adapters
+
+    def _exact(self, task: int) -> bool:
+        return task < self.old_tasks and bool(self.config.exact_pretrained)
+
+    def _adapter(self, task: int) -> Adapter:
+        if self._exact(task):
+            return self._pretrained()[task]
+        if self.share is not None and str(task) in self.share.tasks:
+            return self.share.rebuild(str(task))
+        return self.waiting.get(task, {})
+
+
+def _named(adapters: dict[int, Adapter]) -> dict[str, Adapter]:
+    return {str(task): adapter for task, adapter in adapters.items()}
+
+
+def _basis_options(config: ShareMethodConfig) -> ShareConfig:
+    """With the rule for ``k`` of this method in place of none."""
+    k = config.basis.k
+    if config.basis.method is BasisMethod.paper or (k.max_error, k.explained, k.fixed) != (None, None, None):
+        return config.basis
+    return replace(config.basis, k=SizeConfig(max_error=DEFAULT_MAX_ERROR))
+
+
+def _check(config: ShareMethodConfig, basis: ShareConfig) -> None:
+    check_positive(rank=config.rank, alpha=1.0 if config.alpha is None else config.alpha)
+    check_options(basis)
+    check_learn_options(LearnConfig(config.p, config.phi, False, config.prior_scale, config.prior_tasks))
+    if config.initial_tasks < 1:
+        raise UserError(f"method.initial_tasks is {config.initial_tasks}; it must be at least 1")
+    if basis.method is BasisMethod.delta:
+        raise UserError("method.basis.method is delta, in whose basis no task can be learnt; choose share or paper")
+    if config.variational and config.learn is Learn.directions:
+        raise UserError(
+            "method.variational=true needs method.learn=coefficients: temporary directions have no posterior"
+        )
+    if config.variational and basis.keep_originals:
+        raise UserError(
+            "method.variational=true and method.basis.keep_originals=true are both given, but posteriors are not "
+            "kept through merges from originals; leave one out"
+        )
+    if config.variational and config.p is not None and config.p < config.rank:
+        raise UserError(
+            f"method.p is {config.p}, and the prior comes from tasks of rank up to {config.rank}; leave p out"
+        )
+    bounded = basis.size().max_error is not None
+    if bounded and (basis.method is BasisMethod.paper or (basis.p is not None and basis.p < config.rank)):
+        cause = "method=paper" if basis.method is BasisMethod.paper else f"p={basis.p}"
+        raise UserError(
+            f"method.basis.{cause} cannot promise a max_error; give method.basis.k.explained or k.fixed instead"
+        )

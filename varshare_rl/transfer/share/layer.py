@@ -1,0 +1,207 @@
+"""A linear layer on a frozen base and a frozen basis, with coefficients per task."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.adapters.adapter import LowRank
+from varshare_rl.nn.stochastic import RowNoise, WeightNoise
+from varshare_rl.nn.task_rows import TaskIds, TaskRows, group_rows, task_rows
+from varshare_rl.ops.gaussian import drawn_product, softplus_sigma
+from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.transfer.share.coefficients import GaussianCoefficients, PointCoefficients
+
+
+class TemporaryDirections(nn.Module):
+    """A trainable copy of the basis's first directions, for one task that the basis does not serve.
+
+    ``dW = (directions_B eps_B) (directions_A eps_A)^T``. The directions start as the top ``phi`` of the basis, the
+    coefficients afresh with ``eps_B = 0``. They are given up when the task is merged.
+
+    Args:
+        basis_B, basis_A: ``[out, k_B]``, ``[in, k_A]``.
+        phi: number of directions; a side that has fewer has all of them.
+        p: columns of the coefficients.
+    """
+
+    def __init__(self, basis_B: Tensor, basis_A: Tensor, phi: int, p: int) -> None:
+        super().__init__()
+        self.directions_B = nn.Parameter(basis_B[:, :phi].clone())
+        self.directions_A = nn.Parameter(basis_A[:, :phi].clone())
+        have_B, have_A = self.directions_B.shape[1], self.directions_A.shape[1]
+        self.eps_B = nn.Parameter(basis_B.new_zeros(have_B, p))
+        self.eps_A = nn.Parameter(torch.randn(have_A, p).to(basis_A) / math.sqrt(have_A))
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """``a [p, in]`` and ``b [out, p]``."""
+        return (self.directions_A @ self.eps_A).t(), self.directions_B @ self.eps_B
+
+
+class ShareLinear(nn.Module):
+    """Linear layer whose weight for task ``i`` is ``W_i = theta + (basis_B eps_B_i) (basis_A eps_A_i)^T``.
+
+    Of this only the coefficients are trained (Share, arXiv 2602.06043, phase 2); ``theta``, ``bias`` and the bases
+    are buffers. With ``temporary`` set, one task has a correction in directions of its own on top, and the
+    coefficients rest. Neither the correction ``[out, in]`` nor a weight per task is built.
+
+    Called with task ids as every layer of the project, or without them, as ``nn.Linear`` is, inside
+    :func:`using_tasks`.
+
+    Args:
+        theta: ``[out, in]``; bias: ``[out]`` or None.
+        basis_B: ``[out, k_B]``; basis_A: ``[in, k_A]``.
+        coefficients: of all tasks.
+
+    Attributes:
+        temporary: directions of one task, or None; temporary_task: its id.
+    """
+
+    theta: Tensor
+    bias: Tensor | None
+    basis_B: Tensor
+    basis_A: Tensor
+
+    def __init__(
+        self,
+        theta: Tensor,
+        bias: Tensor | None,
+        basis_B: Tensor,
+        basis_A: Tensor,
+        coefficients: PointCoefficients | GaussianCoefficients,
+    ) -> None:
+        super().__init__()
+        self.register_buffer("theta", theta.detach().clone())
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+        self.register_buffer("basis_B", basis_B.to(theta).clone())
+        self.register_buffer("basis_A", basis_A.to(theta).clone())
+        self.coefficients = coefficients.to(theta)
+        self.temporary: TemporaryDirections | None = None
+        self.temporary_task = 0
+        self.task_ids: TaskIds | None = None  # set by using_tasks
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of tasks, ``T``."""
+        return self.coefficients.num_tasks
+
+    def forward(self, x: Tensor, task_id: TaskIds | None = None, temperature: float = 1.0) -> Tensor:
+        """Apply each row's own task's weight.
+
+        Args:
+            x: ``[T, B, F]`` with ids ``[T]``, flat ``[N, F]`` with ids ``[N]``, or any ``[..., F]`` with one id.
+            task_id: see ``x``; None: those of :func:`using_tasks`.
+            temperature: factor on the spread of the coefficients' posterior; 0 gives the means.
+
+        Raises:
+            IndexError: an unknown task id.
+            ValueError: shapes that do not fit each other, or nobody said which task it is.
+        """
+        task_id = self.task_ids if task_id is None else task_id
+        if task_id is None:
+            raise ValueError("no task ids: call the layer with them, or the model inside using_tasks(model, ids)")
+        rows = task_rows(x, task_id, self.num_tasks)
+        own = self.coefficients
+        if isinstance(own, GaussianCoefficients):
+            if own.theta_only:
+                return rows.restore(linear(rows.x, self.theta, self.bias))
+            held = own.noise if own.training and temperature > 0 else None
+            if isinstance(held, RowNoise):
+                return rows.restore(self._drawn_by_row(rows, own, temperature, held))
+            if held is not None and held.index is not None:
+                return rows.restore(self._drawn_by_index(rows, own, temperature, held))
+        a, b = self._factors(*(rows.select(eps) for eps in own(temperature)))
+        if self.temporary is not None:
+            a, b = self._with_temporary(rows, a, b)
+        return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, 1.0))
+
+    def _factors(self, eps_B: Tensor, eps_A: Tensor) -> tuple[Tensor, Tensor]:
+        """``a [K, p, in]`` and ``b [K, out, p]`` of coefficients ``[K, k, p]``."""
+        return eps_A.mT @ self.basis_A.t(), self.basis_B @ eps_B
+
+    def _drawn_by_index(
+        self, rows: TaskRows, own: GaussianCoefficients, temperature: float, held: WeightNoise
+    ) -> Tensor:
+        """With held draws of which each row names one."""
+        assert held.index is not None
+        assert held.tasks is not None
+        grouped = group_rows(rows.x.flatten(0, 1), held.index.flatten())
+        assert grouped.ids is not None
+        values = [value.index_select(0, grouped.ids.to(value.device)) for value in held.values]
+        a, b = self._factors(*own.drawn(values, temperature, held.tasks[grouped.ids.to(held.tasks.device)]))
+        y = low_rank_linear(grouped.x, self.theta, self.bias, a, b, 1.0)
+        return grouped.restore(y).view(*rows.x.shape[:2], -1)
+
+    def _drawn_by_row(
+        self, rows: TaskRows, own: GaussianCoefficients, temperature: float, held: RowNoise
+    ) -> Tensor:
+        """With a draw of its own for every row, in two stages as in ``VarShareLoRALayer``, inside the basis."""
+        noise_A, noise_B = held.values
+        mus_B, mus_A = rows.select(own.mus_B), rows.select(own.mus_A)
+        var_B, var_A = (rows.select(softplus_sigma(rho, temperature).square()) for rho in (own.rhos_B, own.rhos_A))
+        inside = drawn_product(rows.x @ self.basis_A, mus_A.mT, var_A.mT, noise_A)  # [K, B, p]
+        return (
+            linear(rows.x, self.theta, self.bias) + drawn_product(inside, mus_B, var_B, noise_B) @ self.basis_B.t()
+        )
+
+    def _with_temporary(self, rows: TaskRows, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Append the temporary factors to those of their task's rows, and zeros to the others'."""
+        assert self.temporary is not None
+        ids = torch.arange(self.num_tasks) if rows.ids is None else rows.ids
+        own = (ids == self.temporary_task).to(a.device)[:, None, None]
+        own_a, own_b = self.temporary.factors()
+        return torch.cat([a, own * own_a], dim=1), torch.cat([b, own * own_b], dim=2)
+
+    def learn_temporarily(self, task_id: int, phi: int, p: int) -> None:
+        """Give one task temporary directions to learn in; all coefficients stop training."""
+        self.temporary = TemporaryDirections(self.basis_B, self.basis_A, phi, p)
+        self.temporary_task = task_id
+        self.coefficients.requires_grad_(False)
+
+    @torch.no_grad()
+    def correction(self, task_id: int) -> LowRank:
+        """The correction of one task's mean weight as factors, temporary directions included."""
+        own = self.coefficients.take(task_id)
+        a, b = (self.basis_A.cpu().float() @ own.eps_A).t(), self.basis_B.cpu().float() @ own.eps_B
+        if self.temporary is not None and task_id == self.temporary_task:
+            own_a, own_b = (factor.cpu().float() for factor in self.temporary.factors())
+            if not own.eps_B.any():  # fresh coefficients, which are nothing and rest
+                a, b = own_a, own_b
+            else:
+                a, b = torch.cat([a, own_a]), torch.cat([b, own_b], dim=1)
+        return LowRank(a.contiguous(), b.contiguous())
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.theta.shape[1]}, out_features={self.theta.shape[0]}, "
+            f"k=({self.basis_B.shape[1]}, {self.basis_A.shape[1]})"
+        )
+
+
+def share_layers(module: nn.Module) -> Iterator[tuple[str, ShareLinear]]:
+    """All :class:`ShareLinear` inside ``module`` with their dotted names, in order."""
+    for name, child in module.named_modules():
+        if isinstance(child, ShareLinear):
+            yield name, child
+
+
+@contextmanager
+def using_tasks(module: nn.Module, task_ids: TaskIds) -> Iterator[None]:
+    """Inside, the layers of ``module`` that are called without task ids use these.
+
+    For models that know nothing of tasks: one id for everything, or ids ``[N]`` for inputs whose first axis is
+    ``N``.
+    """
+    layers = [layer for _, layer in share_layers(module)]
+    before = [layer.task_ids for layer in layers]
+    for layer in layers:
+        layer.task_ids = task_ids
+    try:
+        yield
+    finally:
+        for layer, ids in zip(layers, before, strict=True):
+            layer.task_ids = ids

@@ -1,0 +1,175 @@
+"""Share in one layer: two orthonormal bases, and every task's coefficients in them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from varshare_rl.adapters.adapter import LowRank
+from varshare_rl.transfer.share.config import BasisMethod, ShareConfig
+from varshare_rl.transfer.share.factors import (
+    NUMERICAL_ZERO,
+    balance,
+    distance,
+    norm,
+    orthonormal,
+    relative,
+    stack,
+)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """What one task has in one layer: ``dW = (basis_B eps_B) (basis_A eps_A)^T``.
+
+    Attributes:
+        eps_B: ``[k_B, p]``; eps_A: ``[k_A, p]``.
+        std_B, std_A: standard deviations of their Gaussian posterior, in the same shapes; None: they are points.
+    """
+
+    eps_B: Tensor
+    eps_A: Tensor
+    std_B: Tensor | None = None
+    std_A: Tensor | None = None
+
+    def numbers(self) -> int:
+        """How many numbers are stored."""
+        parts = (self.eps_B, self.eps_A, self.std_B, self.std_A)
+        return sum(part.numel() for part in parts if part is not None)
+
+
+def mapped(tasks: Sequence[Coefficients], to_B: Tensor, to_A: Tensor) -> tuple[Coefficients, ...]:
+    """The same in another basis: means by ``T``, variances by ``T^2`` entry by entry (its marginals).
+
+    ``to_B: [k_B', k_B]``, ``to_A: [k_A', k_A]`` in float64. All tasks' columns go through one product.
+    """
+    widths = [own.eps_B.shape[1] for own in tasks]
+    sides = (
+        torch.split((to @ torch.cat([getattr(own, name) for own in tasks], dim=1).double()).float(), widths, dim=1)
+        for to, name in ((to_B, "eps_B"), (to_A, "eps_A"))
+    )
+    return tuple(
+        Coefficients(eps_B.contiguous(), eps_A.contiguous(), _spread(own.std_B, to_B), _spread(own.std_A, to_A))
+        for own, eps_B, eps_A in zip(tasks, *sides, strict=True)
+    )
+
+
+def _spread(std: Tensor | None, to: Tensor) -> Tensor | None:
+    return None if std is None else (to.square() @ std.double().square()).sqrt().float()
+
+
+@dataclass(frozen=True)
+class LayerBasis:
+    """The basis of one layer and the coefficients of all tasks, in float32.
+
+    Attributes:
+        basis_B: ``[out, k_B]``, orthonormal columns; basis_A: ``[in, k_A]``, likewise. ``k_B`` and ``k_A`` differ
+            only where a side has fewer directions than ``k``.
+        coefficients: of every task, in order.
+        norms: Frobenius norm of every task's original ``dW``.
+        errors: ``||dW - rebuilt|| / ||dW||`` of every task. Exact since the task's original was last at hand; later
+            merges add how far each moves the task, so that it stays an upper bound.
+    """
+
+    basis_B: Tensor
+    basis_A: Tensor
+    coefficients: tuple[Coefficients, ...]
+    norms: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    @property
+    def k(self) -> int:
+        """The number of directions."""
+        return max(self.basis_B.shape[1], self.basis_A.shape[1])
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Sizes of the layer's output and input."""
+        return self.basis_B.shape[0], self.basis_A.shape[0]
+
+    def shared_numbers(self) -> int:
+        """How many numbers the bases have."""
+        return self.basis_B.numel() + self.basis_A.numel()
+
+    def task_numbers(self, index: int) -> int:
+        """How many numbers one task has of its own."""
+        return self.coefficients[index].numbers()
+
+    def trained_numbers(self) -> int:
+        """How many coefficients a new task of the largest rank here trains."""
+        columns = max(own.eps_B.shape[1] for own in self.coefficients)
+        return columns * (self.basis_B.shape[1] + self.basis_A.shape[1])
+
+    def rebuild(self, index: int) -> LowRank:
+        """One task's correction as factors of rank ``p``: ``b = basis_B eps_B``, ``a = (basis_A eps_A)^T``."""
+        own = self.coefficients[index]
+        return LowRank((self.basis_A @ own.eps_A).t().contiguous(), self.basis_B @ own.eps_B)
+
+    def with_task(self, own: Coefficients, size: float, error: float) -> LayerBasis:
+        """The same basis with one more task."""
+        return replace(
+            self,
+            coefficients=(*self.coefficients, own),
+            norms=(*self.norms, size),
+            errors=(*self.errors, error),
+        )
+
+    def with_coefficients(self, index: int, own: Coefficients) -> LayerBasis:
+        """The same with other coefficients of one task, which from now on is measured against these."""
+        size = float(norm(own.eps_B.double()[None], own.eps_A.double()[None]))
+        changed = [list(part) for part in (self.coefficients, self.norms, self.errors)]
+        for part, value in zip(changed, (own, size, 0.0), strict=True):
+            part[index] = value
+        coefficients, norms, errors = (tuple(part) for part in changed)
+        return replace(self, coefficients=coefficients, norms=norms, errors=errors)  # type: ignore[arg-type]
+
+    def project(self, adapter: LowRank, config: ShareConfig) -> tuple[Coefficients, float, float]:
+        """An adapter's coefficients in this basis, its norm, and the relative error of what they rebuild."""
+        left, right = canonical_factors([adapter], config)
+        norms = norm(left, right)
+        (exact_B, fix_B), (exact_A, fix_A) = orthonormal(self.basis_B), orthonormal(self.basis_A)
+        (own,), error = choose_coefficients(exact_B.t() @ left, exact_A.t() @ right, norms, [adapter.rank], config)
+        (own,) = mapped([own], fix_B.inverse(), fix_A.inverse())
+        return own, float(norms), float(relative(error, norms))
+
+
+def canonical_factors(adapters: Sequence[LowRank], config: ShareConfig) -> tuple[Tensor, Tensor]:
+    """The adapters' factors ``[N, out, R], [N, in, R]`` with the scales folded in; canonical but for ``paper``."""
+    folded = [adapter.folded() for adapter in adapters]
+    left, right = stack([adapter.b for adapter in folded]), stack([adapter.a.t() for adapter in folded])
+    return (left, right) if config.method is BasisMethod.paper else balance(left, right)[:2]
+
+
+def choose_coefficients(
+    left: Tensor, right: Tensor, norms: Tensor, ranks: Sequence[int], config: ShareConfig
+) -> tuple[list[Coefficients], Tensor]:
+    """Coefficients of adapters that have ``left [N, k_B, R]``, ``right [N, k_A, R]`` in a basis, and their errors.
+
+    ``share``: the core ``C = left right^T`` truncated to rank ``p`` by its SVD, ``sqrt(S)`` on either side.
+    ``paper``: the first ``p`` columns of the projections. The error has two parts that are orthogonal to each
+    other, outside the basis and inside: ``||dW||^2 - ||C||^2 + ||C - eps_B eps_A^T||^2``.
+    """
+    if config.method is BasisMethod.paper:
+        widths = torch.tensor(ranks)
+        chosen_left, chosen_right = left, right
+    else:
+        chosen_left, chosen_right, singular = balance(left, right)
+        widths = (singular > NUMERICAL_ZERO * singular[:, :1]).sum(1).clamp_min(1)
+    if config.p is not None:
+        widths = widths.clamp_max(config.p)
+    kept = (torch.arange(chosen_left.shape[2]) < widths[:, None]).unsqueeze(1)
+    chosen_left, chosen_right = chosen_left * kept, chosen_right * kept
+    own = [
+        Coefficients(stored(eps_B[:, :width]), stored(eps_A[:, :width]))
+        for eps_B, eps_A, width in zip(chosen_left, chosen_right, widths.tolist(), strict=True)
+    ]
+    outside = norms.square() - norm(left, right).square()
+    inside = distance(left, right, chosen_left, chosen_right)
+    return own, (outside.clamp_min(0.0) + inside.square()).sqrt()
+
+
+def stored(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()

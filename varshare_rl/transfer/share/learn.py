@@ -1,0 +1,198 @@
+"""Learning tasks in a basis: put it into a model, train coefficients, take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from varshare_rl.adapters.adapter import Adapter
+from varshare_rl.errors import UserError
+from varshare_rl.transfer.share.coefficients import GaussianCoefficients, PointCoefficients
+from varshare_rl.transfer.share.layer import ShareLinear, share_layers
+from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
+from varshare_rl.transfer.share.model import Share
+from varshare_rl.transfer.share.posterior import plain_prior, prior_from_tasks
+
+
+@dataclass
+class LearnConfig:
+    """How tasks are learnt in a basis.
+
+    Attributes:
+        p: columns of the coefficients; None: the largest rank among the basis's tasks.
+        phi: number of temporary directions, at most a quarter of ``k``; None: coefficients only. A layer with a
+        small
+            ``k`` takes a quarter of its own, and one at least.
+        variational: coefficients have Gaussian posteriors, whose prior comes from the basis's tasks.
+        prior_scale: standard deviation of the prior without earlier tasks.
+        prior_tasks: how many tasks that prior counts for beside the earlier ones.
+    """
+
+    p: int | None = None
+    phi: int | None = None
+    variational: bool = False
+    prior_scale: float = 1.0
+    prior_tasks: float = 1.0
+
+
+def check_learn_options(config: LearnConfig) -> None:
+    """Refuse what cannot be.
+
+    Raises:
+        UserError: names the option, its value, and what is allowed.
+    """
+    for name in ("p", "phi"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}; it must be at least 1, or null")
+    if config.phi is not None and config.variational:
+        raise UserError("phi and variational=true are both given; temporary directions have no posterior")
+    if not config.prior_scale > 0:
+        raise UserError(f"prior_scale is {config.prior_scale}; it must be positive")
+    if not config.prior_tasks > 0:
+        raise UserError(f"prior_tasks is {config.prior_tasks}; it must be positive")
+
+
+def attach(
+    module: nn.Module, share: Share, config: LearnConfig, tasks: Sequence[str] = (), fresh: int = 0
+) -> dict[str, ShareLinear]:
+    """Replace the linear modules that a basis is for, in place.
+
+    Their task ids are ``0, 1, ...`` for ``tasks`` in the order given, with the coefficients that the basis has,
+    then for ``fresh`` new ones. Earlier tasks that are not named take no part, except that the prior comes from all
+    of them. Of a layer of this project (``theta``) the shared weight stays and everything else goes.
+
+    Args:
+        module: any model with the basis's modules, as ``nn.Linear`` or as task layers, under the same paths.
+        share: a basis of ``method=share`` or ``paper``.
+        config: how the coefficients are learnt.
+        tasks: tasks to go on with (fine-tuning, evaluation).
+        fresh: number of new tasks.
+
+    Returns:
+        The new layers by path.
+
+    Raises:
+        UserError: the model does not have the modules, or the options cannot be.
+    """
+    check_learn_options(config)
+    if len(tasks) + fresh == 0:
+        raise UserError("no tasks to attach; name some of the basis's, or give a number of fresh ones")
+    if config.phi is not None and (tasks or fresh != 1):
+        raise UserError("phi is given: temporary directions are for one fresh task at a time")
+    indices = [share.index(task) for task in tasks]
+    bases = _bases(share)
+    linear = {name: _linear(module, name, basis) for name, basis in bases.items()}  # all of them, before any change
+    p = _columns(share, config)
+    largest = max(basis.k for basis in bases.values())
+    if config.phi is not None and config.phi > max(1, largest // 4):
+        raise UserError(f"phi is {config.phi}; with k = {largest} it must be between 1 and {max(1, largest // 4)}")
+    layers = {}
+    for name, basis in bases.items():
+        layer = ShareLinear(
+            *linear[name], basis.basis_B, basis.basis_A, _coefficients(basis, indices, fresh, p, config)
+        )
+        if config.phi is not None:
+            layer.learn_temporarily(0, min(config.phi, max(1, basis.k // 4)), p)
+        layer.train(module.training)
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, layer)
+        layers[name] = layer
+    return layers
+
+
+def take_coefficients(module: nn.Module, task_id: int) -> dict[str, Coefficients]:
+    """A task's coefficients of all layers, for :func:`~varshare_rl.transfer.share.model.put_coefficients`."""
+    return {name: layer.coefficients.take(task_id) for name, layer in share_layers(module)}
+
+
+def take_adapter(module: nn.Module, task_id: int) -> Adapter:
+    """A task's corrections as an adapter, temporary directions included, for a merge."""
+    return {name: layer.correction(task_id) for name, layer in share_layers(module)}
+
+
+def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """What the layers of a basis train: coefficients, or temporary directions with theirs."""
+    return [
+        parameter
+        for _, layer in share_layers(module)
+        for parameter in layer.parameters()
+        if parameter.requires_grad
+    ]
+
+
+def fine_tune(
+    module: nn.Module, loss: Callable[[], Tensor], updates: int, learning_rate: float = 1e-2
+) -> list[float]:
+    """Adam on what :func:`trained_parameters` gives and on nothing else; returns the loss at every update.
+
+    Used on merged tasks this is the published method's variant "Share-full".
+    """
+    parameters = trained_parameters(module)
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate)
+    losses = []
+    for _ in range(updates):
+        value = loss()
+        grads = torch.autograd.grad(value, parameters, allow_unused=True)  # spreads are unused in eval mode
+        for parameter, grad in zip(parameters, grads, strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        losses.append(float(value.detach()))
+    optimizer.zero_grad()
+    return losses
+
+
+def _bases(share: Share) -> dict[str, LayerBasis]:
+    bases = {}
+    for name, layer in share.layers.items():
+        if not isinstance(layer, LayerBasis):
+            raise UserError("tasks are learnt in the bases of method=share or paper, not in those of delta")
+        bases[name] = layer
+    return bases
+
+
+def _linear(module: nn.Module, name: str, basis: LayerBasis) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the module that a basis is for."""
+    found = {
+        path: weight
+        for path, child in module.named_modules()
+        if isinstance(weight := getattr(child, "theta", getattr(child, "weight", None)), Tensor)
+        and weight.dim() == 2
+    }
+    if name not in found:
+        candidates = ", ".join(found) or "none"
+        raise UserError(f"the model has no linear module {name!r}, which the basis is for; it has {candidates}")
+    weight = found[name]
+    if tuple(weight.shape) != basis.features:
+        out, into = basis.features
+        raise UserError(
+            f"module {name} has a weight of {weight.shape[0]} x {weight.shape[1]}, the basis is for {out} x {into}"
+        )
+    return weight, getattr(module.get_submodule(name), "bias", None)
+
+
+def _columns(share: Share, config: LearnConfig) -> int:
+    ranks = [own.eps_B.shape[1] for layer in _bases(share).values() for own in layer.coefficients]
+    if config.variational and config.p is not None and config.p < max(ranks):
+        raise UserError(f"p is {config.p}, and the prior comes from tasks of rank up to {max(ranks)}; leave p out")
+    return max(ranks) if config.p is None else config.p
+
+
+def _coefficients(
+    basis: LayerBasis, indices: Sequence[int], fresh: int, p: int, config: LearnConfig
+) -> PointCoefficients | GaussianCoefficients:
+    p = max([p, *(basis.coefficients[index].eps_B.shape[1] for index in indices)])
+    k_B, k_A, count = basis.basis_B.shape[1], basis.basis_A.shape[1], len(indices) + fresh
+    made: PointCoefficients | GaussianCoefficients
+    if config.variational:
+        held, scale = basis.coefficients, config.prior_scale
+        prior = prior_from_tasks(held, p, scale, config.prior_tasks) if held else plain_prior(k_B, k_A, p, scale)
+        made = GaussianCoefficients(count, prior)
+    else:
+        made = PointCoefficients(count, k_B, k_A, p)
+    for position, index in enumerate(indices):
+        made.put(position, basis.coefficients[index])
+    return made
