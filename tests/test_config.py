@@ -18,7 +18,7 @@ from varshare_rl.assemble import SUITES, build_suite
 from varshare_rl.cli import config_folder
 from varshare_rl.config import COMPONENTS, TrainConfig, load_config, register_schemas
 from varshare_rl.config_checks import check_config
-from varshare_rl.optim.aggregators import Method
+from varshare_rl.optim.aggregators import AggregatorName
 
 CONFIGS = config_folder()
 
@@ -69,7 +69,7 @@ def test_groups_have_their_choices() -> None:
     assert choices("elbo/prior") == ["adaptive", "fixed", "learned"]
     assert choices("network") == NETWORKS
     assert choices("critic") == ["brc", "default", "popart"]
-    assert choices("gradient") == sorted(method.value for method in Method)
+    assert choices("gradient") == sorted(method.value for method in AggregatorName)
     assert {path.name for path in CONFIGS.iterdir()} >= {"env", "algorithm", "network", "elbo", "train.yaml"}
 
 
@@ -102,14 +102,14 @@ def test_every_network_composes_with_every_algorithm(composed: Composer, network
     assert type(config.algorithm) is COMPONENTS["algorithm"][algorithm]
 
 
-@pytest.mark.parametrize("method", Method)
+@pytest.mark.parametrize("method", AggregatorName)
 def test_every_gradient_is_for_both_and_can_be_chosen_apart(
-    composed: Composer, tmp_path: Path, method: Method
+    composed: Composer, tmp_path: Path, method: AggregatorName
 ) -> None:
     both = as_object(composed("env=pointmass", "algorithm=sac", f"gradient={method.value}"))
     assert (both.gradient.actor, both.gradient.critic) == (method, method)
     apart = as_object(composed("env=pointmass", "algorithm=sac", f"gradient.critic={method.value}"))
-    assert (apart.gradient.actor, apart.gradient.critic) == (Method.mean, method)
+    assert (apart.gradient.actor, apart.gradient.critic) == (AggregatorName.mean, method)
     check_config(both)
     path = tmp_path / "config.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(both)))
@@ -199,8 +199,8 @@ TRAINED: dict[str, tuple[str, ...]] = {
             "total_transitions=320",
         )
         for algorithm in ("ppo", "sac")
-        for method in Method
-        if algorithm == "sac" or method is not Method.softmax_temperature
+        for method in AggregatorName
+        if algorithm == "sac" or method is not AggregatorName.softmax_temperature
     },
     "pointmass_apart": (
         "env=pointmass", "env.horizon=10", "gradient.actor=pcgrad", "gradient.critic=fairgrad",

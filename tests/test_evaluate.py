@@ -262,7 +262,9 @@ def test_wrong_input_for_a_sequence_is_one_line(command: Command) -> None:
     outcome = command("evaluate", "run=run")
     assert_one_line(outcome.code, outcome.err, "run/config.yaml is not a run configuration")
     config.write_text(
-        config.read_text().replace("name: nothing", "name: finetune").replace("pretrained: null", "pretrained: gone")
+        config.read_text()
+        .replace("name: nothing", "name: finetune")
+        .replace("pretrained: null", "pretrained: gone")
     )
     outcome = command("evaluate", "run=run")
     assert_one_line(outcome.code, outcome.err, "no run folder gone, which from= goes on from")

@@ -260,7 +260,9 @@ def _check_window(config: TrainConfig) -> None:
     if not isinstance(config.elbo.prior, FixedPriorConfig):
         clashes.append((f"elbo/prior={config.elbo.prior.name}", "elbo/prior=fixed"))
     if config.divergence_guard.explosion:
-        clashes.append((f"divergence_guard.explosion={config.divergence_guard.explosion:g}", "divergence_guard.explosion=0"))
+        clashes.append(
+            (f"divergence_guard.explosion={config.divergence_guard.explosion:g}", "divergence_guard.explosion=0")
+        )
     for given, instead in clashes:
         raise UserError(
             f"{given} compares all tasks at every update, and algorithm.tasks_per_update="

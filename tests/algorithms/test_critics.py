@@ -162,7 +162,7 @@ def test_the_entropy_coefficient_counts_in_units_of_the_values(monkeypatch: pyte
     assert isinstance(learner, SAC)
     learn(engine, learner, 1)
     value_std = torch.tensor([[2.0], [8.0], [0.5]])
-    monkeypatch.setattr(learner.critic, "spread", lambda: value_std)
+    monkeypatch.setattr(learner.critic, "value_std", lambda: value_std)
     monkeypatch.setattr(learner.critic, "track", lambda *_: None)
     monkeypatch.setattr(learner.target_critic, "forward", lambda obs, action, ids: torch.zeros(2, *obs.shape[:2]))
     seen: list[Tensor] = []

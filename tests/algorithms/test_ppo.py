@@ -102,7 +102,7 @@ def test_ratio_would_not_be_one_if_weights_were_drawn_anew(
     """Guards the test above."""
     engine, learner = make(suite, network, minibatches=1, epochs=1)
     rollout(engine, learner)
-    learner.draws.resample()
+    learner.weight_sampler.resample()
     learner.update()
     assert (log_ratios[0].exp() - 1).abs().max() > 0.01
 
@@ -112,7 +112,7 @@ def test_noise_is_held_for_a_rollout_and_changes_after_its_updates(network: str)
     engine, learner = make("box", network)
 
     def held() -> list[Tensor]:
-        return [value.clone() for values in learner.draws.values.values() for value in values]
+        return [value.clone() for values in learner.weight_sampler.values.values() for value in values]
 
     start = held()
     assert start
@@ -245,7 +245,7 @@ def test_observe_needs_an_act() -> None:
 
 
 def held_draws(learner: PPO) -> int:
-    return sum(value.nbytes for values in learner.draws.values.values() for value in values)
+    return sum(value.nbytes for values in learner.weight_sampler.values.values() for value in values)
 
 
 @pytest.mark.parametrize("horizon", [10, 7])  # of 10 vector steps

@@ -118,7 +118,7 @@ def test_state_round_trip_in_the_middle_of_episodes(mode: Resample) -> None:
     module, one = made(mode)
     for _ in range(3):
         act(module, one, row())
-        one.observe(torch.rand(TASKS, ENVS) < 0.5)
+        one.record(torch.rand(TASKS, ENVS) < 0.5)
     other = WeightSampler(mode, module, TASKS, ENVS, recorded=True)
     other.load_state(one.state())
     x = row()

@@ -66,7 +66,7 @@ def without(name: str) -> dict[str, Any]:
         (continual_document(per_task=[]), "damaged summary .*0 entries for 2"),
         (continual_document(seconds="long"), "damaged summary .*no numbers"),
         (continual_document(method=None), "damaged summary .*no text"),
-        (continual_document(provenance={}), "damaged summary .*seed"),
+        (continual_document(conditions={}), "damaged summary .*seed"),
         (continual_document(old_tasks=1), "damaged summary"),
     ],
 )

@@ -47,7 +47,7 @@ def main(composed: DictConfig) -> None:
     result, tasks = evaluate_sequence(options) if is_sequence(run_dir) else evaluate_agent(options)
     write_json(run_dir / "evaluation.json", result)
     console = Console(result["transitions"])
-    console.table(f"{options.episodes} episodes per task of {result['provenance']['checkpoint']}", tasks)
+    console.table(f"{options.episodes} episodes per task of {result['conditions']['checkpoint']}", tasks)
     console.message(f"written: {run_dir / 'evaluation.json'}")
 
 

@@ -46,7 +46,7 @@ def count_parameters(modules: Iterable[nn.Module], num_tasks: int) -> ParameterC
                     shared += parameter.numel()
                     continue
                 per_task += parameter.numel() // num_tasks
-                if name in getattr(layer, "spread_parameters", ()):
+                if name in getattr(layer, "rho_parameters", ()):
                     spread += parameter.numel() // num_tasks
     return ParameterCount(shared + num_tasks * per_task, shared + per_task - spread, shared, per_task)
 
@@ -94,7 +94,7 @@ def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
 def rho_parameters(module: nn.Module) -> list[nn.Parameter]:
     """The ``rho`` of all posteriors in ``module``: what their means do without."""
     return [
-        layer.get_parameter(name) for layer in module.modules() for name in getattr(layer, "spread_parameters", ())
+        layer.get_parameter(name) for layer in module.modules() for name in getattr(layer, "rho_parameters", ())
     ]
 
 

@@ -34,7 +34,7 @@ class TargetStatistics(nn.Module):
         rate: weight of a new batch, in (0, 1].
     """
 
-    per_task_buffers = ("first", "second", "weight", "mean", "spread")
+    per_task_buffers = ("first", "second", "weight", "mean", "std")
     first: Tensor
     second: Tensor
     weight: Tensor
@@ -46,7 +46,8 @@ class TargetStatistics(nn.Module):
         self.rate = rate
         for name in ("first", "second", "weight", "mean"):
             self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
-        self.register_buffer("spread", torch.ones(num_tasks, dtype=torch.float64))
+        self.register_buffer("std", torch.ones(num_tasks, dtype=torch.float64))
+        self.register_load_state_dict_pre_hook(_read_former_name)
 
     @torch.no_grad()
     def update(self, target: Tensor) -> Move:
@@ -111,3 +112,9 @@ def rows(stacked: Tensor, task_ids: TaskIds, like: Tensor) -> Tensor:
     everything = ids.dim() == 1 and in_order(ids, len(stacked))
     chosen = stacked if everything else stacked[ids.to(stacked.device)]
     return chosen.unsqueeze(1) if ids.dim() == 1 and like.dim() == 2 else chosen
+
+
+def _read_former_name(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Take the standard deviation of checkpoints that call it ``spread``."""
+    if f"{prefix}spread" in state:
+        state[f"{prefix}std"] = state.pop(f"{prefix}spread")

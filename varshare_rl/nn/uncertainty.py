@@ -64,7 +64,7 @@ def draw_weights(module: nn.Module, draws: int, temperature: float = 1.0) -> dic
     drawn: dict[str, Tensor] = {}
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""
-        stochastic = getattr(child, "spread_parameters", ())
+        stochastic = getattr(child, "rho_parameters", ())
         for name in getattr(child, "per_task_parameters", ()):
             if name in stochastic:
                 continue

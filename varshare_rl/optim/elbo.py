@@ -142,6 +142,6 @@ def posterior_size(module: nn.Module) -> int:
     size = 0
     for layer in module.modules():
         size += getattr(layer, "penalized_size", 0)
-        for name in getattr(layer, "spread_parameters", ()):
+        for name in getattr(layer, "rho_parameters", ()):
             size += layer.get_parameter(name)[0].numel()
     return size

@@ -118,7 +118,7 @@ def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
     found: dict[int, Role] = {}
     for layer in trained.modules():
         stacked = set(getattr(layer, "per_task_parameters", ()))
-        sigmas = set(getattr(layer, "spread_parameters", ()))
+        sigmas = set(getattr(layer, "rho_parameters", ()))
         copies = getattr(layer, "stacks_copies", False)
         parameters = dict(layer.named_parameters(recurse=False))
         adapter = any(name not in stacked for name in parameters)

@@ -228,6 +228,6 @@ def _plain(axes: Axes) -> None:
 
 def _titled(figure: Figure, document: Document, title: str) -> Figure:
     figure.suptitle(
-        f"{title}\n{document['method']} on {document['suite']}, seed {document['provenance']['seed']}", fontsize=10
+        f"{title}\n{document['method']} on {document['suite']}, seed {document['conditions']['seed']}", fontsize=10
     )
     return figure
