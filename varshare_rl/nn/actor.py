@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.task_rows import TaskIds
-from varshare_rl.ops.policy import (
+from varshare_rl.ops.rl import (
     categorical_entropy,
     categorical_log_prob,
     masked_logits,

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.config import Architecture, Blocks
 from varshare_rl.nn.popart import TargetStatistics, TaskAffine
 from varshare_rl.nn.task_rows import TaskIds
-from varshare_rl.ops.categorical import categorical_cross_entropy, categorical_value, support
-from varshare_rl.ops.losses import squared_error
+from varshare_rl.ops.rl import categorical_cross_entropy, categorical_value, squared_error, support
 
 
 class ValueLoss(Enum):
