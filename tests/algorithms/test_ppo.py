@@ -16,10 +16,10 @@ from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.nn import IndependentConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import stochastic_layers
-from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
 from varshare_rl.optim.elbo import DrawConfig
 from varshare_rl.types import Transition

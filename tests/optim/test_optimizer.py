@@ -64,7 +64,7 @@ def moves(step: LossStep, fraction: float | None = None) -> dict[Kind, float]:
     return found
 
 
-def test_rates_of_theta_means_and_spreads() -> None:
+def test_rates_of_theta_mus_and_rhos() -> None:
     found = moves(step_of(OptimizerConfig(mu_lr_scale=0.5, rho_lr_scale=3.0)))
     assert found == pytest.approx({Kind.theta: 0.01, Kind.mu: 0.005, Kind.rho: 0.03}, rel=1e-3)
 
@@ -99,7 +99,7 @@ def test_weight_decay_by_hand_and_on_weights_only() -> None:
     ("network", "expected"),
     [
         (SharedConfig(hidden=[4], layer_norm=True), {"theta": "theta, decays", "bias": "theta", "weight": "theta"}),
-        (VarShareConfig(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mean", "rhos": "spread"}),
+        (VarShareConfig(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mu", "rhos": "rho"}),
         (IndependentConfig(hidden=[4]), {"weights": "theta, decays", "biases": "theta"}),
         (
             PaCoConfig(hidden=[4], layer_norm=True),

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from varshare_rl.algorithms.base import AgentContext, Algorithm
 from varshare_rl.data.normalizers import ObservationNormalizer, RewardScale, reward_scaler
-from varshare_rl.nn.actor import Actor, PolicyDistribution
+from varshare_rl.nn.actor import Actor, PolicyDistribution, Resample, WeightSampler
 from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.stochastic import drawn_layers
-from varshare_rl.nn.weight_sampler import Resample, WeightSampler
 from varshare_rl.optim.absorption import Absorbing, absorb_all
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Metrics, Tree
@@ -85,7 +84,8 @@ class ActorCritic(Algorithm):
     #: Best checkpoints of earlier versions have no reward_scaler.
     policy_fields = ("actor", "critic", "normalizer", "reward_scaler?")
     state_fields = (
-        *policy_fields, "elbo", "draws=weight_sampler", "actor_step", "critic_step", "updates", "absorbed", "resets_done",
+        *policy_fields, "elbo", "draws=weight_sampler", "actor_step", "critic_step", "updates", "absorbed",
+        "resets_done",
     )  # fmt: skip
 
     def __init__(

@@ -106,7 +106,7 @@ class Algorithm(Stateful, ABC):
 
     @abstractmethod
     def gradient_grams(self) -> dict[str, Tensor]:
-        """Return inner products ``[T, T]`` of the tasks' gradients of shared parameters by network, as last measured."""
+        """Return inner products ``[T, T]`` of the tasks' shared gradients by network, as last measured."""
 
     @abstractmethod
     def memory_bytes(self) -> dict[str, int]:

@@ -114,7 +114,7 @@ class PPO(ActorCritic):
         return self.rollout.full
 
     def update(self) -> Scalars:
-        """Go through all epochs on the rollout, or until the policy has moved far enough; then draw weights anew."""
+        """Go through all epochs on the rollout or until the policy has moved far enough; then draw weights anew."""
         config, updates_before = self.config, self.updates
         data, explained_variance = self._training_data()
         transitions = data["obs"].shape[1]  # n_i of the ELBO

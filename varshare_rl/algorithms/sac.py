@@ -13,10 +13,10 @@ from varshare_rl.algorithms.base import AgentContext, build_actor
 from varshare_rl.data.buffers import ReplayBatch, ReplayBuffer
 from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.errors import UserError
+from varshare_rl.nn.actor import drawn_once
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen, rho_parameters
 from varshare_rl.nn.stochastic import theta_only
-from varshare_rl.nn.weight_sampler import drawn_once
 from varshare_rl.ops.rl import td_target
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
@@ -51,7 +51,7 @@ class SAC(ActorCritic):
     """SAC with twin critics and an entropy coefficient per task.
 
     Every update draws weights anew, once for all its passes where the estimator allows
-    (:func:`~varshare_rl.nn.weight_sampler.drawn_once`). Under PopArt the entropy coefficient counts in units of the task's
+    (:func:`~varshare_rl.nn.actor.drawn_once`). Under PopArt the entropy coefficient counts in units of the task's
     values, so a factor on a task's rewards changes nothing.
 
     Args:
@@ -68,7 +68,8 @@ class SAC(ActorCritic):
     replays_draws = False
     policy_fields = ("log_alpha?",)  # values contain it; best checkpoints of earlier versions have none
     state_fields = (
-        "log_alpha?", "target_critic", "entropy_step", "replay", "window=task_subset?", "transitions_per_task", "updates_due",
+        "log_alpha?", "target_critic", "entropy_step", "replay", "window=task_subset?", "transitions_per_task",
+        "updates_due",
     )  # fmt: skip
 
     def __init__(self, config: SACConfig, context: AgentContext) -> None:

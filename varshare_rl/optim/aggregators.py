@@ -124,8 +124,8 @@ class GramianAggregator(GradientAggregator):
             out takes its part away and leaves those of the others as they are.
     """
 
-    #: The weighting remembers things per task and cannot be asked about some of them, so while a task is left out the
-    #: others are averaged.
+    #: The weighting remembers things per task and cannot be asked about some of them, so while a task is left out
+    #: the others are averaged.
     remembers = False
 
     def __init__(

@@ -11,11 +11,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Posterior
 from varshare_rl.nn.parameters import summed_kl
 from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
 from varshare_rl.nn.variational import Estimator
-from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.absorption import AbsorbConfig
 from varshare_rl.optim.kl_schedules import ConstantConfig, KLSchedule
 from varshare_rl.optim.priors import FixedPriorConfig, LossGap, Prior

@@ -53,7 +53,7 @@ class GradNorm(Stateful):
         counts = counts & torch.isfinite(norms)
         average = torch.where(counts, weighted, 0.0).sum() / counts.sum().clamp_min(1)
         lag = weighted - average * self._rates(losses, counts).pow(self.config.asymmetry)
-        self.weights.grad = torch.where(counts, torch.sign(lag) * norms, 0.0)
+        self.weights.grad = torch.where(counts, torch.sign(lag) * norms, 0.0).to(self.weights.dtype)
         before = self.weights.detach().clone()
         self.optimizer.step()
         with torch.no_grad():

@@ -1,7 +1,7 @@
 """Movement of the divergence's weight during training: ``elbo/schedule=``.
 
-A schedule holds the weight, which multiplies the nats of each network, ``[T]``. Once per gradient update it sees the
-nats of all networks together and may move it.
+A schedule holds the weight, which multiplies the nats of each network, ``[T]``. Once per gradient update it sees
+the nats of all networks together and may move it.
 """
 
 from __future__ import annotations

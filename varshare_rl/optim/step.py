@@ -131,7 +131,7 @@ class LossStep(Stateful):
 
 
 class Aggregation(Stateful):
-    """From losses ``[T]`` to the gradient of every trained parameter: that of the mean, unless a subclass says else.
+    """From losses ``[T]`` to the gradient of every parameter: that of the mean, unless a subclass says otherwise.
 
     Own parameters of a task get the gradient of the mean, ``1 / T`` times that of its loss, from every aggregation.
     """
@@ -143,7 +143,7 @@ class Aggregation(Stateful):
         torch.autograd.backward(losses.mean())
 
     def memory_bytes(self, num_tasks: int) -> int:
-        """Predict the bytes of the gradients per task that it keeps; a look for mixing takes as many for a moment."""
+        """Predict the bytes of its gradients per task; a look for mixing takes as many again for a moment."""
         return 0
 
     def forget(self) -> None:

@@ -20,8 +20,8 @@ class TaskSubset(Stateful):
 
     Every layer keeps its stacks ``[T, ...]``. During a turn each of them is ``[K, ...]``, the rows of the subset's
     tasks, in parameters, buffers and the moments of Adam; so passes, divergences, gradients and steps are those of
-    ``K`` tasks. At its end the rows go back. A task's rows and moments change in its own turns alone, as with lazily
-    updated embeddings, and Adam corrects their bias by the number of those.
+    ``K`` tasks. At its end the rows go back. A task's rows and moments change in its own turns alone, as with
+    lazily updated embeddings, and Adam corrects their bias by the number of those.
 
     No graph of autograd with a stack in it may outlive its turn, or the next one finds the wrong shape.
 
