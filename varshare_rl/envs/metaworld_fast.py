@@ -146,7 +146,7 @@ _snapshots: dict[tuple[str, int, bytes], _Snapshot] = {}
 
 
 def _attributes(env: Any) -> dict[str, Any]:
-    """Values that a reset leaves behind in Python. Views into MuJoCo stay as they are: they always show the same."""
+    """Values that a reset leaves behind in Python. Views into MuJoCo stay: they always show the same."""
     kept: dict[str, Any] = {}
     for name, value in vars(env).items():
         if isinstance(value, np.ndarray) and not is_view(value):
