@@ -85,7 +85,7 @@ class ActorCritic(Algorithm):
     policy_fields = ("actor", "critic", "normalizer", "reward_scaler?")
     state_fields = (
         *policy_fields, "elbo", "draws=weight_sampler", "actor_step", "critic_step", "updates", "absorbed",
-        "resets_done",
+        "resets_done", "transitions_per_task?",
     )  # fmt: skip
 
     def __init__(
@@ -120,7 +120,7 @@ class ActorCritic(Algorithm):
             "critic": Absorbing(self.critic, self.critic_step.optimizer),
         }
         self.absorbed: Metrics = {}  # of the last absorption, for the log
-        self.updates = 0
+        self.updates = self.transitions_per_task = 0
         self.resets_planned, self.resets_done, self.fraction = config.resets, 0, 0.0
         self._build = build
 
@@ -129,12 +129,16 @@ class ActorCritic(Algorithm):
         distribution: PolicyDistribution = self.actor(obs, self.task_ids)
         return distribution
 
-    def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
-        """Return what ELBO and regulariser add to the losses of ``actor`` or ``critic``, ``[T]``."""
-        penalty = self.elbo.penalty(self.actor if part == "actor" else self.critic, transitions_per_task)
+    def penalty(self, part: str, held: int) -> Tensor | float:
+        """Return what ELBO and regulariser add to the losses of ``actor`` or ``critic``, ``[T]``.
+
+        ``held``: transitions of a task that the rollout or the replay holds.
+        """
+        module = self.actor if part == "actor" else self.critic
+        penalty = self.elbo.penalty(module, held, self.transitions_per_task)
         if self.regularizer is None:
             return penalty
-        return penalty + self.regularizer.penalty(part, transitions_per_task)
+        return penalty + self.regularizer.penalty(part, held)
 
     def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
         mode = self.elbo.config.draw.evaluation
@@ -161,7 +165,13 @@ class ActorCritic(Algorithm):
         self.critic_step.advance(fraction)
 
     def metrics(self) -> Metrics:
-        return self.elbo.metrics(self.trained_modules()) | self.absorbed
+        steps = {"actor": self.actor_step, "critic": self.critic_step}
+        sizes = {
+            f"optimizer/{name}_{role}_step": size
+            for name, step in steps.items()
+            for role, size in step.scheduled.mean_steps().items()
+        }
+        return self.elbo.metrics(self.trained_modules()) | self.absorbed | sizes
 
     def finish_update(self, updates_before: int) -> None:
         """Absorb the residuals' mean when ``elbo.absorb`` says so, and start networks anew when a reset is due.

@@ -36,7 +36,7 @@ class PPOConfig:
     gae_lambda: float = 0.95
     clip: float = 0.2
     entropy_weight: float = 0.005
-    target_kl: float | None = 0.05  # stop the rollout's updates when the mean policy KL passes it
+    target_kl: float | None = 0.05  # mean policy KL beyond which a rollout makes no further step
     max_grad_norm: float = 0.5
     initial_log_std: float = 0.0
     min_log_std: float = -5.0
@@ -109,6 +109,7 @@ class PPO(ActorCritic):
             )
         )
         self.normalizer.update(transition.obs)
+        self.transitions_per_task += transition.reward.shape[1]
 
     def ready(self) -> bool:
         return self.rollout.full
@@ -117,21 +118,24 @@ class PPO(ActorCritic):
         """Go through all epochs on the rollout or until the policy has moved far enough; then draw weights anew."""
         config, updates_before = self.config, self.updates
         data, explained_variance = self._training_data()
-        transitions = data["obs"].shape[1]  # n_i of the ELBO
+        held = data["obs"].shape[1]  # transitions of a task in the rollout
         done: list[dict[str, Tensor]] = []
         for batch in minibatches(data, config.epochs, config.minibatches):  # sample
             with self.weight_sampler.replay(batch.get("draws")):
                 distribution = self.policy(batch["obs"])
             log_prob, entropy = distribution.log_prob(batch["raw_action"]), distribution.entropy().mean(-1)
             policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], config.clip)
+            moved = finite_mean(policy.approximate_kl)  # a task that has diverged stops nobody
+            if done and config.target_kl is not None and float(moved) > config.target_kl:
+                break
             actor_losses = policy.loss - config.entropy_weight * entropy
-            self.actor_step.aggregate(actor_losses + self.penalty("actor", transitions))
+            self.actor_step.aggregate(actor_losses + self.penalty("actor", held))
             actor_norm = self.actor_step.clip()
             self.actor_step.step(actor_norm)
 
             self.critic.track(batch["target"])
             critic_losses = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
-            self.critic_step.aggregate(critic_losses + self.penalty("critic", transitions))
+            self.critic_step.aggregate(critic_losses + self.penalty("critic", held))
             critic_norm = self.critic_step.clip()
             self.critic_step.step(critic_norm)
 
@@ -141,13 +145,11 @@ class PPO(ActorCritic):
                 "policy": policy.loss.detach().mean(),
                 "value": critic_losses.detach().mean(),
                 "entropy": entropy.detach().mean(),
-                "approximate_kl": finite_mean(policy.approximate_kl),  # a task that has diverged stops nobody
+                "approximate_kl": moved,
                 "clip_fraction": policy.clip_fraction.mean(),
                 "actor_grad_norm": actor_norm,
                 "critic_grad_norm": critic_norm,
             })  # fmt: skip
-            if config.target_kl is not None and float(done[-1]["approximate_kl"]) > config.target_kl:
-                break
         self.rollout.position = 0
         self.finish_update(updates_before)
         self.weight_sampler.resample()

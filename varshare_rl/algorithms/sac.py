@@ -68,7 +68,7 @@ class SAC(ActorCritic):
     replays_draws = False
     policy_fields = ("log_alpha?",)  # values contain it; best checkpoints of earlier versions have none
     state_fields = (
-        "log_alpha?", "target_critic", "entropy_step", "replay", "window=task_subset?", "transitions_per_task",
+        "log_alpha?", "target_critic", "entropy_step", "replay", "window=task_subset?",
         "updates_due",
     )  # fmt: skip
 
@@ -102,7 +102,6 @@ class SAC(ActorCritic):
             [self.actor, self.critic, self.target_critic, self.normalizer, self.reward_scaler], [self.log_alpha],
             [step.optimizer for step in (self.actor_step, self.critic_step, self.entropy_step)],
         )  # fmt: skip
-        self.transitions_per_task = 0
         self.updates_due = 0.0
 
     @torch.no_grad()
@@ -136,7 +135,7 @@ class SAC(ActorCritic):
 
     def update(self) -> Scalars:
         """Make one step of critics, actor, entropy coefficients and targets, for the tasks whose turn it is."""
-        transitions = len(self.replay)  # n_i of the ELBO
+        held = len(self.replay)  # transitions of a task
         with self.task_subset.turn() as subset:
             self.task_ids = self.spec.task_ids if subset is None else subset
             batch = self._normalized(self.replay.sample(self.config.batch_per_task, subset))
@@ -144,12 +143,12 @@ class SAC(ActorCritic):
                 target = self._target(batch)
                 self.critic.track(target, self.target_critic)
                 critic_losses, q = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
-                self.critic_step.aggregate(critic_losses + self.penalty("critic", transitions))
+                self.critic_step.aggregate(critic_losses + self.penalty("critic", held))
                 critic_norm = self.critic_step.clip()
                 self.critic_step.step(critic_norm)
 
                 actor_losses, log_prob = self._actor_losses(batch)
-                self.actor_step.aggregate(actor_losses + self.penalty("actor", transitions))
+                self.actor_step.aggregate(actor_losses + self.penalty("actor", held))
                 actor_norm = self.actor_step.clip()
                 self.actor_step.step(actor_norm)
             target_entropy = self.target_entropy

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -20,14 +21,43 @@ class Blocks(Enum):
     bronet = "bronet"
 
 
+class PriorUnits(Enum):
+    """Units of ``elbo.prior_scale``."""
+
+    theta = "theta"  # standard deviation of a residual's entries at the prior over that of theta's at the start
+    absolute = "absolute"  # standard deviation of every Gaussian's prior
+
+
+class PosteriorStart(Enum):
+    """Standard deviations that fresh posteriors start with."""
+
+    narrow = "narrow"  # softplus(-5) = 0.0067
+    prior = "prior"  # those of the prior, so that a fresh posterior costs next to nothing
+
+
 @dataclass(frozen=True)
 class Posterior:
-    """Settings of the per-task posteriors; architectures without one ignore them."""
+    """Settings of the per-task posteriors; networks without one ignore them."""
 
     prior_scale: float = 1.0
-    estimator: str | None = None  # None: the architecture's own
+    prior_units: PriorUnits = PriorUnits.absolute
+    start: PosteriorStart = PosteriorStart.narrow
+    estimator: str | None = None  # None: the network's own
     temperature: float = 1.0
     weight_samples: int = 1  # draws per task and training pass
+
+    def factor_scale(self, in_features: int, rank: int | None, scale: float = 1.0) -> float:
+        """Return the prior's standard deviation of every Gaussian of a layer.
+
+        In units of theta, with ``f = prior_scale`` and ``std(theta) = 1 / sqrt(3 in_features)`` at the start, that of
+        a full-rank residual is ``f std(theta)``. Entries of ``scale B A`` have ``scale sqrt(rank) p^2`` for factors of
+        ``p``, hence ``p^2 = f / (scale sqrt(3 rank in_features))``.
+        """
+        if self.prior_units is PriorUnits.absolute:
+            return self.prior_scale
+        if rank is None:
+            return self.prior_scale / math.sqrt(3 * in_features)
+        return math.sqrt(self.prior_scale / (abs(scale) * math.sqrt(3 * rank * in_features)))
 
 
 @dataclass

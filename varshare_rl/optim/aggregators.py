@@ -35,6 +35,13 @@ class AggregatorName(Enum):
     softmax_temperature = "softmax_temperature"  # Yang et al. 2020, Multi-Task RL with Soft Modularization
 
 
+class AggregateScale(Enum):
+    """Lengths of an aggregated gradient."""
+
+    mean = "mean"  # that of the mean of the tasks' gradients
+    paper = "paper"  # that of the aggregator's paper
+
+
 class AlignedScale(Enum):
     """The eigenvalue of the Gramian that AlignedMTL gives to all of its components."""
 
@@ -86,6 +93,7 @@ class GradientConfig:
 
     actor: AggregatorName = AggregatorName.mean
     critic: AggregatorName = AggregatorName.mean
+    scale: AggregateScale = AggregateScale.mean
     cagrad: CAGradConfig = field(default_factory=CAGradConfig)
     fairgrad: FairGradConfig = field(default_factory=FairGradConfig)
     nashmtl: NashMTLConfig = field(default_factory=NashMTLConfig)

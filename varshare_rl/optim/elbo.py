@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.actor import Resample
-from varshare_rl.nn.config import Posterior
+from varshare_rl.nn.config import Posterior, PosteriorStart, PriorUnits
 from varshare_rl.nn.parameters import summed_kl
 from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
 from varshare_rl.nn.variational import Estimator
@@ -26,7 +26,10 @@ from varshare_rl.types import Metrics
 class KLNormalization(Enum):
     """Choices of ``n_i``, the divisor of a task's divergence."""
 
-    data = "data"  # transitions of this task that the loss averages over: kl_weight = 1 is the plain ELBO
+    seen = "seen"  # transitions of this task so far, each counted once
+    rollout = "rollout"  # PPO: those of one rollout
+    replay = "replay"  # SAC: those that its replay holds
+    budget = "budget"  # those of the whole run
     parameters = "parameters"  # parameters of this task's posterior
     none = "none"  # 1
 
@@ -52,8 +55,10 @@ class ElboConfig:
     """Options of ``elbo``: the weight of the divergence and how it moves, the posteriors and how they are drawn."""
 
     kl_weight: float = 0.01
-    normalization: KLNormalization = KLNormalization.data
-    prior_scale: float = 1.0
+    normalization: KLNormalization = KLNormalization.seen
+    prior_scale: float = 0.1
+    prior_units: PriorUnits = PriorUnits.theta
+    start: PosteriorStart = PosteriorStart.narrow
     temperature: float = 1.0
     estimator: Estimator | None = None  # of training passes; null: the architecture's own
     weight_samples: int = 1  # draws per task and training pass of the estimators weight and flipout
@@ -65,7 +70,9 @@ class ElboConfig:
     def posterior(self) -> Posterior:
         """Return the part that the layers are built from."""
         estimator = None if self.estimator is None else self.estimator.value
-        return Posterior(self.prior_scale, estimator, self.temperature, self.weight_samples)
+        return Posterior(
+            self.prior_scale, self.prior_units, self.start, estimator, self.temperature, self.weight_samples
+        )
 
 
 class Elbo(Stateful):
@@ -74,20 +81,22 @@ class Elbo(Stateful):
     Args:
         config: weight, normalisation, schedule, prior.
         num_tasks: number of tasks.
+        budget_per_task: transitions of a task in the whole run, for ``normalization=budget``.
     """
 
     state_fields = ("schedule", "prior")
 
-    def __init__(self, config: ElboConfig, num_tasks: int) -> None:
-        self.config = config
+    def __init__(self, config: ElboConfig, num_tasks: int, budget_per_task: float = 1.0) -> None:
+        self.config, self.budget_per_task = config, budget_per_task
         self.schedule: KLSchedule = config.schedule.build(config.kl_weight, num_tasks)
         self.prior: Prior = config.prior.build(config.prior_scale, num_tasks)
         self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
         self._layers: WeakKeyDictionary[nn.Module, list[PenalizedLayer]] = WeakKeyDictionary()
 
-    def penalty(self, module: nn.Module, transitions_per_task: int) -> Tensor | float:
+    def penalty(self, module: nn.Module, held: int, seen: int) -> Tensor | float:
         """Return the weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or layers with a divergence.
 
+        ``held`` and ``seen`` are a task's transitions that rollout or replay hold, and those it has made so far.
         Layers with ``paid_apart`` are not in it: somebody else adds their divergence to the loss.
         """
         if self.config.kl_weight == 0.0:
@@ -104,15 +113,15 @@ class Elbo(Stateful):
             weight = weight.to(nats.device)
         if free_nats is not None:
             nats = (nats - free_nats).clamp_min(0.0)
-        return weight * nats / self._divisor(module, transitions_per_task)
+        return weight * nats / self._divisor(module, held, seen)
 
-    def _divisor(self, module: nn.Module, transitions_per_task: int) -> float:
+    def _divisor(self, module: nn.Module, held: int, seen: int) -> float:
         """Return ``n_i``."""
-        if self.config.normalization is KLNormalization.data:
-            return float(max(transitions_per_task, 1))
-        if self.config.normalization is KLNormalization.parameters:
+        choice = self.config.normalization
+        if choice is KLNormalization.parameters:
             return float(max(posterior_size(module), 1))
-        return 1.0
+        counts = {KLNormalization.seen: seen, KLNormalization.budget: self.budget_per_task, KLNormalization.none: 1}
+        return float(max(counts.get(choice, held), 1))
 
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""

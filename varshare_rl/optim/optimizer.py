@@ -30,6 +30,8 @@ class OptimizerConfig:
     schedule: Schedule = Schedule.constant
     warmup: float = 0.0  # share of the run in which rates rise from 0
     final_rate: float = 0.0  # what linear and cosine end at
+    epsilon: float | None = None  # Adam's, of what tasks share and of heads; null: the algorithm's own
+    adapter_epsilon: float = 1e-15  # Adam's, of adapters, whose gradients may be as small as kl_weight / n_i
 
 
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:
@@ -59,7 +61,7 @@ class ScheduledAdam:
     Args:
         trained: the parameters with their roles.
         learning_rate: before factors.
-        epsilon: Adam's.
+        epsilon: Adam's, unless ``config`` has one.
         config: see :class:`OptimizerConfig`.
     """
 
@@ -67,18 +69,22 @@ class ScheduledAdam:
         self, trained: Sequence[Role], learning_rate: float, epsilon: float, config: OptimizerConfig
     ) -> None:
         self.config = config
-        rates = {Kind.theta: 1.0, Kind.mu: config.mu_lr_scale, Kind.rho: config.rho_lr_scale}
-        groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+        rates = {Kind.mu: config.mu_lr_scale, Kind.rho: config.rho_lr_scale}
+        epsilon = epsilon if config.epsilon is None else config.epsilon
+        epsilons = dict.fromkeys(rates, config.adapter_epsilon)
+        groups: dict[tuple[float, float, float], list[torch.nn.Parameter]] = {}
         for role in trained:
             decay = config.weight_decay if role.decays else 0.0
-            groups.setdefault((learning_rate * rates[role.kind], decay), []).append(role.parameter)
-        self.rates = [rate for rate, _ in groups]
+            key = (learning_rate * rates.get(role.kind, 1.0), decay, epsilons.get(role.kind, epsilon))
+            groups.setdefault(key, []).append(role.parameter)
+        self.rates = [rate for rate, _, _ in groups]
         described: list[dict[str, Any]] = [
-            {"params": parameters, "lr": rate, "weight_decay": decay}
-            for (rate, decay), parameters in groups.items()
+            {"params": parameters, "lr": rate, "weight_decay": decay, "eps": eps}
+            for (rate, decay, eps), parameters in groups.items()
         ]
+        self.roles = trained
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
-        self.adam = kind(described, lr=learning_rate, eps=epsilon, fused=True)
+        self.adam = kind(described, lr=learning_rate, fused=True)
 
     def advance(self, fraction: float) -> None:
         """Set the rates for when ``fraction`` of the run is done."""
@@ -86,11 +92,31 @@ class ScheduledAdam:
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 
+    def mean_steps(self) -> dict[str, float]:
+        """Return the mean over entries of ``|last step| / learning rate`` by role, from Adam's moments.
+
+        ``|m| / (1 - beta_1^t) / (sqrt(v / (1 - beta_2^t)) + epsilon)``: near 1 while gradients keep their sign, a
+        tenth or so under noise, near 0 for a role whose gradients drown in epsilon.
+        """
+        groups = {id(parameter): group for group in self.adam.param_groups for parameter in group["params"]}
+        sums: dict[str, tuple[float, int]] = {}
+        for role in self.roles:
+            state, group = self.adam.state.get(role.parameter), groups[id(role.parameter)]
+            if not state:
+                continue
+            time, (beta_1, beta_2) = float(state["step"]), group["betas"]
+            second = (state["exp_avg_sq"] / (1.0 - beta_2**time)).sqrt() + group["eps"]
+            size = float((state["exp_avg"].abs() / second).sum()) / (1.0 - beta_1**time)
+            total, count = sums.get(role.kind.value, (0.0, 0))
+            sums[role.kind.value] = (total + size, count + role.parameter.numel())
+        return {name: total / count for name, (total, count) in sums.items()}
+
 
 class Kind(Enum):
     """The kinds of parameters that have a learning rate of their own."""
 
-    theta = "theta"  # everything that is no adapter
+    theta = "theta"  # shared by the tasks
+    heads = "heads"  # of one task in a layer that shares nothing
     mu = "mu"  # of an adapter: parameters of one task in a layer that the tasks share otherwise
     rho = "rho"  # of an adapter
 
@@ -124,7 +150,8 @@ def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
         adapter = any(name not in stacked for name in parameters)
         for name, parameter in parameters.items():
             own = name in stacked
-            kind = Kind.rho if name in sigmas else Kind.mu if own and adapter else Kind.theta
-            decays = kind is Kind.theta and parameter.dim() >= (3 if own or copies else 2)
+            kind = Kind.rho if name in sigmas else Kind.mu if adapter else Kind.heads
+            kind = kind if own else Kind.theta
+            decays = kind in (Kind.theta, Kind.heads) and parameter.dim() >= (3 if own or copies else 2)
             found.setdefault(id(parameter), Role(parameter, own, kind, decays))
     return [found[id(parameter)] for parameter in trained.parameters() if parameter.requires_grad]

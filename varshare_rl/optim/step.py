@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.optim.aggregators import AggregatorName, GradientAggregator, GradientConfig, build_aggregator
+from varshare_rl.optim.aggregators import (
+    AggregateScale,
+    AggregatorName,
+    GradientAggregator,
+    GradientConfig,
+    build_aggregator,
+)
 from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
 from varshare_rl.optim.jacobian import TaskGradients, gradient_gram
 from varshare_rl.optim.optimizer import OptimizerConfig, ScheduledAdam, roles
@@ -25,8 +32,8 @@ class LossStep(Stateful):
     Args:
         trained: a module, or bare parameters; layers list stacked ones in ``per_task_parameters``.
         learning_rate: of Adam, before the factors of ``optimizer``.
-        max_grad_norm: bound on the norm of the whole aggregated gradient, shared and own parameters together; 0
-            switches clipping off.
+        max_grad_norm: bound on the norm of the aggregated gradient of what the tasks share, and of each task's
+            gradient of its own parameters; 0 switches clipping off.
         epsilon: Adam's epsilon.
         optimizer: rates, decay and schedule.
         divergence_guard: which tasks are left out of a step.
@@ -62,15 +69,16 @@ class LossStep(Stateful):
             parameter.is_cpu for parameter in self.parameters
         )  # looking at a number waits for nothing
         self.divergence_guard = DivergenceGuard(divergence_guard or DivergenceGuardConfig(), self.on_cpu)
+        self.own = [role.parameter for role in self.roles if role.own]
+        self.shared = shared = [role.parameter for role in self.roles if not role.own]
         self.aggregation = Aggregation()
-        shared = [role.parameter for role in self.roles if not role.own]
         if aggregator is AggregatorName.softmax_temperature and log_temperature is not None:
-            own = [role.parameter for role in self.roles if role.own]
-            self.aggregation = TemperatureAggregation(own, log_temperature)
+            self.aggregation = TemperatureAggregation(log_temperature)
         elif aggregator is not AggregatorName.mean and shared:
             chosen = build_aggregator(aggregator, gradient or GradientConfig(), num_tasks)
             recorded = trained if isinstance(trained, nn.Module) else None
-            self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen)
+            settings = gradient or GradientConfig()
+            self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen, settings.scale)
         self.gram: Tensor | None = None  # of the tasks' gradients, when it was last asked for
         self._gram_of: list[nn.Parameter] | None = None
 
@@ -90,17 +98,35 @@ class LossStep(Stateful):
         guard.fitting = torch.isfinite(losses)
         if guard.watches_size or not self.on_cpu or not bool(guard.fitting.all()):
             kept = guard.kept(losses, self.aggregation.waits)
-        if kept is None:
-            self.aggregation(losses, None)
-            return
-        losses = torch.where(kept, losses, 0.0)
-        with contained(losses):
-            self.aggregation(losses, kept)
+        if kept is not None:
+            losses = torch.where(kept, losses, 0.0)
+        with nullcontext() if kept is None else contained(losses):
+            weights = self.aggregation(losses, kept)
+        own = [parameter.grad for parameter in self.own if parameter.grad is not None]
+        if isinstance(weights, Tensor):
+            for grad in own:
+                grad.div_(weights.view(-1, *[1] * (grad.dim() - 1)))
+        elif own:
+            torch._foreach_div_(own, weights)
 
     def clip(self) -> Tensor:
-        """Bound the norm of the aggregated gradient; returns the norm before."""
+        """Bound the norm of what the tasks share, and apart from it that of each task's own parameters.
+
+        Returns the norm before, 0-d: the root of the square of the shared one plus the mean over tasks of the squares
+        of the own ones.
+        """
         bound = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        return nn.utils.clip_grad_norm_(self.parameters, bound, foreach=True).detach()
+        norm = nn.utils.clip_grad_norm_(self.shared, bound, foreach=True).detach()
+        own = [parameter.grad for parameter in self.own if parameter.grad is not None]
+        if not own:
+            return norm
+        by_task = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(grad.view(len(grad), -1), dim=1) for grad in own]), dim=0
+        )
+        factors = (bound / (by_task + 1e-6)).clamp_max(1.0)
+        for grad in own:
+            grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))
+        return (norm.square() + by_task.square().mean()).sqrt()
 
     def step(self, norm: Tensor) -> None:
         """Step Adam unless the guard forbids it for a gradient of this norm; on a device, the device decides."""
@@ -131,16 +157,17 @@ class LossStep(Stateful):
 
 
 class Aggregation(Stateful):
-    """From losses ``[T]`` to the gradient of every parameter: that of the mean, unless a subclass says otherwise.
+    """From losses ``[T]`` to gradients of what the tasks share: that of the mean, unless a subclass says otherwise.
 
-    Own parameters of a task get the gradient of the mean, ``1 / T`` times that of its loss, from every aggregation.
+    A task's own parameters get the gradient of its own loss times the factor that is returned, ``[T]`` or one for all.
     """
 
     waits = False  # True: it reads numbers from the device anyway
 
-    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> Tensor | float:
         """Fill ``grad``. ``kept [T]`` bool: the tasks that count; the others' losses are 0, without a gradient."""
         torch.autograd.backward(losses.mean())
+        return 1.0 / len(losses)
 
     def memory_bytes(self, num_tasks: int) -> int:
         """Predict the bytes of its gradients per task; a look for mixing takes as many again for a moment."""
@@ -157,41 +184,44 @@ class TemperatureAggregation(Aggregation):
     counts for less.
 
     Args:
-        own: the parameters whose dim 0 is the task.
         log_temperature: ``log alpha [T]``, the one that learns.
     """
 
-    def __init__(self, own: Sequence[nn.Parameter], log_temperature: Tensor) -> None:
-        self.own, self.log_temperature = list(own), log_temperature
+    def __init__(self, log_temperature: Tensor) -> None:
+        self.log_temperature = log_temperature
 
-    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> Tensor | float:
         weights = torch.softmax(-self.log_temperature.detach(), 0).clamp_min(_LEAST)
         torch.autograd.backward(torch.dot(weights, losses))
-        back = 1.0 / (weights * len(losses))
-        for parameter in self.own:
-            if parameter.grad is not None:
-                parameter.grad.mul_(back.view(-1, *[1] * (parameter.dim() - 1)))
+        return weights
 
 
 class JacobianAggregation(Aggregation):
-    """An aggregate of the tasks' gradients for what they share."""
+    """An aggregate of the tasks' gradients for what they share, as long as their mean unless the paper's is chosen.
+
+    Some aggregators are of another size altogether: FairGrad's norm is ``sqrt(T)`` whatever the losses, MGDA's and
+    IMTL-G's a hundredth of the mean's. Clipping, and Adam's epsilon, would read that as a change of the loss.
+    """
 
     waits = True
     state_fields = ("gradients", "combiner=aggregator")
 
-    def __init__(self, gradients: TaskGradients, aggregator: GradientAggregator) -> None:
-        self.gradients, self.aggregator = gradients, aggregator
+    def __init__(self, gradients: TaskGradients, aggregator: GradientAggregator, scale: AggregateScale) -> None:
+        self.gradients, self.aggregator, self.scale = gradients, aggregator, scale
 
-    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> Tensor | float:
         if len(losses) == 1:
-            torch.autograd.backward(losses.mean())
-            return
+            return super().__call__(losses, kept)
         rows = self.gradients(losses)
         reached = self.gradients.reached
         combined = self.aggregator(rows, losses.detach(), kept)
+        if self.scale is AggregateScale.mean:
+            length = combined.norm()
+            combined = combined * torch.where(length > 0, rows.sum(0).norm() / length, 1.0)
         for index, gradient in enumerate(self.gradients.views(combined)):
             if index in reached:
                 self.gradients.shared[index].grad = gradient
+        return 1.0 / len(losses)
 
     def memory_bytes(self, num_tasks: int) -> int:
         return 0 if num_tasks == 1 else num_tasks * sum(parameter.nbytes for parameter in self.gradients.shared)
