@@ -182,7 +182,7 @@ def _graph(losses: Tensor) -> Iterator[Any]:
 
 
 def _saved_by(node: Any) -> Iterator[Tensor]:
-    """Yield the tensors that the forward pass saved for this node: of torch's own functions, and of those written in Python."""
+    """Yield the tensors that the forward pass saved for this node, of torch's own functions and of Python ones."""
     names = [name for name in dir(node) if name.startswith("_saved_")]
     values = [getattr(node, name) for name in names] + list(getattr(node, "saved_tensors", ()))
     for value in values:

@@ -10,7 +10,7 @@ from varshare_rl.reporting.figures import new_figure
 
 
 def draw_reliability(result: Mapping[str, Any], target: Path) -> None:
-    """Draw observed against nominal coverage: every task, their mean, and the diagonal of a calibrated predictor."""
+    """Draw observed against nominal coverage of every task, their mean, and the diagonal of a calibrated critic."""
     figure = new_figure(5.2, 4.8)
     axis = figure.add_subplot()
     axis.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="calibrated")

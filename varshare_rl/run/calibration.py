@@ -12,7 +12,8 @@ observed side has the entropy terms that such a value includes: ``-alpha log pi`
 
 The posterior over weights is epistemic. An observed return also varies with the policy's sampling and the
 environment, which no draw of the critic's weights knows of, so coverage below the nominal level is what even a
-perfect posterior shows wherever returns are noisy. ``std_ratio`` says how many times larger ``std`` would have to be.
+perfect posterior shows wherever returns are noisy. ``std_ratio`` says how many times larger ``std`` would have to
+be.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def observed_returns(
 
 
 def episode_ends(terminated: Tensor, truncated: Tensor, discount: float) -> tuple[Tensor, Tensor]:
-    """Return the step at which each step's episode ends, and ``discount^n`` if time runs out (else 0), ``[S, T, E]``."""
+    """Return the step that ends each step's episode, and ``discount^n`` if time runs out (else 0), ``[S, T, E]``."""
     end = torch.zeros_like(terminated, dtype=torch.int64)
     weight = torch.zeros_like(terminated, dtype=torch.float64)
     last, tail = torch.full_like(end[0], len(end) - 1), torch.zeros_like(weight[0])
@@ -129,7 +130,7 @@ def _inputs(algorithm: ActorCritic, recording: EpisodeRecording) -> tuple[tuple[
 
 
 def _time_ups(recording: EpisodeRecording) -> tuple[Tensor, Tensor]:
-    """Return rows where time ran out, ``[T, N]`` padded with row 0, and each row's place among them, ``[T, S * E]``."""
+    """Return rows where time ran out, ``[T, N]`` padded with 0, and their places by row, ``[T, S * E]``."""
     up = recording.rows("truncated")
     most = max(int(up.sum(1).max()), 1)
     position = (up.long().cumsum(1) - 1).clamp_min(0)
@@ -144,7 +145,7 @@ def _gather(x: Tensor, places: Tensor) -> Tensor:
 
 
 def coverage(error: FloatArray, std: FloatArray, levels: tuple[float, ...]) -> FloatArray:
-    """Return the share of ``|error|`` within the central interval of a Gaussian of that ``std``, for every nominal level."""
+    """Return the share of ``|error|`` in the central interval of a Gaussian of that ``std``, by nominal level."""
     half_widths = [
         math.sqrt(2.0) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64))) for level in levels
     ]
