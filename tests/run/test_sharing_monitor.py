@@ -16,8 +16,7 @@ from torch import nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, VarShareLoRAConfig
-from varshare_rl.run.sharing import Conflict, sharing_document
-from varshare_rl.run.sharing_monitor import latest_observation, previews, scalars
+from varshare_rl.run.sharing_monitor import Conflict, latest_observation, previews, scalars, sharing_document
 
 NAMES = ("one", "two", "three")
 
