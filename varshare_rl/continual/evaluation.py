@@ -132,7 +132,7 @@ class Evaluator:
             network = self.networks.policy(learnt)
         mask = torch.from_numpy(place.suite.action_mask[place.index : place.index + 1])
         actor = self.actor.with_network(network, mask).to(self.device)
-        size = self.networks.shapes["actor"][0].in_features
+        size = self.networks.specs["actor"][0].in_features
         normalizer = ObservationNormalizer(1, size, self.config.algorithm.normalize_observations).to(self.device)
         if learnt is not None:
             normalizer.load_state_dict(self.normalizers[learnt])

@@ -222,7 +222,7 @@ class SequenceRun:
         if similar is not None:
             return known[similar]
         if not known:
-            size = self.networks.shapes["actor"][0].in_features
+            size = self.networks.specs["actor"][0].in_features
             return state_copy(ObservationNormalizer(1, size, enabled=True))
         return pooled_normalizer(known) if self.learnt == self.old_tasks else known[-1]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from varshare_rl.adapters.adapter import LowRank
 from varshare_rl.transfer.share.config import ShareConfig
 from varshare_rl.transfer.share.factors import compress, left_singular, orthonormal, relative
-from varshare_rl.transfer.share.size import choose_k
+from varshare_rl.transfer.share.fit import choose_k
 
 #: Singular values below this part of the largest are left out of rebuilt factors: float32 has no more.
 RANK_TOLERANCE = 1e-6
