@@ -542,9 +542,7 @@ def test_a_given_prior_is_in_no_state_dict_and_follows_the_layer() -> None:
 
 def test_the_standard_prior_is_that_of_the_layer() -> None:
     options = replace(VARSHARE, prior=PriorFrom.standard, prior_scale=0.4, kl_weight=1.0)
-    first = VarShareMethod(
-        replace(options, prior=PriorFrom.previous), SPEC, Pretrained(SPEC.plain().state_dict())
-    )
+    first = VarShareMethod(replace(options, prior=PriorFrom.previous), SPEC, Pretrained(SPEC.plain().state_dict()))
     for method in (VarShareMethod(options, SPEC, pretrained_from(trained_agent(3), 3)), first):
         network = method.begin(method.tasks)
         disturb(network)
@@ -579,9 +577,9 @@ def test_a_pooled_prior_matches_moments_over_all_posteriors() -> None:
         assert isinstance(layer, VarShareLoRALayer)
         for index, name in enumerate(("a", "b")):
             mus = torch.stack([getattr(own["layers.1"], name) for own in adapters])
-            sigmas = torch.stack([own["layers.1"][index] for own in sigmas])
+            stds = torch.stack([own["layers.1"][index] for own in sigmas])
             mean = mus.mean(0)
-            sigma = (sigmas.square() + (mus - mean).square()).mean(0).sqrt()
+            sigma = (stds.square() + (mus - mean).square()).mean(0).sqrt()
             mu, rho = layer.posteriors()[index]
             factor = "AB"[index]
             found = layer.get_buffer(f"prior_mean_of_mus_{factor}"), layer.get_buffer(f"prior_std_of_mus_{factor}")
@@ -589,7 +587,7 @@ def test_a_pooled_prior_matches_moments_over_all_posteriors() -> None:
             torch.testing.assert_close(found[0] * sign, mean)
             torch.testing.assert_close(found[1], sigma)
             torch.testing.assert_close(mu[0].detach(), found[0])  # where it starts
-            torch.testing.assert_close(F.softplus(rho[0]).detach(), sigmas.square().mean(0).sqrt())
+            torch.testing.assert_close(F.softplus(rho[0]).detach(), stds.square().mean(0).sqrt())
 
 
 def test_factors_of_another_scale_are_the_same_prior() -> None:
@@ -713,7 +711,7 @@ def test_ppo_learns_with_a_ratio_of_one_before_its_first_step(
         assert float((first - 1).abs().max()) < 2e-5
         assert float((second - 1).abs().max()) > 1e-4
     if acts_with_draws and acting is not Resample.mean:
-        assert learner.draws.layers
+        assert learner.weight_sampler.layers
     assert not any(getattr(layer, "noise", None) for layer in network.modules())
     method.end(network, torch.randn(1, 5, IN))
     method.policy(3)

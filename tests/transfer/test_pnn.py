@@ -35,7 +35,7 @@ def test_outputs_are_those_of_the_paper(pretrained: bool) -> None:
     method = PNN(PNNConfig(lateral=4), spec, given)
     learn(method, 3, steps=3)
     x = torch.randn(1, 5, IN)
-    columns = ([] if given is None else [dict(given.base)]) + method.columns
+    columns = ([] if given is None else [dict(given.base)]) + method.own
     for task in range(3):
         expected = naive(columns[: len(columns) - 2 + task], x, layers=3)
         torch.testing.assert_close(method.policy(method.old_tasks + task)(x, TASK_IDS), expected)

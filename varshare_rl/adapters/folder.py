@@ -114,7 +114,7 @@ def read_adapter(folder: Path | str) -> tuple[Adapter, AdapterInfo]:
 
 
 def _config_of(info: AdapterInfo) -> dict[str, Any]:
-    """The configuration in `peft`'s words; a whole number is written as one."""
+    """Return the configuration in `peft`'s words; a whole number is written as one."""
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": info.base_model,
@@ -207,7 +207,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _parse_key(folder: Path, key: str) -> tuple[str, str]:
-    """The module and the factor (``a`` or ``b``) that a tensor's name stands for."""
+    """Return the module and the factor (``a`` or ``b``) that a tensor's name stands for."""
     for factor, ending in _FACTORS.items():
         if key.startswith(_PREFIX) and key.endswith(ending):
             return key[len(_PREFIX) : -len(ending)], factor

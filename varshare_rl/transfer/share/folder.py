@@ -65,7 +65,7 @@ def write_basis(folder: Path | str, share: Share) -> None:
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a place where no basis can be written.
+    """Refuse a path where no basis can be written.
 
     Raises:
         UserError: it is a file, or a folder that holds something else than a basis.
@@ -99,12 +99,12 @@ def read_basis(folder: Path | str) -> Share:
 
 
 def share_state(share: Share) -> Tree:
-    """A model as a tree for a checkpoint, without its options."""
+    """Return a model as a tree for a checkpoint, without its options."""
     return {**_described(share), "tensors": _tensors(share), "originals": _original_tensors(share)}
 
 
 def share_of(state: Tree, config: ShareConfig) -> Share:
-    """The model of which :func:`share_state` made a tree."""
+    """Return the model of which :func:`share_state` made a tree."""
     return _unpacked(state, state["tensors"], state["originals"], config)
 
 
@@ -147,7 +147,7 @@ def _content(file: Path, stated: Mapping[str, Any]) -> bytes:
 
 
 def _described(share: Share) -> dict[str, Any]:
-    """All but the options and the tensors."""
+    """Return all but the options and the tensors."""
     return {
         "tasks": list(share.tasks),
         "lora_numbers": list(share.lora_numbers),

@@ -39,7 +39,7 @@ class Storage:
 
     @property
     def lora_trained_numbers(self) -> float:
-        """What a new LoRA adapter trains."""
+        """Numbers that a new LoRA adapter trains."""
         return self.lora_task_bytes / BYTES_PER_NUMBER
 
     @property
@@ -54,7 +54,7 @@ class Storage:
 
     @property
     def saving(self) -> float:
-        """How many times smaller than the adapters, the basis included."""
+        """Factor by which everything is smaller than the adapters, the basis included."""
         return self.lora_bytes / self.total_bytes
 
     @property
@@ -64,7 +64,7 @@ class Storage:
 
     @property
     def break_even_tasks(self) -> int | None:
-        """From how many tasks on basis and coefficients take less than the adapters; None: never.
+        """Number of tasks from which on basis and coefficients take less than the adapters; None: never.
 
         The least ``N`` with ``shared + N * task < N * lora``. Kept originals are left out: with them it is never.
         """
@@ -72,7 +72,7 @@ class Storage:
         return math.floor(self.shared_bytes / gain) + 1 if gain > 0 else None
 
     def as_dict(self) -> dict[str, float | int | None]:
-        """All of it by name."""
+        """Return all of it by name."""
         derived = (
             *("total_bytes", "lora_bytes", "saving", "saving_without_basis"),
             *("break_even_tasks", "lora_trained_numbers"),
@@ -101,7 +101,7 @@ class Share:
     merges: int = 1
 
     def index(self, task: str) -> int:
-        """The position of a task.
+        """Return the position of a task.
 
         Raises:
             UserError: there is none of this name.
@@ -112,16 +112,16 @@ class Share:
         return self.tasks.index(task)
 
     def rebuild(self, task: str) -> Adapter:
-        """A task's adapter, from its coefficients."""
+        """Return a task's adapter, from its coefficients."""
         index = self.index(task)
         return {name: layer.rebuild(index) for name, layer in self.layers.items()}
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Relative error ``||dW - rebuilt|| / ||dW||``, or its bound (:class:`LayerBasis`), by layer and task."""
+        """Return the relative error ``||dW - rebuilt|| / ||dW||``, or its bound (:class:`LayerBasis`), by layer and task."""
         return {name: dict(zip(self.tasks, layer.errors, strict=True)) for name, layer in self.layers.items()}
 
     def storage(self) -> Storage:
-        """What is stored, beside what one adapter per task takes."""
+        """Return the bytes that are stored, beside those of one adapter per task."""
         count = len(self.tasks)
         own = sum(layer.task_numbers(index) for layer in self.layers.values() for index in range(count))
         kept = sum(adapter_numbers(adapter) for adapter in self.originals.values())
@@ -242,7 +242,7 @@ def put_coefficients(share: Share, task: str, own: Mapping[str, Coefficients]) -
 
 
 def adapter_numbers(adapter: Adapter) -> int:
-    """How many numbers an adapter's factors have, ``sum of r (in + out)``."""
+    """Count the numbers of an adapter's factors, ``sum of r (in + out)``."""
     return sum(factors.a.numel() + factors.b.numel() for factors in adapter.values())
 
 
