@@ -154,7 +154,7 @@ def _exactly(module: str) -> str:
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    """Return the shortest alpha that gives this scale: ``scale * rank`` alone may differ in its last digit by module."""
+    """Return the shortest alpha that gives this scale: ``scale * rank`` may differ in its last digit by module."""
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     short = float(f"{alpha:.12g}")
     return short if math.isclose(adapter_scale(short, rank, rslora), scale, rel_tol=1e-15) else alpha

@@ -20,7 +20,7 @@ from varshare_rl.assemble import load_agent, run_provenance
 from varshare_rl.cli import run_command
 from varshare_rl.config import Device, is_sequence
 from varshare_rl.continual.config import METHODS
-from varshare_rl.continual.loading import load_sequence
+from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.files import whole_folder, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
@@ -112,12 +112,12 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
     if options.critics:
         raise UserError(f"critics=true, and {options.run} is a sequence of tasks, which keeps policies alone")
     sequence, checkpoint = load_sequence(Path(options.run), options.checkpoint, Device.cpu)
-    names = [place.name for place in sequence.places]
+    names = [task.name for task in sequence.tasks]
     task = _index_of(options.task, names)
     if task >= sequence.learnt:
         learnt = ", ".join(names[: sequence.learnt]) or "none yet"
         raise UserError(f"task {options.task} is not learnt yet; learnt are {learnt}")
-    actor, normalizer = sequence.evaluator.policy(sequence.places[task], task)
+    actor, normalizer = sequence.evaluator.policy(sequence.tasks[task], task)
     method, name = sequence.networks.method, sequence.config.method.name
     if isinstance(actor.network, Columns):
         raise UserError(f"a column of method={name} looks at those before it, and has no plain form to export")

@@ -34,7 +34,7 @@ def run_figures(document: Document) -> dict[str, Figure]:
 
 
 def matrix_figure(document: Document) -> Figure:
-    """Draw the results as a heat map: a row per moment, a column per task; a frame where a task has just been learnt."""
+    """Draw results as a heat map: a row per moment, a column per task, frames where a task has just been learnt."""
     name, matrix = document_results(document)
     old = document["old_tasks"]
     figure = new_figure(3.4 + 0.46 * matrix.shape[1], 2.4 + 0.34 * len(matrix))
@@ -52,7 +52,7 @@ def matrix_figure(document: Document) -> Figure:
 
 
 def tasks_figure(document: Document) -> Figure:
-    """Draw a line per task over the sequence, dashed until it is learnt, and the mean of all tasks learnt by then."""
+    """Draw a line per task over the sequence, dashed until it is learnt, and the mean of those learnt by then."""
     name, matrix = document_results(document)
     old, tasks = document["old_tasks"], document["tasks"]
     figure = new_figure(4.6 + 0.32 * len(matrix), max(3.6, 1.6 + 0.19 * (len(tasks) + 1)))

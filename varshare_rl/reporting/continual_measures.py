@@ -62,7 +62,7 @@ def backward_transfer(results: Values) -> Values:
 
 
 def zero_shot_transfer(results: Values) -> Values:
-    """Return the gain of a task by earlier ones before it is learnt, ``R[i - 1, i] - R[0, i]`` for ``i > 1``, as ``[N - 1]``.
+    """Return the gain of tasks before they are learnt, ``R[i - 1, i] - R[0, i]`` for ``i > 1``, as ``[N - 1]``.
 
     Its mean is GEM's FWT (Lopez-Paz and Ranzato 2017).
     """
@@ -126,7 +126,7 @@ def mean_of_known(values: Iterable[float | None]) -> float | None:
 
 
 def document_results(document: Document) -> tuple[str, Values]:
-    """Return the measure of a run's document (``success``, or ``return`` where it has none), and ``[L + 1, K + L]``.
+    """Return the measure of a document (``success``, or ``return`` where it has none), and ``[L + 1, K + L]``.
 
     The ``K = old_tasks`` columns of what the run began with come first, then those of the ``L`` tasks that it
     learnt.

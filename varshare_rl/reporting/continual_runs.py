@@ -105,7 +105,7 @@ def check_references(runs: Sequence[ContinualRun], references: Sequence[Continua
 
 
 def reference_document(run: ContinualRun, references: Sequence[ContinualRun]) -> Document:
-    """Return the references of the run's seed where these have all its tasks, else all references, as one document."""
+    """Join the references of the run's seed if these have all its tasks, else all references, to one document."""
     own = [reference for reference in references if reference.seed == run.seed]
     covered = {original_name(task) for reference in own for task in reference.learnt}
     needed = {original_name(task) for task in run.learnt}
@@ -194,7 +194,7 @@ def _check_pair(first: ContinualRun, run: ContinualRun) -> None:
 
 
 def _check_budget(first: ContinualRun, run: ContinualRun, task: str, one: int, other: int) -> None:
-    """Refuse another budget; a task on which a method trains nothing costs no transitions, and may stand beside any budget."""
+    """Refuse another budget; a task on which a method trains nothing may stand beside any."""
     if one and other and abs(one - other) > BUDGET_TOLERANCE * max(one, other):
         _refuse_difference(first, run, f"transitions of {task}", one, other)
 

@@ -37,7 +37,7 @@ def to_png(figure: Figure, dpi: int = 130) -> bytes:
 
 
 def plain_axes(axes: Axes, grid: str | None = None) -> None:
-    """Take the frame away but for two sides; light lines along ``grid`` (``x``, ``y`` or ``both``) behind the data."""
+    """Leave two sides of the frame; draw light lines along ``grid`` (``x``, ``y`` or ``both``) behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     if grid is not None:

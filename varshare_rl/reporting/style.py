@@ -31,7 +31,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
 def paint(
     values: npt.NDArray[np.float64], low: float, high: float, anchors: tuple[str, ...]
 ) -> npt.NDArray[np.uint8]:
-    """Return colours ``[..., 3]`` of ``values`` between the ends of ``anchors`` at ``low`` and ``high``; NaN is grey."""
+    """Return colours ``[..., 3]`` of ``values``, the ends of ``anchors`` at ``low`` and ``high``; NaN is grey."""
     scaled = (np.nan_to_num(values, nan=low) - low) / (high - low if high > low else 1.0)
     table = np.array([rgb(anchor) for anchor in anchors], dtype=np.float64)
     at = np.clip(scaled, 0.0, 1.0) * (len(table) - 1)

@@ -86,7 +86,7 @@ class Clusters:
 
 
 def cluster_tasks(distance: npt.ArrayLike, threshold: float = CLUSTER_DISTANCE) -> Clusters:
-    """Cluster by average linkage (Sokal and Michener 1958) on a distance matrix ``[T, T]``, symmetric with zeros inside."""
+    """Cluster by average linkage (Sokal and Michener 1958) on symmetric distances ``[T, T]`` with zeros inside."""
     matrix = np.asarray(distance, dtype=np.float64)
     if len(matrix) < 2:
         return Clusters(threshold, len(matrix), [0] * len(matrix), list(range(len(matrix))), [])

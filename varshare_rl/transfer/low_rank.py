@@ -200,8 +200,8 @@ def _check_fits(number: int, adapter: Adapter, sizes: Mapping[str, tuple[int, in
             size = sizes.get(path, (0, 0))
             raise UserError(
                 f"the pretrained agent's task {number} has a correction of {factors.out_features} x "
-                f"{factors.in_features} at {path}, where the network has {size[1]} x {size[0]}; give the network of the "
-                "pretrained agent"
+                f"{factors.in_features} at {path}, where the network has {size[1]} x {size[0]}; give the network "
+                "of the pretrained agent"
             )
 
 

@@ -153,7 +153,7 @@ class ShareMethod(LowRankMethod):
 
     @property
     def report(self) -> list[dict[str, Any]]:
-        """Rows by layer and task in the basis: ``error``, the distance of the task's correction from the learnt one.
+        """Rows by layer and task in the basis: ``error``, the distance of a task's correction from the learnt one.
 
         ``||dW - rebuilt|| / ||dW||``, exact at the first merge and an upper bound after further ones.
         ``exact``: the policy uses the correction itself all the same. ``k`` and ``merges`` are those of the basis.

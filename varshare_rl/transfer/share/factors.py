@@ -25,7 +25,7 @@ def stack(factors: Sequence[Tensor]) -> Tensor:
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the canonical factors of every product: ``left right^T = U S V^T`` gives ``U sqrt(S)`` and ``V sqrt(S)``.
+    """Return canonical factors of every product: ``left right^T = U S V^T`` gives ``U sqrt(S)``, ``V sqrt(S)``.
 
     All pairs ``(B G, G^-1 A)`` of one adapter have the same canonical form, up to what an SVD leaves open; of the
     two signs of a column the one is taken that makes its largest entry in ``U`` positive. The columns come by
@@ -65,7 +65,7 @@ def relative(error: Tensor, size: Tensor) -> Tensor:
 
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Return left singular vectors ``[G, K]`` and values ``[K]`` of ``[G, M]``; ``K >= 1`` is the numerical rank."""
+    """Return left singular vectors ``[G, K]`` and values ``[K]`` of ``[G, M]``, of numerical rank ``K >= 1``."""
     if matrix.shape[1] > matrix.shape[0]:
         matrix = compress(matrix)
     u, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
@@ -81,7 +81,7 @@ def compress(matrix: Tensor) -> Tensor:
 
 
 def orthonormal(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a float32 basis ``[G, k]`` as ``Q R`` in float64: ``Q`` orthonormal, ``R [k, k]`` all but the identity.
+    """Return a float32 basis ``[G, k]`` as ``Q R`` in float64: ``Q`` orthonormal, ``R [k, k]`` near the identity.
 
     Rounding left its columns orthonormal to 1e-7 only. An error that is a small difference of squares would be
     wrong by the root of that, 3e-4.

@@ -104,7 +104,7 @@ class LayerBasis:
         return columns * (self.basis_B.shape[1] + self.basis_A.shape[1])
 
     def rebuild(self, index: int) -> LowRank:
-        """Return one task's correction as factors of rank ``p``: ``b = basis_B eps_B``, ``a = (basis_A eps_A)^T``."""
+        """Return a task's correction as factors of rank ``p``: ``b = basis_B eps_B``, ``a = (basis_A eps_A)^T``."""
         own = self.coefficients[index]
         return LowRank((self.basis_A @ own.eps_A).t().contiguous(), self.basis_B @ own.eps_B)
 
@@ -137,7 +137,7 @@ class LayerBasis:
 
 
 def canonical_factors(adapters: Sequence[LowRank], config: ShareConfig) -> tuple[Tensor, Tensor]:
-    """Return the adapters' factors ``[N, out, R], [N, in, R]`` with the scales folded in; canonical but for ``paper``."""
+    """Return adapters' factors ``[N, out, R], [N, in, R]`` with scales folded in; canonical but for ``paper``."""
     folded = [adapter.folded() for adapter in adapters]
     left, right = stack([adapter.b for adapter in folded]), stack([adapter.a.t() for adapter in folded])
     return (left, right) if config.method is BasisMethod.paper else balance(left, right)[:2]
@@ -146,7 +146,7 @@ def canonical_factors(adapters: Sequence[LowRank], config: ShareConfig) -> tuple
 def choose_coefficients(
     left: Tensor, right: Tensor, norms: Tensor, ranks: Sequence[int], config: ShareConfig
 ) -> tuple[list[Coefficients], Tensor]:
-    """Choose coefficients of adapters that have ``left [N, k_B, R]``, ``right [N, k_A, R]`` in a basis, and their errors.
+    """Choose coefficients of adapters with ``left [N, k_B, R]``, ``right [N, k_A, R]`` in a basis; and errors.
 
     ``share``: the core ``C = left right^T`` truncated to rank ``p`` by its SVD, ``sqrt(S)`` on either side.
     ``paper``: the first ``p`` columns of the projections. The error has two parts that are orthogonal to each

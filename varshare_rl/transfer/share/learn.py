@@ -105,7 +105,7 @@ def attach(
 
 
 def take_coefficients(module: nn.Module, task_id: int) -> dict[str, Coefficients]:
-    """Return a task's coefficients of all layers, for :func:`~varshare_rl.transfer.share.model.put_coefficients`."""
+    """Return a task's coefficients by layer, for :func:`~varshare_rl.transfer.share.model.put_coefficients`."""
     return {name: layer.coefficients.take(task_id) for name, layer in share_layers(module)}
 
 

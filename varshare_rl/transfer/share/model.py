@@ -117,7 +117,7 @@ class Share:
         return {name: layer.rebuild(index) for name, layer in self.layers.items()}
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Return the relative error ``||dW - rebuilt|| / ||dW||``, or its bound (:class:`LayerBasis`), by layer and task."""
+        """Return errors ``||dW - rebuilt|| / ||dW||``, or bounds (:class:`LayerBasis`), by layer and task."""
         return {name: dict(zip(self.tasks, layer.errors, strict=True)) for name, layer in self.layers.items()}
 
     def storage(self) -> Storage:

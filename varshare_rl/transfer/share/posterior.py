@@ -64,7 +64,7 @@ def prior_from_tasks(tasks: Sequence[Coefficients], p: int, scale: float, weight
 
 
 def align(tasks: Sequence[Coefficients], p: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn all tasks' coefficients into one gauge: ``mus_B [t, k_B, p]``, variances, ``mus_A [t, k_A, p]``, variances.
+    """Turn all coefficients to one gauge: ``mus_B [t, k_B, p]``, variances, ``mus_A [t, k_A, p]``, variances.
 
     ``(eps_B Q, eps_A Q)`` is the same correction for every orthogonal ``Q``, so means over tasks say something only
     after each task is turned to agree with the others. ``Q_i = U V^T`` of ``U S V^T = eps_B_i^T R_B + eps_A_i^T

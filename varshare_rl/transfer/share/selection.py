@@ -95,7 +95,7 @@ def for_all_tasks(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, num_ta
 def task_by_td_error(
     reward: Tensor, terminated: Tensor, values: Tensor, next_values: Tensor, discount: float
 ) -> tuple[int, Tensor]:
-    """Return the task whose critic is least surprised by transitions, and all tasks' mean squared TD errors ``[T]``.
+    """Return the task whose critic is least surprised by transitions, and all mean squared TD errors ``[T]``.
 
     ``delta = r + discount * (1 - terminated) * V_i(s') - V_i(s)`` (Sutton and Barto 2018, section 6.1). Critics of
     different reward scales are not comparable: use it where tasks share one, or divide by it before.
