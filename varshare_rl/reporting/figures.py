@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,8 @@ def to_png(figure: Figure, dpi: int = 130) -> bytes:
     return buffer.getvalue()
 
 
-def plain_axes(axes: Axes, grid: str | None = None) -> None:
-    """Leave two sides of the frame; draw light lines along ``grid`` (``x``, ``y`` or ``both``) behind the data."""
+def plain_axes(axes: Axes, grid: Literal["x", "both"] | None = None) -> None:
+    """Leave two sides of the frame; draw light lines along ``grid`` behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     if grid is not None:

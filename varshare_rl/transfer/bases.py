@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -32,7 +32,7 @@ class OneNetwork(ContinualMethod):
 
     task_free = True
     keeps_parameters = True
-    state_fields = ("weights",)
+    state_fields: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(self, config: Any, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
         super().__init__(config, spec, pretrained)
