@@ -7,12 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from varshare_rl.errors import UserError
+from varshare_rl.nn.initial import linear_parameters
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,24 @@ class AdapterInfo:
         return adapter_scale(self.alpha_of(module), self.rank_of(module), self.rslora)
 
 
-def adapter_scale(alpha: float, rank: int, rslora: bool) -> float:
-    """Return ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA."""
+def fresh_adapter(layers: Mapping[str, Any], rank: int, scale: float) -> Adapter:
+    """Make a correction of nothing: ``a`` uniform on ``+-1 / sqrt(in)`` (Kaiming), ``b = 0`` (Hu et al. 2021).
+
+    ``layers`` have ``in_features`` and ``out_features``.
+    """
+    return {
+        path: LowRank(
+            linear_parameters(layer.in_features, rank, bias=False)[0].detach(),
+            torch.zeros(layer.out_features, rank),
+            scale,
+        )
+        for path, layer in layers.items()
+    }
+
+
+def adapter_scale(alpha: float | None, rank: int, rslora: bool) -> float:
+    """Return ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA; None: ``alpha`` is ``r``."""
+    alpha = rank if alpha is None else alpha
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def write_adapter(folder: Path | str, adapter: Adapter, info: AdapterInfo | None
     if info is not None:
         _check_stated(adapter, info)
     folder = Path(folder)
-    _check_replaceable(folder)
+    check_replaceable(folder, "an adapter", OWN_FILES)
     tensors = {}
     for module, factors in adapter.items():
         for factor, ending in _FACTORS.items():
@@ -145,15 +145,14 @@ def _check_stated(adapter: Adapter, info: AdapterInfo) -> None:
             )
 
 
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"cannot write an adapter to {folder}: it is a file; give a folder")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in OWN_FILES)
+def check_replaceable(folder: Path, content: str, own_files: Sequence[str]) -> None:
+    """Refuse to write some ``content`` to a file, or to a folder that holds other files than its own."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot write {content} to {folder}: it is a file; give a folder")
+    others = sorted(path.name for path in folder.glob("*") if path.name not in own_files)
     if others:
         raise UserError(
-            f"cannot write an adapter to {folder}: it holds other files ({others[0]}); give a new folder"
+            f"cannot write {content} to {folder}: it holds other files ({others[0]}); give a new folder"
         )
 
 

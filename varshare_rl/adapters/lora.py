@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import Adapter, LowRank, adapter_scale, describe
+from varshare_rl.adapters.adapter import Adapter, adapter_scale, describe, fresh_adapter
 from varshare_rl.adapters.folder import read_adapter, write_adapter
 from varshare_rl.adapters.layer import LoRALinear, Selection
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import check_positive, linear_parameters
+from varshare_rl.nn.initial import check_positive
 
 
 def apply_lora(
@@ -56,7 +56,7 @@ def apply_lora(
     layers = {path: LoRALinear(base, selection) for path, base in targets.items()}
     for path, layer in layers.items():
         layer.train(layer.base.training)
-        _replace(model, path, layer)
+        model.set_submodule(path, layer)
     return AdapterSet(model, layers, selection, learned, _Defaults(rank, alpha, dropout, rslora))
 
 
@@ -231,7 +231,7 @@ class AdapterSet:
         What is merged stays in the weights, so ``merge`` and ``unload`` give the plain model of one adapter.
         """
         for path, layer in self.layers.items():
-            _replace(self.model, path, layer.base)
+            self.model.set_submodule(path, layer.base)
         for parameter in self._learned:
             parameter.requires_grad_(True)
         self.layers, self._names = {}, []
@@ -240,14 +240,9 @@ class AdapterSet:
     def _fresh(self, rank: int | None, alpha: float | None) -> Adapter:
         rank = self._defaults.rank if rank is None else rank
         alpha = self._defaults.alpha if alpha is None else alpha
-        alpha = rank if alpha is None else alpha
-        check_positive(rank=rank, alpha=alpha)
+        check_positive(rank=rank, **({} if alpha is None else {"alpha": alpha}))
         scale = adapter_scale(alpha, rank, self._defaults.rslora)
-        adapter = {}
-        for path, layer in self.layers.items():
-            a, _ = linear_parameters(layer.base.in_features, rank, bias=False)
-            adapter[path] = LowRank(a, torch.zeros(layer.base.out_features, rank), scale)
-        return adapter
+        return fresh_adapter({path: layer.base for path, layer in self.layers.items()}, rank, scale)
 
     def _set(self, name: str, adapter: Adapter, dropout: float) -> None:
         if not name or "." in name:
@@ -359,8 +354,3 @@ def listed(names: Sequence[str], most: int = 12) -> str:
     """Join names with commas, the first few of many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

@@ -90,8 +90,8 @@ class Evaluator:
     def acting(self, learnt: int) -> list[int | None]:
         """Return for every task the learnt one whose policy acts there; None: an untrained one.
 
-        So many are ``learnt``; the others are acted with the last learnt one's policy. With hidden ids the choice is
-        that of :meth:`select`, or the last task's where all have one network.
+        So many are ``learnt``; the others are acted with the last learnt one's policy. With hidden ids the choice
+        is that of :meth:`select`, or the last task's where all have one network.
         """
         count = len(self.tasks)
         if self.config.task_ids is TaskIds.hidden and learnt > 1:

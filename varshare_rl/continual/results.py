@@ -53,11 +53,7 @@ def document(
         "tasks": [task.name for task in tasks],
         "old_tasks": len(tasks) - len(progress.costs),
         "task_ids": config.task_ids.value,
-        "carried": {
-            "critic": config.carry.critic.value,
-            "optimizer": config.carry.optimizer,
-            "replay": config.carry.replay,
-        },
+        "carried": {**vars(config.carry), "critic": config.carry.critic.value},
         "measure": measure(tasks),
         "success": [row["success"] for row in progress.rows],
         "return": [row["return"] for row in progress.rows],

@@ -185,7 +185,7 @@ class SequenceRun:
             f"task {position + 1} of {len(self.tasks) - self.old_tasks}: {task.name}, "
             f"{entry['trained_parameters']:,} parameters of the policy learn"
         )
-        if self.networks.trainable():
+        if entry["trained_parameters"]:
             entry["transitions"] = self._train(task, config, folder, similar)
             curve = self._curve(folder)
         else:

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import Adapter, adapter_scale
+from varshare_rl.adapters.adapter import Adapter, adapter_scale, fresh_adapter
 from varshare_rl.errors import UserError
 from varshare_rl.nn.initial import check_positive
 from varshare_rl.nn.mlp import BroNet, TaskMLP
 from varshare_rl.nn.parameters import total_kl
-from varshare_rl.transfer.low_rank import FrozenBase, adapter_of, adapter_state, fresh_adapter, take_adapter
+from varshare_rl.transfer.low_rank import FrozenBase, adapter_of, adapter_state, take_adapter
 from varshare_rl.transfer.method import (
     ContinualMethod,
     NetworkSpec,
@@ -134,9 +134,8 @@ class LowRankMethod(ContinualMethod):
 
     def fresh_adapter(self) -> Adapter:
         """Make a LoRA adapter that corrects nothing yet, of the method's rank and scale."""
-        config = self.config
-        alpha = config.rank if config.alpha is None else config.alpha
-        return fresh_adapter(self.base.layers(), config.rank, adapter_scale(alpha, config.rank, config.rslora))
+        scale = adapter_scale(self.config.alpha, self.config.rank, self.config.rslora)
+        return fresh_adapter(self.base.layers(), self.config.rank, scale)
 
     def state(self) -> Tree:
         """Return the base and the corrections, but for what the pretrained agent gives."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from varshare_rl.adapters.adapter import Adapter, LowRank
 from varshare_rl.adapters.agent import correction
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import linear_parameters
 from varshare_rl.nn.lora import ResidualLayer
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
@@ -110,8 +109,7 @@ def correct(network: nn.Module, make: Callable[[str, int, int], nn.Module | None
             continue
         for name in ("theta", "bias"):
             setattr(new, name, nn.Parameter(getattr(old, name).detach().clone(), requires_grad=False))
-        parent, _, child = path.rpartition(".")
-        setattr(network.get_submodule(parent), child, new)
+        network.set_submodule(path, new)
     return network
 
 
@@ -129,18 +127,6 @@ def take_sigma(network: nn.Module, task: int = 0) -> dict[str, tuple[Tensor, Ten
         path: (_copy(softplus_sigma(layer.rhos_A[task])), _copy(softplus_sigma(layer.rhos_B[task])))
         for path, layer in network.named_modules()
         if isinstance(layer, VarShareLoRALayer)
-    }
-
-
-def fresh_adapter(layers: Mapping[str, SharedLayer], rank: int, scale: float) -> Adapter:
-    """Make a correction of nothing: ``a`` uniform on ``+-1 / sqrt(in)`` (Kaiming), ``b = 0`` (Hu et al. 2021)."""
-    return {
-        path: LowRank(
-            linear_parameters(layer.in_features, rank, bias=False)[0].detach(),
-            torch.zeros(layer.out_features, rank),
-            scale,
-        )
-        for path, layer in layers.items()
     }
 
 

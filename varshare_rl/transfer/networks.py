@@ -77,10 +77,6 @@ class AgentNetworks:
         self._given[part] = position + 1
         return self.networks[part][position]
 
-    def trainable(self) -> bool:
-        """Return True if the policy has anything to learn in this task."""
-        return any(parameter.requires_grad for parameter in self.networks["actor"][0].parameters())
-
     def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
         """Return the methods' addition to the losses of a part, ``[1]``."""
         total: Tensor | float = 0.0

@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.adapters.adapter import adapter_scale
 from varshare_rl.errors import UserError
 from varshare_rl.nn.initial import INITIAL_RHO, check_positive
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
@@ -96,7 +97,7 @@ class VarShareMethod(LowRankMethod):
     ) -> None:
         super().__init__(config, spec, pretrained)
         check_positive(prior_scale=config.prior_scale)
-        self.scale = 1.0 if config.alpha is None else config.alpha / config.rank
+        self.scale = adapter_scale(config.alpha, config.rank, rslora=False)
         self.sigmas: list[Sigmas] = [{} for _ in self.adapters]
         if pretrained is not None and pretrained.sigmas:
             self.sigmas = [dict(sigma) for sigma in pretrained.sigmas]

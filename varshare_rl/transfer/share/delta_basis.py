@@ -60,7 +60,7 @@ class DeltaBasis:
         """Return one task's correction as factors, of whatever rank it has, ``min(out, in)`` at most."""
         return factors_of(self.coefficients[index], self.basis)
 
-    def with_projected(self, adapter: LowRank) -> DeltaBasis:
+    def with_projected(self, adapter: LowRank, config: ShareConfig) -> DeltaBasis:
         """Return the same basis with one more task, projected onto it."""
         flat = _flat([adapter])
         size = flat.norm(dim=1)

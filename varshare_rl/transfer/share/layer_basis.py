@@ -120,20 +120,22 @@ class LayerBasis:
     def with_coefficients(self, index: int, own: Coefficients) -> LayerBasis:
         """Return the same with other coefficients of one task, which from now on is measured against these."""
         size = float(norm(own.eps_B.double()[None], own.eps_A.double()[None]))
-        changed = [list(part) for part in (self.coefficients, self.norms, self.errors)]
-        for part, value in zip(changed, (own, size, 0.0), strict=True):
-            part[index] = value
-        coefficients, norms, errors = (tuple(part) for part in changed)
-        return replace(self, coefficients=coefficients, norms=norms, errors=errors)  # type: ignore[arg-type]
+        before, after = slice(index), slice(index + 1, None)
+        return replace(
+            self,
+            coefficients=(*self.coefficients[before], own, *self.coefficients[after]),
+            norms=(*self.norms[before], size, *self.norms[after]),
+            errors=(*self.errors[before], 0.0, *self.errors[after]),
+        )
 
-    def project(self, adapter: LowRank, config: ShareConfig) -> tuple[Coefficients, float, float]:
-        """Return an adapter's coefficients in this basis, its norm, and the relative error of what they rebuild."""
+    def with_projected(self, adapter: LowRank, config: ShareConfig) -> LayerBasis:
+        """Return the same basis with one more task, projected onto it."""
         left, right = canonical_factors([adapter], config)
         norms = norm(left, right)
         (exact_B, fix_B), (exact_A, fix_A) = orthonormal(self.basis_B), orthonormal(self.basis_A)
         (own,), error = choose_coefficients(exact_B.t() @ left, exact_A.t() @ right, norms, [adapter.rank], config)
         (own,) = mapped([own], fix_B.inverse(), fix_A.inverse())
-        return own, float(norms), float(relative(error, norms))
+        return self.with_task(own, float(norms), float(relative(error, norms)))
 
 
 def canonical_factors(adapters: Sequence[LowRank], config: ShareConfig) -> tuple[Tensor, Tensor]:

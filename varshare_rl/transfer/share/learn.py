@@ -98,8 +98,7 @@ def attach(
         if config.phi is not None:
             layer.learn_temporarily(0, min(config.phi, max(1, basis.k // 4)), p)
         layer.train(module.training)
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, layer)
+        module.set_submodule(name, layer)
         layers[name] = layer
     return layers
 

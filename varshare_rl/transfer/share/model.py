@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from varshare_rl.adapters.adapter import Adapter, LowRank
+from varshare_rl.adapters.adapter import Adapter
 from varshare_rl.errors import UserError
 from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, check_options
 from varshare_rl.transfer.share.delta_basis import DeltaBasis, fit_delta
@@ -73,10 +74,7 @@ class Storage:
 
     def as_dict(self) -> dict[str, float | int | None]:
         """Return all of it by name."""
-        derived = (
-            *("total_bytes", "lora_bytes", "saving", "saving_without_basis"),
-            *("break_even_tasks", "lora_trained_numbers"),
-        )
+        derived = [name for name, value in vars(Storage).items() if isinstance(value, property)]
         return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
@@ -195,11 +193,7 @@ def project(share: Share, adapters: Mapping[str, Adapter]) -> Share:
     layers = dict(share.layers)
     for adapter in adapters.values():
         for name, layer in layers.items():
-            layers[name] = (
-                layer.with_projected(adapter[name])
-                if isinstance(layer, DeltaBasis)
-                else layer.with_task(*layer.project(adapter[name], share.config))
-            )
+            layers[name] = layer.with_projected(adapter[name], share.config)
     return replace(
         share,
         tasks=(*share.tasks, *adapters),
@@ -254,12 +248,12 @@ def _kept(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 def _merged(past: Share | None, adapters: Mapping[str, Adapter], config: ShareConfig) -> Share:
     tasks = (*(past.tasks if past else ()), *adapters)
-    names = next(iter(adapters.values())) if past is None else past.layers
+    fit_layer: Any = fit_delta if config.method is BasisMethod.delta else fit
     layers: dict[str, LayerBasis | DeltaBasis] = {}
-    for name in names:
+    for name in next(iter(adapters.values())) if past is None else past.layers:
         new = [adapter[name] for adapter in adapters.values()]
         try:
-            layers[name] = _fit_layer(None if past is None else past.layers[name], new, config, tasks)
+            layers[name] = fit_layer(None if past is None else past.layers[name], new, config, tasks)
         except UserError as error:
             raise UserError(f"layer {name}: {error}") from error
     return Share(
@@ -270,16 +264,6 @@ def _merged(past: Share | None, adapters: Mapping[str, Adapter], config: ShareCo
         _kept(adapters) if config.keep_originals else {},
         1 if past is None else past.merges + 1,
     )
-
-
-def _fit_layer(
-    past: LayerBasis | DeltaBasis | None, new: Sequence[LowRank], config: ShareConfig, tasks: Sequence[str]
-) -> LayerBasis | DeltaBasis:
-    if config.method is BasisMethod.delta:
-        assert not isinstance(past, LayerBasis)
-        return fit_delta(past, new, config, tasks)
-    assert not isinstance(past, DeltaBasis)
-    return fit(past, new, config, tasks)
 
 
 Shapes = dict[str, tuple[int, int]]
