@@ -94,6 +94,13 @@ def _instructions(policy: TaskPolicy, normalize: Normalize | None, task: str) ->
         else f"The first {actions} of the actor's {2 * actions} outputs are means: the action is their `tanh`. "
         "The rest serve exploration."
     )
+    posterior = ""
+    if policy.posterior:
+        prior = " and the scale of their prior" if any("prior_scale" in key for key in policy.posterior) else ""
+        posterior = f"""
+The adapter is the posterior mean. `{POSTERIOR_FILE}` holds what LoRA has no room for: by network and
+layer, `rho` of both factors (standard deviation `softplus(rho)`){prior}.
+"""
     critics = ", ".join(f"`{name}`" for name in policy.critics)
     also = (
         f"The critics {critics} are built alike; a critic of actions takes observation and action joined.\n"
@@ -117,14 +124,4 @@ network = PeftModel.from_pretrained(base, "actor").eval()
 
 {inputs}
 {outputs}
-{also}{_on_posterior(policy.posterior)}"""
-
-
-def _on_posterior(posterior: dict[str, Tensor]) -> str:
-    if not posterior:
-        return ""
-    prior = " and the scale of their prior" if any(key.endswith("prior_scale") for key in posterior) else ""
-    return f"""
-The adapter is the posterior mean. `{POSTERIOR_FILE}` holds what LoRA has no room for: by network and
-layer, `rho` of both factors (standard deviation `softplus(rho)`){prior}.
-"""
+{also}{posterior}"""

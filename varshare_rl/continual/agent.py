@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from varshare_rl.nn.actor import Actor
 from varshare_rl.nn.config import NetworkConfig
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.transfer.likelihood import UnitGaussian, policy_likelihood
-from varshare_rl.transfer.method import LayerFactory, Likelihood, NetworkSpec, Pretrained
+from varshare_rl.transfer.method import Likelihood, NetworkSpec, Pretrained, Stack
 from varshare_rl.transfer.networks import CriticCarry
 from varshare_rl.transfer.pretrained import pretrained_from
 
@@ -30,21 +31,18 @@ INHERITED_OBSERVATIONS = 10_000
 
 
 class NetworkProbe:
-    """Notes the networks that an algorithm asks for, and gives it plain ones.
-
-    Attributes:
-        sizes: input and output size of each network, by part.
-    """
+    """Notes the networks that an algorithm asks for, and gives it plain ones."""
 
     def __init__(self, config: TrainConfig) -> None:
         network: NetworkConfig = config.network
         self.architectures = {"actor": network, "critic": cast(Any, config.critic.architecture(config.network))}
-        self.sizes: dict[str, list[tuple[int, int]]] = {"actor": [], "critic": []}
+        self.asked: dict[str, list[tuple[int, int, Stack]]] = {"actor": [], "critic": []}
 
     def network(self, part: str, in_features: int, out_features: int) -> nn.Module:
         """Make a plain network."""
-        self.sizes[part].append((in_features, out_features))
-        return self._stack(part, in_features, out_features, SharedLayer)
+        stack: Stack = partial(self.architectures[part].stack, in_features, out_features)
+        self.asked[part].append((in_features, out_features, stack))
+        return stack(SharedLayer)
 
     def penalty(self, part: str, transitions_per_task: int) -> float:
         """Return no penalty."""
@@ -56,20 +54,7 @@ class NetworkProbe:
     def specs(self, actor: Actor) -> dict[str, list[NetworkSpec]]:
         """Return the specs of all networks, by part; ``actor`` is the policy that the algorithm has built."""
         likelihoods: dict[str, Likelihood] = {"actor": policy_likelihood(actor), "critic": UnitGaussian()}
-        return {
-            part: [self._spec(part, *size, likelihoods[part]) for size in sizes]
-            for part, sizes in self.sizes.items()
-        }
-
-    def _spec(self, part: str, in_features: int, out_features: int, likelihood: Likelihood) -> NetworkSpec:
-        def stack(layer: LayerFactory) -> nn.Module:
-            return self._stack(part, in_features, out_features, layer)
-
-        return NetworkSpec(in_features, out_features, stack, likelihood)
-
-    def _stack(self, part: str, in_features: int, out_features: int, layer: LayerFactory) -> nn.Module:
-        network: nn.Module = self.architectures[part].stack(in_features, out_features, layer)
-        return network
+        return {part: [NetworkSpec(*one, likelihoods[part]) for one in asked] for part, asked in self.asked.items()}
 
 
 def probe(config: TrainConfig, suite: Suite, device: torch.device) -> tuple[Actor, dict[str, list[NetworkSpec]]]:

@@ -143,7 +143,6 @@ class LowRankMethod(ContinualMethod):
         return {**super().state(), "base": self.base.state(), "adapters": adapters}
 
     def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
         adapters = [adapter_of(adapter) for adapter in state.get("adapters", [])]
         self.adapters[self.old_tasks :] = adapters
         self.base.load_state(state["base"])

@@ -20,6 +20,8 @@ from varshare_rl.state import Stateful
 
 #: Makes a linear layer of a network from its input and output size.
 LayerFactory = Callable[[int, int], nn.Module]
+#: Makes a network of a factory's layers, with activations and norms as the run's options say.
+Stack = Callable[[LayerFactory], nn.Module]
 
 
 class Likelihood(Protocol):
@@ -38,13 +40,13 @@ class NetworkSpec:
 
     Attributes:
         in_features, out_features: sizes of input and output.
-        stack: makes a network of a factory's layers, with activations and norms as the run's options say.
+        stack: makes a network of some kind of layers.
         likelihood: meaning of the outputs.
     """
 
     in_features: int
     out_features: int
-    stack: Callable[[LayerFactory], nn.Module]
+    stack: Stack
     likelihood: Likelihood
 
     def plain(self, weights: Mapping[str, Tensor] | None = None) -> nn.Module:

@@ -121,7 +121,6 @@ class EWC(OneNetwork):
         return {**super().state(), "quadratic": None if self.quadratic is None else dict(vars(self.quadratic))}
 
     def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
         super().load_state(state)
         self.quadratic = None if state["quadratic"] is None else Quadratic(**state["quadratic"])
 

@@ -202,7 +202,6 @@ class ShareMethod(LowRankMethod):
         }
 
     def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
         super().load_state(state)
         self.waiting = {int(task): adapter_of(adapter) for task, adapter in state["waiting"].items()}
         self.share = None if state["share"] is None else share_of(state["share"], self.basis_options)

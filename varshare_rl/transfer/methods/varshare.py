@@ -147,7 +147,6 @@ class VarShareMethod(LowRankMethod):
         return {**super().state(), "spreads": [{path: list(pair) for path, pair in each.items()} for each in own]}
 
     def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
         super().load_state(state)
         own = [{path: (a, b) for path, (a, b) in sigma.items()} for sigma in state["spreads"]]
         self.sigmas[self.old_tasks :] = own
