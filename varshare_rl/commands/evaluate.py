@@ -13,8 +13,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from varshare_rl.assemble import load_agent, parameter_count, run_provenance
 from varshare_rl.cli import run_command
 from varshare_rl.config import Device, is_sequence
-from varshare_rl.continual.loading import load_sequence
 from varshare_rl.continual.results import evaluation_document
+from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_json
 from varshare_rl.run.console import Console
@@ -86,8 +86,8 @@ def evaluate_sequence(options: EvaluateConfig) -> tuple[dict[str, Any], Tasks]:
     finally:
         evaluator.close()
     provenance = {**sequence.provenance(), **_of_evaluation(options, seed, checkpoint)}
-    result = evaluation_document(sequence.config, sequence.places, sequence.progress, acting, played, provenance)
-    return result, {place.name: row for place, row in zip(sequence.places, played, strict=True)}
+    result = evaluation_document(sequence.config, sequence.tasks, sequence.progress, acting, played, provenance)
+    return result, {task.name: row for task, row in zip(sequence.tasks, played, strict=True)}
 
 
 def _of_evaluation(options: EvaluateConfig, seed: int, checkpoint: Path) -> dict[str, Any]:

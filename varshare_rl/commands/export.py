@@ -20,7 +20,7 @@ from varshare_rl.assemble import load_agent, run_provenance
 from varshare_rl.cli import run_command
 from varshare_rl.config import Device, is_sequence
 from varshare_rl.continual.config import METHODS
-from varshare_rl.continual.loading import load_sequence
+from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.files import whole_folder, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
@@ -94,13 +94,13 @@ def agent_policy(options: ExportConfig) -> TaskPolicy:
         "conditions": run_provenance(agent.config, agent.suite, agent.device),
     }
     critics = _critics(algorithm.critic) if options.critics else {}
-    spread = {
+    posterior = {
         f"{network}.{key}": tensor
         for network, module in {"actor": algorithm.actor.network, **critics}.items()
         if options.format is Format.peft
         for key, tensor in task_rho(module, index).items()
     }
-    return TaskPolicy(algorithm.actor, index, algorithm.normalizer, about, critics, spread)
+    return TaskPolicy(algorithm.actor, index, algorithm.normalizer, about, critics, posterior)
 
 
 def sequence_policy(options: ExportConfig) -> TaskPolicy:
@@ -112,16 +112,16 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
     if options.critics:
         raise UserError(f"critics=true, and {options.run} is a sequence of tasks, which keeps policies alone")
     sequence, checkpoint = load_sequence(Path(options.run), options.checkpoint, Device.cpu)
-    names = [place.name for place in sequence.places]
+    names = [task.name for task in sequence.tasks]
     task = _index_of(options.task, names)
     if task >= sequence.learnt:
         learnt = ", ".join(names[: sequence.learnt]) or "none yet"
         raise UserError(f"task {options.task} is not learnt yet; learnt are {learnt}")
-    actor, normalizer = sequence.evaluator.policy(sequence.places[task], task)
+    actor, normalizer = sequence.evaluator.policy(sequence.tasks[task], task)
     method, name = sequence.networks.method, sequence.config.method.name
     if isinstance(actor.network, Columns):
         raise UserError(f"a column of method={name} looks at those before it, and has no plain form to export")
-    spread = {}
+    posterior = {}
     if options.format is Format.peft:
         if not method.low_rank:
             able = ", ".join(known for known, (_, made) in METHODS.items() if made.low_rank)
@@ -133,14 +133,14 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
         paths = plain_paths(actor.network)
         for path, deviations in method.sigma(task).items():
             for factor, deviation in zip("AB", deviations, strict=True):
-                spread[f"actor.{paths[path]}.rho_{factor}"] = inverse_softplus(deviation)
+                posterior[f"actor.{paths[path]}.rho_{factor}"] = inverse_softplus(deviation)
     about = {
         "method": name,
         "checkpoint": checkpoint.name,
         "transitions": sequence.progress.transitions,
         "conditions": sequence.provenance(),
     }
-    return TaskPolicy(actor, 0, normalizer, about, spread=spread)
+    return TaskPolicy(actor, 0, normalizer, about, posterior=posterior)
 
 
 def export(policy: TaskPolicy, options: ExportConfig, folder: Path) -> None:

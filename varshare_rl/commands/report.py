@@ -32,7 +32,7 @@ from varshare_rl.reporting.continual_runs import (
     reference_document,
 )
 from varshare_rl.run.console import PLAIN_WIDTH
-from varshare_rl.run.sharing_monitor import sharing_document
+from varshare_rl.run.sharing import sharing_document
 from varshare_rl.run.sharing_monitor import latest_observation
 
 
