@@ -15,7 +15,7 @@ from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.nn import VarShareConfig, VarShareLoRAConfig, VarShareLoRALayer
-from varshare_rl.nn.posteriors import PosteriorLayer, posterior_layers
+from varshare_rl.nn.layer import PosteriorLayer, posterior_layers
 from varshare_rl.optim.absorption import AbsorbConfig, Absorbing, absorb_all
 
 PPO = PPOConfig(rollout_transitions_per_task=40, epochs=2, minibatches=2, target_kl=None)

@@ -15,7 +15,7 @@ from varshare_rl.adapters.folder import read_adapter, write_adapter
 from varshare_rl.adapters.layer import LoRALinear, Selection
 from varshare_rl.adapters.targets import find_targets, listed
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import check_positive, linear_parameters
+from varshare_rl.nn.layer import check_positive, linear_parameters
 
 
 def apply_lora(

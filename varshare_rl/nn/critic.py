@@ -6,12 +6,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.config import Architecture, Blocks
+from varshare_rl.nn.config import Blocks, NetworkConfig
 from varshare_rl.nn.popart import TargetStatistics, TaskAffine
 from varshare_rl.nn.task_rows import TaskIds
 from varshare_rl.ops.categorical import categorical_cross_entropy, categorical_value, support
@@ -19,7 +19,7 @@ from varshare_rl.ops.losses import squared_error
 
 
 class ValueLoss(Enum):
-    """What a critic learns by: the squared error of a number, or the cross-entropy of a distribution."""
+    """Loss of a critic: the squared error of a number, or the cross-entropy of a distribution."""
 
     squared = "squared"
     categorical = "categorical"
@@ -45,12 +45,12 @@ class CriticConfig:
         """Width of a critic network's output."""
         return self.bins if self.loss is ValueLoss.categorical else 1
 
-    def architecture(self, network: Architecture) -> Architecture:
+    def architecture(self, network: NetworkConfig) -> NetworkConfig:
         """The architecture of the critic's networks: ``network`` with what is given here."""
         names = ("hidden", "activation", "layer_norm", "blocks")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        changed: Any = replace(network, **own)  # type: ignore[type-var]
-        return changed  # type: ignore[no-any-return]
+        changed: NetworkConfig = replace(network, **own)
+        return changed
 
 
 class CriticHead(nn.Module):
@@ -88,11 +88,11 @@ class CriticHead(nn.Module):
 
 
 class Critic(nn.Module):
-    """What a value network and twin critics have in common: heads, units, losses.
+    """Common part of a value network and twin critics: heads, units, losses.
 
-    With PopArt, ``value = spread_i * (a_i h + c_i) + mean_i`` where ``h`` is a network's output, ``mean_i`` and
-    ``spread_i`` are running statistics of task ``i``'s targets, and losses are in units of ``spread_i`` (van
-    Hasselt et al. 2016; Hessel et al. 2019). Without, mean and spread are 0 and 1.
+    With PopArt, ``value = std_i * (a_i h + c_i) + mean_i`` where ``h`` is a network's output, ``mean_i`` and
+    ``std_i`` are running statistics of task ``i``'s targets, and losses are in units of ``std_i`` (van
+    Hasselt et al. 2016; Hessel et al. 2019). Without, mean and standard deviation are 0 and 1.
 
     Args:
         num_tasks: ``T``.
@@ -108,7 +108,7 @@ class Critic(nn.Module):
     def track(self, target: Tensor, *target_critics: Critic) -> None:
         """Take targets ``[T, B]`` of all tasks into the statistics and keep every value as it was.
 
-        ``followers`` are critics that share these statistics, such as target critics. Categorical heads cannot
+        ``target_critics`` are critics that share these statistics, such as target critics. Categorical heads cannot
         keep their values: these move with the statistics, at the statistics' rate.
         """
         if self.statistics is None:

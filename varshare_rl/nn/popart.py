@@ -1,4 +1,4 @@
-"""PopArt: value targets brought to zero mean and unit spread per task, with values kept as they were."""
+"""PopArt: value targets brought to zero mean and unit standard deviation per task, with values kept as they were."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.task_rows import TaskIds, in_order
 
-#: Bounds on the spread that values are measured in.
+#: Bounds on the standard deviation that values are measured in.
 LEAST_STD, LARGEST_STD = 1e-4, 1e6
 
 
@@ -21,12 +21,12 @@ class Move(NamedTuple):
 
 
 class TargetStatistics(nn.Module):
-    """Mean and spread of the value targets of every task, forgetting at a rate.
+    """Mean and standard deviation of the value targets of every task, forgetting at a rate.
 
     ``m <- m + rate (E[y] - m)`` and ``v <- v + rate (E[y^2] - v)``, both divided by ``1 - (1 - rate)^n`` after
     ``n`` batches, so that the first ones are not drawn towards their start at 0 (the correction of Kingma and Ba
-    2015); ``mean = m``, ``spread = sqrt(v - m^2)``, held between 1e-4 and 1e6 (van Hasselt et al. 2016; per task:
-    Hessel et al. 2019). Before there is a batch the mean is 0 and the spread 1. A task's batch with a target that
+    2015); ``mean = m``, ``std = sqrt(v - m^2)``, held between 1e-4 and 1e6 (van Hasselt et al. 2016; per task:
+    Hessel et al. 2019). Before there is a batch the mean is 0 and the standard deviation 1. A task's batch with a target that
     is not finite does not count for that task. Statistics are float64.
 
     Args:
@@ -67,12 +67,12 @@ class TargetStatistics(nn.Module):
         return Move(ratio, shift)
 
     def normalize(self, value: Tensor, task_ids: TaskIds) -> Tensor:
-        """``(value - mean) / spread``, ``[T, B]``."""
+        """``(value - mean) / std``, ``[T, B]``."""
         mean, std = (rows(statistic, task_ids, value).to(value.dtype) for statistic in (self.mean, self.std))
         return (value - mean) / std
 
     def restore(self, normalized: Tensor, task_ids: TaskIds) -> Tensor:
-        """``spread * normalized + mean``, ``[T, B]``."""
+        """``std * normalized + mean``, ``[T, B]``."""
         statistics = (self.mean, self.std)
         mean, std = (rows(values, task_ids, normalized).to(normalized.dtype) for values in statistics)
         return torch.addcmul(mean, std, normalized)

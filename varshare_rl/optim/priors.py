@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import StochasticLayer, stochastic_layers
+from varshare_rl.nn.variational import VariationalLayer, stochastic_layers
 from varshare_rl.types import Metrics, Tree
 
 #: Per task ``[T]``: critic loss with theta alone minus critic loss with the residuals.
@@ -33,7 +33,7 @@ class Prior(Protocol):
         """Put back what :meth:`state` gave."""
 
 
-def _layers(modules: Iterable[nn.Module]) -> list[StochasticLayer]:
+def _layers(modules: Iterable[nn.Module]) -> list[VariationalLayer]:
     return [layer for module in modules for _, layer in stochastic_layers(module)]
 
 

@@ -8,7 +8,7 @@ from enum import Enum
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter, adapter_scale
-from varshare_rl.nn.initial import check_positive
+from varshare_rl.nn.layer import check_positive
 from varshare_rl.transfer.low_rank import (
     FrozenBase,
     adapter_bytes,
