@@ -250,8 +250,7 @@ def test_fresh_adapters_are_the_shared_network(name: str) -> None:
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
     plain = SharedConfig(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
     with torch.no_grad():
-        for ours, wrapped in zip(plain.layers, network.layers, strict=True):
-            theirs = getattr(wrapped, "residual", wrapped)
+        for ours, theirs in zip(plain.layers, network.layers, strict=True):
             ours.theta.zero_()  # the columns of the one-hot task
             ours.theta[:, : ours.in_features] = theirs.theta
             ours.bias.copy_(theirs.bias)
