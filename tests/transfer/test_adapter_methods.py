@@ -18,11 +18,11 @@ from varshare_rl.algorithms.base import AgentContext, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import L2SoftConfig, LoRAConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Blocks, Posterior
 from varshare_rl.nn.mlp import BroNet, TaskMLP
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
-from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
 from varshare_rl.transfer.low_rank import linear_layers, mean_of
@@ -37,8 +37,7 @@ from varshare_rl.transfer.methods.varshare import (
 )
 from varshare_rl.transfer.pretrained import pretrained_from
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients
-from varshare_rl.transfer.share.config import ContinualMethod as Decomposition
-from varshare_rl.transfer.share.config import Merge, ShareConfig, SizeConfig
+from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig
 from varshare_rl.transfer.share.layer import ShareLinear
 from varshare_rl.types import Transition
 
@@ -460,7 +459,7 @@ def test_temporary_directions_are_a_quarter_at_most() -> None:
     ("options", "message"),
     [
         ({"variational": True}, "method.variational=true needs method.learn=coefficients"),
-        ({"basis": ShareConfig(method=Decomposition.delta)}, "no task can be learnt; choose share or paper"),
+        ({"basis": ShareConfig(method=BasisMethod.delta)}, "no task can be learnt; choose share or paper"),
         ({"initial_tasks": 0}, "method.initial_tasks is 0; it must be at least 1"),
         ({"phi": 0}, "phi is 0"),
         ({"basis": ShareConfig(p=1)}, "method.basis.p=1 cannot promise a max_error"),

@@ -1,4 +1,4 @@
-"""Layers of networks for several tasks: what they are asked, how they start, and how their stacks grow and shrink."""
+"""Layers of networks for several tasks: their answers, their initial values, their stacks that grow and shrink."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from varshare_rl.errors import UserError
 from varshare_rl.nn.task_rows import TaskRows, unknown_task
@@ -206,7 +207,7 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """``nn.Linear`` with copies of a weight ``[G, F]`` and a bias ``[G]``."""
     outputs, inputs = weight.shape
     kind = {"device": weight.device, "dtype": weight.dtype}
-    layer: nn.Linear = torch.nn.utils.skip_init(nn.Linear, inputs, outputs, bias is not None, **kind)
+    layer: nn.Linear = skip_init(nn.Linear, inputs, outputs, bias is not None, **kind)  # type: ignore[no-untyped-call]
     with torch.no_grad():
         layer.weight.copy_(weight)
         if bias is not None:

@@ -7,8 +7,8 @@ of a full-rank layer, and its measure is the mean KL divergence of its Gaussians
     KL(q || p) / n        q: the unit's n Gaussians        in nats per Gaussian
 
 which is 0 exactly at the prior. By signal-to-noise (Graves 2011; Blundell et al. 2015, section 5.1) the measure is
-how large the mean is beside the standard deviation: ``|mu| / sigma`` of each weight of a full-rank residual, and for a
-low-rank component that of the product, since what acts on the output is ``B A`` and not its factors:
+how large the mean is beside the standard deviation: ``|mu| / sigma`` of each weight of a full-rank residual, and
+for a low-rank component that of the product, since what acts on the output is ``B A`` and not its factors:
 
     |mu_b| |mu_a| / sqrt(|mu_b|^2 |sigma_a|^2 + |sigma_b|^2 |mu_a|^2 + |sigma_b|^2 |sigma_a|^2)
 

@@ -50,7 +50,7 @@ def restrict_tasks(subset: ActiveTasks) -> Iterator[None]:
 
 
 def in_order(ids: Tensor, num_tasks: int, stacked: bool = True) -> bool:
-    """Return True when ``ids [K]`` are all tasks in order; of stacked tensors: those whose rows they hold just now."""
+    """Return True when ``ids [K]`` are all tasks in order; of stacked tensors: those whose rows they hold."""
     subset = _active if stacked else None
     return torch.equal(ids, all_tasks(num_tasks) if subset is None else subset.ids)
 

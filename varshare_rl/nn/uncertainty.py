@@ -1,8 +1,8 @@
 """Predictive means and standard deviations of outputs from the posteriors over weights.
 
-They are *epistemic* only: what the posterior leaves open about the weights. They know nothing of the
-noise in rewards, dynamics or actions, of approximation error, or of states unlike those of training beyond what
-the weights' scatter makes of them; and a posterior trained with ``kl_weight < 1`` is narrower than Bayes' by design.
+They are *epistemic* only: what the posterior leaves open about the weights. They know nothing of the noise in
+rewards, dynamics or actions, of approximation error, or of states unlike those of training beyond what the weights'
+scatter makes of them; and a posterior trained with ``kl_weight < 1`` is narrower than Bayes' by design.
 
 Three ways, from exact to cheap:
 

@@ -104,7 +104,7 @@ def product_sigma(x: Tensor, variance: Tensor) -> Tensor:
 def drawn_low_rank(
     x: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor], noise: Sequence[Tensor]
 ) -> Tensor:
-    """``(x A^T) B^T`` for a fresh ``(A, B)`` at every row, exact in two stages: the rows of a factor are independent.
+    """``(x A^T) B^T`` for a fresh ``(A, B)`` at every row: exact in two stages, as rows are independent.
 
     ``means, variances``: of ``A [K, r, F]`` and of ``B [K, G, r]``; ``noise [K, B, r], [K, B, G]``.
     """

@@ -73,7 +73,7 @@ class GradientRecord:
 
 
 def per_task_offset(weight: Tensor, bias: Tensor, columns: int, ids: Tensor, recorder: Recorder) -> Tensor:
-    """Offset that a one-hot code of the task adds, ``[K, G]``: ``weight[:, columns + ids[k]] + bias`` for every block."""
+    """Offset of every block by the one-hot code of its task: ``weight[:, columns + ids[k]] + bias``, ``[K, G]``."""
     offset: Tensor = _Offset.apply(weight, bias, columns, ids, recorder)  # type: ignore[no-untyped-call]
     return offset
 

@@ -86,7 +86,7 @@ class LowRankWeights:
         return (mean_b * mean_a + square_b * mean_a + mean_b * square_a).sum(1) * self.scale**2
 
     def singular_values(self) -> Tensor:
-        """Singular values of the ``r x r`` product of the triangular factors: ``B = Q_B U_B``, ``A^T = Q_A U_A``."""
+        """Singular values of the ``r x r`` product of triangular factors: ``B = Q_B U_B``, ``A^T = Q_A U_A``."""
         upper_a = torch.linalg.qr(self.mus_a.double().transpose(1, 2), mode="r").R
         upper_b = torch.linalg.qr(self.mus_b.double(), mode="r").R
         values: Tensor = torch.linalg.svdvals(upper_b @ upper_a.transpose(1, 2))

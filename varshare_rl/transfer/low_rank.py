@@ -22,7 +22,7 @@ Sigmas = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class FrozenBase:
-    """The weights that all tasks share: the pretrained agent's, or what the first task leaves, and never changed again.
+    """The weights that all tasks share: the pretrained agent's, or what the first task leaves; never changed again.
 
     Args:
         shape: of the network.
@@ -204,6 +204,7 @@ def _check_fits(number: int, adapter: Adapter, sizes: Mapping[str, tuple[int, in
         if sizes.get(path) != (factors.in_features, factors.out_features):
             size = sizes.get(path, (0, 0))
             raise UserError(
-                f"the pretrained agent's task {number} has a correction of {factors.out_features} x {factors.in_features} at "
-                f"{path}, where the network has {size[1]} x {size[0]}; give the network of the pretrained agent"
+                f"the pretrained agent's task {number} has a correction of {factors.out_features} x "
+                f"{factors.in_features} at {path}, where the network has {size[1]} x {size[0]}; "
+                "give the network of the pretrained agent"
             )

@@ -36,7 +36,7 @@ def pretrained_policy(shape: NetworkSpec, pretrained: Pretrained, task: int) -> 
 
 
 def pretrained_storage(pretrained: Pretrained | None) -> StorageCost:
-    """What the pretrained agent's tasks need to be acted by :func:`pretrained_policy`: the base, and every task's factors."""
+    """Bytes of what :func:`pretrained_policy` acts with: the base, and every task's factors."""
     if pretrained is None or not pretrained.adapters:
         return StorageCost(0, 0)
     factors: list[Tensor] = [
@@ -51,9 +51,10 @@ _CURE = "networks that a sequence can go on from are varshare_lora, lora, and l2
 def pretrained_from(network: nn.Module, num_tasks: int) -> Pretrained:
     """The pretrained agent that a multi-task network of low-rank corrections is.
 
-    ``theta``, biases and norms are the base, in the names of :meth:`NetworkSpec.plain` with the same hidden sizes and
-    blocks; task ``i``'s factors, or the means of their posteriors, are adapter ``i``. Base plus adapter computes
-    bit for bit what the network computes for the task in evaluation. Sigmas come from VarShare-LoRA alone.
+    ``theta``, biases and norms are the base, in the names of :meth:`NetworkSpec.plain` with the same
+    hidden sizes and blocks; task ``i``'s factors, or the means of their posteriors, are adapter ``i``. Base plus
+    adapter computes bit for bit what the network computes for the task in evaluation. Sigmas come from
+    VarShare-LoRA alone.
 
     Args:
         network: of ``network=varshare_lora``, ``lora`` or ``l2_soft``.
