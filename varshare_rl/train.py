@@ -1,6 +1,6 @@
 """Train one agent on many tasks: ``python -m varshare_rl.train env=mt10``."""
 
-from varshare_rl.commands.train import command
+from varshare_rl.commands import start
 
 if __name__ == "__main__":
-    command()
+    start("train")
