@@ -70,7 +70,7 @@ def prepare_process(seed: int, precision: MatmulPrecision) -> None:
 
 
 def build_suite(config: TrainConfig) -> Suite:
-    """The suite of ``config.env``. Raises varshare_rl.envs.suite.SuiteError for an impossible choice."""
+    """The suite of ``config.env``. Raises UserError for an impossible choice."""
     return SUITES[type(config.env)](config.env)
 
 

@@ -65,7 +65,7 @@ class Dynamics(Protocol):
         """Whether ending an episode at the horizon in these states is a success, ``[T, E]``."""
 
     def check_actions(self, actions: npt.NDArray[Any], slots: tuple[int, int]) -> npt.NDArray[Any]:
-        """The actions as ``advance`` wants them. Raises SuiteError for a wrong shape or choice."""
+        """The actions as ``advance`` wants them. Raises UserError for a wrong shape or choice."""
 
 
 class BatchedEngine:
@@ -187,7 +187,7 @@ class BatchedEngine:
 def select(requested: Sequence[str], available: Sequence[str], suite: str) -> tuple[str, ...]:
     """The requested task names in their order, or all of them if none is named.
 
-    Raises SuiteError for a name that does not exist or is given twice.
+    Raises UserError for a name that does not exist or is given twice.
     """
     if not requested:
         return tuple(available)
@@ -200,6 +200,6 @@ def select(requested: Sequence[str], available: Sequence[str], suite: str) -> tu
 
 
 def require_at_least_one(option: str, value: int) -> None:
-    """Raise SuiteError unless a count from the options is positive."""
+    """Raise UserError unless a count from the options is positive."""
     if value < 1:
         raise UserError(f"{option}={value}: at least 1 is needed; give a positive number")

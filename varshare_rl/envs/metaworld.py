@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import pickle
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import numpy.typing as npt
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.types import Task
 
@@ -27,7 +26,7 @@ from varshare_rl.envs.metaworld_costs import STEP_MICROSECONDS
 from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
 from varshare_rl.envs.metaworld_methods import forget_models
 from varshare_rl.envs.slots import Array, Episode, TaskEnv
-from varshare_rl.envs.suite import BoolArray
+from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
 
@@ -66,9 +65,13 @@ class MetaWorldConfig:
     #: Quicker environments with the same results, bit for bit (v2 rewards only); see ``varshare_rl.envs.metaworld_fast``.
     fast: bool = True
 
+    def build(self) -> MetaWorldSuite:
+        """Make the suite."""
+        return MetaWorldSuite(self)
+
 
 def task_list(config: MetaWorldConfig) -> tuple[str, ...]:
-    """The tasks that the options ask for. Raises SuiteError for an impossible choice."""
+    """The tasks that the options ask for. Raises UserError for an impossible choice."""
     names, benchmark = tuple(config.tasks), config.benchmark
     if benchmark is not None and benchmark != "mt1":
         if benchmark not in BENCHMARKS:
@@ -174,8 +177,8 @@ class MetaWorldFactory:
         return MetaWorldEnv(self.names[task], self.goals[task], self.reward_version, self.horizon)
 
 
-class MetaWorldSuite:
-    """The suite (``varshare_rl.envs.suite.Suite``). Raises SuiteError for impossible options."""
+class MetaWorldSuite(Suite):
+    """The suite (``varshare_rl.envs.suite.Suite``). Raises UserError for impossible options."""
 
     has_success = True
 
@@ -192,12 +195,12 @@ class MetaWorldSuite:
         self.horizon = config.horizon
         self._workers = Workers()
         self.fast = config.fast and version == "v2" and is_supported()
-        self.observation_space: Box = Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
-        self.action_space: Box | Discrete = Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
-        self.action_mask: BoolArray = np.ones((len(self.task_names), _ACTION_SIZE), dtype=np.bool_)
+        self.observation_space = Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
+        self.action_space = Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
+        self.action_mask = np.ones((len(self.task_names), _ACTION_SIZE), dtype=np.bool_)
 
     @property
-    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
+    def provenance(self) -> Provenance:
         """Versions, reward version, horizon, goals and tasks."""
         return {
             "suite": self.name,
