@@ -1,11 +1,11 @@
-"""Write one task's policy into files that others run: PyTorch, ONNX, or a LoRA adapter of the peft library.
+"""Write one task's policy into files for others: PyTorch, ONNX, or a LoRA adapter.
 
     python -m varshare_rl.export run=runs/<folder> task=reach-v3 format=torch
 
     run=<folder>       a run folder, also one of a sequence (needed)
     task=<name>        one of its tasks (needed)
     format=<name>      torch, onnx (the policy as a plain network) or peft (a LoRA adapter and its base) (needed)
-    out=null           the new folder; null: <run>/export/<task>_<format>
+    out=null           the new folder, or file.onnx; null: <run>/export/<task>_<format>
     checkpoint=last    or best
     critics=false      with format=peft: the critics' adapters too
 
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
@@ -29,12 +30,12 @@ from varshare_rl.adapters.policy import TaskPolicy, write_peft
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent, run_provenance
 from varshare_rl.cli import run_command
-from varshare_rl.commands.common import NEEDS_RUN, output_folder, read_options
+from varshare_rl.commands.common import NEEDS_RUN, make_folder, output_folder, read_options
 from varshare_rl.config import Device, is_sequence
 from varshare_rl.continual.config import METHODS
 from varshare_rl.continual.loading import load_sequence
 from varshare_rl.errors import UserError
-from varshare_rl.files import whole_folder, write_json
+from varshare_rl.files import whole_folder, write_atomically, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
 from varshare_rl.nn.onnx_graph import write_onnx
 from varshare_rl.nn.plain import write_network
@@ -165,13 +166,19 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
 
 
 def export(policy: TaskPolicy, task: str, format: Format, out: Path) -> None:
-    """Write the files of one format into a new folder.
+    """Write the files of one format into a new folder; ONNX also as a single file, if ``out`` ends with ``.onnx``.
 
     Raises:
         UserError: the policy's networks have no such form, or the folder is there already.
     """
     if out.exists():
         raise UserError(f"out={out} is there already; remove it or give another folder")
+    if format is Format.onnx and out.suffix == ".onnx":
+        with TemporaryDirectory() as folder:
+            write_onnx(Path(folder) / ONNX_FILE, policy.plain(), policy.obs_size)
+            make_folder(out.parent)
+            write_atomically(out, (Path(folder) / ONNX_FILE).read_bytes())
+        return
     about = {
         "task": task,
         "format": format.value,
@@ -179,14 +186,14 @@ def export(policy: TaskPolicy, task: str, format: Format, out: Path) -> None:
         "action": "index of a choice" if policy.discrete else "each dimension in [-1, 1]",
         **policy.about,
     }
-    with whole_folder(out) as folder:
+    with whole_folder(out) as target:
         if format is Format.peft:
-            write_peft(folder, policy, task)
+            write_peft(target, policy, task)
         elif format is Format.torch:
-            write_network(folder, policy.plain())
+            write_network(target, policy.plain())
         else:
-            about["checked_with_onnxruntime"] = write_onnx(folder / ONNX_FILE, policy.plain(), policy.obs_size)
-        write_json(folder / "export.json", about)
+            about["checked_with_onnxruntime"] = write_onnx(target / ONNX_FILE, policy.plain(), policy.obs_size)
+        write_json(target / "export.json", about)
 
 
 def task_index(task: str, names: Sequence[str]) -> int:

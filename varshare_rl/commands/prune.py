@@ -1,11 +1,11 @@
-"""Copy a run without the parts of its residuals that are at their prior; pruning.json says what was dropped.
+"""Copy a run without the parts of its residuals that are at their prior.
 
     python -m varshare_rl.prune run=runs/<folder> threshold=0.01
 
     run=<folder>       a run of network=varshare_lora or varshare (needed); it stays as it is
     threshold=0.01     units below it are dropped: nats per Gaussian, or a ratio with criterion=snr
     criterion=nats     or snr (signal to noise)
-    out=null           the new run folder; null: <run>_pruned
+    out=null           the new run folder, with pruning.json; null: <run>_pruned
     checkpoint=last    or best
     episodes=1         of every task, on which the change of actions and values is measured
     device=auto        or cpu, cuda
@@ -48,7 +48,9 @@ class PruneConfig:
     """Which run, what to drop, and where the pruned copy goes."""
 
     run: str = MISSING
-    threshold: float = bounded(0.01, least=0)  # units with less than this are dropped; nats per Gaussian, or a ratio for snr
+    threshold: float = bounded(
+        0.01, least=0
+    )  # units with less than this are dropped; nats per Gaussian, or a ratio for snr
     criterion: Criterion = Criterion.nats
     checkpoint: str = "last"
     out: str | None = None  # default: <run>_pruned
@@ -124,7 +126,7 @@ def write_pruned(
 
 @torch.no_grad()
 def _mean_outputs(algorithm: ActorCritic, recording: EpisodeRecording) -> dict[str, Tensor]:
-    """Compute deterministic actions (probabilities of Discrete ones) and values on the means, ``[T, S * E, ...]``."""
+    """Compute deterministic actions (of Discrete ones probabilities) and values on means, ``[T, S * E, ...]``."""
     obs = recording.rows("obs").to(algorithm.spec.device)
     with posterior_mean(algorithm.actor), posterior_mean(algorithm.critic):
         policy: Any = algorithm.actor(obs, algorithm.task_ids)

@@ -20,9 +20,9 @@ from typing import NamedTuple
 from hydra.core.config_store import ConfigStore
 
 from varshare_rl.cli import fail, run_command
-from varshare_rl.commands import help_text, wants_help
 from varshare_rl.commands.report_continual import ContinualReportConfig, report_continual
 from varshare_rl.commands.report_sharing import SharingReportConfig, report_sharing
+from varshare_rl.entry import help_text, wants_help
 
 
 class Report(NamedTuple):

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from varshare_rl.adapters import Adapter, read_adapter, write_adapter
 from varshare_rl.cli import errors_in_one_line
-from varshare_rl.commands import wants_help
+from varshare_rl.entry import wants_help
 from varshare_rl.errors import UserError
 from varshare_rl.transfer.share.config import Merge, ShareConfig, check_options
 from varshare_rl.transfer.share.folder import BASIS_FILE, check_target, read_basis, write_basis
@@ -41,13 +41,13 @@ SHOWN = 20
 class ConsolidateConfig(ShareConfig):
     """Make a basis from the folders of LoRA adapters, with a bound on the error of every task.
 
-    python -m varshare_rl.share consolidate adapters/* out=basis k.max_error=0.05
+        python -m varshare_rl.share consolidate adapters/* out=basis k.max_error=0.05
 
-    <folders>          adapters in the format of the peft library; a task takes its folder's name (needed)
-    out=<folder>       of the new basis (needed)
-    k.max_error=0.05   largest relative error of a task in a layer; or k.explained, or k.fixed
-    method=share       or paper, delta
-    keep_originals=false   store the adapters beside the basis, for exact decompositions later
+        <folders>          adapters in the format of the peft library; a task takes its folder's name (needed)
+        out=<folder>       of the new basis (needed)
+        k.max_error=0.05   largest relative error of a task in a layer; or k.explained, or k.fixed
+        method=share       or paper, delta
+        keep_originals=false   store the adapters beside the basis, for exact decompositions later
 
     All keys: docs/share.md.
     """
@@ -59,12 +59,12 @@ class ConsolidateConfig(ShareConfig):
 class AddConfig:
     """Add one more adapter to a basis.
 
-    python -m varshare_rl.share add basis=basis adapter=adapters/another
+        python -m varshare_rl.share add basis=basis adapter=adapters/another
 
-    basis=<folder>     made by consolidate; it is replaced (needed)
-    adapter=<folder>   in the format of the peft library (needed)
-    name=null          of the task; null: the folder's name
-    merge=needed       when the basis is decomposed again: needed, always or never
+        basis=<folder>     made by consolidate; it is replaced (needed)
+        adapter=<folder>   in the format of the peft library (needed)
+        name=null          of the task; null: the folder's name
+        merge=needed       when the basis is decomposed again: needed, always or never
 
     All keys: docs/share.md.
     """
@@ -79,11 +79,11 @@ class AddConfig:
 class ReconstructConfig:
     """Write a task's adapter, in the format of the peft library.
 
-    python -m varshare_rl.share reconstruct basis=basis task=another out=adapters/rebuilt
+        python -m varshare_rl.share reconstruct basis=basis task=another out=adapters/rebuilt
 
-    basis=<folder>     made by consolidate (needed)
-    task=<name>        one of its tasks (needed)
-    out=<folder>       of the adapter (needed)
+        basis=<folder>     made by consolidate (needed)
+        task=<name>        one of its tasks (needed)
+        out=<folder>       of the adapter (needed)
 
     All keys: docs/share.md.
     """
