@@ -138,7 +138,7 @@ class Description:
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> Description:
         """Take the values of :meth:`to_dict` back."""
-        spaces = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+        spaces: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
         horizon, success = spaces.pop("horizon"), spaces.pop("success")
         return Description(TaskSpaces(**spaces), horizon, success)
 

@@ -62,12 +62,14 @@ class TaskSpaces:
     @cached_property
     def centre(self) -> Array:
         """Middle of the bounds, ``[A]``."""
-        return (np.array(self.high, self.dtype) + np.array(self.low, self.dtype)) / 2
+        centre: Array = (np.array(self.high, self.dtype) + np.array(self.low, self.dtype)) / 2
+        return centre
 
     @cached_property
     def half(self) -> Array:
         """Half of the distance between the bounds, ``[A]``."""
-        return (np.array(self.high, self.dtype) - np.array(self.low, self.dtype)) / 2
+        half: Array = (np.array(self.high, self.dtype) - np.array(self.low, self.dtype)) / 2
+        return half
 
 
 def to_policy_observation(obs: Any, spaces: TaskSpaces, out: Array | None = None) -> Array:

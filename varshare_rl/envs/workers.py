@@ -259,7 +259,7 @@ def _obey(chunks: dict[int, Chunk], connection: Connection[Any, Any], message: b
     elif code == OPEN:
         payload, memory = connection.recv_bytes(), recv_handle(connection)
         try:
-            spec, factory = pickle.loads(payload)
+            spec, factory = _unpickle(payload)
             buffers = Buffers.over(spec, mmap.mmap(memory, Buffers.size(spec)))
         finally:
             os.close(memory)
@@ -273,6 +273,16 @@ def _obey(chunks: dict[int, Chunk], connection: Connection[Any, Any], message: b
     elif code == CLOSE and number in chunks:
         chunks.pop(number).close()
     return b""
+
+
+def _unpickle(payload: bytes) -> Any:
+    try:
+        return pickle.loads(payload)
+    except Exception as error:
+        raise UserError(
+            f"a worker process cannot import the environments ({error}): put what makes them into a module of its "
+            "own, or use workers=1"
+        ) from error
 
 
 def _report(error: Exception) -> bytes:
