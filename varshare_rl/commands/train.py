@@ -11,7 +11,7 @@
     device=auto                or cpu, cuda
     elbo.kl_weight=0.01        how dear it is for a task to differ from the others
     elbo.prior_scale=1.0       standard deviation of the prior, from which it differs
-    network.hidden=[64,64]     sizes of the hidden layers
+    network.hidden=[128,128]   sizes of the hidden layers; its default is the environment's
     env.envs_per_task=4        environments of every task; its default is the environment's
     run_dir=null               the run folder; null: runs/<what it is>_<time>
     resume=null                a run folder to go on with; total_transitions may grow

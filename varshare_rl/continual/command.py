@@ -5,7 +5,7 @@
     env=light8                 pointmass, cw10, cw20, or any list of tasks as for train
     method=share               finetune, copies, frozen, shared_private, ewc, replay, packnet, pnn, lora, varshare
     algorithm=ppo              or sac
-    total_transitions=1000000  the budget, divided equally among the tasks; its default is the environment's
+    total_transitions=480000   the budget, divided equally among the tasks; its default is the environment's
     from=null                  the run folder of a trained agent to go on from
     task_ids=known             or hidden: the policy is not told in evaluation which task it is in
     repeats=1                  how many times the tasks come round
