@@ -80,3 +80,10 @@ def _check_value(name: str, value: Any, bounds: Bounds | None) -> None:
             raise UserError(f"{name} is {value}; it must be {bounds}")
         if not math.isfinite(value):
             raise UserError(f"{name} is {value}; it must be a finite number")
+
+
+def check_below(config: Any, prefix: str, low: str, high: str) -> None:
+    """Raise UserError unless the option ``low`` is below the option ``high``."""
+    first, second = getattr(config, low), getattr(config, high)
+    if not first < second:
+        raise UserError(f"{prefix}{low} is {first}; it must be below {high}, {second}")
