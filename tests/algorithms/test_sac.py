@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varshare_rl.algorithms.base import AgentContext, TaskSpec
 from varshare_rl.algorithms.sac import SAC, SACConfig
-from varshare_rl.data.rewards import RewardScale
+from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.errors import UserError

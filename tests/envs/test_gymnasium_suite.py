@@ -161,6 +161,7 @@ def test_success_is_read_where_it_is_reported() -> None:
     ("options", "message"),
     [
         ({"kwargs": {"gravity": 3}}, "cannot make .* 'CartPole-v1': TypeError.*gravity"),
+        ({"kwargs": [3]}, r"kwargs=\[3\] is no dict"),
         ({"kwargs": {"CartPole-v1": 3}}, "CartPole-v1=3: under a task's name"),
         ({"wrappers": ["no_such_module:A"]}, "cannot wrap CartPole-v1 .*'no_such_module:A'"),
         ({"wrappers": ["variants"]}, r"cannot wrap CartPole-v1 .*\(module:Class\)"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varshare_rl.nn.popart import LARGEST_STD, LEAST_STD, TargetStatistics, TaskAffine, rows
+from varshare_rl.nn.critic import LARGEST_STD, LEAST_STD, TargetStatistics, TaskAffine, rows
 
 RATE = 0.1
 

@@ -18,11 +18,11 @@ from varshare_rl.algorithms.base import AgentContext, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import L2SoftConfig, LoRAConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Blocks, Posterior
 from varshare_rl.nn.mlp import BroNet, TaskMLP
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
-from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
 from varshare_rl.transfer.low_rank import linear_layers, mean_of

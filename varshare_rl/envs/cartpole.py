@@ -143,7 +143,7 @@ class CartPoleSuite(Suite):
 
     @property
     def provenance(self) -> Provenance:
-        """What a result of this suite depends on."""
+        """Everything that a result of this suite depends on."""
         return {
             "suite": self.name,
             "variant_set": self._variant_set,

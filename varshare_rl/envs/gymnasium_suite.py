@@ -35,11 +35,12 @@ class GymnasiumConfig:
     horizon: int | None = None
     names: list[str] = field(default_factory=list)
     """Task names, one for every id; empty: the ids, the second of the same id with ``#2``."""
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    """Arguments of ``gymnasium.make`` for all ids; under an id or a task's name, a dict for it alone."""
+    kwargs: Any = None  # a dict; typed so, Hydra would refuse keys that it does not know
+    """Dict of arguments of ``gymnasium.make`` for all ids; under an id or a task's name, a dict for it alone."""
     wrappers: list[str] = field(default_factory=list)
     """Wrappers around every environment, innermost first, as ``module:Class``; the module is imported, so a
-    configuration from a folder that names one runs code of that module."""
+    configuration from a folder that names one runs code of that module. A reset must make them forget the episodes
+    before, or a resumed run goes on in another way."""
     success: bool | None = None
     """Environments report ``info["success"]`` or ``info["is_success"]``; None looks at the first step."""
 
@@ -130,7 +131,9 @@ def _task_names(ids: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:
 
 def _kwargs(config: GymnasiumConfig, env_id: str, name: str, names: Sequence[str]) -> dict[str, Any]:
     """The constructor's arguments of one task: those of all, then those of its id, then its own."""
-    given = config.kwargs
+    given = config.kwargs or {}
+    if not isinstance(given, Mapping):
+        raise UserError(f"kwargs={given!r} is no dict of arguments: give for example kwargs={{frame_skip: 2}}")
     kwargs = {key: value for key, value in given.items() if key not in names and key not in config.ids}
     for key in dict.fromkeys((env_id, name)):
         own = given.get(key, {})

@@ -127,7 +127,7 @@ class PointMassDynamics:
         )
 
     def achieved(self, states: Float64Array) -> npt.NDArray[np.bool_]:
-        """Whether the mass is inside its own goal's disc, ``[T, E]``."""
+        """Return True where the mass is inside its own goal's disc, ``[T, E]``."""
         inside: npt.NDArray[np.bool_] = self._distance(states[..., :2]) < GOAL_RADIUS
         return inside
 
@@ -163,7 +163,7 @@ class PointMassSuite(Suite):
 
     @property
     def provenance(self) -> Provenance:
-        """What a result of this suite depends on."""
+        """Everything that a result of this suite depends on."""
         stated = {"reward_scales": ", ".join(f"{scale:g}" for scale in self.reward_scales)}
         scales = stated if self.reward_scales else {}
         return {"suite": self.name, "horizon": self.horizon, "numpy": np.__version__, **scales}

@@ -96,6 +96,49 @@ def check_identity(state: State, identity: State) -> None:
             )
 
 
+class PendingActions:
+    """Environments of every task that have been given their action for the step under way.
+
+    Args:
+        num_tasks: ``T``.
+        envs_per_task: ``E``.
+    """
+
+    def __init__(self, num_tasks: int, envs_per_task: int) -> None:
+        self.num_tasks = num_tasks
+        self.given = np.zeros(envs_per_task, dtype=np.bool_)
+
+    def give(self, actions: npt.NDArray[Any], envs: slice, action_shape: tuple[int, ...]) -> None:
+        """Note that ``envs`` have theirs; ``action_shape`` is that of one: ``(A,)`` for Box, ``()`` for Discrete.
+
+        Raises:
+            ValueError: ``actions`` is not ``[T, len(envs), *action_shape]``.
+            RuntimeError: one of them has its action already.
+        """
+        expected = (self.num_tasks, len(self.given[envs]), *action_shape)
+        if actions.shape != expected:
+            raise ValueError(f"actions have shape {actions.shape}; this engine takes {expected}")
+        if self.given[envs].any():
+            raise RuntimeError("an environment was given a second action: call finish first")
+        self.given[envs] = True
+
+    @property
+    def begun(self) -> bool:
+        """Return True if any environment has its action."""
+        return bool(self.given.any())
+
+    def complete(self) -> None:
+        """End the step. Raises RuntimeError if an environment has no action."""
+        if not self.given.all():
+            missing = np.flatnonzero(~self.given).tolist()
+            raise RuntimeError(f"finish before environments {missing} were given an action: call begin for them")
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget a step that was begun."""
+        self.given[:] = False
+
+
 @runtime_checkable
 class Suite(Protocol):
     """A list of tasks. Making a suite is cheap; engines are what costs. Inherit from it for what it implements."""

@@ -1,4 +1,4 @@
-"""Absorbing in training: when it happens, and what becomes of the optimiser's moments."""
+"""Absorption during training, and what becomes of the optimiser's moments."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class AbsorbConfig:
     max_error: float = 0.05  # a layer is left alone when a task's residual would change by more than this share
 
     def due(self, updates_before: int, updates: int) -> bool:
-        """Whether the count of gradient updates has passed a multiple of ``every``."""
+        """Return True when the count of gradient updates has passed a multiple of ``every``."""
         return self.every > 0 and updates // self.every > updates_before // self.every
 
 

@@ -1,7 +1,7 @@
-"""How the weight of the divergence moves during training: ``elbo/schedule=``.
+"""Movement of the divergence's weight during training: ``elbo/schedule=``.
 
-A schedule turns the nats of one network, ``[T]``, into its penalty before normalisation, ``[T]``. Once per
-gradient update it sees the nats of all networks together and may move its weight.
+A schedule holds the weight, which multiplies the nats of each network, ``[T]``. Once per gradient update it sees
+the nats of all networks together and may move it.
 """
 
 from __future__ import annotations
@@ -9,20 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.variational import noise_to_weight
-from varshare_rl.types import Metrics, Tree
+from varshare_rl.state import Stateful
+from varshare_rl.types import Metrics
 
 
-class KLSchedule(Protocol):
-    """What :class:`~varshare_rl.optim.elbo.Elbo` asks of a schedule."""
+class KLSchedule(Stateful):
+    """A weight on the nats of every network: constant, unless a subclass moves it."""
 
-    def penalty(self, nats: Tensor) -> Tensor:
-        """Weighted nats of one network, ``[T]`` in and out."""
+    state_fields = ("weight",)
+    reacts = False  # True: updates move the weight
+    free_nats: float | None = None  # nats of every task and network that cost nothing
+
+    def __init__(self, kl_weight: float | Tensor) -> None:
+        self.weight = kl_weight  # or one per task, [T] on the CPU
 
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""
@@ -31,38 +35,8 @@ class KLSchedule(Protocol):
         """After a gradient update: ``nats [T]`` of all networks together, and the networks."""
 
     def metrics(self) -> Metrics:
-        """Numbers to log, without their ``elbo/`` in front."""
-
-    def state(self) -> Tree:
-        """What a resumed run needs."""
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-
-
-class _Weighted:
-    """A weight that multiplies the nats, and no reaction: what most schedules start from."""
-
-    def __init__(self, kl_weight: float | Tensor) -> None:
-        self.weight = kl_weight
-
-    def penalty(self, nats: Tensor) -> Tensor:
-        return self.weight * nats
-
-    def advance(self, fraction: float) -> None:
-        pass
-
-    def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
-        pass
-
-    def metrics(self) -> Metrics:
+        """Return numbers to log, without their ``elbo/`` in front."""
         return {"kl_weight": float(self.weight.mean() if isinstance(self.weight, Tensor) else self.weight)}
-
-    def state(self) -> Tree:
-        return {"weight": self.weight}
-
-    def load_state(self, state: Tree) -> None:
-        self.weight = state["weight"]
 
 
 @dataclass
@@ -72,8 +46,8 @@ class ConstantConfig:
     name: str = "constant"
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
-        return _Weighted(kl_weight)
+        """Return the schedule."""
+        return KLSchedule(kl_weight)
 
 
 @dataclass
@@ -89,11 +63,11 @@ class RampConfig:
     late_factor: float = 2.0
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
+        """Return the schedule."""
         return _Ramp(self, kl_weight)
 
 
-class _Ramp(_Weighted):
+class _Ramp(KLSchedule):
     def __init__(self, config: RampConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
         self.config, self.full = config, kl_weight
@@ -108,12 +82,12 @@ class _Ramp(_Weighted):
 
 @dataclass
 class BandConfig:
-    """``elbo/schedule=band``: keep the spread of the residuals within a band relative to the shared weights.
+    """``elbo/schedule=band``: keep the residuals' sigma within a band relative to the shared weights.
 
-    The measure is the noise-to-weight ratio, the root mean square spread of ``s B A`` over that of ``theta``,
+    The measure is the noise-to-weight ratio, the root mean square of the noise in ``s B A`` over that of ``theta``,
     averaged over layers and tasks and smoothed. Every ``interval`` updates a ratio outside the band multiplies the
     weight by ``factor`` or divides it. Which of the two brings the ratio back depends on the prior: a larger weight
-    pulls the spread towards the prior's, so it lowers the ratio where the prior's spread is the smaller one and
+    pulls sigma towards the prior's scale, so it lowers the ratio where the prior's scale is the smaller one and
     raises it where it is the larger one.
     """
 
@@ -127,11 +101,14 @@ class BandConfig:
     most: float = 1e3
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
+        """Return the schedule."""
         return _Band(self, kl_weight)
 
 
-class _Band(_Weighted):
+class _Band(KLSchedule):
+    state_fields = ("ratio", "prior_ratio", "steps")
+    reacts = True
+
     def __init__(self, config: BandConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
         self.config = config
@@ -156,14 +133,6 @@ class _Band(_Weighted):
     def metrics(self) -> Metrics:
         return super().metrics() | {"noise_to_weight": self.ratio, "prior_noise_to_weight": self.prior_ratio}
 
-    def state(self) -> Tree:
-        ratios = {"ratio": self.ratio, "prior_ratio": self.prior_ratio, "steps": self.steps}
-        return super().state() | ratios
-
-    def load_state(self, state: Tree) -> None:
-        super().load_state(state)
-        self.ratio, self.prior_ratio, self.steps = state["ratio"], state["prior_ratio"], state["steps"]
-
 
 @dataclass
 class DualConfig:
@@ -185,21 +154,21 @@ class DualConfig:
     most: float = 1e3
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
+        """Return the schedule."""
         return _Dual(self, kl_weight, num_tasks)
 
 
 _BOUND = math.log(1.2)  # what a violation counts as at most in the multiplier
 
 
-class _Dual(_Weighted):
+class _Dual(KLSchedule):
+    state_fields = ("log_multiplier",)
+    reacts = True
+
     def __init__(self, config: DualConfig, kl_weight: float, num_tasks: int) -> None:
         super().__init__(torch.full((num_tasks,), max(kl_weight, config.least)))
         self.config = config
         self.log_multiplier = torch.as_tensor(self.weight).log()
-
-    def penalty(self, nats: Tensor) -> Tensor:
-        return torch.as_tensor(self.weight).to(nats.device) * nats
 
     def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
         config = self.config
@@ -209,13 +178,6 @@ class _Dual(_Weighted):
         self.log_multiplier = moved.clamp(math.log(config.least), math.log(config.most))
         weight = (self.log_multiplier + config.gain * violation).exp()
         self.weight = weight.clamp(config.least, config.most)
-
-    def state(self) -> Tree:
-        return super().state() | {"log_multiplier": self.log_multiplier}
-
-    def load_state(self, state: Tree) -> None:
-        super().load_state(state)
-        self.log_multiplier = state["log_multiplier"]
 
 
 @dataclass
@@ -229,14 +191,11 @@ class FreeBitsConfig:
     free_nats: float = 500.0
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
+        """Return the schedule."""
         return _FreeBits(self, kl_weight)
 
 
-class _FreeBits(_Weighted):
+class _FreeBits(KLSchedule):
     def __init__(self, config: FreeBitsConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
         self.free_nats = config.free_nats
-
-    def penalty(self, nats: Tensor) -> Tensor:
-        return super().penalty((nats - self.free_nats).clamp_min(0.0))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from varshare_rl.nn.actor import Actor, CategoricalActor
 from varshare_rl.ops.gaussian import normal_log_prob
-from varshare_rl.ops.policy import masked_logits
+from varshare_rl.ops.rl import masked_logits
 
 
 class GaussianPolicy:

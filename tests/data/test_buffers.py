@@ -1,11 +1,95 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
-from varshare_rl.data.replay import ReplayBuffer
+from varshare_rl.data.buffers import ReplayBuffer, Rollout, RolloutStep
 from varshare_rl.types import Transition
 
 TASKS, ENVS, OBS, ACTION = 3, 2, 4, 2
+
+
+def step(number: int) -> RolloutStep:
+    generator = torch.Generator().manual_seed(number)
+    return RolloutStep(
+        obs=torch.randn(TASKS, ENVS, OBS, generator=generator),
+        raw_action=torch.randn(TASKS, ENVS, ACTION, generator=generator),
+        log_prob=torch.randn(TASKS, ENVS, generator=generator),
+        reward=torch.full((TASKS, ENVS), float(number)),
+        terminated=torch.rand(TASKS, ENVS, generator=generator) < 0.5,
+        truncated=torch.rand(TASKS, ENVS, generator=generator) < 0.5,
+        next_obs=torch.randn(TASKS, ENVS, OBS, generator=generator),
+        draws=torch.randint(9, (TASKS, ENVS), generator=generator),
+    )
+
+
+def rollout_of(steps: int, capacity: int = 4) -> Rollout:
+    rollout = Rollout(capacity)
+    for number in range(steps):
+        rollout.add(step(number))
+    return rollout
+
+
+def test_steps_lie_along_dimension_one_with_their_types() -> None:
+    rollout = rollout_of(4)
+    for name in vars(step(0)):
+        expected = torch.stack([vars(step(number))[name] for number in range(4)], 1)
+        assert torch.equal(rollout.fields[name], expected), name
+        assert rollout.fields[name].dtype == expected.dtype
+
+
+def test_a_policy_without_draws_stores_none() -> None:
+    rollout = Rollout(2)
+    rollout.add(replace(step(0), draws=None))
+    assert "draws" not in rollout.fields
+    assert "obs" in rollout.fields
+
+
+def test_full_and_filled_again() -> None:
+    rollout = rollout_of(3)
+    assert not rollout.full
+    rollout.add(step(3))
+    assert rollout.full
+    with pytest.raises(IndexError):
+        rollout.add(step(4))
+    rollout.position = 0
+    assert not rollout.full
+    for number in range(10, 14):
+        rollout.add(step(number))
+    assert rollout.fields["reward"][0, :, 0].tolist() == [10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("steps", [0, 2, 4])
+def test_a_rollout_comes_back_in_the_middle(steps: int) -> None:
+    one, other = rollout_of(steps), Rollout(4)
+    other.load_state(one.state())
+    assert other.position == steps
+    for number in range(steps, 4):
+        one.add(step(number))
+        other.add(step(number))
+    assert one.full
+    assert other.full
+    for name in vars(step(0)):
+        assert torch.equal(one.fields[name], other.fields[name])
+        assert one.fields[name].dtype == other.fields[name].dtype
+
+
+def test_loaded_steps_are_the_rollouts_own() -> None:
+    one, other = rollout_of(2), Rollout(4)
+    other.load_state(one.state())
+    other.fields["reward"].fill_(9.0)
+    assert one.fields["reward"][0, :2, 0].tolist() == [0, 1]
+
+
+def test_all_fields_are_on_the_device() -> None:
+    """Numbers of draws are made on the CPU; a batch takes the same rows of every field."""
+    rollout = Rollout(2, "meta")
+    first = step(0)
+    on_device = {name: value.to("meta") for name, value in vars(first).items() if name != "draws"}
+    rollout.add(RolloutStep(**on_device, draws=first.draws))
+    assert {rollout.fields[name].device.type for name in vars(first)} == {"meta"}
 
 
 def replay(capacity: int = 10) -> ReplayBuffer:
@@ -83,7 +167,7 @@ def test_draws_are_uniform_and_only_of_what_is_filled() -> None:
         assert (counts - 2_000).abs().max() < 250  # 10 rows; the standard deviation is 42
 
 
-def test_state_round_trip_goes_on_the_same() -> None:
+def test_a_memory_comes_back_and_goes_on_the_same() -> None:
     one, other = replay(capacity=7), replay(capacity=7)
     for number in range(3):
         one.add(transition(number))
