@@ -14,7 +14,7 @@ import matplotlib
 from experiments.results import finished_runs, write_csv
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
-from varshare_rl.run.sharing_monitor import sharing_document
+from varshare_rl.run.sharing import sharing_document
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

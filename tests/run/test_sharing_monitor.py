@@ -16,7 +16,8 @@ from torch import nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, VarShareLoRAConfig
-from varshare_rl.run.sharing_monitor import Conflict, latest_observation, previews, scalars, sharing_document
+from varshare_rl.run.sharing import Conflict, sharing_document
+from varshare_rl.run.sharing_monitor import latest_observation, previews, scalars
 
 NAMES = ("one", "two", "three")
 
@@ -57,7 +58,7 @@ def test_scalars_of_a_document() -> None:
     assert set(metrics) == {
         "sharing/all", "sharing/clusters",
         *(f"{kind}/actor.layers.{layer}" for kind in ("sharing", "effective_rank") for layer in (0, 1)),
-        *(f"{kind}/{task}" for kind in ("residual", "spread") for task in NAMES),
+        *(f"{kind}/{task}" for kind in ("residual", "sigma") for task in NAMES),
         "conflict/actor/negative_share", "conflict/actor/mean_cosine",
     }  # fmt: skip
     assert metrics["residual/two"] == made["residual"][1]

@@ -1,113 +1,26 @@
-"""The sharing made visible while a run trains: scalars, pictures and histograms, and a document per observation."""
+"""Monitor of sharing while a run trains: scalars, pictures and histograms, and a file per observation."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor, nn
 
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, write_atomically
-from varshare_rl.nn.sharing import LayerSharing, measure_sharing
-from varshare_rl.ops.task_weights import cosines
-from varshare_rl.reporting.clusters import cluster_tasks
-from varshare_rl.reporting.layers import short_names
-from varshare_rl.reporting.palettes import DIVERGING
 from varshare_rl.reporting.previews import heat_map
+from varshare_rl.reporting.style import DIVERGING, short_names
+from varshare_rl.run.sharing import FORMAT_VERSION, Conflict, sharing_document
 from varshare_rl.run.tracker import Image, Tracker
 from varshare_rl.types import Metrics
 
 FOLDER = "sharing"
-FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """Inner products ``[T, T]`` of the tasks' gradients by network, and the transitions at their update."""
-
-    transitions: int
-    grams: Mapping[str, Tensor]
-
-
-def sharing_document(
-    modules: Mapping[str, nn.Module],
-    task_names: Sequence[str],
-    transitions: int,
-    conflict: Conflict | None = None,
-) -> dict[str, Any]:
-    """Return everything that the pictures of sharing are drawn from, as plain values.
-
-    Lists per task are in the order of ``tasks``; None where a network has no such thing (``nats`` without a
-    posterior, everything but ``conflict`` without weights per task); NaN, null in a file, for a cosine with a zero
-    vector. docs/sharing.md explains each entry.
-    """
-    document: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "transitions": transitions,
-        "tasks": list(task_names),
-        "conflict": None if conflict is None else _conflict(conflict),
-    }
-    found = measure_sharing(modules)
-    if found is None:
-        return document | {
-            "sharing": None, "nats": None, "residual": None, "spread": None, "layers": [],
-            "similarity": None, "distance": None, "clusters": None,
-        }  # fmt: skip
-    distance = found.distance().numpy()
-    return document | {
-        "sharing": found.sharing,
-        "nats": _list(found.nats),
-        "residual": _list(found.residual),
-        "spread": _list(found.relative_sigma),
-        "layers": [_layer(layer) for layer in found.layers],
-        "similarity": _list(found.similarity()),
-        "distance": distance.tolist(),
-        "clusters": asdict(cluster_tasks(distance)),
-    }
-
-
-def _layer(layer: LayerSharing) -> dict[str, Any]:
-    return {
-        "name": layer.name,
-        "shape": [layer.rows, layer.columns],
-        "sharing": layer.sharing,
-        "nats": _list(layer.nats),
-        "residual_norm": _list(layer.residual_norm),
-        "residual": _list(layer.residual),
-        "spread_rms": _list(layer.sigma),
-        "spread": _list(layer.relative_sigma),
-        "effective_rank": _list(layer.effective_rank),
-        "histograms": {name: asdict(histogram) for name, histogram in layer.histograms.items()},
-    }
-
-
-def _conflict(conflict: Conflict) -> dict[str, Any]:
-    networks = {}
-    for name, gram in conflict.grams.items():
-        matrix = cosines(gram.cpu())
-        pairs = matrix[tuple(torch.triu_indices(len(matrix), len(matrix), offset=1))].numpy()
-        known = pairs[~np.isnan(pairs)]
-        networks[name] = {
-            "cosine": _list(matrix),
-            "negative_share": float((known < 0).mean()) if len(known) else None,
-            "mean_cosine": float(known.mean()) if len(known) else None,
-        }
-    return {"transitions": conflict.transitions, "networks": networks}
-
-
-def _list(values: Tensor | None) -> Any:
-    return None if values is None else values.tolist()
 
 
 class SharingMonitor:
-    """Measures an algorithm's networks and writes down what it finds. Reads only: training stays as it is.
+    """Measures an algorithm's networks and writes the results. Reads only: training stays as it is.
 
     Args:
         run_dir: ``<run_dir>/sharing/<transitions>.json`` are written.
@@ -128,7 +41,7 @@ class SharingMonitor:
                     path.unlink()
 
     def observe(self, algorithm: Algorithm, transitions: int) -> None:
-        """Measure and write down, right after an update that was asked to measure conflict."""
+        """Measure and write, right after an update that was asked to measure conflict."""
         grams = algorithm.gradient_grams()
         conflict = Conflict(transitions, grams) if grams else None
         document = sharing_document(algorithm.trained_modules(), self.task_names, transitions, conflict)
@@ -176,7 +89,7 @@ def scalars(document: Mapping[str, Any]) -> Metrics:
     for layer in document["layers"]:
         metrics[f"sharing/{layer['name']}"] = layer["sharing"]
         metrics[f"effective_rank/{layer['name']}"] = sum(layer["effective_rank"]) / len(layer["effective_rank"])
-    for name in ("residual", "spread"):
+    for name in ("residual", "sigma"):
         for task, value in zip(document["tasks"], document[name] or (), strict=False):
             metrics[f"{name}/{task}"] = value
     for network, found in (document["conflict"] or {"networks": {}})["networks"].items():
@@ -187,7 +100,7 @@ def scalars(document: Mapping[str, Any]) -> Metrics:
 
 
 def previews(document: Mapping[str, Any]) -> dict[str, Image]:
-    """Return heat maps by name, small and quick to draw; matrices between tasks in the order of the tree."""
+    """Draw heat maps by name, small and quick to draw; matrices between tasks in the order of the tree."""
     tasks, images = document["tasks"], {}
     order = document["clusters"]["order"] if document["clusters"] else list(range(len(tasks)))
 
