@@ -10,7 +10,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.layer import TaskLayer, check_positive
+from varshare_rl.nn.layer import TaskLayer, TaskModule, check_positive
 from varshare_rl.nn.stochastic import GaussianFactors, RowNoise, WeightNoise
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
@@ -217,6 +217,15 @@ def summed_posterior_kl(layers: Sequence[VariationalLayer]) -> Tensor:
     """Sum over ``layers`` (at least one, none with a given prior) of their divergence: ``[T]`` nats."""
     posteriors = [(layer.log_prior_scale, posterior) for layer in layers for posterior in layer.posteriors()]
     return posterior_kl([posterior for _, posterior in posteriors], [scale for scale, _ in posteriors])
+
+
+def summed_kl(layers: Sequence[TaskModule]) -> Tensor:
+    """Sum of what the weights per task of ``layers``, at least one, cost: ``[T]`` nats."""
+    together = [layer for layer in layers if isinstance(layer, VariationalLayer) and not layer.has_given_prior]
+    costs = [layer.kl() for layer in layers if layer not in together]
+    if together:
+        costs.append(summed_posterior_kl(together))
+    return costs[0] if len(costs) == 1 else torch.stack(costs).sum(0)
 
 
 @torch.no_grad()
