@@ -146,7 +146,7 @@ class TaskLayer(TaskModule):
         return None
 
     def task_rho(self, task: int) -> dict[str, Tensor]:
-        """``rho_A``, ``rho_B`` and ``prior_scale``, which a correction has no room for; empty without posteriors."""
+        """``rho_A``, ``rho_B`` and ``prior_scale``, which a correction has no room for; else empty."""
         return {}
 
     def task_weights(self) -> TaskWeights | None:
