@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from varshare_rl.envs.cartpole import CartPoleConfig, CartPoleSuite
 from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumSuite
 from varshare_rl.envs.lunarlander import LunarLanderConfig, LunarLanderSuite
 from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
+from varshare_rl.envs.objects import Maker, ObjectsConfig, ObjectSuite
 from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
@@ -47,6 +48,7 @@ SUITES: dict[type, Callable[[Any], Suite]] = {
     LunarLanderConfig: LunarLanderSuite,
     GymnasiumConfig: GymnasiumSuite,
     MetaWorldConfig: MetaWorldSuite,
+    ObjectsConfig: ObjectSuite,
 }
 ALGORITHMS: dict[type, Callable[[Any, AgentContext], Algorithm]] = {PPOConfig: PPO, SACConfig: SAC}
 
@@ -67,8 +69,14 @@ def prepare_process(seed: int, precision: MatmulPrecision) -> None:
     backend.matmul.fp32_precision = "bf16" if precision is MatmulPrecision.bf16 else "ieee"
 
 
-def build_suite(config: TrainConfig) -> Suite:
-    """The suite of ``config.env``. Raises UserError for an impossible choice."""
+def build_suite(config: TrainConfig, makers: Mapping[str, Maker] | None = None) -> Suite:
+    """Build the suite of ``config.env``; ``makers`` make its environments where these are Python objects.
+
+    Raises:
+        UserError: an impossible choice.
+    """
+    if makers is not None:
+        return ObjectSuite(config.env, makers)
     return SUITES[type(config.env)](config.env)
 
 
@@ -199,8 +207,8 @@ class TrainedAgent:
     state: Tree  # of the checkpoint: counters, and the algorithm's own
 
 
-def load_agent(run_dir: Path, kind: str, device: Device) -> TrainedAgent:
-    """The policy in the newest checkpoint of a ``kind`` (last or best) of a run.
+def load_agent(run_dir: Path, kind: str, device: Device, makers: Mapping[str, Maker] | None = None) -> TrainedAgent:
+    """Load the policy in the newest checkpoint of a ``kind`` (last or best) of a run; see :func:`build_suite`.
 
     Raises:
         UserError: there is no such run or checkpoint, or this version cannot read it.
@@ -212,7 +220,7 @@ def load_agent(run_dir: Path, kind: str, device: Device) -> TrainedAgent:
     state = load_checkpoint(checkpoint)
     chosen = choose_device(device)
     prepare_process(config.seed, config.matmul_precision)
-    suite = build_suite(config)
+    suite = build_suite(config, makers)
     algorithm = build_algorithm(config, suite, chosen)
     algorithm.load_policy_state(state["algorithm"])
     return TrainedAgent(config, suite, algorithm, chosen, checkpoint, state)

@@ -17,9 +17,7 @@ from varshare_rl.types import Transition
 OBS_SIZE, ACTION_SIZE = 39, 4
 
 
-def learner(
-    architecture: NetworkConfig, num_tasks: int, gradient: GradientConfig | None = None
-) -> AgentContext:
+def learner(architecture: NetworkConfig, num_tasks: int, gradient: GradientConfig | None = None) -> AgentContext:
     """What an algorithm is built from, for one environment per task on the CPU, in a process like training's."""
     keep_freed_memory()
     mask = torch.ones(num_tasks, ACTION_SIZE, dtype=torch.bool)
