@@ -15,8 +15,8 @@ class Stateful:
     """Component whose resumable state is the attributes named in ``state_fields``, base classes' first.
 
     An entry is ``"attribute"``; ``"key=attribute"`` where checkpoints know it by another name; with ``?`` at its
-    end it may be missing in checkpoints of earlier versions, and the attribute then stays as it is. An attribute may
-    be a property, for what is kept in another form than the one in use.
+    end it may be missing in checkpoints of earlier versions, and the attribute then stays as it is. An attribute
+    may be a property, for what is kept in another form than the one in use.
 
     Components, modules and optimisers give and take their own state; parameters and tensors keep their device,
     dicts, lists, tuples and sets their type; other values are stored as they are.

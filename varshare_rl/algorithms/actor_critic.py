@@ -82,8 +82,8 @@ class ActorCritic(Algorithm):
     target_name: ClassVar[str]
     replays_draws: ClassVar[bool]  # updates of the actor need the draws that it acted with
     #: Best checkpoints of earlier versions have no reward_scaler.
-    policy_fields = ("actor", "critic", "normalizer", "reward_scaler?")
-    state_fields = (
+    policy_fields: ClassVar[tuple[str, ...]] = ("actor", "critic", "normalizer", "reward_scaler?")
+    state_fields: ClassVar[tuple[str, ...]] = (
         *policy_fields, "elbo", "draws=weight_sampler", "actor_step", "critic_step", "updates", "absorbed",
         "resets_done",
     )  # fmt: skip

@@ -25,8 +25,8 @@ from varshare_rl.assemble import TrainedAgent, load_agent, parameter_count, run_
 from varshare_rl.cli import run_command
 from varshare_rl.commands.common import evaluation_engine, evaluation_seed, read_options
 from varshare_rl.config import Device, is_sequence
-from varshare_rl.continual.loading import load_sequence
 from varshare_rl.continual.results import evaluation_document
+from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.fields import bounded
 from varshare_rl.files import write_json
 from varshare_rl.run.console import Console
@@ -96,8 +96,8 @@ def evaluate_sequence(options: EvaluateConfig) -> tuple[dict[str, Any], Tasks]:
     finally:
         evaluator.close()
     provenance = {**sequence.provenance(), **_of_evaluation(options.episodes, seed, checkpoint)}
-    result = evaluation_document(sequence.config, sequence.places, sequence.progress, acting, played, provenance)
-    return result, {place.name: row for place, row in zip(sequence.places, played, strict=True)}
+    result = evaluation_document(sequence.config, sequence.tasks, sequence.progress, acting, played, provenance)
+    return result, {task.name: row for task, row in zip(sequence.tasks, played, strict=True)}
 
 
 def _of_evaluation(episodes: int, seed: int, checkpoint: Path) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from varshare_rl.cli import run_command
 from varshare_rl.commands.common import NEEDS_RUN, make_folder, output_folder, read_options
 from varshare_rl.config import Device, is_sequence
 from varshare_rl.continual.config import METHODS
-from varshare_rl.continual.loading import load_sequence
+from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.files import whole_folder, write_atomically, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
@@ -116,13 +116,13 @@ def agent_policy(agent: TrainedAgent, task: str, format: Format, critics: bool =
         "conditions": run_provenance(agent.config, agent.suite, agent.device),
     }
     networks = critic_networks(algorithm.critic) if critics else {}
-    rhos = {
+    posterior = {
         f"{network}.{key}": tensor
         for network, module in {"actor": algorithm.actor.network, **networks}.items()
         if format is Format.peft
         for key, tensor in task_rho(module, index).items()
     }
-    return TaskPolicy(algorithm.actor, index, algorithm.normalizer, about, networks, rhos)
+    return TaskPolicy(algorithm.actor, index, algorithm.normalizer, about, networks, posterior)
 
 
 def sequence_policy(options: ExportConfig) -> TaskPolicy:
@@ -134,16 +134,16 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
     if options.critics:
         raise UserError(f"critics=true, and {options.run} is a sequence of tasks, which keeps policies alone")
     sequence, checkpoint = load_sequence(Path(options.run), options.checkpoint, Device.cpu)
-    names = [place.name for place in sequence.places]
+    names = [task.name for task in sequence.tasks]
     task = task_index(options.task, names)
     if task >= sequence.learnt:
         learnt = ", ".join(names[: sequence.learnt]) or "none yet"
         raise UserError(f"task {options.task} is not learnt yet; learnt are {learnt}")
-    actor, normalizer = sequence.evaluator.policy(sequence.places[task], task)
+    actor, normalizer = sequence.evaluator.policy(sequence.tasks[task], task)
     method, name = sequence.networks.method, sequence.config.method.name
     if isinstance(actor.network, Columns):
         raise UserError(f"a column of method={name} looks at those before it, and has no plain form to export")
-    rhos = {}
+    posterior = {}
     if options.format is Format.peft:
         if not method.low_rank:
             able = ", ".join(known for known, (_, made) in METHODS.items() if made.low_rank)
@@ -155,14 +155,14 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
         paths = plain_paths(actor.network)
         for path, sigmas in method.sigma(task).items():
             for factor, sigma in zip("AB", sigmas, strict=True):
-                rhos[f"actor.{paths[path]}.rho_{factor}"] = inverse_softplus(sigma)
+                posterior[f"actor.{paths[path]}.rho_{factor}"] = inverse_softplus(sigma)
     about = {
         "method": name,
         "checkpoint": checkpoint.name,
         "transitions": sequence.progress.transitions,
         "conditions": sequence.provenance(),
     }
-    return TaskPolicy(actor, 0, normalizer, about, spread=rhos)
+    return TaskPolicy(actor, 0, normalizer, about, posterior=posterior)
 
 
 def export(policy: TaskPolicy, task: str, format: Format, out: Path) -> None:

@@ -35,8 +35,8 @@ from varshare_rl.continual.config import (
     load_continual_config,
     register_continual_schemas,
 )
-from varshare_rl.continual.loading import build_sequence
-from varshare_rl.continual.parts import new_places
+from varshare_rl.continual.sequence import build_sequence
+from varshare_rl.continual.tasks import new_tasks
 from varshare_rl.errors import UserError
 from varshare_rl.files import make_run_dir, write_atomically
 from varshare_rl.run.loop import Interrupted
@@ -64,7 +64,7 @@ def run_config(config: ContinualConfig, overrides: Sequence[str] = ()) -> Path:
         config = stored_config(run_dir, overrides)
     else:
         check_continual_config(config)
-        suite = new_places(config)[0].suite.name
+        suite = new_tasks(config)[0].suite.name
         run_dir = new_run_dir(config.run_dir, (suite, config.algorithm.name, config.method.name, f"s{config.seed}"))
     sequence = build_sequence(config, run_dir)
     if resumed:

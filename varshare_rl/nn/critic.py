@@ -92,7 +92,7 @@ class TargetStatistics(nn.Module):
         for name in ("first", "second", "weight", "mean"):
             self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("std", torch.ones(num_tasks, dtype=torch.float64))
-        self.register_load_state_dict_pre_hook(_read_former_name)
+        self.register_load_state_dict_pre_hook(_read_former_name)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self, target: Tensor) -> Move:
