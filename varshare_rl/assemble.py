@@ -26,13 +26,11 @@ from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.files import make_run_dir
-from varshare_rl.nn.capacity import match_width, with_width
-from varshare_rl.nn.config import Architecture, Blocks
-from varshare_rl.nn.mlp import BroNet
-from varshare_rl.nn.parameters import ParameterCount, count_parameters
-from varshare_rl.nn.posteriors import posterior_layers
-from varshare_rl.nn.stochastic import stochastic_layers
-from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.nn.config import Blocks, NetworkConfig
+from varshare_rl.nn.layer import posterior_layers
+from varshare_rl.nn.mlp import ACTIVATIONS, BroNet
+from varshare_rl.nn.parameters import ParameterCount, count_parameters, match_width, with_width
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.kl_schedules import BandConfig
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -103,7 +101,7 @@ def build_algorithm(
     ``config``, so that they are in whatever is made of it later, ``config.yaml`` first of all.
     """
     spec = build_task_spec(suite, config.env.envs_per_task, device)
-    architecture = cast(Architecture, config.network)
+    architecture = cast(NetworkConfig, config.network)
     for part, activation in (("network", architecture.activation), ("critic", config.critic.activation)):
         if activation is not None and activation not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
@@ -136,7 +134,7 @@ def build_algorithm(
     return algorithm
 
 
-def network_factory(config: TrainConfig, architecture: Architecture, num_tasks: int) -> NetworkFactory:
+def network_factory(config: TrainConfig, architecture: NetworkConfig, num_tasks: int) -> NetworkFactory:
     """Makes networks of an architecture. The factory raises UserError for blocks that it does not have."""
     posterior = config.elbo.posterior()
 
@@ -152,7 +150,7 @@ def network_factory(config: TrainConfig, architecture: Architecture, num_tasks: 
     return make_network
 
 
-def matched_hidden(config: TrainConfig, architecture: Architecture, spec: TaskSpec) -> list[int]:
+def matched_hidden(config: TrainConfig, architecture: NetworkConfig, spec: TaskSpec) -> list[int]:
     """Sizes of the hidden layers that give the whole agent ``network.active_parameters`` per task.
 
     Which networks the algorithm trains is found by letting it build the narrowest ones, on the CPU and without
@@ -160,11 +158,11 @@ def matched_hidden(config: TrainConfig, architecture: Architecture, spec: TaskSp
     """
     narrowest = with_width(architecture, architecture.least_width())
     posterior = config.elbo.posterior()
-    made: list[tuple[nn.Module, Callable[[Architecture], nn.Module]]] = []  # and how to make it in another width
+    made: list[tuple[nn.Module, Callable[[NetworkConfig], nn.Module]]] = []  # and how to make it in another width
 
-    def record(adapt: Callable[[Architecture], Architecture]) -> NetworkFactory:
+    def record(adapt: Callable[[NetworkConfig], NetworkConfig]) -> NetworkFactory:
         def make_network(in_features: int, out_features: int) -> nn.Module:
-            def make(candidate: Architecture) -> nn.Module:
+            def make(candidate: NetworkConfig) -> nn.Module:
                 return adapt(candidate).build(in_features, out_features, spec.num_tasks, posterior)
 
             made.append((make(narrowest), make))

@@ -14,7 +14,7 @@ from torch import Tensor
 from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.envs.pointmass import PointMassConfig
-from varshare_rl.nn.posteriors import posterior_layers
+from varshare_rl.nn.layer import posterior_layers
 from varshare_rl.reporting.reliability import draw_reliability
 from varshare_rl.run.calibration import (
     GRID,

@@ -37,8 +37,7 @@ from varshare_rl.transfer.methods.varshare import (
 )
 from varshare_rl.transfer.pretrained import pretrained_from
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients
-from varshare_rl.transfer.share.config import BasisMethod as Decomposition
-from varshare_rl.transfer.share.config import Merge, ShareConfig, SizeConfig
+from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig
 from varshare_rl.transfer.share.layer import ShareLinear
 from varshare_rl.types import Transition
 
@@ -460,7 +459,7 @@ def test_temporary_directions_are_a_quarter_at_most() -> None:
     ("options", "message"),
     [
         ({"variational": True}, "method.variational=true needs method.learn=coefficients"),
-        ({"basis": ShareConfig(method=Decomposition.delta)}, "no task can be learnt; choose share or paper"),
+        ({"basis": ShareConfig(method=BasisMethod.delta)}, "no task can be learnt; choose share or paper"),
         ({"initial_tasks": 0}, "method.initial_tasks is 0; it must be at least 1"),
         ({"phi": 0}, "phi is 0"),
         ({"basis": ShareConfig(p=1)}, "method.basis.p=1 cannot promise a max_error"),

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import LowRank
-from varshare_rl.nn.config import Blocks, NetworkConfig
-from varshare_rl.nn.shared import SharedLayer
+from varshare_rl.nn.config import Blocks
+from varshare_rl.nn.shared import SharedConfig, SharedLayer
 from varshare_rl.transfer.method import ContinualMethod, NetworkSpec, Pretrained
 
 IN, OUT, SAMPLES = 3, 2, 64
@@ -29,12 +29,12 @@ class UnitGaussian:
 
 
 def mlp_spec(*hidden: int, layer_norm: bool = False, outputs: int = OUT) -> NetworkSpec:
-    options = NetworkConfig(hidden=list(hidden), layer_norm=layer_norm)
+    options = SharedConfig(hidden=list(hidden), layer_norm=layer_norm)
     return NetworkSpec(IN, outputs, lambda layer: options.stack(IN, outputs, layer), UnitGaussian())
 
 
 def bronet_spec(*hidden: int) -> NetworkSpec:
-    options = NetworkConfig(hidden=list(hidden), activation="relu", blocks=Blocks.bronet)
+    options = SharedConfig(hidden=list(hidden), activation="relu", blocks=Blocks.bronet)
     return NetworkSpec(IN, OUT, lambda layer: options.stack(IN, OUT, layer), UnitGaussian())
 
 

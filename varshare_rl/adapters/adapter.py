@@ -10,61 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import linear_parameters
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The correction ``scale * b a`` of one linear layer's weight (Hu et al. 2021, *LoRA*).
-
-    Attributes:
-        a: ``[r, in]``; b: ``[out, r]``; scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA.
-
-    Raises:
-        ValueError: the shapes do not fit each other.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1] or self.rank == 0:
-            raise ValueError(
-                f"factors a {tuple(self.a.shape)} and b {tuple(self.b.shape)} do not fit; give [r, in] and [out, r]"
-            )
-
-    @property
-    def rank(self) -> int:
-        """Number of rows of ``a``, ``r``."""
-        return self.a.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Size of the layer's input."""
-        return self.a.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Size of the layer's output."""
-        return self.b.shape[0]
-
-    def delta(self) -> Tensor:
-        """Return the correction itself, ``scale * b a``, ``[out, in]``, in float32 at least."""
-        wide = torch.promote_types(self.a.dtype, torch.float32)
-        return self.scale * (self.b.to(wide) @ self.a.to(wide))
-
-    def folded(self) -> LowRank:
-        """Return the same correction with scale 1: the scale is multiplied into ``b``."""
-        return LowRank(self.a, self.b * self.scale)
-
-    def is_finite(self) -> bool:
-        """Return True without a NaN or an infinity in the factors and the scale."""
-        return bool(self.a.isfinite().all() and self.b.isfinite().all()) and math.isfinite(self.scale)
-
+from varshare_rl.nn.layer import linear_parameters
+from varshare_rl.ops.low_rank import LowRank as LowRank
 
 _Number = TypeVar("_Number", int, float)
 

@@ -15,7 +15,7 @@ from varshare_rl.adapters.adapter import Adapter, adapter_scale, describe, fresh
 from varshare_rl.adapters.folder import read_adapter, write_adapter
 from varshare_rl.adapters.layer import LoRALinear, Selection
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import check_positive
+from varshare_rl.nn.layer import check_positive
 
 
 def apply_lora(

@@ -216,10 +216,10 @@ class ActorCritic(Algorithm):
         return {name: size for name, size in held.items() if size}
 
     def policy_state(self) -> Tree:
-        return self.state("policy_fields")
+        return self.declared_state("policy_fields")
 
     def load_policy_state(self, state: Tree) -> None:
-        self.load_state(state, "policy_fields")
+        self.load_declared_state(state, "policy_fields")
 
     def take_over_critic(self, state: Tree) -> None:
         """Begin with parts of another critic's ``state_dict``, such as what its values are in units of."""

@@ -29,7 +29,7 @@ from varshare_rl.config import Device
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.files import write_json
-from varshare_rl.nn.posteriors import posterior_layers
+from varshare_rl.nn.layer import posterior_layers
 from varshare_rl.reporting.reliability import draw_reliability
 from varshare_rl.run.calibration import calibration, compare
 from varshare_rl.run.console import Console

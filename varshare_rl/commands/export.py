@@ -116,13 +116,13 @@ def agent_policy(agent: TrainedAgent, task: str, format: Format, critics: bool =
         "conditions": run_provenance(agent.config, agent.suite, agent.device),
     }
     networks = critic_networks(algorithm.critic) if critics else {}
-    posterior = {
+    rhos = {
         f"{network}.{key}": tensor
         for network, module in {"actor": algorithm.actor.network, **networks}.items()
         if format is Format.peft
         for key, tensor in task_rho(module, index).items()
     }
-    return TaskPolicy(algorithm.actor, index, algorithm.normalizer, about, networks, posterior)
+    return TaskPolicy(algorithm.actor, index, algorithm.normalizer, about, networks, rhos)
 
 
 def sequence_policy(options: ExportConfig) -> TaskPolicy:
@@ -143,7 +143,7 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
     method, name = sequence.networks.method, sequence.config.method.name
     if isinstance(actor.network, Columns):
         raise UserError(f"a column of method={name} looks at those before it, and has no plain form to export")
-    posterior = {}
+    rhos = {}
     if options.format is Format.peft:
         if not method.low_rank:
             able = ", ".join(known for known, (_, made) in METHODS.items() if made.low_rank)
@@ -155,14 +155,14 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
         paths = plain_paths(actor.network)
         for path, sigmas in method.sigma(task).items():
             for factor, sigma in zip("AB", sigmas, strict=True):
-                posterior[f"actor.{paths[path]}.rho_{factor}"] = inverse_softplus(sigma)
+                rhos[f"actor.{paths[path]}.rho_{factor}"] = inverse_softplus(sigma)
     about = {
         "method": name,
         "checkpoint": checkpoint.name,
         "transitions": sequence.progress.transitions,
         "conditions": sequence.provenance(),
     }
-    return TaskPolicy(actor, 0, normalizer, about, posterior=posterior)
+    return TaskPolicy(actor, 0, normalizer, about, posterior=rhos)
 
 
 def export(policy: TaskPolicy, task: str, format: Format, out: Path) -> None:

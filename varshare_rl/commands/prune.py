@@ -35,7 +35,7 @@ from varshare_rl.fields import bounded
 from varshare_rl.files import write_json
 from varshare_rl.nn.actor import CategoricalActor
 from varshare_rl.nn.critic import TwinQ
-from varshare_rl.nn.posteriors import posterior_layers
+from varshare_rl.nn.layer import posterior_layers
 from varshare_rl.nn.prune import Criterion, prune, report
 from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.run.checkpoint import save_checkpoint

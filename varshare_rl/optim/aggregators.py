@@ -201,10 +201,10 @@ class NashMTLAggregator(GramianAggregator):
     def forget(self) -> None:
         self.bargaining.reset()
 
-    def state(self, declared: str = "state_fields") -> Tree:
+    def state(self) -> Tree:
         return {name: getattr(self.bargaining, name) for name in ("step", "prvs_alpha", "normalization_factor")}
 
-    def load_state(self, state: Tree, declared: str = "state_fields") -> None:
+    def load_state(self, state: Tree) -> None:
         for name, value in state.items():
             setattr(self.bargaining, name, value)
         if self.bargaining.step > 0:

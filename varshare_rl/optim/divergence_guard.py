@@ -95,8 +95,8 @@ class DivergenceGuard(Stateful):
         """Drop the running averages: losses of other parameters are no measure. Counts stay."""
         self._average, self._steps = None, 0
 
-    def load_state(self, state: Tree, declared: str = "state_fields") -> None:
-        super().load_state(state, declared)
+    def load_state(self, state: Tree) -> None:
+        super().load_state(state)
         self._seen = 0 if self.masked is None else int(self.masked.sum())
 
     def _count(self, left_out: Tensor) -> None:

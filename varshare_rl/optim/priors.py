@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import StochasticLayer, stochastic_layers
+from varshare_rl.nn.variational import VariationalLayer, stochastic_layers
 from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics
 
@@ -30,7 +30,7 @@ class Prior(Stateful):
         return {}
 
 
-def _layers(modules: Iterable[nn.Module]) -> list[StochasticLayer]:
+def _layers(modules: Iterable[nn.Module]) -> list[VariationalLayer]:
     return [layer for module in modules for _, layer in stochastic_layers(module)]
 
 

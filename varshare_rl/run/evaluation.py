@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from varshare_rl.algorithms.base import Algorithm, EvaluationPolicy
 from varshare_rl.envs.suite import Suite, VectorEngine
-from varshare_rl.nn.stochastic import penalized_layers
+from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.run.process import load_rng_state, one_thread, rng_state
 
 

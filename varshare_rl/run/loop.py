@@ -240,19 +240,19 @@ class Run(Stateful):
         with self._timed("save"):
             return save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
 
-    def state(self, declared: str = "state_fields") -> Tree:
+    def state(self) -> Tree:
         """Return everything needed to go on bit for bit, besides the counters."""
-        return super().state(declared) | {
+        return super().state() | {
             "evaluation": None if self.evaluation is None else self.evaluation.tasks,
             "scalars": {name: float(value) for name, value in self.scalars.items()},
             "engine": self.engine.state(),
             "random": rng_state(),
         }
 
-    def load_state(self, state: Tree, declared: str = "state_fields") -> None:
+    def load_state(self, state: Tree) -> None:
         """Put back what :meth:`save` wrote as ``last``."""
         self.transitions = self.observed_at = state["transitions"]
-        super().load_state(state, declared)
+        super().load_state(state)
         self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
         self.scalars = state["scalars"]
         self._observation = self.engine.load_state(state["engine"])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter, adapter_scale, fresh_adapter
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import check_positive
+from varshare_rl.nn.layer import check_positive
 from varshare_rl.nn.mlp import BroNet, TaskMLP
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.transfer.low_rank import FrozenBase, adapter_of, adapter_state, take_adapter

@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter, LowRank
-from varshare_rl.adapters.agent import correction
 from varshare_rl.errors import UserError
+from varshare_rl.nn.layer import task_layers
 from varshare_rl.nn.lora import ResidualLayer
 from varshare_rl.nn.shared import SharedLayer
-from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.ops.gaussian import softplus_sigma
 from varshare_rl.transfer.method import NetworkSpec, Pretrained, tensor_bytes
 from varshare_rl.transfer.share.factors import NUMERICAL_ZERO, balance
@@ -114,19 +113,20 @@ def correct(network: nn.Module, make: Callable[[str, int, int], nn.Module | None
 
 
 def take_adapter(network: nn.Module, task: int = 0) -> Adapter:
-    """Return copies of a task's factors, or of the means of their posteriors, by path, on the CPU."""
-    parts = {path: correction(layer, task) for path, layer in network.named_modules()}
+    """Copies of a task's factors, or of the means of their posteriors, by path, on the CPU."""
+    parts = {path: layer.correction(task) for path, layer in task_layers(network)}
     return {
         path: LowRank(part.a.cpu(), part.b.cpu(), part.scale) for path, part in parts.items() if part is not None
     }
 
 
 def take_sigma(network: nn.Module, task: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the standard deviations of a task's factors by path, on the CPU; empty without posteriors."""
+    """The standard deviations of a task's factors by path, on the CPU; empty without posteriors."""
+    rhos = {path: layer.task_rho(task) for path, layer in task_layers(network)}
     return {
-        path: (_copy(softplus_sigma(layer.rhos_A[task])), _copy(softplus_sigma(layer.rhos_B[task])))
-        for path, layer in network.named_modules()
-        if isinstance(layer, VarShareLoRALayer)
+        path: (softplus_sigma(rho["rho_A"]).cpu(), softplus_sigma(rho["rho_B"]).cpu())
+        for path, rho in rhos.items()
+        if rho
     }
 
 
@@ -186,10 +186,6 @@ def _check_fits(number: int, adapter: Adapter, sizes: Mapping[str, tuple[int, in
             size = sizes.get(path, (0, 0))
             raise UserError(
                 f"the pretrained agent's task {number} has a correction of {factors.out_features} x "
-                f"{factors.in_features} at {path}, where the network has {size[1]} x {size[0]}; give the network "
-                "of the pretrained agent"
+                f"{factors.in_features} at {path}, where the network has {size[1]} x {size[0]}; "
+                "give the network of the pretrained agent"
             )
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()

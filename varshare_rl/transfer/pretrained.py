@@ -6,9 +6,8 @@ import torch
 from torch import nn
 
 from varshare_rl.errors import UserError
-from varshare_rl.nn.lora import L2SoftLayer, ResidualLayer
+from varshare_rl.nn.layer import TaskLayer
 from varshare_rl.nn.mlp import BroNet, TaskMLP
-from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.transfer.low_rank import adapter_bytes, take_adapter, take_sigma
 from varshare_rl.transfer.method import NetworkSpec, Pretrained, StorageCost, frozen_eval, state_bytes
 
@@ -42,7 +41,6 @@ def pretrained_storage(pretrained: Pretrained | None) -> StorageCost:
     return StorageCost(state_bytes(pretrained.base), sum(map(adapter_bytes, pretrained.adapters)))
 
 
-_LOW_RANK = (VarShareLoRALayer, ResidualLayer, L2SoftLayer)
 _CURE = "networks that a sequence can go on from are varshare_lora, lora, and l2_soft with a rank"
 
 
@@ -64,14 +62,13 @@ def pretrained_from(network: nn.Module, num_tasks: int) -> Pretrained:
         raise UserError(f"a {type(network).__name__} is not one shared network with corrections; {_CURE}")
     base = dict(network.state_dict())
     for path, layer in network.get_submodule("layers").named_children():
-        if type(layer) not in _LOW_RANK or getattr(layer, "rank", None) is None:
+        if not isinstance(layer, TaskLayer) or layer.correction(0) is None:
             raise UserError(f"a {type(layer).__name__} has no low-rank correction of its own per task; {_CURE}")
-        assert isinstance(layer, VarShareLoRALayer | ResidualLayer)
         if layer.num_tasks != num_tasks:
             raise UserError(
                 f"the network is for {layer.num_tasks} tasks, not {num_tasks}; give the one it was trained on"
             )
-        for name in (*layer.per_task_parameters, "log_prior_scale"):
+        for name in (*layer.per_task_parameters, *layer.per_task_buffers):
             base.pop(f"layers.{path}.{name}", None)
     sigmas = tuple(take_sigma(network, task) for task in range(num_tasks))
     return Pretrained(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import adapter_scale
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import INITIAL_RHO, check_positive
+from varshare_rl.nn.layer import INITIAL_RHO, check_positive
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.ops.gaussian import inverse_softplus, softplus_sigma
 from varshare_rl.transfer.bases import LowRankMethod, weighted_kl
