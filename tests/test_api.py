@@ -51,7 +51,7 @@ class Line(gymnasium.Env[Any, Any]):
 
 
 class Choices(Line):
-    """The same with choices whose numbers begin at 5."""
+    """A line with choices whose numbers begin at 5."""
 
     def __init__(self, goal: float, choices: int) -> None:
         super().__init__(goal)
@@ -179,14 +179,16 @@ def test_options_are_overrides() -> None:
     assert to_overrides(nested) == [
         "elbo.kl_weight=1e-05", "elbo/schedule=ramp", "elbo.schedule.late=0.1", "elbo/prior=learned",
     ]  # fmt: skip
-    assert to_overrides({"optimizer": {"schedule": "cosine"}}) == ["optimizer.schedule='cosine'"]
+    assert to_overrides({"optimizer": {"schedule": "cosine"}}) == ["optimizer.schedule=cosine"]
     assert to_overrides({"experiment": "toppo_mt10", "tuned": None}) == ["+experiment=toppo_mt10", "tuned=null"]
-    assert to_overrides({"env": {"ids": ("A-v1", "B-v1")}}) == ["env.ids=['A-v1','B-v1']"]
+    assert to_overrides({"env": {"ids": ("A-v1", "B-v1")}}) == ["env.ids=[A-v1,B-v1]"]
     assert literal(True) == "true"
     assert literal({"a": [1, None]}) == "{a:[1,null]}"
 
 
-@pytest.mark.parametrize("text", ["plain", "it's", "a\\", "a\\'b", "x=1,y", "10", "null", "", "a b/ü"])
+@pytest.mark.parametrize(
+    "text", ["plain", "it's", "a\\", "a\\'b", "x=1,y", "10", "null", "Off", "", "runs/a_b-1", "a b/ü"]
+)
 def test_words_come_through_the_command_line_as_they_are(text: str) -> None:
     from varshare_rl.api import compose
 

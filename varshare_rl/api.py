@@ -44,6 +44,8 @@ from varshare_rl.run.loop import Interrupted
 GROUPS = {
     "env", "algorithm", "network", "critic", "gradient", "elbo/schedule", "elbo/prior", "experiment", "tuned",
 }  # fmt: skip
+#: Words that mean something else where they are not in quotes.
+NOT_WORDS = {"true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
 
 
 def train(*arguments: str, envs: Makers | None = None, **options: Any) -> Agent:
@@ -250,8 +252,11 @@ def literal(value: Any) -> str:
         return "{" + ",".join(f"{name}:{literal(entry)}" for name, entry in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(literal(entry) for entry in value) + "]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text.lower() not in NOT_WORDS:
+        return text
     # In quotes a quote has a backslash, and so have backslashes before one.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value)) + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def choice(kind: type[Any], name: str, value: Any) -> Any:
