@@ -42,6 +42,11 @@ from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.types import Tree
 
+#: What makes the environments that are Python objects, by task.
+Makers = Mapping[str, Maker]
+#: The suite of these.
+OWN_ENVIRONMENTS = ObjectsConfig.name
+
 SUITES: dict[type, Callable[[Any], Suite]] = {
     PointMassConfig: PointMassSuite,
     CartPoleConfig: CartPoleSuite,
@@ -69,7 +74,7 @@ def prepare_process(seed: int, precision: MatmulPrecision) -> None:
     backend.matmul.fp32_precision = "bf16" if precision is MatmulPrecision.bf16 else "ieee"
 
 
-def build_suite(config: TrainConfig, makers: Mapping[str, Maker] | None = None) -> Suite:
+def build_suite(config: TrainConfig, makers: Makers | None = None) -> Suite:
     """Build the suite of ``config.env``; ``makers`` make its environments where these are Python objects.
 
     Raises:
@@ -207,7 +212,7 @@ class TrainedAgent:
     state: Tree  # of the checkpoint: counters, and the algorithm's own
 
 
-def load_agent(run_dir: Path, kind: str, device: Device, makers: Mapping[str, Maker] | None = None) -> TrainedAgent:
+def load_agent(run_dir: Path, kind: str, device: Device, makers: Makers | None = None) -> TrainedAgent:
     """Load the policy in the newest checkpoint of a ``kind`` (last or best) of a run; see :func:`build_suite`.
 
     Raises:

@@ -38,14 +38,20 @@ from varshare_rl.run.episode_recording import record
 
 @dataclass
 class CalibrateConfig:
-    """Which run, which of its checkpoints (``last`` or ``best``), episodes of every task, and draws of weights."""
+    """Options of ``calibrate``."""
 
     run: str = MISSING
+    "The run folder."
     checkpoint: str = "last"
+    "Its newest checkpoint, or `best`."
     episodes: int = bounded(10, least=1)
+    "Episodes of every task."
     draws: int = bounded(32, least=2)
+    "Draws of the critic's weights."
     device: Device = Device.auto
-    seed: int | None = None  # of the starts; the run's own unless given
+    "Where to compute; `auto` takes CUDA if there is any."
+    seed: int | None = None
+    "Seed of the episodes' starts; null: the run's own."
 
 
 def main(composed: DictConfig) -> None:

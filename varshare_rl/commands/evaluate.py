@@ -39,13 +39,18 @@ Tasks = Mapping[str, Mapping[str, float | None]]
 
 @dataclass
 class EvaluateConfig:
-    """Which run, which of its checkpoints (``last`` or ``best``), and how many episodes per task."""
+    """Options of ``evaluate``."""
 
     run: str = MISSING
+    "The run folder."
     episodes: int = bounded(50, least=1)
+    "Episodes of every task."
     checkpoint: str = "last"
+    "Its newest checkpoint, or `best`."
     device: Device = Device.auto
-    seed: int | None = None  # of the starts; the run's own unless given
+    "Where to compute; `auto` takes CUDA if there is any."
+    seed: int | None = None
+    "Seed of the episodes' starts; null: the run's own."
 
 
 def main(composed: DictConfig) -> None:

@@ -57,14 +57,20 @@ class Format(Enum):
 
 @dataclass
 class ExportConfig:
-    """Which task of which run and checkpoint (``last`` or ``best``), in which format, to which folder."""
+    """Options of ``export``."""
 
     run: str = MISSING
+    "The run folder."
     task: str = MISSING
+    "One of its tasks."
     format: Format = MISSING
-    out: str | None = None  # default: <run>/export/<task>_<format>
+    "`torch`, `onnx` or `peft`."
+    out: str | None = None
+    "The new folder, or file with `format=onnx`; null: `<run>/export/<task>_<format>`."
     checkpoint: str = "last"
-    critics: bool = False  # format=peft: the critics' adapters too; `critic` is a config group and cannot be a key
+    "Its newest checkpoint, or `best`."
+    critics: bool = False  # `critic` is a config group and cannot be a key
+    "With `format=peft` the critics' adapters too."
 
 
 def main(composed: DictConfig) -> None:

@@ -45,17 +45,22 @@ from varshare_rl.run.episode_recording import EpisodeRecording, record
 
 @dataclass
 class PruneConfig:
-    """Which run, what to drop, and where the pruned copy goes."""
+    """Options of ``prune``."""
 
     run: str = MISSING
-    threshold: float = bounded(
-        0.01, least=0
-    )  # units with less than this are dropped; nats per Gaussian, or a ratio for snr
+    "The run folder."
+    threshold: float = bounded(0.01, least=0)
+    "Units with less than this are dropped: nats per Gaussian, or a ratio with `criterion=snr`."
     criterion: Criterion = Criterion.nats
+    "What units are measured by: `nats`, or `snr`."
     checkpoint: str = "last"
-    out: str | None = None  # default: <run>_pruned
-    episodes: int = bounded(1, least=1)  # of every task, whose states the change of the outputs is measured on
+    "Its newest checkpoint, or `best`."
+    out: str | None = None
+    "The new run folder; null: `<run>_pruned`."
+    episodes: int = bounded(1, least=1)
+    "Episodes of every task, on whose states the change of the outputs is measured."
     device: Device = Device.auto
+    "Where to compute; `auto` takes CUDA if there is any."
 
 
 def main(composed: DictConfig) -> None:

@@ -37,10 +37,12 @@ from varshare_rl.run.console import PLAIN_WIDTH
 
 @dataclass
 class ContinualReportConfig:
-    """Folders of single tasks learnt from scratch, and the folder for the report; runs are plain arguments."""
+    """Options of ``report continual``, besides the folders of runs."""
 
-    reference: Any = None  # a folder, or a list of folders
-    out: str | None = None  # default: <run>/report_continual for one run, else report_continual
+    reference: Any = None
+    "A folder, or a list of folders, of single tasks learnt from scratch."
+    out: str | None = None
+    "The folder for the report; null: `<run>/report_continual` for one run, else `report_continual`."
 
 
 def report_continual(composed: DictConfig, folders: Sequence[str]) -> None:

@@ -28,11 +28,14 @@ from varshare_rl.run.sharing_monitor import latest_observation
 
 @dataclass
 class SharingReportConfig:
-    """Which run, which of its checkpoints (``last`` or ``best``), and the folder for the report."""
+    """Options of ``report sharing``."""
 
     run: str = MISSING
+    "The run folder."
     checkpoint: str = "last"
-    out: str | None = None  # default: <run>/report_sharing
+    "Its newest checkpoint, or `best`."
+    out: str | None = None
+    "The folder for the report; null: `<run>/report_sharing`."
 
 
 def report_sharing(composed: DictConfig) -> None:
