@@ -19,6 +19,7 @@ from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.gymnasium_suite import GymnasiumConfig
 from varshare_rl.envs.lunarlander import LunarLanderConfig
 from varshare_rl.envs.metaworld import MetaWorldConfig
+from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import (
@@ -123,6 +124,7 @@ COMPONENTS: dict[str, dict[str, type]] = {
         "lunarlander": LunarLanderConfig,
         "gymnasium": GymnasiumConfig,
         "metaworld": MetaWorldConfig,
+        "objects": ObjectsConfig,
     },
     "algorithm": {"ppo": PPOConfig, "sac": SACConfig},
     "network": {

@@ -15,8 +15,8 @@ class Stateful:
     """Component whose resumable state is the attributes named in ``state_fields``, base classes' first.
 
     An entry is ``"attribute"``; ``"key=attribute"`` where checkpoints know it by another name; with ``?`` at its
-    end it may be missing in checkpoints of earlier versions, and the attribute then stays as it is. An attribute may
-    be a property, for what is kept in another form than the one in use.
+    end it may be missing in checkpoints of earlier versions, and the attribute then stays as it is. An attribute
+    may be a property, for what is kept in another form than the one in use.
 
     Components, modules and optimisers give and take their own state; parameters and tensors keep their device,
     dicts, lists, tuples and sets their type; other values are stored as they are.
@@ -24,15 +24,20 @@ class Stateful:
 
     state_fields: ClassVar[tuple[str, ...]] = ()
 
-    def state(self, declared: str = "state_fields") -> Tree:
-        """Return everything needed to go on, as a tree for :func:`varshare_rl.run.checkpoint.save_checkpoint`.
+    def state(self) -> Tree:
+        """Return everything needed to go on, as a tree for :func:`varshare_rl.run.checkpoint.save_checkpoint`."""
+        return self.declared_state("state_fields")
 
-        ``declared`` names the class attribute that lists the entries, for components that are also kept in part.
-        """
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave. Raises KeyError for an entry that is missing and not optional."""
+        self.load_declared_state(state, "state_fields")
+
+    def declared_state(self, declared: str) -> Tree:
+        """Return the entries that the class attribute ``declared`` lists: of components that are also kept in part."""
         return {key: _taken(getattr(self, name)) for key, name, _ in self._entries(declared)}
 
-    def load_state(self, state: Tree, declared: str = "state_fields") -> None:
-        """Put back what :meth:`state` gave. Raises KeyError for an entry that is missing and not optional."""
+    def load_declared_state(self, state: Tree, declared: str) -> None:
+        """Put back what :meth:`declared_state` gave."""
         for key, name, optional in self._entries(declared):
             if key in state or not optional:
                 current = getattr(self, name)

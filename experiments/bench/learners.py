@@ -8,7 +8,7 @@ from torch import Tensor
 from varshare_rl.algorithms.base import AgentContext, Algorithm, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.algorithms.sac import SAC, SACConfig
-from varshare_rl.nn import Architecture
+from varshare_rl.nn import NetworkConfig
 from varshare_rl.optim.aggregators import GradientConfig
 from varshare_rl.optim.elbo import Elbo, ElboConfig
 from varshare_rl.run.process import keep_freed_memory
@@ -17,9 +17,7 @@ from varshare_rl.types import Transition
 OBS_SIZE, ACTION_SIZE = 39, 4
 
 
-def learner(
-    architecture: Architecture, num_tasks: int, gradient: GradientConfig | None = None
-) -> AgentContext:
+def learner(architecture: NetworkConfig, num_tasks: int, gradient: GradientConfig | None = None) -> AgentContext:
     """What an algorithm is built from, for one environment per task on the CPU, in a process like training's."""
     keep_freed_memory()
     mask = torch.ones(num_tasks, ACTION_SIZE, dtype=torch.bool)
@@ -46,7 +44,7 @@ def step(algorithm: Algorithm, num_tasks: int, envs_per_task: int = 1, obs_size:
 
 
 def filled_sac(
-    architecture: Architecture,
+    architecture: NetworkConfig,
     num_tasks: int,
     batch_per_task: int,
     capacity: int,
@@ -70,7 +68,7 @@ def filled_sac(
 
 
 def filled_ppo(
-    architecture: Architecture,
+    architecture: NetworkConfig,
     num_tasks: int,
     steps: int,
     minibatches: int,

@@ -19,7 +19,7 @@ from torch import nn
 from varshare_rl.adapters import Adapter, LowRank, apply_lora, describe, read_adapter, write_adapter
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
-from varshare_rl.continual.loading import load_sequence
+from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.nn.merge import merged
 
@@ -165,7 +165,7 @@ def test_convolutions_and_other_methods_are_refused(tmp_path: Path) -> None:
 
 
 def follow_instructions() -> dict[str, Any]:
-    """What the code in the README.md of the current folder makes."""
+    """Run the code in the README.md of the current folder and return what it makes."""
     code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     assert code is not None
     names: dict[str, Any] = {}

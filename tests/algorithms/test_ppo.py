@@ -19,7 +19,7 @@ from varshare_rl.nn import IndependentConfig, SharedConfig, VarShareConfig, VarS
 from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.parameters import total_kl
-from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
 from varshare_rl.optim.elbo import DrawConfig
 from varshare_rl.types import Transition

@@ -82,8 +82,8 @@ class ActorCritic(Algorithm):
     target_name: ClassVar[str]
     replays_draws: ClassVar[bool]  # updates of the actor need the draws that it acted with
     #: Best checkpoints of earlier versions have no reward_scaler.
-    policy_fields = ("actor", "critic", "normalizer", "reward_scaler?")
-    state_fields = (
+    policy_fields: ClassVar[tuple[str, ...]] = ("actor", "critic", "normalizer", "reward_scaler?")
+    state_fields: ClassVar[tuple[str, ...]] = (
         *policy_fields, "elbo", "draws=weight_sampler", "actor_step", "critic_step", "updates", "absorbed",
         "resets_done", "transitions_per_task?",
     )  # fmt: skip
@@ -226,10 +226,10 @@ class ActorCritic(Algorithm):
         return {name: size for name, size in held.items() if size}
 
     def policy_state(self) -> Tree:
-        return self.state("policy_fields")
+        return self.declared_state("policy_fields")
 
     def load_policy_state(self, state: Tree) -> None:
-        self.load_state(state, "policy_fields")
+        self.load_declared_state(state, "policy_fields")
 
     def take_over_critic(self, state: Tree) -> None:
         """Begin with parts of another critic's ``state_dict``, such as what its values are in units of."""

@@ -1,4 +1,4 @@
-"""Where transitions wait to be learnt from: a rollout of PPO, and the replay buffer of SAC."""
+"""Transitions to learn from: the rollout of PPO, and the replay buffer of SAC."""
 
 from __future__ import annotations
 

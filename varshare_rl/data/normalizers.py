@@ -123,7 +123,7 @@ class ReturnStdScaler(RewardScaler):
         self.moments = RunningMoments(num_tasks, 1)
         self.register_buffer("returns", torch.zeros(num_tasks, 0, dtype=torch.float64))
         # The running returns have the shape of the environments.
-        self._register_load_state_dict_pre_hook(self._take_shape)
+        self.register_load_state_dict_pre_hook(_take_shape)  # type: ignore[no-untyped-call]
 
     def update(self, reward: Tensor, done: Tensor, learning: bool) -> None:
         if self.returns.shape != reward.shape:
@@ -137,8 +137,9 @@ class ReturnStdScaler(RewardScaler):
         std = self.moments.std().float().view(-1, *[1] * (reward.dim() - 1))
         return (reward / std).clamp(-self.clip, self.clip)
 
-    def _take_shape(self, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-        self.returns = state[f"{prefix}returns"].to(self.returns.device)
+
+def _take_shape(scaler: ReturnStdScaler, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    scaler.returns = state[f"{prefix}returns"].to(scaler.returns.device)
 
 
 class AdaptiveRewardScaler(RewardScaler):

@@ -1,12 +1,13 @@
-"""What all architectures have in common."""
+"""Options that all architectures have in common."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from varshare_rl.nn.mlp import BroNet, TaskMLP
 
 
 class Blocks(Enum):
-    """What hidden layers are made into: a plain stack, or residual blocks with LayerNorm."""
+    """Arrangement of the hidden layers: a plain stack, or residual blocks with LayerNorm."""
 
     mlp = "mlp"
     bronet = "bronet"
@@ -46,29 +47,34 @@ class Posterior:
     temperature: float = 1.0
     weight_samples: int = 1  # draws per task and training pass
 
-    def factor_scale(self, in_features: int, rank: int | None, scale: float = 1.0) -> float:
-        """Return the prior's standard deviation of every Gaussian of a layer.
+    def unit(self, in_features: int, rank: int | None, scale: float = 1.0) -> tuple[float, float]:
+        """Return ``u`` and ``k`` of a layer: Gaussians have the prior's standard deviation ``(u prior_scale)^k``.
 
-        In units of theta, with ``f = prior_scale`` and ``std(theta) = 1 / sqrt(3 in_features)`` at the start, that of
-        a full-rank residual is ``f std(theta)``. Entries of ``scale B A`` have ``scale sqrt(rank) p^2`` for factors of
-        ``p``, hence ``p^2 = f / (scale sqrt(3 rank in_features))``.
+        In units of theta, with ``f = prior_scale`` and ``std(theta) = 1 / sqrt(3 in_features)`` at the start, a full-rank
+        residual has ``f std(theta)``. Entries of ``scale B A`` have ``scale sqrt(rank) p^2`` for factors of ``p``, hence
+        ``p^2 = f / (scale sqrt(3 rank in_features))``.
         """
         if self.prior_units is PriorUnits.absolute:
-            return self.prior_scale
+            return 1.0, 1.0
         if rank is None:
-            return self.prior_scale / math.sqrt(3 * in_features)
-        return math.sqrt(self.prior_scale / (abs(scale) * math.sqrt(3 * rank * in_features)))
+            return 1.0 / math.sqrt(3 * in_features), 1.0
+        return 1.0 / (abs(scale) * math.sqrt(3 * rank * in_features)), 0.5
+
+    def factor_scale(self, in_features: int, rank: int | None, scale: float = 1.0) -> float:
+        """Return the prior's standard deviation of a layer's Gaussians, see :meth:`unit`."""
+        unit, power = self.unit(in_features, rank, scale)
+        return float((unit * self.prior_scale) ** power)
 
 
 @dataclass
-class NetworkConfig:
+class NetworkConfig(ABC):
     """Options of every architecture: sizes of the hidden layers, their activation, LayerNorm before it, blocks.
 
     With ``active_parameters`` the hidden layers get one width, such that the whole agent has about so many active
-    parameters per task (see :mod:`varshare_rl.nn.capacity`); ``hidden`` then only says how many layers there are.
+    parameters per task (see :mod:`varshare_rl.nn.parameters`); ``hidden`` then only says how many layers there are.
     """
 
-    #: How training draws the weights unless told otherwise; None without a posterior.
+    #: Name of the estimator of training passes unless told otherwise; None without a posterior.
     default_estimator: ClassVar[str | None] = None
     name: str = "???"
     hidden: list[int] = field(default_factory=lambda: [64, 64])
@@ -76,6 +82,10 @@ class NetworkConfig:
     layer_norm: bool = False
     active_parameters: int | None = None
     blocks: Blocks = Blocks.mlp
+
+    @abstractmethod
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network ``network(x [T, B, F], task_ids [T]) -> [T, B, G]``; its linear layers include the head."""
 
     def least_width(self) -> int:
         """The narrowest that all hidden layers may be."""
@@ -98,21 +108,3 @@ class NetworkConfig:
         if self.blocks is Blocks.bronet:
             return BroNet(sizes, layer, self.activation, temperature)
         return TaskMLP(sizes, layer, self.activation, temperature, self.layer_norm)
-
-
-class Architecture(Protocol):
-    """Builds networks ``network(x [T, B, F], task_ids [T]) -> [T, B, G]`` for a number of tasks."""
-
-    default_estimator: ClassVar[str | None]
-    name: str
-    hidden: list[int]
-    activation: str
-    layer_norm: bool
-    active_parameters: int | None
-    blocks: Blocks
-
-    def least_width(self) -> int:
-        """The narrowest that all hidden layers may be."""
-
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
-        """A network from ``in_features`` to ``out_features``; its linear layers include the head."""

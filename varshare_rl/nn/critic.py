@@ -10,12 +10,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.config import Architecture, Blocks
+from varshare_rl.nn.config import Blocks, NetworkConfig
 from varshare_rl.nn.task_rows import TaskIds, in_order
 from varshare_rl.ops.rl import categorical_cross_entropy, categorical_value, squared_error, support
 
@@ -50,12 +50,12 @@ class CriticConfig:
         """Width of a critic network's output."""
         return self.bins if self.loss is ValueLoss.categorical else 1
 
-    def architecture(self, network: Architecture) -> Architecture:
+    def architecture(self, network: NetworkConfig) -> NetworkConfig:
         """The architecture of the critic's networks: ``network`` with what is given here."""
         names = ("hidden", "activation", "layer_norm", "blocks")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        changed: Any = replace(network, **own)  # type: ignore[type-var]
-        return changed  # type: ignore[no-any-return]
+        changed: NetworkConfig = replace(network, **own)
+        return changed
 
 
 class Move(NamedTuple):
@@ -92,7 +92,7 @@ class TargetStatistics(nn.Module):
         for name in ("first", "second", "weight", "mean"):
             self.register_buffer(name, torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("std", torch.ones(num_tasks, dtype=torch.float64))
-        self.register_load_state_dict_pre_hook(_read_former_name)
+        self.register_load_state_dict_pre_hook(_read_former_name)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self, target: Tensor) -> Move:
@@ -208,7 +208,7 @@ class Critic(nn.Module):
 
     Args:
         num_tasks: ``T``.
-        networks: how many networks there are.
+        networks: their number.
         config: see :class:`CriticConfig`.
     """
 

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import check_positive
-from varshare_rl.nn.mlp import hidden_norms
-from varshare_rl.nn.stacked import StackedLinear
+from varshare_rl.nn.layer import check_positive
+from varshare_rl.nn.mlp import ACTIVATIONS, StackedLinear, hidden_norms
 from varshare_rl.nn.task_rows import TaskIds, task_rows
-from varshare_rl.ops.activations import ACTIVATIONS
 
 
 class PaCoNetwork(nn.Module):
@@ -60,7 +58,7 @@ class PaCoConfig(NetworkConfig):
 
     Parameters are combined, not outputs: a task runs one network whose weights and biases are its combination of
     ``parameter_sets`` shared ones. Rows of ``compositions`` start on the unit sphere and sets start
-    independently, so composed weights start with the spread of ``torch.nn.Linear``; afterwards nothing holds them
+    independently, so composed weights start at the scale of ``torch.nn.Linear``; afterwards nothing holds them
     there.
 
     Deviations: actor and critics have compositions of their own (one for all in the paper); a task whose loss

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from varshare_rl.nn.absorb import Absorption, absorb
-from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.types import Metrics
 
 
@@ -52,10 +51,8 @@ def absorb_all(parts: Mapping[str, Absorbing], config: AbsorbConfig) -> Metrics:
         layers = absorb(part.module, config.rate, config.max_error, part.target_module)
         for name, absorption in layers.items():
             done[f"{part_name}.{name}"] = absorption
-            layer = part.module.get_submodule(name)
-            if absorption.done and isinstance(layer, VarShareLoRALayer):
-                for parameter in layer.per_task_parameters:
-                    part.optimizer.state.pop(layer.get_parameter(parameter), None)
+            for parameter in absorption.rescaled:
+                part.optimizer.state.pop(part.module.get_submodule(name).get_parameter(parameter), None)
     if not done:
         return {}
     changed = [absorption for absorption in done.values() if absorption.done]

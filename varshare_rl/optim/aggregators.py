@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varshare_rl.errors import UserError
 from varshare_rl.optim.gradnorm import GradNorm, GradNormConfig
-from varshare_rl.state import Stateful
+from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.types import Tree
 
 
@@ -100,20 +100,6 @@ class GradientConfig:
     aligned_mtl: AlignedMTLConfig = field(default_factory=AlignedMTLConfig)
     gradvac: GradVacConfig = field(default_factory=GradVacConfig)
     gradnorm: GradNormConfig = field(default_factory=GradNormConfig)
-
-
-class GradientAggregator(Stateful):
-    """From the tasks' gradients of the shared parameters to one."""
-
-    def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
-        """``rows [T, P]``, the gradients of ``losses [T] / T``, to the gradient to follow, ``[P]``.
-
-        ``kept [T]`` bool: the tasks that count; the other rows are zero. None: all.
-        """
-        raise NotImplementedError
-
-    def forget(self) -> None:
-        """Remember nothing, as at the start."""
 
 
 class GramianAggregator(GradientAggregator):
@@ -223,10 +209,10 @@ class NashMTLAggregator(GramianAggregator):
     def forget(self) -> None:
         self.bargaining.reset()
 
-    def state(self, declared: str = "state_fields") -> Tree:
+    def state(self) -> Tree:
         return {name: getattr(self.bargaining, name) for name in ("step", "prvs_alpha", "normalization_factor")}
 
-    def load_state(self, state: Tree, declared: str = "state_fields") -> None:
+    def load_state(self, state: Tree) -> None:
         for name, value in state.items():
             setattr(self.bargaining, name, value)
         if self.bargaining.step > 0:

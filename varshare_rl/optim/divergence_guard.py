@@ -95,8 +95,8 @@ class DivergenceGuard(Stateful):
         """Drop the running averages: losses of other parameters are no measure. Counts stay."""
         self._average, self._steps = None, 0
 
-    def load_state(self, state: Tree, declared: str = "state_fields") -> None:
-        super().load_state(state, declared)
+    def load_state(self, state: Tree) -> None:
+        super().load_state(state)
         self._seen = 0 if self.masked is None else int(self.masked.sum())
 
     def _count(self, left_out: Tensor) -> None:
@@ -130,7 +130,7 @@ class DivergenceGuard(Stateful):
 
 @contextmanager
 def contained(losses: Tensor) -> Iterator[None]:
-    """Inside, nothing that is not finite spreads in backward passes from ``losses``.
+    """Keep what is not finite, inside, from going on in backward passes from ``losses``.
 
     A loss that is not counted sends a gradient of zero backwards, but ``0 * NaN`` and ``0 * inf`` are NaN, and a
     product over all rows takes them into the gradients that the tasks share. So NaN and infinity become zero in
@@ -157,7 +157,7 @@ def contained(losses: Tensor) -> Iterator[None]:
 
 
 def _each_once(tensor: Tensor) -> Tensor:
-    """The part of an expanded tensor that has memory of its own."""
+    """Return the part of an expanded tensor that has memory of its own."""
     for dimension, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
         if size > 1 and stride == 0:
             tensor = tensor.narrow(dimension, 0, 1)
@@ -169,7 +169,7 @@ def _finite(grad_inputs: tuple[Tensor | None, ...], grad_outputs: object) -> tup
 
 
 def _graph(losses: Tensor) -> Iterator[Any]:
-    """All nodes behind ``losses`` except the ends, where gradients gather."""
+    """Yield all nodes behind ``losses`` except the ends, where gradients gather."""
     waiting: list[Any] = [losses.grad_fn]
     seen: set[Any] = set()
     while waiting:
@@ -182,7 +182,7 @@ def _graph(losses: Tensor) -> Iterator[Any]:
 
 
 def _saved_by(node: Any) -> Iterator[Tensor]:
-    """What the forward pass saved for this node: of torch's own functions, and of those written in Python."""
+    """Yield the tensors that the forward pass saved for this node, of torch's own functions and of Python ones."""
     names = [name for name in dir(node) if name.startswith("_saved_")]
     values = [getattr(node, name) for name in names] + list(getattr(node, "saved_tensors", ()))
     for value in values:

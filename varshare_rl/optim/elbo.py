@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Posterior, PosteriorStart, PriorUnits
-from varshare_rl.nn.parameters import summed_kl
-from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
-from varshare_rl.nn.variational import Estimator
+from varshare_rl.nn.layer import TaskModule, penalized_layers
+from varshare_rl.nn.variational import Estimator, summed_kl
 from varshare_rl.optim.absorption import AbsorbConfig
 from varshare_rl.optim.kl_schedules import ConstantConfig, KLSchedule
 from varshare_rl.optim.priors import FixedPriorConfig, LossGap, Prior
@@ -91,7 +90,7 @@ class Elbo(Stateful):
         self.schedule: KLSchedule = config.schedule.build(config.kl_weight, num_tasks)
         self.prior: Prior = config.prior.build(config.prior_scale, num_tasks)
         self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
-        self._layers: WeakKeyDictionary[nn.Module, list[PenalizedLayer]] = WeakKeyDictionary()
+        self._layers: WeakKeyDictionary[nn.Module, list[TaskModule]] = WeakKeyDictionary()
 
     def penalty(self, module: nn.Module, held: int, seen: int) -> Tensor | float:
         """Return the weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or layers with a divergence.
@@ -103,7 +102,7 @@ class Elbo(Stateful):
             return 0.0
         if module not in self._layers:  # the search is not free
             found = [layer for _, layer in penalized_layers(module)]
-            self._layers[module] = [layer for layer in found if not getattr(layer, "paid_apart", False)]
+            self._layers[module] = [layer for layer in found if not layer.paid_apart]
         if not self._layers[module]:
             return 0.0
         nats = summed_kl(self._layers[module])
@@ -146,9 +145,4 @@ class Elbo(Stateful):
 
 def posterior_size(module: nn.Module) -> int:
     """Return the number of Gaussian weights in one task's posterior, or of penalised ones where there is none."""
-    size = 0
-    for layer in module.modules():
-        size += getattr(layer, "penalized_size", 0)
-        for name in getattr(layer, "rho_parameters", ()):
-            size += layer.get_parameter(name)[0].numel()
-    return size
+    return sum(layer.penalized_size for _, layer in penalized_layers(module))

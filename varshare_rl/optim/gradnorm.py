@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.state import Stateful
+from varshare_rl.optim.jacobian import GradientAggregator
 
 _LEAST = 1e-3
 
@@ -20,7 +20,7 @@ class GradNormConfig:
     learning_rate: float = 0.025  # of the weights, by Adam
 
 
-class GradNorm(Stateful):
+class GradNorm(GradientAggregator):
     """Follows ``sum_i w_i g_i / T`` and lets the weights ``w`` descend on
 
         sum_i | w_i |g_i| - n r_i^a |

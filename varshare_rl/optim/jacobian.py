@@ -1,4 +1,4 @@
-"""Gradients of every task's loss with respect to the parameters that the tasks share."""
+"""Gradients of every task's loss with respect to the parameters that the tasks share, and the way to one."""
 
 from __future__ import annotations
 
@@ -108,6 +108,20 @@ class TaskGradients(Stateful):
             apart = (twice[index] - once[index]).flatten(1).norm(dim=1)
             if bool((apart > MIXED * (size + 1e-2 * size.max())).any()):
                 self.mixed.add(index)
+
+
+class GradientAggregator(Stateful):
+    """From the tasks' gradients of the shared parameters to one."""
+
+    def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
+        """``rows [T, P]``, the gradients of ``losses [T] / T``, to the gradient to follow, ``[P]``.
+
+        ``kept [T]`` bool: the tasks that count; the other rows are zero. None: all.
+        """
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Remember nothing, as at the start."""
 
 
 def _different(tasks: int) -> Tensor:

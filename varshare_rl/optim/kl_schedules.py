@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from varshare_rl.types import Metrics
 class KLSchedule(Stateful):
     """A weight on the nats of every network: constant, unless a subclass moves it."""
 
-    state_fields = ("weight",)
+    state_fields: ClassVar[tuple[str, ...]] = ("weight",)
     reacts = False  # True: updates move the weight
     free_nats: float | None = None  # nats of every task and network that cost nothing
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import StochasticLayer, stochastic_layers
+from varshare_rl.nn.variational import VariationalLayer, stochastic_layers
 from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics
 
@@ -30,7 +30,7 @@ class Prior(Stateful):
         return {}
 
 
-def _layers(modules: Iterable[nn.Module]) -> list[StochasticLayer]:
+def _layers(modules: Iterable[nn.Module]) -> list[VariationalLayer]:
     return [layer for module in modules for _, layer in stochastic_layers(module)]
 
 
@@ -51,7 +51,7 @@ class LearnedPriorConfig:
 
     Gradient steps in ``log p`` on the mean divergence per Gaussian weight plus a spring to the start:
 
-        mean_i KL_i / n + spring / 2 * (log p - log prior_scale)^2,    gradient 1 - m / p^2 + spring * (...)
+        mean_i KL_i / n + spring / 2 * (log p - log p_start)^2,    gradient 1 - m / p^2 + spring * (...)
 
     with ``m`` the mean of ``mu^2 + sigma^2`` over tasks and entries. Without the spring the optimum is the root of
     ``m``. Steps are bounded by ``rate`` (a posterior far narrower than its prior has a gradient near 1, a wider one
@@ -73,7 +73,7 @@ class _Learned(Prior):
     moves = True
 
     def __init__(self, config: LearnedPriorConfig, prior_scale: float) -> None:
-        self.config, self.home = config, math.log(prior_scale)
+        self.config = config
         self.steps = 0
 
     @torch.no_grad()
@@ -84,7 +84,7 @@ class _Learned(Prior):
         for layer in _layers(modules):
             log_scale = layer.log_prior_scale.mean()
             slope = 1.0 - layer.second_moment().mean() * torch.exp(-2.0 * log_scale)
-            slope = slope + self.config.spring * (log_scale - self.home)
+            slope = slope + self.config.spring * (log_scale - math.log(layer.home_prior_scale))
             layer.log_prior_scale.fill_(log_scale - self.config.rate * slope.clamp(-1.0, 1.0))
 
     def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
@@ -100,7 +100,7 @@ class _Learned(Prior):
 
 @dataclass
 class AdaptivePriorConfig:
-    """``elbo/prior=adaptive``: one scale per task, wide where the residuals help the critic.
+    """``elbo/prior=adaptive``: one scale per task, wide where the residuals help the critic; units of prior_scale.
 
     Every ``interval`` updates the gap of each task, critic loss with theta alone minus critic loss with the
     residuals, enters a moving average. Its robust z-score over tasks, ``(gap - median) / (1.4826 MAD)``, is
@@ -139,7 +139,7 @@ class _Adaptive(Prior):
         self.gap = old + self.config.smoothing * (newest - old)
         scale = self.scales()
         for layer in _layers(modules):
-            layer.log_prior_scale.copy_(scale.log())
+            layer.scale_prior(scale)
 
     def scales(self) -> Tensor:
         """The prior scale of every task, ``[T]``."""

@@ -8,15 +8,9 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.optim.aggregators import (
-    AggregateScale,
-    AggregatorName,
-    GradientAggregator,
-    GradientConfig,
-    build_aggregator,
-)
+from varshare_rl.optim.aggregators import AggregateScale, AggregatorName, GradientConfig, build_aggregator
 from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
-from varshare_rl.optim.jacobian import TaskGradients, gradient_gram
+from varshare_rl.optim.jacobian import GradientAggregator, TaskGradients, gradient_gram
 from varshare_rl.optim.optimizer import OptimizerConfig, ScheduledAdam, roles
 from varshare_rl.state import Stateful
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from varshare_rl.transfer.bases import OneNetwork
 from varshare_rl.transfer.method import ContinualMethodConfig
-from varshare_rl.transfer.one_network import OneNetwork
 
 
 @dataclass

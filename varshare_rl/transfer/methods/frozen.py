@@ -1,4 +1,4 @@
-"""Frozen: what the first task taught is used for all the others."""
+"""Frozen: one network that learns the first task and is used for all the others."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from varshare_rl.transfer.bases import OneNetwork
 from varshare_rl.transfer.method import ContinualMethodConfig, frozen_eval
-from varshare_rl.transfer.one_network import OneNetwork
 
 
 @dataclass
@@ -27,6 +27,6 @@ class Frozen(OneNetwork):
     keeps_parameters = False
 
     def begin(self, task: int, similar: int | None = None) -> nn.Module:
-        """The network, to be trained only on the first task."""
+        """Make the network, to be trained only on the first task."""
         network = super().begin(task, similar)
         return network if self.pretrained is None and self.tasks == 0 else frozen_eval(network)

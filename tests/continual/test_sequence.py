@@ -13,7 +13,7 @@ from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
 from varshare_rl.continual.config import METHODS
-from varshare_rl.continual.learner import SequenceRun
+from varshare_rl.continual.sequence import SequenceRun
 from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
@@ -115,7 +115,7 @@ def test_what_is_carried_over(command: Command) -> None:
     assert command("continual", *PPO, "method=finetune", "carry.critic=fresh", "run_dir=fresh").code == 0
 
 
-def test_tasks_that_come_round_again_have_places_of_their_own(command: Command) -> None:
+def test_tasks_that_come_round_again_have_names_of_their_own(command: Command) -> None:
     assert command("continual", *PPO, "method=finetune", "repeats=2", "run_dir=run").code == 0
     document = results("run")
     assert document["tasks"][3:] == ["normal_left (2)", "normal_right (2)", "swapped_left (2)"]
@@ -170,7 +170,7 @@ def test_adapters_start_from_the_most_similar_task(command: Command, trained: st
     assert outcome.code == 0, outcome.err
 
 
-def test_a_network_without_corrections_is_no_origin(command: Command) -> None:
+def test_a_network_without_corrections_cannot_be_gone_on_from(command: Command) -> None:
     options = (*TINY, *TINY_ALGORITHM["ppo"], "network=soft_modularization", "total_transitions=160")
     assert command("train", *options, "run_dir=trained").code == 0
     outcome = command("continual", *PPO, "from=trained", "run_dir=run")
@@ -237,7 +237,7 @@ def test_target_critics_begin_in_the_units_that_critics_take_over(
     assert started == [True] * 3
 
 
-def test_an_origin_says_whether_observations_are_normalised(command: Command, trained: str) -> None:
+def test_the_agent_says_whether_observations_are_normalised(command: Command, trained: str) -> None:
     """What its policies see is theirs to say, whatever is configured."""
     options = (*PPO, "env.tasks=[normal_right]", "algorithm.normalize_observations=false", "method=lora")
     outcome = command("continual", *options, "algorithm.initial_log_std=-1", f"from={trained}", "run_dir=run")
@@ -251,13 +251,13 @@ def test_an_origin_says_whether_observations_are_normalised(command: Command, tr
     assert results("run")["return"][0][:2] == pytest.approx(returns, rel=1e-5)
 
 
-def test_a_task_of_the_origin_comes_round_again(command: Command, trained: str) -> None:
+def test_a_task_of_the_agent_comes_round_again(command: Command, trained: str) -> None:
     outcome = command("continual", *PPO, "env.tasks=[normal_left]", "method=lora", f"from={trained}", "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert results("run")["tasks"] == ["normal_left", "flipped_up", "normal_left (2)"]
 
 
-def test_an_origin_of_other_actions_is_refused(command: Command, folder: Path) -> None:
+def test_an_agent_of_other_actions_is_refused(command: Command, folder: Path) -> None:
     options = (*TINY, *TINY_ALGORITHM["ppo"], "network=varshare_lora", "env=cartpole", "total_transitions=480")
     assert command("train", *options, "run_dir=trained").code == 0
     outcome = command("continual", *PPO, "method=lora", "from=trained", "run_dir=run")

@@ -16,20 +16,20 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_spread_equals_monte_carlo(name: str) -> None:
+def test_sigma_equals_monte_carlo(name: str) -> None:
     layer = LAYERS[name]().double()
     scramble(layer)
     with torch.no_grad():
         noise = layer.draw_noise(30_000)
         for task in range(3):
-            factors = layer.weights(noise, 1.0, torch.full((30_000,), task))
+            factors = layer.drawn(noise, 1.0, torch.full((30_000,), task))
             residual = factors[0] if name == "varshare" else layer.scale * factors[1] @ factors[0]
             rms = residual.var(0).mean().sqrt().item()
             assert residual_sigma(layer)[task].item() == pytest.approx(rms, rel=0.02)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_spread_at_the_prior(name: str) -> None:
+def test_sigma_at_the_prior(name: str) -> None:
     layer = LAYERS[name]()
     with torch.no_grad():
         for mu, rho in layer.posteriors():

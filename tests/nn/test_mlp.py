@@ -1,11 +1,27 @@
-"""Copies in one product are copies one by one."""
+"""The quick activation, and copies in one product against copies one by one."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from varshare_rl.nn.stacked import StackedLinear, StackedMLP, StackedNorm
+from varshare_rl.nn.mlp import StackedLinear, StackedMLP, StackedNorm, tanh
+
+
+def test_quick_tanh_is_tanh() -> None:
+    x = torch.linspace(-30, 30, 20_001, requires_grad=True)
+    exact = torch.tanh(x.detach().double())
+    y = tanh(x)
+    assert (y - exact).abs().max() < 2.5e-7
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert (gradient - (1 - exact.square())).abs().max() < 1e-6
+
+
+def test_tanh_leaves_its_argument_alone() -> None:
+    x = torch.randn(100)
+    before = x.clone()
+    tanh(x)
+    assert torch.equal(x, before)
 
 
 def test_one_input_for_all_is_the_same_as_equal_inputs() -> None:

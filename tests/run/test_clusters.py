@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from varshare_rl.reporting.clusters import cluster_tasks
+from varshare_rl.run.sharing import cluster_tasks
 
 
 def test_two_pairs_and_a_loner() -> None:
