@@ -1,4 +1,4 @@
-"""Assembles a run from its configuration: it and ``config`` alone know which component is which."""
+"""Assembles a run from its configuration."""
 
 from __future__ import annotations
 
@@ -14,14 +14,7 @@ import torch
 from torch import nn
 
 from varshare_rl.algorithms.base import AgentContext, Algorithm, NetworkFactory, Regularizer, TaskSpec
-from varshare_rl.algorithms.ppo import PPO, PPOConfig
-from varshare_rl.algorithms.sac import SAC, SACConfig
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
-from varshare_rl.envs.cartpole import CartPoleConfig, CartPoleSuite
-from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumSuite
-from varshare_rl.envs.lunarlander import LunarLanderConfig, LunarLanderSuite
-from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
-from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.files import make_run_dir
@@ -43,15 +36,6 @@ from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.types import Tree
 
-SUITES: dict[type, Callable[[Any], Suite]] = {
-    PointMassConfig: PointMassSuite,
-    CartPoleConfig: CartPoleSuite,
-    LunarLanderConfig: LunarLanderSuite,
-    GymnasiumConfig: GymnasiumSuite,
-    MetaWorldConfig: MetaWorldSuite,
-}
-ALGORITHMS: dict[type, Callable[[Any, AgentContext], Algorithm]] = {PPOConfig: PPO, SACConfig: SAC}
-
 
 def choose_device(device: Device) -> torch.device:
     """The device asked for; ``auto`` is CUDA if there is any. Raises UserError if it is not there."""
@@ -70,8 +54,9 @@ def prepare_process(seed: int, precision: MatmulPrecision) -> None:
 
 
 def build_suite(config: TrainConfig) -> Suite:
-    """The suite of ``config.env``. Raises varshare_rl.envs.suite.SuiteError for an impossible choice."""
-    return SUITES[type(config.env)](config.env)
+    """The suite of ``config.env``. Raises UserError for an impossible choice."""
+    suite: Suite = config.env.build()
+    return suite
 
 
 class NetworkSource(Regularizer, Protocol):
@@ -108,7 +93,7 @@ def build_algorithm(
         spec, actor, Elbo(config.elbo, spec.num_tasks), config.critic, critic,
         config.gradient, config.optimizer, config.divergence_guard, source,
     )  # fmt: skip
-    algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, context)
+    algorithm: Algorithm = config.algorithm.build(context)
     if config.elbo.absorb.every and not any(any(posterior_layers(m)) for m in algorithm.trained_modules().values()):
         raise UserError(
             f"network={architecture.name} has no residuals for elbo.absorb.every={config.elbo.absorb.every} "
@@ -167,7 +152,7 @@ def matched_hidden(config: TrainConfig, architecture: Architecture, spec: TaskSp
             config.critic,
             record(config.critic.architecture),
         )
-        algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, context)
+        algorithm: Algorithm = config.algorithm.build(context)
     trained = {module for root in algorithm.trained_modules().values() for module in root.modules()}
     makers = [make for network, make in made if network in trained]
     return match_width(architecture, lambda candidate: [make(candidate) for make in makers], spec.num_tasks)

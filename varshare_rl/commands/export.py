@@ -19,7 +19,6 @@ from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import load_agent, run_provenance
 from varshare_rl.cli import run_command
 from varshare_rl.config import Device, is_sequence
-from varshare_rl.continual.config import METHODS
 from varshare_rl.continual.loading import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.files import whole_folder, write_json
@@ -29,6 +28,7 @@ from varshare_rl.nn.plain import write_network
 from varshare_rl.nn.progressive import Columns
 from varshare_rl.nn.varshare_lora import VarShareLoRAConfig
 from varshare_rl.ops.gaussian import inverse_softplus
+from varshare_rl.registry import registered
 
 ONNX_FILE = "policy.onnx"
 
@@ -123,8 +123,8 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
         raise UserError(f"a column of method={name} looks at those before it, and has no plain form to export")
     spread = {}
     if options.format is Format.peft:
-        if not method.low_rank:
-            able = ", ".join(known for known, (_, made) in METHODS.items() if made.low_rank)
+        if not sequence.config.method.low_rank:
+            able = ", ".join(known for known, chosen in registered("method").items() if chosen.low_rank)
             raise UserError(f"method={name} has no adapters, which are in {able}; use format=torch or onnx")
         if not task_adapter(actor.network, 0):
             raise UserError(

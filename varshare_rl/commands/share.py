@@ -21,7 +21,8 @@ from rich.table import Table
 from varshare_rl.adapters import Adapter, read_adapter, write_adapter
 from varshare_rl.cli import errors_in_one_line
 from varshare_rl.errors import UserError
-from varshare_rl.transfer.share.config import Merge, ShareConfig, check_options
+from varshare_rl.fields import check_bounds
+from varshare_rl.transfer.share.config import Merge, ShareConfig
 from varshare_rl.transfer.share.folder import BASIS_FILE, check_target, read_basis, write_basis
 from varshare_rl.transfer.share.model import Share, add, consolidate
 
@@ -59,7 +60,7 @@ def run_consolidate(composed: DictConfig, folders: Sequence[str]) -> None:
     """Read the adapters, make a basis, write it, and say what it costs."""
     given = cast(ConsolidateConfig, OmegaConf.to_object(composed))
     config = ShareConfig(**{option.name: getattr(given, option.name) for option in fields(ShareConfig)})
-    check_options(config)
+    check_bounds(config)
     out = Path(given.out)
     if (out / BASIS_FILE).exists():
         raise UserError(f"{out} holds a basis already; add to it, or give another out")

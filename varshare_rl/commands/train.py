@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.config import TrainConfig, load_config, register_schemas
+from varshare_rl.config import TrainConfig, load_config
 from varshare_rl.config_checks import check_config
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
@@ -121,7 +121,7 @@ def describe(config: TrainConfig, run: Run) -> None:
             "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
             f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}",
             "weight draws": run.algorithm.weight_draws(),
-            "gradient": f"actor {config.gradient.actor.value}, critic {config.gradient.critic.value}",
+            "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
         },
@@ -152,5 +152,4 @@ def final_metrics(result: dict[str, Any]) -> dict[str, float]:
 
 def command() -> None:
     """Run the command line."""
-    register_schemas()
     run_command("train", main)

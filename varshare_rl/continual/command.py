@@ -10,12 +10,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.continual.config import (
-    ContinualConfig,
-    check_continual_config,
-    load_continual_config,
-    register_continual_schemas,
-)
+from varshare_rl.config_checks import check_config
+from varshare_rl.continual.config import ContinualConfig, load_continual_config
 from varshare_rl.continual.loading import build_sequence
 from varshare_rl.continual.parts import new_places
 from varshare_rl.errors import UserError
@@ -25,8 +21,7 @@ from varshare_rl.run.loop import Interrupted
 
 def command() -> None:
     """The command line."""
-    register_continual_schemas()
-    run_command("continual", main, aliases={"from": "pretrained"})
+    run_command("continual", main)
 
 
 def main(composed: DictConfig) -> None:
@@ -37,7 +32,7 @@ def main(composed: DictConfig) -> None:
         run_dir = Path(resumed)
         config = stored_config(run_dir)
     else:
-        check_continual_config(config)
+        check_config(config)
         suite = new_places(config)[0].suite.name
         run_dir = new_run_dir(config.run_dir, (suite, config.algorithm.name, config.method.name, f"s{config.seed}"))
     sequence = build_sequence(config, run_dir)

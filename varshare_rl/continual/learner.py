@@ -16,7 +16,6 @@ from varshare_rl.config import TrainConfig
 from varshare_rl.continual.config import (
     ContinualConfig,
     TaskIds,
-    method_maker,
     train_config,
 )
 from varshare_rl.continual.evaluation import SEED_STEP, Evaluator, visited
@@ -73,7 +72,7 @@ class SequenceRun:
         self.actor, shapes = probe(train_config(config, env=first.env), first.alone, self.device)
         self.networks = AgentNetworks(
             shapes,
-            method_maker(config),
+            config.method.build,
             config.carry.critic,
             {} if agent is None else all_pretrained(agent, config.carry.critic),
         )

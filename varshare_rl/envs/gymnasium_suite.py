@@ -17,6 +17,8 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
+from varshare_rl.registry import register
+from varshare_rl.fields import bounded
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.slots import Array, Episode
 from varshare_rl.envs.suite import BoolArray
@@ -27,18 +29,24 @@ from varshare_rl.errors import UserError
 _STEP_SECONDS = 5e-5
 
 
+@register("env", "gymnasium")
 @dataclass
 class GymnasiumConfig:
-    """Options of the gymnasium suite."""
+    """``env=gymnasium``: any registered Gymnasium environments; unequal spaces are padded and masked."""
 
     name: str = "gymnasium"
-    #: Registered ids such as ``Hopper-v5``, or ``module:Id-v0`` to import a module first.
     ids: list[str] = field(default_factory=list)
-    envs_per_task: int = 1
-    #: Processes: 0 automatic, 1 in this process.
-    workers: int = 0
-    #: Steps after which an episode is truncated; None takes each environment's registered limit.
-    horizon: int | None = None
+    "Registered ids such as `Hopper-v5`, or `module:Id-v0` to import a module first."
+    envs_per_task: int = bounded(1, least=1)
+    "Environments of every task."
+    workers: int = bounded(0, least=0)
+    "Processes that step the environments; 0: as many as pay, 1: this one."
+    horizon: int | None = bounded(None, least=1)
+    "Steps until an episode is truncated; null: each environment's registered limit."
+
+    def build(self) -> GymnasiumSuite:
+        """The suite. Raises UserError for impossible options."""
+        return GymnasiumSuite(self)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import Any
 import gymnasium
 from gymnasium.spaces import Box, Discrete
 
+from varshare_rl.registry import register
+from varshare_rl.fields import bounded
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumFactory, GymnasiumSuite
 from varshare_rl.envs.slots import Array, Episode, TaskEnv
@@ -30,20 +32,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@register("env", "lunarlander")
 @dataclass
 class LunarLanderConfig:
-    """Options of the LunarLander suite."""
+    """``env=lunarlander``: Gymnasium's LunarLander-v3 as it is, windy, and heavy."""
 
     name: str = "lunarlander"
-    #: Any of standard, windy, heavy.
     tasks: list[str] = field(default_factory=lambda: list(VARIANTS))
-    #: Throttle (Box) instead of on and off (Discrete).
+    "Any of `standard`, `windy`, `heavy`."
     continuous: bool = False
-    envs_per_task: int = 1
-    #: Processes: 0 automatic, 1 in this process.
-    workers: int = 0
-    #: Steps after which an episode is truncated.
-    horizon: int = 1000
+    "Throttle (Box) in place of on and off (Discrete)."
+    envs_per_task: int = bounded(1, least=1)
+    "Environments of every task."
+    workers: int = bounded(0, least=0)
+    "Processes that step the environments; 0: as many as pay, 1: this one."
+    horizon: int = bounded(1000, least=1)
+    "Steps until an episode is truncated."
+
+    def build(self) -> LunarLanderSuite:
+        """The suite. Raises UserError for impossible options."""
+        return LunarLanderSuite(self)
 
 
 class LunarLanderEnv:

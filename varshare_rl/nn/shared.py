@@ -11,6 +11,7 @@ from varshare_rl.nn.initial import linear_parameters
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, all_tasks, task_rows
 from varshare_rl.ops.gradient_record import GradientRecord, Recorder, per_task_offset
 from varshare_rl.ops.linear import linear
+from varshare_rl.registry import register
 
 
 class SharedLayer(nn.Module):
@@ -53,6 +54,7 @@ class SharedLayer(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}{hot}"
 
 
+@register("network", "shared")
 @dataclass
 class SharedConfig(NetworkConfig):
     """``network=shared``: all weights shared, the task given as a one-hot input."""

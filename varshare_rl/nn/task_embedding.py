@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import check_positive, linear_parameters
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear
+from varshare_rl.registry import register
 
 
 class TaskEmbeddingLayer(nn.Module):
@@ -52,6 +54,7 @@ class TaskEmbeddingLayer(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}"
 
 
+@register("network", "task_embedding")
 @dataclass
 class TaskEmbeddingConfig(NetworkConfig):
     """``network=task_embedding``: all weights shared, the task given as a learned embedding of unit norm.
@@ -62,7 +65,8 @@ class TaskEmbeddingConfig(NetworkConfig):
     """
 
     name: str = "task_embedding"
-    embedding: int = 32
+    embedding: int = bounded(32, least=1)
+    "Size of every task's embedding."
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network of shared layers, the first of which sees the embedding."""

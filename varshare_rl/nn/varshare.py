@@ -16,6 +16,7 @@ from varshare_rl.ops.gaussian import random_signs, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear
 from varshare_rl.ops.task_weights import FullRankWeights
+from varshare_rl.registry import register
 
 
 class VarShareLayer(VariationalLayer):
@@ -92,6 +93,7 @@ class VarShareLayer(VariationalLayer):
         return {"mus": mus, "rhos": torch.full_like(mus, INITIAL_RHO)}
 
 
+@register("network", "varshare")
 @dataclass
 class VarShareConfig(NetworkConfig):
     """``network=varshare``: every linear layer a :class:`VarShareLayer`."""

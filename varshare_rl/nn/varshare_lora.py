@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.initial import INITIAL_MU_STD, INITIAL_RHO, check_positive, linear_parameters
 from varshare_rl.nn.variational import VariationalLayer
@@ -16,6 +17,7 @@ from varshare_rl.ops.gaussian import drawn_product, random_signs, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear, low_rank_linear
 from varshare_rl.ops.task_weights import LowRankWeights
+from varshare_rl.registry import register
 
 
 class VarShareLoRALayer(VariationalLayer):
@@ -130,14 +132,17 @@ def _flipped(x: Tensor, mean: Tensor, delta: Tensor) -> Tensor:
     return torch.addcmul(torch.bmm(x, mean.transpose(1, 2)), perturbed, random_signs(perturbed))
 
 
+@register("network", "varshare_lora")
 @dataclass
 class VarShareLoRAConfig(NetworkConfig):
     """``network=varshare_lora``: every linear layer a :class:`VarShareLoRALayer`."""
 
     default_estimator: ClassVar[str | None] = "weight"
     name: str = "varshare_lora"
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = bounded(8, least=1)
+    "Rank of the residuals."
+    alpha: float | None = bounded(None, above=0)
+    "Numerator of the residuals' scale `alpha / rank`; null: the rank, so that the scale is 1."
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network of VarShare-LoRA layers for ``num_tasks`` tasks."""

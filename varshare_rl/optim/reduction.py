@@ -8,7 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.optim.aggregators import AggregatorName, GradientAggregator, GradientConfig, build_aggregator
+from varshare_rl.optim.aggregators import GradientAggregator
+from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.optim.jacobian import TaskGradients
 from varshare_rl.optim.optimizer import Role
 from varshare_rl.types import Tree
@@ -133,17 +134,17 @@ class JacobianReduction:
 
 
 def build_reduction(
-    method: AggregatorName, config: GradientConfig, num_tasks: int, trained: nn.Module, roles: Sequence[Role]
+    name: str, config: GradientConfig, num_tasks: int, trained: nn.Module, roles: Sequence[Role]
 ) -> Reduction:
-    """The reduction of a method; networks that share nothing need no more than the mean.
+    """The reduction by an aggregator; networks that share nothing need no more than the mean.
 
     ``softmax_temperature`` is made by the algorithm that has temperatures, as a :class:`TemperatureReduction`.
 
     Raises:
-        UserError: the method needs a package that is not installed.
+        UserError: there is no such aggregator, or it needs a package that is not installed.
     """
-    if method is AggregatorName.mean:
-        return MeanReduction()
-    aggregator = build_aggregator(method, config, num_tasks)
+    aggregator = config.build(name, num_tasks)
     shared = [role.parameter for role in roles if not role.own]
-    return JacobianReduction(TaskGradients(trained, shared), aggregator) if shared else MeanReduction()
+    if aggregator is None or not shared:
+        return MeanReduction()
+    return JacobianReduction(TaskGradients(trained, shared), aggregator)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
 from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
+from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.optim.jacobian import gradient_gram
 from varshare_rl.optim.optimizer import OptimizerConfig, ScheduledAdam, roles
 from varshare_rl.optim.reduction import MeanReduction, Reduction, TemperatureReduction, build_reduction
@@ -57,11 +57,10 @@ class LossStep:
         """Adam itself."""
         return self.scheduled.adam
 
-    def aggregate_by(self, method: AggregatorName, config: GradientConfig, num_tasks: int) -> None:
-        """Choose the reduction; ``softmax_temperature`` waits for :meth:`follow_temperature`."""
-        if method is not AggregatorName.softmax_temperature:
-            assert isinstance(self.trained, nn.Module)
-            self.reduction = build_reduction(method, config, num_tasks, self.trained, self.roles)
+    def aggregate_by(self, name: str, config: GradientConfig, num_tasks: int) -> None:
+        """Choose the reduction; ``softmax_temperature`` is the mean until :meth:`follow_temperature`."""
+        assert isinstance(self.trained, nn.Module)
+        self.reduction = build_reduction(name, config, num_tasks, self.trained, self.roles)
 
     def follow_temperature(self, log_temperature: Tensor) -> None:
         """Weigh the tasks by ``softmax(-log_temperature)``."""

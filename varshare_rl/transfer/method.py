@@ -91,10 +91,19 @@ class StorageCost:
 
 
 @dataclass
-class ContinualMethodConfig:
-    """Options that every method has."""
+class ContinualMethodConfig(ABC):
+    """Options that every method has, and what it says of itself before it is built."""
+
+    #: Whether every task trains the same parameters, so that an optimiser's moments can go on.
+    keeps_parameters: ClassVar[bool] = False
+    #: Whether a policy is a base that all tasks share with a low-rank correction of it.
+    low_rank: ClassVar[bool] = False
 
     name: str = "???"
+
+    @abstractmethod
+    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> ContinualMethod:
+        """The method for networks of a shape, after a pretrained agent if there is one."""
 
 
 class ContinualMethod(ABC):
@@ -114,10 +123,6 @@ class ContinualMethod(ABC):
 
     #: Whether :meth:`policy` is the same network for all tasks, so that a policy needs no task id.
     task_free: ClassVar[bool] = False
-    #: Whether every task trains the same parameters, so that an optimiser's moments can go on.
-    keeps_parameters: ClassVar[bool] = False
-    #: Whether :meth:`policy` is a base that all tasks share with a low-rank correction of it.
-    low_rank: ClassVar[bool] = False
 
     def __init__(self, config: Any, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
         self.config, self.shape, self.pretrained = config, shape, pretrained

@@ -22,7 +22,6 @@ class OneNetwork(ContinualMethod):
     """One network, trained on each task in turn, that acts in all of them."""
 
     task_free = True
-    keeps_parameters = True
 
     def __init__(self, config: Any, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
         super().__init__(config, shape, pretrained)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from varshare_rl.registry import register
 from varshare_rl.transfer.method import (
     ContinualMethod,
     ContinualMethodConfig,
@@ -29,12 +31,19 @@ class Start(Enum):
     scratch = "scratch"  # fresh weights
 
 
+@register("method", "copies")
 @dataclass
 class CopiesConfig(ContinualMethodConfig):
     """``method=copies``."""
 
+    keeps_parameters: ClassVar[bool] = True
     name: str = "copies"
     start: Start = Start.previous
+    "What a task's network starts from: that of the task before it, the base, or fresh weights."
+
+    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> Copies:
+        """The method."""
+        return Copies(self, shape, pretrained)
 
 
 class Copies(ContinualMethod):
@@ -43,8 +52,6 @@ class Copies(ContinualMethod):
     With ``start=scratch`` it is single-task learning, which forward transfer is measured against; with ``previous``
     it is fine-tuning that keeps every task's end.
     """
-
-    keeps_parameters = True
 
     def __init__(self, config: CopiesConfig, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
         super().__init__(config, shape, pretrained)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from varshare_rl.transfer.method import ContinualMethodConfig
+from varshare_rl.registry import register
+from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained
 from varshare_rl.transfer.one_network import OneNetwork
 
 
+@register("method", "finetune")
 @dataclass
 class FinetuneConfig(ContinualMethodConfig):
     """``method=finetune``."""
 
+    keeps_parameters: ClassVar[bool] = True
     name: str = "finetune"
+
+    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> Finetune:
+        """The method."""
+        return Finetune(self, shape, pretrained)
 
 
 class Finetune(OneNetwork):

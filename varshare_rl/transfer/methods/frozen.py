@@ -6,15 +6,21 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from varshare_rl.transfer.method import ContinualMethodConfig, frozen_eval
+from varshare_rl.registry import register
+from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, frozen_eval
 from varshare_rl.transfer.one_network import OneNetwork
 
 
+@register("method", "frozen")
 @dataclass
 class FrozenConfig(ContinualMethodConfig):
     """``method=frozen``."""
 
     name: str = "frozen"
+
+    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> Frozen:
+        """The method."""
+        return Frozen(self, shape, pretrained)
 
 
 class Frozen(OneNetwork):
@@ -23,8 +29,6 @@ class Frozen(OneNetwork):
     The lower bound on what a later task must be worth, and the upper bound on remembering. From the second task on
     (the first with a pretrained agent) no parameter of the network that :meth:`begin` gives requires a gradient.
     """
-
-    keeps_parameters = False
 
     def begin(self, task: int, similar: int | None = None) -> nn.Module:
         """The network, to be trained only on the first task."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter, adapter_scale
+from varshare_rl.fields import bounded
 from varshare_rl.nn.initial import check_positive
+from varshare_rl.registry import register
 from varshare_rl.transfer.low_rank import (
     FrozenBase,
     adapter_bytes,
@@ -38,21 +41,26 @@ class AdapterStart(Enum):
     similar = "similar"  # the adapter of the most similar earlier task; fresh without one
 
 
+@register("method", "lora")
 @dataclass
 class LoRAMethodConfig(ContinualMethodConfig):
-    """``method=lora``.
+    """``method=lora``."""
 
-    Attributes:
-        rank: of the adapters; alpha: numerator of their scale, ``rank`` unless given, which makes it 1.
-        rslora: scale ``alpha / sqrt(rank)`` (Kalajdzievski 2023) instead of ``alpha / rank``.
-        start: see :class:`AdapterStart`.
-    """
-
+    low_rank: ClassVar[bool] = True
     name: str = "lora"
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = bounded(8, least=1)
+    "Rank of the adapters."
+    alpha: float | None = bounded(None, above=0)
+    "Numerator of the adapters' scale; null: the rank."
     rslora: bool = False
+    "Scale `alpha / sqrt(rank)` (Kalajdzievski 2023) instead of `alpha / rank`."
     start: AdapterStart = AdapterStart.fresh
+    """What a task's adapter starts as: nothing, the mean of the earlier ones, or that of the task whose policy does
+    best."""
+
+    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> LoRAMethod:
+        """The method."""
+        return LoRAMethod(self, shape, pretrained)
 
 
 class LoRAMethod(ContinualMethod):
@@ -63,8 +71,6 @@ class LoRAMethod(ContinualMethod):
     are no biases per task: an adapter is what other programs read as one, and a constant can be had from the hidden
     units.
     """
-
-    low_rank = True
 
     def __init__(self, config: LoRAMethodConfig, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
         super().__init__(config, shape, pretrained)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.progressive import Columns
+from varshare_rl.registry import register
 from varshare_rl.transfer.method import (
     ContinualMethod,
     ContinualMethodConfig,
@@ -21,12 +23,18 @@ from varshare_rl.transfer.pretrained import pretrained_policy, pretrained_storag
 from varshare_rl.types import Tree
 
 
+@register("method", "pnn")
 @dataclass
 class PNNConfig(ContinualMethodConfig):
     """``method=pnn``."""
 
     name: str = "pnn"
-    lateral: int = 16  # size of the hidden layer of each layer's adapter
+    lateral: int = bounded(16, least=1)
+    "Width of the adapters between columns."
+
+    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> PNN:
+        """The method."""
+        return PNN(self, shape, pretrained)
 
 
 class PNN(ContinualMethod):

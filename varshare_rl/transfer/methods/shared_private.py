@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from varshare_rl.registry import register
 from varshare_rl.transfer.head import head_path, split_head
 from varshare_rl.transfer.method import (
     ContinualMethod,
@@ -21,11 +22,16 @@ from varshare_rl.transfer.pretrained import pretrained_policy, pretrained_storag
 from varshare_rl.types import Tree
 
 
+@register("method", "shared_private")
 @dataclass
 class SharedPrivateConfig(ContinualMethodConfig):
     """``method=shared_private``."""
 
     name: str = "shared_private"
+
+    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> SharedPrivate:
+        """The method."""
+        return SharedPrivate(self, shape, pretrained)
 
 
 class SharedPrivate(ContinualMethod):
