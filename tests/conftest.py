@@ -14,7 +14,6 @@ from hydra.core.config_store import ConfigStore
 
 from varshare_rl.cli import run_command
 from varshare_rl.commands import calibrate, evaluate, export, prune, report, train
-from varshare_rl.config import register_schemas
 from varshare_rl.continual import command as continual
 
 # Small matrices: a second thread costs more than it brings, and tests run side by side.
@@ -71,9 +70,7 @@ def command(
             return ended(report.main)
         if name == "continual":
             return ended(continual.command)
-        if name == "train":
-            register_schemas()
-        else:
+        if name != "train":
             ConfigStore.instance().store(name=f"{name}_schema", node=OPTIONS[name])
         return ended(lambda: run_command(name, COMMANDS[name]))
 

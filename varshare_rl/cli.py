@@ -25,7 +25,6 @@ from varshare_rl.config_checks import check_config
 from varshare_rl.errors import UserError
 from varshare_rl.registry import load_installed_plugins, load_plugins, registered, require_plugins
 
-
 #: Hydra without logs and folders of its own; files in ``configs`` say more of some commands.
 _QUIET = {"hydra": {"output_subdir": None, "run": {"dir": "."}}}
 

@@ -1,4 +1,4 @@
-"""What components refuse of one another, before anything is built. What one refuses of itself is in its own config."""
+"""Relations among components, checked before anything is built. Those within one are in its own config class."""
 
 from __future__ import annotations
 

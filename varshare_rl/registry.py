@@ -1,7 +1,7 @@
 """Components by group and name: each registers its config class in its own file, and nothing else lists them.
 
-A component is a dataclass of options with a method ``build``, under ``@register(<group>, <name>)``. Users choose it with
-``<group>=<name>``; where options are stored with their component, the class has a field ``name`` with that name.
+A component is a dataclass of options with a method ``build``, under ``@register(<group>, <name>)``, and is chosen
+with ``<group>=<name>``. Where options are stored with their component, the class has a field ``name`` with that name.
 """
 
 from __future__ import annotations

@@ -19,13 +19,12 @@ from experiments.bench.update import (
     hidden_sizes,
     rounds_of,
 )
-from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
+from varshare_rl.optim.gradient import TEMPERATURE, GradientConfig
 from varshare_rl.optim.jacobian import TaskGradients
+from varshare_rl.registry import registered
 
 SIZES = {"2 x 128": NARROW, "3 x 400": WIDE}
-METHODS = [
-    method for method in AggregatorName if method is not AggregatorName.softmax_temperature
-]  # which is SAC's
+METHODS = [name for name in registered("gradient") if name != TEMPERATURE]  # which is SAC's
 NAMES = ["shared", "varshare_lora"]
 #: PCGrad with a backward pass per task: what a network without recording layers costs.
 SLOW = "pcgrad, a pass per task"
@@ -46,10 +45,10 @@ def _ppo(network: str, size: str, method: str, setting: Setting) -> Round:
     options = GradientConfig()
     for step in (algorithm.actor_step, algorithm.critic_step):
         if method == SLOW:
-            step.aggregate_by(AggregatorName.pcgrad, options, TASKS)
+            step.aggregate_by("pcgrad", options, TASKS)
             step.reduction.gradients.__class__ = _OneByOne  # type: ignore[attr-defined]
         else:
-            step.aggregate_by(AggregatorName[method], options, TASKS)
+            step.aggregate_by(method, options, TASKS)
 
     def update() -> None:
         algorithm.rollout.position = algorithm.rollout.vector_steps  # the same rollout again
@@ -63,7 +62,7 @@ CONTENDERS: dict[str, Contender] = {
     f"{network} {size}, {method}": partial(_ppo, network, size, method)
     for network in NAMES
     for size in SIZES
-    for method in [*(method.value for method in METHODS), SLOW]
+    for method in [*METHODS, SLOW]
 }
 
 

@@ -20,8 +20,8 @@ from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import stochastic_layers
 from varshare_rl.nn.weight_sampler import Resample
-from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
 from varshare_rl.optim.elbo import DrawConfig
+from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.types import Transition
 
 ENVS = 4
@@ -254,7 +254,7 @@ def test_the_predicted_memory_has_draws_per_episode_and_gradients_per_task(horiz
     options = PPOConfig(rollout_transitions_per_task=10 * ENVS, epochs=1, minibatches=1)
     _, engine, learner = build(PointMassConfig(envs_per_task=ENVS, horizon=horizon), options, **elbo)
     for step in (learner.actor_step, learner.critic_step):
-        step.aggregate_by(AggregatorName.pcgrad, GradientConfig(), 8)
+        step.aggregate_by("pcgrad", GradientConfig(), 8)
     predicted, most = learner.memory_bytes(), 0
     obs = torch.from_numpy(engine.reset())
     for _ in range(4):

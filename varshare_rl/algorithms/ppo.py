@@ -61,8 +61,8 @@ class PPOConfig:
     normalize_observations: bool = True
     "Whether observations are normalised by running statistics of each task."
     reward_scale: RewardScale = RewardScale.return_std
-    """What rewards are divided by: `none`; `return_std`, the deviation of the task's return; `ars`, which multiplies
-    by the largest mean reward of a task over this task's own."""
+    """What rewards are divided by: nothing; the deviation of the task's return (`return_std`); or the task's mean
+    reward over the largest one of a task (`ars`)."""
     resets: int = bounded(0, least=0)
     "Times that networks start anew, spread evenly over the budget."
 

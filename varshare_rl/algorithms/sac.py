@@ -62,8 +62,8 @@ class SACConfig:
     normalize_observations: bool = False
     "Whether observations are normalised by running statistics of each task."
     reward_scale: RewardScale = RewardScale.none
-    """What rewards are divided by: `none`; `return_std`, the deviation of the task's return; `ars`, which multiplies
-    by the largest mean reward of a task over this task's own."""
+    """What rewards are divided by: nothing; the deviation of the task's return (`return_std`); or the task's mean
+    reward over the largest one of a task (`ars`)."""
     resets: int = bounded(0, least=0)
     "Times that networks start anew, spread evenly over the budget; the replay stays."
 

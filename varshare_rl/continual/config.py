@@ -55,9 +55,9 @@ class ContinualConfig(TrainConfig):
     method: Any = MISSING
     "How the policy's network goes from task to task: `method=<name>`, with options of its own."
     pretrained: str | None = None
-    """`from=` on the command line: a run folder of `network=varshare_lora`, `lora` or `l2_soft` to go on from. Its shared
-    weights are the base and its tasks the old ones (one that is learnt again is `<task> (2)`); `network`, `critic`,
-    whether observations are normalised and `initial_log_std` are as there."""
+    """`from=` on the command line: a run folder of `network=varshare_lora`, `lora` or `l2_soft` to go on from. Its
+    shared weights are the base and its tasks the old ones (one that is learnt again is `<task> (2)`); `network`,
+    `critic`, whether observations are normalised and `initial_log_std` are as there."""
     repeats: int = bounded(1, least=1)
     "Times that the tasks come round."
     carry: CarryConfig = field(default_factory=CarryConfig)

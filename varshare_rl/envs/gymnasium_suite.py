@@ -17,13 +17,13 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Discrete
 
-from varshare_rl.registry import register
-from varshare_rl.fields import bounded
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.slots import Array, Episode
 from varshare_rl.envs.suite import BoolArray
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 #: One step of one environment, roughly.
 _STEP_SECONDS = 5e-5

@@ -12,13 +12,13 @@ from typing import Any
 import gymnasium
 from gymnasium.spaces import Box, Discrete
 
-from varshare_rl.registry import register
-from varshare_rl.fields import bounded
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumFactory, GymnasiumSuite
 from varshare_rl.envs.slots import Array, Episode, TaskEnv
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 SOLVED_RETURN = 200.0
 #: One step of one environment, roughly.

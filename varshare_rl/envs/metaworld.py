@@ -22,8 +22,6 @@ from gymnasium.spaces import Box, Discrete
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.types import Task
 
-from varshare_rl.registry import register
-from varshare_rl.fields import bounded
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.metaworld_costs import STEP_MICROSECONDS
 from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
@@ -32,6 +30,8 @@ from varshare_rl.envs.slots import Array, Episode, TaskEnv
 from varshare_rl.envs.suite import BoolArray
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 _OBSERVATION_SIZE = 39
 _ACTION_SIZE = 4

@@ -26,10 +26,10 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.spaces import Box, Discrete
 
-from varshare_rl.registry import register
-from varshare_rl.fields import bounded
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 TIME_STEP = 0.1  # seconds
 FORCE = 2.0  # newtons for an action of 1

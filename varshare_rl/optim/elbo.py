@@ -58,8 +58,8 @@ class ElboConfig:
     kl_weight: float = bounded(0.01, least=0)
     "Weight of the divergence."
     normalization: KLNormalization = KLNormalization.data
-    """What divides a task's divergence: `data`, the transitions that its loss averages over, with which a weight of 1
-    is the plain ELBO; `parameters`, those of its posterior; `none`."""
+    """What divides a task's divergence: the transitions that its loss averages over, so that a weight of 1 is the
+    plain ELBO (`data`); the parameters of its posterior; or nothing."""
     prior_scale: float = bounded(1.0, above=0)
     "Standard deviation of the prior."
     temperature: float = bounded(1.0, least=0)

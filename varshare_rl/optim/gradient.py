@@ -1,4 +1,4 @@
-"""The options of ``gradient``: how the tasks' losses become one gradient, by the names of registered aggregators."""
+"""The options of ``gradient``: which registered aggregators make one gradient of the tasks' losses."""
 
 from __future__ import annotations
 

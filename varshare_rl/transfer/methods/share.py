@@ -57,7 +57,7 @@ class Learn(Enum):
 @register("method", "share")
 @dataclass
 class ShareMethodConfig(ContinualMethodConfig):
-    """``method=share``. Without a rule for ``k`` the basis has ``k.max_error=0.01``; ``basis.method=paper`` has its own."""
+    """``method=share``. Without a rule for ``k`` it is ``k.max_error=0.01``; ``basis.method=paper`` has its own."""
 
     low_rank: ClassVar[bool] = True
     name: str = "share"
@@ -70,7 +70,7 @@ class ShareMethodConfig(ContinualMethodConfig):
     initial_tasks: int = bounded(4, least=0)
     "Tasks with an adapter that come before the basis is learnt in; those of `from=` count."
     learn: Learn = Learn.directions
-    "What a task trains in the basis: temporary directions and coefficients, merged afterwards; or coefficients alone."
+    "What a task trains in the basis: temporary directions too, which are merged afterwards, or coefficients alone."
     basis: ShareConfig = field(default_factory=ShareConfig)
     "How adapters are merged."
     merge: Merge = Merge.needed
@@ -110,8 +110,8 @@ class ShareMethodConfig(ContinualMethodConfig):
             )
         if self.variational and basis.keep_originals:
             raise UserError(
-                f"{prefix}variational=true and {prefix}basis.keep_originals=true are both given, but posteriors are "
-                "not kept through merges from originals; leave one out"
+                f"{prefix}variational=true and {prefix}basis.keep_originals=true are both given, but posteriors "
+                "are not kept through merges from originals; leave one out"
             )
         if self.variational and self.p is not None and self.p < self.rank:
             raise UserError(
@@ -121,7 +121,8 @@ class ShareMethodConfig(ContinualMethodConfig):
         if by_error and (basis.method is BasisMethod.paper or (basis.p is not None and basis.p < self.rank)):
             cause = "method=paper" if basis.method is BasisMethod.paper else f"p={basis.p}"
             raise UserError(
-                f"{prefix}basis.{cause} cannot promise a max_error; give {prefix}basis.k.explained or k.fixed instead"
+                f"{prefix}basis.{cause} cannot promise a max_error; give {prefix}basis.k.explained or k.fixed "
+                "instead"
             )
 
     def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> ShareMethod:

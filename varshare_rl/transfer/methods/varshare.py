@@ -62,8 +62,8 @@ class PosteriorStart(Enum):
 @register("method", "varshare")
 @dataclass
 class VarShareMethodConfig(ContinualMethodConfig):
-    """``method=varshare``. Earlier posteriors are narrow priors, and under ``previous`` they hold a little tighter with
-    every task, so the weight of the divergence is less than ``elbo.kl_weight``."""
+    """``method=varshare``. Earlier posteriors are narrow priors, and under ``previous`` they hold a little tighter
+    with every task, so the weight of the divergence is less than ``elbo.kl_weight``."""
 
     low_rank: ClassVar[bool] = True
     name: str = "varshare"
@@ -72,10 +72,10 @@ class VarShareMethodConfig(ContinualMethodConfig):
     alpha: float | None = bounded(None, above=0)
     "Numerator of the adapters' scale; null: the rank."
     prior: PriorFrom = PriorFrom.previous
-    "Prior of a new task: the posterior of the task before, `pooled` over all, or `standard`, as without earlier ones."
+    "Prior of a new task: the posterior of the task before, `pooled` over all, or `standard` as for the first one."
     start: PosteriorStart = PosteriorStart.prior
-    """What a task's posterior starts as: the base with little noise, the mean of the prior, or the posterior of the task
-    whose policy does best."""
+    """What a task's posterior starts as: the base with little noise, the mean of the prior, or the posterior of the
+    task whose policy does best."""
     prior_scale: float = bounded(1.0, above=0)
     "Standard deviation of the standard prior."
     kl_weight: float = bounded(0.001, least=0)

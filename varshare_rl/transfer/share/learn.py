@@ -25,8 +25,8 @@ class LearnConfig:
     p: int | None = bounded(None, least=1)
     "Columns of the coefficients; null: the largest rank among the basis's tasks."
     phi: int | None = bounded(None, least=1)
-    """Temporary directions, at most a quarter of `k`; null: coefficients only. A layer with a small `k` takes a quarter
-    of its own, and one at least."""
+    """Temporary directions, at most a quarter of `k`; null: coefficients only. A layer with a small `k` takes a
+    quarter of its own, and one at least."""
     variational: bool = False
     "Coefficients with Gaussian posteriors, whose prior comes from the basis's tasks."
     prior_scale: float = bounded(1.0, above=0)
