@@ -17,6 +17,7 @@ from varshare_rl.ops.gaussian import prior_nats, product_sigma, random_signs, so
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear
 from varshare_rl.ops.task_weights import FullRankWeights
+from varshare_rl.registry import register
 
 
 class VarShareLayer(VariationalLayer):
@@ -126,6 +127,7 @@ class VarShareLayer(VariationalLayer):
         return (variance * x.square()).sum(-1)
 
 
+@register("network", "varshare")
 @dataclass
 class VarShareConfig(NetworkConfig):
     """``network=varshare``: every linear layer a :class:`VarShareLayer`."""
