@@ -265,7 +265,10 @@ class ObjectSuite(MakerSuite):
         config.spaces = [task.to_dict() for task in self.descriptions]
 
 
-_NO_MAKERS = "the environments of this suite are Python objects: give them, vs.load(folder, envs={task: make, ...})"
+_NO_MAKERS = (
+    "the environments of this suite are Python objects; give what makes them in Python: "
+    "vs.train(envs={task: make, ...}) or vs.load(folder, envs={...})"
+)
 
 
 def _no_maker() -> gymnasium.Env[Any, Any]:
