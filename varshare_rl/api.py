@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import hydra
 import numpy as np
 import torch
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from varshare_rl.adapters.policy import TaskPolicy
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent
-from varshare_rl.cli import _explain, config_folder
+from varshare_rl.cli import compose
 from varshare_rl.commands.evaluate import EvaluateConfig, evaluate_agent
 from varshare_rl.commands.export import Format, agent_policy, check_format, export, task_index
 from varshare_rl.commands.report_sharing import agent_sharing
 from varshare_rl.commands.train import run_config
-from varshare_rl.config import Device, TrainConfig, load_config, register_schemas
-from varshare_rl.envs.objects import Maker, ObjectsConfig
+from varshare_rl.config import Device, TrainConfig, load_config
+from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.envs.spaces import to_native_action, to_policy_observation
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
@@ -44,6 +37,8 @@ from varshare_rl.run.loop import Interrupted
 GROUPS = {
     "env", "algorithm", "network", "critic", "gradient", "elbo/schedule", "elbo/prior", "experiment", "tuned",
 }  # fmt: skip
+#: Words that mean something else where they are not in quotes.
+NOT_WORDS = {"true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
 
 
 def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: Any) -> Agent:
@@ -52,7 +47,7 @@ def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: A
     ``train("mt10", "elbo.kl_weight=0.1", algorithm="sac", network={"hidden": [400, 400]})``
 
     Args:
-        arguments: the name of an environment, and overrides as on the command line.
+        arguments: the name of an environment first, if any, and overrides as on the command line.
         envs: environments of your own in place of a name: by task, what makes a new ``gymnasium.Env``.
         options: overrides by keyword, a mapping for those below. A component is chosen by its name, or by
             ``name`` in a mapping with its options: ``elbo={"schedule": {"name": "ramp", "late": 0.1}}``.
@@ -61,18 +56,19 @@ def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: A
         UserError: the line that the command would print.
         KeyboardInterrupt: training was interrupted; all is saved, and ``resume=<folder>`` goes on.
     """
-    overrides = [item if "=" in item else f"env={item}" for item in arguments] + to_overrides(options)
+    overrides = [*arguments, *to_overrides(options)]
+    if arguments and "=" not in arguments[0]:
+        overrides[0] = f"env={arguments[0]}"
     if envs is not None and "resume" not in options:
         named = [item for item in overrides if item.startswith("env=")]
         if named:
             raise UserError(f"{named[0]} and envs are both given; give the name of environments, or your own")
         overrides.insert(0, f"env={ObjectsConfig.name}")
-    with one_line_errors():
-        config = cast(TrainConfig, OmegaConf.to_object(compose("train", overrides)))
-        try:
-            run_dir = run_config(config, overrides, envs)
-        except Interrupted as stop:
-            raise KeyboardInterrupt(str(stop)) from None
+    config = compose("train", overrides)
+    try:
+        run_dir = run_config(config, overrides, envs)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(str(stop)) from None
     return load(run_dir, envs=envs, device=config.device)
 
 
@@ -96,7 +92,7 @@ def load(
     """
     folder = Path(run_dir)
     chosen = choice(Device, "device", device)
-    if envs is not None and not isinstance(load_config(folder / "config.yaml").env, ObjectsConfig):
+    if envs is not None and load_config(folder / "config.yaml").env.name != ObjectsConfig.name:
         raise UserError(f"{folder} was trained in environments that have a name; leave envs out")
     return Agent(load_agent(folder, checkpoint, chosen, envs), folder)
 
@@ -247,8 +243,11 @@ def literal(value: Any) -> str:
         return "{" + ",".join(f"{name}:{literal(entry)}" for name, entry in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(literal(entry) for entry in value) + "]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text.lower() not in NOT_WORDS:
+        return text
     # In quotes a quote has a backslash, and so have backslashes before one.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value)) + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def choice(kind: type[Any], name: str, value: Any) -> Any:
@@ -257,27 +256,3 @@ def choice(kind: type[Any], name: str, value: Any) -> Any:
         return kind(value)
     except ValueError as error:
         raise UserError(f"{name} is {value!r}; choose {', '.join(str(member.value) for member in kind)}") from error
-
-
-def compose(command: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose the configuration of a command; Hydra's global state is as before afterwards."""
-    register_schemas()
-    ConfigStore.instance().store(group="env", name=ObjectsConfig.name, node=ObjectsConfig, package="env")
-    before = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return hydra.compose(command, overrides=list(overrides))
-    except ValueError as error:  # a group chosen by what is not a name, such as env=true
-        raise UserError(f"{error}; a group such as env or gradient takes a name") from error
-    finally:
-        GlobalHydra.instance().hydra = before
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Raise what the user got wrong in the configuration as UserError."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from error

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from varshare_rl.assemble import TrainedAgent, load_agent, parameter_count, run_provenance
@@ -39,13 +38,18 @@ Tasks = Mapping[str, Mapping[str, float | None]]
 
 @dataclass
 class EvaluateConfig:
-    """Which run, which of its checkpoints (``last`` or ``best``), and how many episodes per task."""
+    """Options of ``evaluate``."""
 
     run: str = MISSING
+    "Folder of the run, also that of a sequence of tasks."
     episodes: int = bounded(50, least=1)
+    "Episodes of every task."
     checkpoint: str = "last"
+    "Checkpoint of the run: `last` or `best`."
     device: Device = Device.auto
-    seed: int | None = None  # of the starts; the run's own unless given
+    "Device to compute on; `auto` takes CUDA if there is any."
+    seed: int | None = bounded(None, least=0)
+    "Seed of the episodes' starts; null: the run's own."
 
 
 def main(composed: DictConfig) -> None:
@@ -106,5 +110,4 @@ def _of_evaluation(episodes: int, seed: int, checkpoint: Path) -> dict[str, Any]
 
 def command() -> None:
     """Run the command line."""
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
-    run_command("evaluate", main)
+    run_command("evaluate", main, EvaluateConfig)

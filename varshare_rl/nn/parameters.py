@@ -98,7 +98,7 @@ def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def rho_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The ``rho`` of all posteriors in ``module``: what their means do without."""
+    """The ``rho`` of all posteriors in ``module``, which their means do without."""
     return [
         layer.get_parameter(name) for layer in module.modules() for name in getattr(layer, "rho_parameters", ())
     ]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.layer import TaskLayer, TaskModule, check_positive
 from varshare_rl.nn.stochastic import GaussianFactors, RowNoise, WeightNoise
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
-from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
+from varshare_rl.ops.gaussian import inverse_softplus, posterior_kl, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.task_weights import TaskWeights
 
@@ -84,6 +84,11 @@ class VariationalLayer(GaussianFactors, TaskLayer):
     def prior_scale(self) -> Tensor:
         """Standard deviation of each task's prior, ``[T]``."""
         return self.log_prior_scale.exp()
+
+    @property
+    def prior_rho(self) -> Tensor:
+        """``rho`` of the prior, ``[T, 1, 1]``."""
+        return inverse_softplus(self.prior_scale.double()).to(self.prior_scale.dtype).view(-1, 1, 1)
 
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """Apply each row's own task's weights.
