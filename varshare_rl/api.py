@@ -25,7 +25,7 @@ from varshare_rl.commands.export import Format, agent_policy, check_format, expo
 from varshare_rl.commands.report_sharing import agent_sharing
 from varshare_rl.commands.train import run_config
 from varshare_rl.config import Device, TrainConfig, load_config
-from varshare_rl.envs.objects import ObjectsConfig
+from varshare_rl.envs.objects import Maker, ObjectsConfig
 from varshare_rl.envs.spaces import to_native_action, to_policy_observation
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
