@@ -16,7 +16,9 @@ from varshare_rl.config_checks import check_config
 from varshare_rl.envs.suite import Suite, VectorEngine
 from varshare_rl.nn import VarShareLoRAConfig
 from varshare_rl.nn.critic import CriticConfig
-from varshare_rl.nn.stochastic import WeightNoise, stochastic_layers
+from varshare_rl.nn.stochastic import WeightNoise
+from varshare_rl.nn.variational import stochastic_layers
+from varshare_rl.optim.aggregators import GradientConfig
 from varshare_rl.optim.elbo import ElboConfig
 from varshare_rl.types import Transition
 
@@ -64,12 +66,19 @@ def hold_noise(module: nn.Module) -> None:
 
 
 def build(
-    env: Any, algorithm: Any, network: Any = None, seed: int = 0, critic: CriticConfig | None = None, **elbo: Any
+    env: Any,
+    algorithm: Any,
+    network: Any = None,
+    seed: int = 0,
+    critic: CriticConfig | None = None,
+    gradient: GradientConfig | None = None,
+    **elbo: Any,
 ) -> tuple[Suite, VectorEngine, Any]:
     """A suite, a training engine of it and a fresh algorithm, from the components' options."""
     torch.manual_seed(seed)
     network = network or VarShareLoRAConfig(hidden=[16])
     config = TrainConfig(env, algorithm, network, ElboConfig(**elbo), critic or CriticConfig())
+    config.gradient = gradient or config.gradient
     check_config(config)
     suite = build_suite(config)
     learner = build_algorithm(config, suite, torch.device("cpu"))

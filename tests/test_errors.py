@@ -234,7 +234,7 @@ def test_evaluate_explains_in_one_line(
     [
         ((), "sharing"),
         (("run=runs/nowhere",), "unknown report 'run=runs/nowhere'"),
-        (("winners", "run=."), "unknown report 'winners'; there is sharing"),
+        (("winners", "run=."), "unknown report 'winners'; there is continual, sharing"),
         (("sharing",), "run="),
         (("sharing", "run=runs/nowhere"), "runs/nowhere"),
         (("sharing", "run=."), "config.yaml"),

@@ -40,8 +40,8 @@ def export(command: Command, *options: str) -> str:
 def observations_and_actions(agent: TrainedAgent, task: str) -> tuple[Tensor, Tensor]:
     """Raw observations ``[32, F]`` and what the agent does in evaluation."""
     index = list(agent.suite.task_names).index(task)
-    problem = agent.algorithm.problem  # type: ignore[attr-defined]
-    obs = torch.randn(problem.num_tasks, 32, problem.obs_size)
+    spec = agent.algorithm.spec  # type: ignore[attr-defined]
+    obs = torch.randn(spec.num_tasks, 32, spec.obs_size)
     return obs[index], agent.algorithm.evaluation_policy(32).act(obs)[index]
 
 

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from varshare_rl.adapters import apply_lora, read_adapter
 from varshare_rl.config import Device
-from varshare_rl.continual.learner import SequenceRun
-from varshare_rl.continual.loading import load_sequence
+from varshare_rl.continual.sequence import SequenceRun, load_sequence
 from varshare_rl.nn.merge import merged
 from varshare_rl.nn.plain import read_network
 from varshare_rl.registry import registered
@@ -55,8 +54,8 @@ def test_every_learnt_task_of_a_sequence_is_exported_as_it_is_acted(command: Com
     sequence = learn(command, f"method={method}", *settings)
     obs = torch.randn(32, 4)
     every = []
-    for task, place in enumerate(sequence.places):
-        export(command, f"task={place.name}", "format=torch", f"out={task}")
+    for task, entry in enumerate(sequence.tasks):
+        export(command, f"task={entry.name}", "format=torch", f"out={task}")
         every.append(read_network(str(task))(obs))
         torch.testing.assert_close(every[task], acted(sequence, task, obs), rtol=0, atol=2e-6)
     same = method == "frozen"  # which learns no statistics either
@@ -79,8 +78,8 @@ def test_choices_and_tasks_that_come_round_again_are_exported(command: Command) 
     outcome = command("continual", *TINY, *TINY_ALGORITHM["ppo"], *settings, NORMAL, "run_dir=run")
     assert outcome.code == 0, outcome.err
     sequence = load_sequence(Path("run"), "last", Device.cpu)[0]
-    task = len(sequence.places) // 2
-    name = sequence.places[task].name
+    task = len(sequence.tasks) // 2
+    name = sequence.tasks[task].name
     assert name.endswith(" (2)")
     export(command, f"task='{name}'", "format=torch")
     (files,) = Path("run/export").iterdir()

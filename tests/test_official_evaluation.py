@@ -10,8 +10,7 @@ from helpers import build
 from metaworld.evaluation import evaluation
 
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
-from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
-from varshare_rl.envs.metaworld_official import official_envs
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite, official_envs
 from varshare_rl.nn import VarShareLoRAConfig, VarShareLoRALayer
 from varshare_rl.run.evaluation import evaluate
 

@@ -1,1 +1,23 @@
+"""Multi-task reinforcement learning with shared weights and stochastic low-rank residuals per task.
+
+``train`` and ``load`` give an ``Agent``; ``UserError`` is what the user got wrong, in one line. All but the latter
+are imported when they are first used, so that ``import varshare_rl`` stays light: workers that step environments
+import this package and need no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from varshare_rl.errors import UserError
+
+if TYPE_CHECKING:
+    from varshare_rl.api import Agent, load, train
+
+__all__ = ["Agent", "UserError", "__version__", "load", "train"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Agent", "load", "train"):
+        return getattr(import_module("varshare_rl.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

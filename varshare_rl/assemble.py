@@ -1,9 +1,9 @@
-"""Assembles a run from its configuration."""
+"""Assemble a run from its configuration."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,15 @@ from torch import nn
 
 from varshare_rl.algorithms.base import AgentContext, Algorithm, NetworkFactory, Regularizer, TaskSpec
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
+from varshare_rl.envs.objects import Maker
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.files import make_run_dir
-from varshare_rl.nn.capacity import match_width, with_width
-from varshare_rl.nn.config import Architecture, Blocks
-from varshare_rl.nn.mlp import BroNet
-from varshare_rl.nn.parameters import ParameterCount, count_parameters
-from varshare_rl.nn.posteriors import posterior_layers
-from varshare_rl.nn.stochastic import stochastic_layers
-from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.nn.config import Blocks, NetworkConfig
+from varshare_rl.nn.layer import posterior_layers
+from varshare_rl.nn.mlp import ACTIVATIONS, BroNet
+from varshare_rl.nn.parameters import ParameterCount, count_parameters, match_width, with_width
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.kl_schedules import BandConfig
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -53,9 +52,13 @@ def prepare_process(seed: int, precision: MatmulPrecision) -> None:
     backend.matmul.fp32_precision = "bf16" if precision is MatmulPrecision.bf16 else "ieee"
 
 
-def build_suite(config: TrainConfig) -> Suite:
-    """The suite of ``config.env``. Raises UserError for an impossible choice."""
-    suite: Suite = config.env.build()
+def build_suite(config: TrainConfig, makers: Mapping[str, Maker] | None = None) -> Suite:
+    """Build the suite of ``config.env``; ``makers`` make its environments where these are Python objects.
+
+    Raises:
+        UserError: an impossible choice.
+    """
+    suite: Suite = config.env.build() if makers is None else config.env.build(makers)
     return suite
 
 
@@ -75,7 +78,7 @@ def build_algorithm(
     ``config``, so that they are in whatever is made of it later, ``config.yaml`` first of all.
     """
     spec = build_task_spec(suite, config.env.envs_per_task, device)
-    architecture = cast(Architecture, config.network)
+    architecture = cast(NetworkConfig, config.network)
     for part, activation in (("network", architecture.activation), ("critic", config.critic.activation)):
         if activation is not None and activation not in ACTIVATIONS:
             allowed = ", ".join(ACTIVATIONS)
@@ -108,7 +111,7 @@ def build_algorithm(
     return algorithm
 
 
-def network_factory(config: TrainConfig, architecture: Architecture, num_tasks: int) -> NetworkFactory:
+def network_factory(config: TrainConfig, architecture: NetworkConfig, num_tasks: int) -> NetworkFactory:
     """Makes networks of an architecture. The factory raises UserError for blocks that it does not have."""
     posterior = config.elbo.posterior()
 
@@ -124,7 +127,7 @@ def network_factory(config: TrainConfig, architecture: Architecture, num_tasks: 
     return make_network
 
 
-def matched_hidden(config: TrainConfig, architecture: Architecture, spec: TaskSpec) -> list[int]:
+def matched_hidden(config: TrainConfig, architecture: NetworkConfig, spec: TaskSpec) -> list[int]:
     """Sizes of the hidden layers that give the whole agent ``network.active_parameters`` per task.
 
     Which networks the algorithm trains is found by letting it build the narrowest ones, on the CPU and without
@@ -132,11 +135,11 @@ def matched_hidden(config: TrainConfig, architecture: Architecture, spec: TaskSp
     """
     narrowest = with_width(architecture, architecture.least_width())
     posterior = config.elbo.posterior()
-    made: list[tuple[nn.Module, Callable[[Architecture], nn.Module]]] = []  # and how to make it in another width
+    made: list[tuple[nn.Module, Callable[[NetworkConfig], nn.Module]]] = []  # and how to make it in another width
 
-    def record(adapt: Callable[[Architecture], Architecture]) -> NetworkFactory:
+    def record(adapt: Callable[[NetworkConfig], NetworkConfig]) -> NetworkFactory:
         def make_network(in_features: int, out_features: int) -> nn.Module:
-            def make(candidate: Architecture) -> nn.Module:
+            def make(candidate: NetworkConfig) -> nn.Module:
                 return adapt(candidate).build(in_features, out_features, spec.num_tasks, posterior)
 
             made.append((make(narrowest), make))
@@ -186,8 +189,8 @@ class TrainedAgent:
     state: Tree  # of the checkpoint: counters, and the algorithm's own
 
 
-def load_agent(run_dir: Path, kind: str, device: Device) -> TrainedAgent:
-    """The policy in the newest checkpoint of a ``kind`` (last or best) of a run.
+def load_agent(run_dir: Path, kind: str, device: Device, makers: Mapping[str, Maker] | None = None) -> TrainedAgent:
+    """Load the policy in the newest checkpoint of a ``kind`` (last or best) of a run; see :func:`build_suite`.
 
     Raises:
         UserError: there is no such run or checkpoint, or this version cannot read it.
@@ -199,7 +202,7 @@ def load_agent(run_dir: Path, kind: str, device: Device) -> TrainedAgent:
     state = load_checkpoint(checkpoint)
     chosen = choose_device(device)
     prepare_process(config.seed, config.matmul_precision)
-    suite = build_suite(config)
+    suite = build_suite(config, makers)
     algorithm = build_algorithm(config, suite, chosen)
     algorithm.load_policy_state(state["algorithm"])
     return TrainedAgent(config, suite, algorithm, chosen, checkpoint, state)

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -23,17 +24,17 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from varshare_rl.config import TrainConfig, config_folder, register_schemas
 from varshare_rl.config_checks import check_config
 from varshare_rl.errors import UserError
-from varshare_rl.registry import load_installed_plugins, load_plugins, registered, require_plugins
+from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
 
-#: Hydra without logs and folders of its own; files in ``configs`` say more of some commands.
-_QUIET = {"hydra": {"output_subdir": None, "run": {"dir": "."}}}
+#: Hydra without logs and folders of its own.
+_SILENT = [{f"override hydra/{log}": "disabled"} for log in ("job_logging", "hydra_logging")]
+_NO_FOLDERS = {"hydra": {"output_subdir": None, "run": {"dir": "."}}}
 
 
-def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
+def run_command(name: str, main: Callable[[DictConfig], None], schema: type | None = None) -> None:
     """Compose the configuration of a command with the command line and call ``main`` with it.
 
-    It is ``configs/<name>.yaml``, or the schema ``<name>_schema`` alone. What the user got wrong is one line on
-    stderr and exit code 2.
+    It is ``configs/<name>.yaml``, or the ``schema`` alone. User errors are one line on stderr and exit code 2.
     """
     composing = True
     given: list[str] = []
@@ -47,7 +48,7 @@ def run_command(name: str, main: Callable[[DictConfig], None]) -> None:
 
     with errors_in_one_line():
         given = take_plugins()
-        sys.argv[1:] = prepare(name, sys.argv[1:])
+        sys.argv[1:] = prepare(name, sys.argv[1:], schema)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
         try:
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
@@ -68,6 +69,8 @@ def compose(command: str, overrides: Sequence[str], plugins: Sequence[str] = ())
     given = list(dict.fromkeys([*plugins, *given]))
     load_plugins(given)
     overrides = prepare(command, overrides)
+    before = GlobalHydra.instance().hydra  # of a job that calls this
+    GlobalHydra.instance().clear()
     try:
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
             composed = hydra.compose(command, overrides=overrides)
@@ -79,23 +82,27 @@ def compose(command: str, overrides: Sequence[str], plugins: Sequence[str] = ())
         raise
     except ValueError as error:
         raise _group_error(error) from error
+    finally:
+        GlobalHydra.instance().hydra = before
     if getattr(config, "resume", None) is None:
         check_config(cast(TrainConfig, config))
     return config
 
 
-def prepare(command: str, overrides: Sequence[str]) -> list[str]:
-    """Make the schemas of a command known to Hydra; returns the overrides with options in their Python names."""
-    if not (config_folder() / f"{command}.yaml").is_file():
-        quiet = [{f"override hydra/{log}": "disabled"} for log in ("job_logging", "hydra_logging")]
-        node = {"defaults": [f"{command}_schema", "_self_", *quiet], **_QUIET}
-        ConfigStore.instance().store(name=command, node=node)
-    schema = registered("command").get(command)
-    if schema is None:
+def prepare(command: str, overrides: Sequence[str], schema: type | None = None) -> list[str]:
+    """Make what a command is composed of known to Hydra; returns the overrides with options in their Python names.
+
+    A command with a ``schema`` of its own has nothing to choose and no file in ``configs``.
+    """
+    if schema is not None:
+        store = ConfigStore.instance()
+        store.store(name=f"{command}_schema", node=schema)
+        store.store(name=command, node={"defaults": [f"{command}_schema", "_self_", *_SILENT], **_NO_FOLDERS})
         return list(overrides)
     register_schemas(command)
+    aliases = lookup("command", command).aliases
     names = [item.partition("=") for item in overrides]
-    return [schema.aliases.get(name, name) + equals + value for name, equals, value in names]
+    return [aliases.get(name, name) + equals + value for name, equals, value in names]
 
 
 def take_plugins() -> list[str]:

@@ -34,6 +34,9 @@ FORMER_KEYS = {
 }
 
 
+_stored: dict[tuple[str, str], Any] = {}
+
+
 class MatmulPrecision(Enum):
     """Large matrix products on a CPU: float32, or factors rounded to bfloat16 and sums in float32."""
 
@@ -42,7 +45,7 @@ class MatmulPrecision(Enum):
 
 
 class Device(Enum):
-    """Where to compute; ``auto`` takes CUDA if there is any."""
+    """Device to compute on; ``auto`` takes CUDA if there is any."""
 
     auto = "auto"
     cpu = "cpu"
@@ -100,13 +103,13 @@ class TrainConfig:
     algorithm: Any = MISSING
     "The algorithm: `algorithm=<name>`, with options of its own."
     network: Any = MISSING
-    "What layers the networks have: `network=<name>`, with options of its own."
+    "The layers of the networks: `network=<name>`, with options of its own."
     elbo: ElboConfig = field(default_factory=ElboConfig)
     "The posteriors' divergence, priors and draws."
     critic: CriticConfig = field(default_factory=CriticConfig)
     "Critics: `critic=<name>` chooses settings together."
     gradient: GradientConfig = field(default_factory=lambda: gradient_schema()())
-    "How losses per task become one gradient: `gradient=<name>`."
+    "Aggregation of the losses per task to one gradient: `gradient=<name>`."
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     "Rates, decay and schedule of the optimisers."
     divergence_guard: DivergenceGuardConfig = field(default_factory=DivergenceGuardConfig)
@@ -116,7 +119,7 @@ class TrainConfig:
     seed: int = bounded(0, least=0, most=2**32 - 1)
     "Seed of everything random."
     device: Device = Device.auto
-    "Where to compute; `auto` takes CUDA if there is any."
+    "Device to compute on; `auto` takes CUDA if there is any."
     run_dir: str | None = None
     "The run folder; null: `runs/<suite>_<algorithm>_<network>_s<seed>_<time>`."
     resume: str | None = None
@@ -134,7 +137,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     "Metrics."
     observe: ObserveConfig = field(default_factory=ObserveConfig)
-    "Observations of what the tasks share."
+    "Observations of the sharing among tasks."
 
 
 AnyConfig = TypeVar("AnyConfig", bound=TrainConfig)
@@ -156,17 +159,26 @@ def config_folder() -> Path:
 
 def register_schemas(command: str) -> None:
     """Make the components of a command known to Hydra, as ``<group>/<name>`` and, to extend, ``<name>_schema``."""
-    store = ConfigStore.instance()
     schema: type[TrainConfig] = lookup("command", command)
-    store.store(name=f"{command}_schema", node=blank_config(schema))
+    ConfigStore.instance().store(name=f"{command}_schema", node=blank_config(schema))
     for group in schema.groups:
         for name, node in registered(group).items():
-            beside = (config_folder() / group / f"{name}.yaml").is_file()  # a file that extends it has its name
-            for stored in (f"{name}_schema",) if beside else (f"{name}_schema", name):
-                store.store(group=group, name=stored, node=node, package=group.replace("/", "."))
-    store.store(group="critic", name="default", node=CriticConfig, package="critic")
+            _store(group, name, node)
+    _store("critic", "default", CriticConfig)
+    store = ConfigStore.instance()
     for name in registered("gradient"):
         store.store(group="gradient", name=name, node={"actor": name, "critic": name}, package="gradient")
+
+
+def _store(group: str, name: str, node: Any) -> None:
+    """Make a component known to Hydra, unless it is."""
+    if _stored.get((group, name)) is node:
+        return
+    store, package = ConfigStore.instance(), group.replace("/", ".")
+    store.store(group=group, name=f"{name}_schema", node=node, package=package)
+    if not (config_folder() / group / f"{name}.yaml").is_file():  # which extends it under its name
+        store.store(group=group, name=name, node=node, package=package)
+    _stored[group, name] = node
 
 
 def load_config(path: Path) -> TrainConfig:

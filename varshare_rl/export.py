@@ -1,6 +1,6 @@
 """Write a task's policy for others: ``python -m varshare_rl.export run=runs/<folder> task=<name> format=torch``."""
 
-from varshare_rl.commands.export import command
+from varshare_rl.entry import start
 
 if __name__ == "__main__":
-    command()
+    start("export")

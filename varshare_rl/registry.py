@@ -1,7 +1,7 @@
 """Components by group and name: each registers its config class in its own file, and nothing else lists them.
 
 A component is a dataclass of options with a method ``build``, under ``@register(<group>, <name>)``, and is chosen
-with ``<group>=<name>``. Where options are stored with their component, the class has a field ``name`` with that name.
+with ``<group>=<name>``. In groups whose options are stored, it has a field ``name`` with that name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ ROOMS: dict[str, tuple[str, ...]] = {
 ENTRY_POINTS = "varshare_rl.plugins"
 
 _components: dict[str, dict[str, type[Any]]] = {group: {} for group in ROOMS}
-_plugins: list[str] = []
 
 C = TypeVar("C")
 
@@ -100,8 +99,6 @@ def load_plugins(names: Sequence[str]) -> None:
         sys.path.append(os.getcwd())
     for name in names:
         _import(name, f"plugins=[{name}]")
-        if name not in _plugins:
-            _plugins.append(name)
 
 
 @cache
@@ -109,12 +106,11 @@ def load_installed_plugins() -> None:
     """Import what installed packages name as plugins. Raises UserError if one fails."""
     for entry in entry_points(group=ENTRY_POINTS):
         _import(entry.module, f"the installed plugin {entry.name} ({entry.module})")
-        _plugins.append(entry.module)
 
 
 def require_plugins(names: Sequence[str], run: object) -> None:
-    """Raise UserError if plugins that a run was made with are not loaded: a folder alone does not run code."""
-    if any(name not in _plugins for name in names):
+    """Raise UserError if plugins that a run was made with are not imported: a folder alone does not run code."""
+    if any(name not in sys.modules for name in names):
         given = f"plugins=[{','.join(names)}]"
         raise UserError(f"{run} was made with {given}, which run code of their own; give {given} to load them")
 

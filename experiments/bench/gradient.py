@@ -41,14 +41,11 @@ class _OneByOne(TaskGradients):
 
 def _ppo(network: str, size: str, method: str, setting: Setting) -> Round:
     architecture = ARCHITECTURES[network](hidden_sizes(SIZES[size], setting), "tanh")
-    algorithm = filled_ppo(architecture, TASKS, setting.pick(ROLLOUT, 8), MINIBATCHES)
-    options = GradientConfig()
-    for step in (algorithm.actor_step, algorithm.critic_step):
-        if method == SLOW:
-            step.aggregate_by("pcgrad", options, TASKS)
-            step.reduction.gradients.__class__ = _OneByOne  # type: ignore[attr-defined]
-        else:
-            step.aggregate_by(method, options, TASKS)
+    aggregator = "pcgrad" if method == SLOW else method
+    gradient = GradientConfig(aggregator, aggregator)
+    algorithm = filled_ppo(architecture, TASKS, setting.pick(ROLLOUT, 8), MINIBATCHES, gradient=gradient)
+    for step in (algorithm.actor_step, algorithm.critic_step) if method == SLOW else ():
+        step.aggregation.gradients.__class__ = _OneByOne  # type: ignore[attr-defined]
 
     def update() -> None:
         algorithm.rollout.position = algorithm.rollout.vector_steps  # the same rollout again

@@ -8,15 +8,16 @@ from torch import Tensor
 from varshare_rl.algorithms.base import AgentContext, Algorithm, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.algorithms.sac import SAC, SACConfig
-from varshare_rl.nn import Architecture
+from varshare_rl.nn import NetworkConfig
 from varshare_rl.optim.elbo import Elbo, ElboConfig
+from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.run.process import keep_freed_memory
 from varshare_rl.types import Transition
 
 OBS_SIZE, ACTION_SIZE = 39, 4
 
 
-def learner(architecture: Architecture, num_tasks: int) -> AgentContext:
+def learner(architecture: NetworkConfig, num_tasks: int, gradient: GradientConfig | None = None) -> AgentContext:
     """What an algorithm is built from, for one environment per task on the CPU, in a process like training's."""
     keep_freed_memory()
     mask = torch.ones(num_tasks, ACTION_SIZE, dtype=torch.bool)
@@ -26,6 +27,7 @@ def learner(architecture: Architecture, num_tasks: int) -> AgentContext:
         spec,
         lambda inputs, outputs: architecture.build(inputs, outputs, num_tasks, elbo.posterior()),
         Elbo(elbo, num_tasks),
+        gradient=gradient or GradientConfig(),
     )
 
 
@@ -42,7 +44,7 @@ def step(algorithm: Algorithm, num_tasks: int, envs_per_task: int = 1, obs_size:
 
 
 def filled_sac(
-    architecture: Architecture,
+    architecture: NetworkConfig,
     num_tasks: int,
     batch_per_task: int,
     capacity: int,
@@ -65,10 +67,17 @@ def filled_sac(
     return algorithm
 
 
-def filled_ppo(architecture: Architecture, num_tasks: int, steps: int, minibatches: int, epochs: int = 1) -> PPO:
+def filled_ppo(
+    architecture: NetworkConfig,
+    num_tasks: int,
+    steps: int,
+    minibatches: int,
+    epochs: int = 1,
+    gradient: GradientConfig | None = None,
+) -> PPO:
     """PPO with a full rollout."""
     options = PPOConfig(rollout_transitions_per_task=steps, epochs=epochs, minibatches=minibatches, target_kl=None)
-    algorithm = PPO(options, learner(architecture, num_tasks))
+    algorithm = PPO(options, learner(architecture, num_tasks, gradient))
     while not algorithm.ready():
         step(algorithm, num_tasks)
     return algorithm

@@ -12,7 +12,7 @@ import torch
 from experiments.bench.contenders import Contender, Round, Setting, measure
 from experiments.bench.learners import filled_ppo, filled_sac, step
 from experiments.bench.report import Goal, Ratio, Section
-from varshare_rl.nn import Architecture, SharedConfig, VarShareLoRAConfig
+from varshare_rl.nn import NetworkConfig, SharedConfig, VarShareLoRAConfig
 
 TASKS = (10, 50, 200, 500)
 #: Transitions of all tasks together: in a PPO rollout (8 minibatches of 2500), in SAC's batch, in its memory.
@@ -23,7 +23,7 @@ WINDOWED = f"varshare_lora, {TASKS[0]} tasks in an update"
 UPDATES = 0.05
 
 
-def _architecture(name: str, setting: Setting) -> Architecture:
+def _architecture(name: str, setting: Setting) -> NetworkConfig:
     hidden = [8] if setting.quick else [128, 128] if "PPO" in name else [256, 256]
     return VarShareLoRAConfig(hidden=hidden) if "varshare_lora" in name else SharedConfig(hidden=hidden)
 

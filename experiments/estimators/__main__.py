@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from experiments.results import write_csv
 from varshare_rl.nn import Posterior, VarShareConfig, VarShareLoRAConfig
-from varshare_rl.nn.config import Architecture
+from varshare_rl.nn.config import NetworkConfig
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -28,7 +28,7 @@ CONTENDERS = {
     "flipout": ("flipout", 1),
     "local": ("local", 1),
 }
-NETWORKS: dict[str, Callable[[], Architecture]] = {
+NETWORKS: dict[str, Callable[[], NetworkConfig]] = {
     "varshare_lora": lambda: VarShareLoRAConfig(hidden=[HIDDEN, HIDDEN], rank=RANK),
     "varshare": lambda: VarShareConfig(hidden=[HIDDEN, HIDDEN]),
 }

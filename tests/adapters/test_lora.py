@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from varshare_rl.adapters import Adapter, AdapterSet, LoRALinear, LowRank, apply_lora, base_network, task_adapter
 from varshare_rl.errors import UserError
-from varshare_rl.nn import AdapterSet as LoRANetwork
 from varshare_rl.nn import IndependentConfig, L2SoftConfig, Posterior, SharedConfig, VarShareLoRAConfig
+from varshare_rl.nn import LoRAConfig as LoRANetwork
 from varshare_rl.nn.parameters import count_trainable
 
 NAMES = ["one", "two", "three"]

@@ -19,7 +19,7 @@ from torch import nn
 from varshare_rl.adapters import Adapter, LowRank, apply_lora, describe, read_adapter, write_adapter
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
-from varshare_rl.continual.loading import load_sequence
+from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.nn.merge import merged
 

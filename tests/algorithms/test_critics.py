@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.algorithms.sac import SAC, SACConfig
-from varshare_rl.data.rewards import RewardScale
+from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.errors import UserError
@@ -221,7 +221,7 @@ def test_adaptive_scales_reach_what_is_learnt_from(algorithm: str) -> None:
     else:
         collect(engine, learner, obs, 5)
         assert torch.equal(learner.reward_scaler.scales, scales)  # settled by the first update
-        size = learner.rollout["reward"][:, :5].abs().mean((1, 2))
+        size = learner.rollout.fields["reward"][:, :5].abs().mean((1, 2))
         torch.testing.assert_close(size, size[2:].expand(3), rtol=0.5, atol=0.0)
 
 

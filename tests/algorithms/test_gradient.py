@@ -19,8 +19,7 @@ from varshare_rl.nn import VarShareLoRAConfig
 from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, GradientConfig
 from varshare_rl.optim.optimizer import OptimizerConfig, Schedule
-from varshare_rl.optim.reduction import JacobianReduction, TemperatureReduction
-from varshare_rl.optim.step import LossStep
+from varshare_rl.optim.step import JacobianAggregation, LossStep, TemperatureAggregation
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
 
 ALGORITHMS = {
@@ -65,7 +64,7 @@ def test_a_reset_forgets_what_steps_remember(algorithm: str) -> None:
     engine, learner = make(algorithm, *methods, divergence_guard)
     _, fresh = make(algorithm, *methods, divergence_guard)
     train(engine, learner, torch.from_numpy(engine.reset()), range(12))
-    memories = [(step.reduction.aggregator.state(), step.divergence_guard.state()) for step in steps(learner)[:2]]
+    memories = [(step.aggregation.aggregator.state(), step.divergence_guard.state()) for step in steps(learner)[:2]]
     assert memories[0][0]["weights"] is not None
     assert memories[1][0]["targets"] is not None
     assert all(guarded["steps"] > 0 and guarded["average"] is not None for _, guarded in memories)
@@ -75,8 +74,8 @@ def test_a_reset_forgets_what_steps_remember(algorithm: str) -> None:
         assert step.divergence_guard.state() == new.divergence_guard.state() | {
             "masked": step.divergence_guard.masked
         }
-        if isinstance(step.reduction, JacobianReduction):
-            assert step.reduction.aggregator.state() == new.reduction.aggregator.state()
+        if isinstance(step.aggregation, JacobianAggregation):
+            assert step.aggregation.aggregator.state() == new.reduction.aggregator.state()
 
 
 def test_all_steps_take_note_of_how_far_the_run_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,20 +136,20 @@ def test_two_halves_are_one_whole(tmp_path: Any, algorithm: str, actor: str, cri
 
 def test_actor_and_critic_have_their_own() -> None:
     _, learner = make("sac", TEMPERATURE, "pcgrad")
-    assert isinstance(learner.actor_step.reduction, TemperatureReduction)
-    assert learner.actor_step.reduction.log_temperature is learner.log_alpha
-    assert isinstance(learner.critic_step.reduction, JacobianReduction)
+    assert isinstance(learner.actor_step.aggregation, TemperatureAggregation)
+    assert learner.actor_step.aggregation.log_temperature is learner.log_alpha
+    assert isinstance(learner.critic_step.aggregation, JacobianAggregation)
 
 
 def test_no_shared_parameter_of_the_networks_needs_a_pass_per_task(monkeypatch: pytest.MonkeyPatch) -> None:
     for algorithm in ALGORITHMS:
         engine, learner = make(algorithm, "pcgrad", "pcgrad")
         for step in (learner.actor_step, learner.critic_step):
-            monkeypatch.delattr(type(step.reduction.gradients), "_one_at_a_time", raising=False)
+            monkeypatch.delattr(type(step.aggregation.gradients), "_one_at_a_time", raising=False)
         train(engine, learner, torch.from_numpy(engine.reset()), range(12))
         assert learner.updates > 0
         for step in (learner.actor_step, learner.critic_step):
-            assert len(step.reduction.gradients.reached) == len(step.reduction.gradients.shared)
+            assert len(step.aggregation.gradients.reached) == len(step.aggregation.gradients.shared)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

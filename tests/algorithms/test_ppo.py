@@ -11,15 +11,15 @@ from torch import Tensor
 
 from varshare_rl.algorithms import ppo
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
-from varshare_rl.data.rewards import RewardScale
+from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.nn import IndependentConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.parameters import total_kl
-from varshare_rl.nn.stochastic import stochastic_layers
-from varshare_rl.nn.weight_sampler import Resample
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.elbo import DrawConfig
 from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.types import Transition
@@ -225,8 +225,8 @@ def test_acting_in_turns_is_stored_in_order(log_ratios: list[Tensor]) -> None:
         ends = (torch.from_numpy(step.terminated), torch.from_numpy(step.truncated))
         successor = torch.from_numpy(step.next_obs)
         learner.observe(Transition(obs, action, torch.from_numpy(step.reward), *ends, successor))
-        torch.testing.assert_close(learner.rollout["obs"][:, position], seen)
-        torch.testing.assert_close(torch.tanh(learner.rollout["raw_action"][:, position]), action)
+        torch.testing.assert_close(learner.rollout.fields["obs"][:, position], seen)
+        torch.testing.assert_close(torch.tanh(learner.rollout.fields["raw_action"][:, position]), action)
         obs = torch.from_numpy(step.obs)
     learner.update()
     assert (log_ratios[0].exp() - 1).abs().max() <= 1e-5
@@ -252,9 +252,9 @@ def held_draws(learner: PPO) -> int:
 def test_the_predicted_memory_has_draws_per_episode_and_gradients_per_task(horizon: int) -> None:
     elbo = {"draw": DrawConfig(acting=Resample.per_episode)}
     options = PPOConfig(rollout_transitions_per_task=10 * ENVS, epochs=1, minibatches=1)
-    _, engine, learner = build(PointMassConfig(envs_per_task=ENVS, horizon=horizon), options, **elbo)
-    for step in (learner.actor_step, learner.critic_step):
-        step.aggregate_by("pcgrad", GradientConfig(), 8)
+    gradient = GradientConfig("pcgrad", "pcgrad")
+    env = PointMassConfig(envs_per_task=ENVS, horizon=horizon)
+    _, engine, learner = build(env, options, gradient=gradient, **elbo)
     predicted, most = learner.memory_bytes(), 0
     obs = torch.from_numpy(engine.reset())
     for _ in range(4):
@@ -263,7 +263,7 @@ def test_the_predicted_memory_has_draws_per_episode_and_gradients_per_task(horiz
         learner.update()
         assert learner.memory_bytes() == predicted
     assert predicted["draws"] == most
-    rows = sum(step.reduction.gradients._rows.nbytes for step in (learner.actor_step, learner.critic_step))
+    rows = sum(step.aggregation.gradients._rows.nbytes for step in (learner.actor_step, learner.critic_step))
     assert predicted["task gradients"] == rows
 
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from varshare_rl.algorithms.base import AgentContext, TaskSpec
 from varshare_rl.algorithms.sac import SAC, SACConfig
-from varshare_rl.data.rewards import RewardScale
+from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import total_kl
-from varshare_rl.nn.stochastic import stochastic_layers
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig, TargetDraw
 from varshare_rl.types import Transition
 

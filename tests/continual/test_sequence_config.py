@@ -13,7 +13,7 @@ from varshare_rl.continual.config import (
     with_task_list,
 )
 from varshare_rl.continual.evaluation import tables
-from varshare_rl.continual.parts import new_places
+from varshare_rl.continual.tasks import new_tasks
 from varshare_rl.registry import lookup, registered
 
 
@@ -29,25 +29,25 @@ def test_every_method_is_chosen_by_its_name(method: str) -> None:
 @pytest.mark.parametrize(("env", "count", "per_task"), [("cw10", 10, 1_000_000), ("cw20", 20, 1_000_000)])
 def test_continual_world(env: str, count: int, per_task: int) -> None:
     config = composed(f"env={env}", "algorithm=sac")
-    places = new_places(config)
-    assert len(places) == len({place.name for place in places}) == count
+    tasks = new_tasks(config)
+    assert len(tasks) == len({task.name for task in tasks}) == count
     assert config.total_transitions // count == per_task
     assert config.network.hidden == [256] * 4
-    assert {place.suite.horizon for place in places} == {200}
-    assert [len(table) for table in tables(places)] == [10] * (count // 10)
+    assert {task.suite.horizon for task in tasks} == {200}
+    assert [len(table) for table in tables(tasks)] == [10] * (count // 10)
 
 
 def test_a_benchmark_becomes_its_list_of_tasks() -> None:
     config = composed("env=mt10")
-    places = new_places(config)
-    assert places[0].env.benchmark is None
-    assert [place.env.tasks for place in places[:2]] == [["reach-v3"], ["push-v3"]]
-    assert places[0].suite is places[9].suite
-    assert with_task_list(places[0].env, places[0].suite) is places[0].env
+    tasks = new_tasks(config)
+    assert tasks[0].env.benchmark is None
+    assert [task.env.tasks for task in tasks[:2]] == [["reach-v3"], ["push-v3"]]
+    assert tasks[0].suite is tasks[9].suite
+    assert with_task_list(tasks[0].env, tasks[0].suite) is tasks[0].env
 
 
 def test_one_task_keeps_its_own_reward_scale() -> None:
     config = composed("env.tasks=[normal_left,normal_right]", "env.reward_scales=[1,100]")
-    places = new_places(config)
-    assert [place.env.reward_scales for place in places] == [[1.0], [100.0]]
-    assert one_task(config.env, places[0].suite, 1) == places[1].env
+    tasks = new_tasks(config)
+    assert [task.env.reward_scales for task in tasks] == [[1.0], [100.0]]
+    assert one_task(config.env, tasks[0].suite, 1) == tasks[1].env

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from varshare_rl.data.normalizers import ObservationNormalizer, RunningMoments
+from varshare_rl.data.normalizers import (
+    AdaptiveRewardScaler,
+    ObservationNormalizer,
+    ReturnStdScaler,
+    RewardScale,
+    RunningMoments,
+    reward_scaler,
+)
 
 
 def test_moments_equal_numpy_on_all_data() -> None:
@@ -56,3 +63,86 @@ def test_switched_off_normalisers_change_nothing() -> None:
     observations.update(obs)
     assert observations(obs) is obs
     assert int(observations.moments.count) == 0
+
+
+def test_rewards_are_divided_by_the_std_of_the_discounted_return() -> None:
+    tasks, envs, steps, discount = 2, 3, 60, 0.9
+    generator = np.random.default_rng(0)
+    rewards = generator.normal(size=(steps, tasks, envs)) * np.array([1.0, 30.0])[:, None]
+    done = generator.random((steps, tasks, envs)) < 0.1
+    normalizer = ReturnStdScaler(tasks, discount)
+    running, seen = np.zeros((tasks, envs)), []
+    for reward, end in zip(rewards, done, strict=True):
+        normalizer.update(torch.from_numpy(reward), torch.from_numpy(end), True)
+        running = running * discount + reward
+        seen.append(running.copy())
+        running[end] = 0.0
+    std = np.stack(seen, 1).reshape(tasks, -1).std(1)
+    x = torch.ones(tasks, 4)
+    np.testing.assert_allclose(normalizer(x).numpy(), np.repeat(1 / std[:, None], 4, 1), rtol=1e-5)
+    assert normalizer(1e6 * x).tolist() == [[10.0] * 4] * 2  # clipped
+    assert normalizer(torch.ones(tasks, 4, 5)).shape == (tasks, 4, 5)
+
+
+def test_the_scalers_state_comes_back() -> None:
+    one, other = ReturnStdScaler(2, 0.9), ReturnStdScaler(2, 0.9)
+    for _ in range(5):
+        one.update(torch.randn(2, 3), torch.rand(2, 3) < 0.3, True)
+    state = one.state_dict()
+    other.load_state_dict(state)
+    reward, done = torch.randn(2, 3), torch.zeros(2, 3, dtype=torch.bool)
+    for normalizer in (one, other):
+        normalizer.update(reward, done, True)
+    assert torch.equal(one(reward), other(reward))
+    assert torch.equal(one.returns, other.returns)
+
+
+def feed(scaler: AdaptiveRewardScaler, *rewards: list[float], learning: bool = False) -> None:
+    reward = torch.tensor(rewards)
+    scaler.update(reward, torch.zeros(reward.shape, dtype=torch.bool), learning)
+
+
+def test_adaptive_scales_by_hand() -> None:
+    scaler = AdaptiveRewardScaler(4)
+    x = torch.ones(4, 2)
+    assert torch.equal(scaler(x), x)  # nothing seen yet
+    feed(scaler, [1.0, 3.0], [-8.0, 8.0], [0.0, 0.5], [0.0, 0.0])  # mean sizes 2, 8, 1/4 and none
+    expected = torch.tensor([4.0, 1.0, 32.0, 1.0])
+    torch.testing.assert_close(scaler(x), expected.unsqueeze(1).expand(4, 2))
+    torch.testing.assert_close(scaler(2 * torch.ones(4, 3, 5))[2], torch.full((3, 5), 64.0))
+    feed(scaler, [6.0, 6.0], [8.0, 8.0], [0.25, 0.25], [0.0, 0.0])  # over both: 4, 8, 1/4
+    torch.testing.assert_close(scaler(x)[:, 0], torch.tensor([2.0, 1.0, 32.0, 1.0]))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_adaptive_scales_of_others_do_not_follow_a_reward_that_is_not_finite(bad: float) -> None:
+    scaler = AdaptiveRewardScaler(3)
+    feed(scaler, [1.0, 3.0], [8.0, 8.0], [1.0, bad])
+    assert scaler(torch.ones(3, 1))[:, 0].tolist() == [4.0, 1.0, 1.0]
+
+
+def test_adaptive_scales_change_at_a_refresh_only_once_learning_has_begun() -> None:
+    scaler, x = AdaptiveRewardScaler(2), torch.ones(2, 1)
+    feed(scaler, [1.0], [2.0])
+    feed(scaler, [5.0], [2.0], learning=True)
+    torch.testing.assert_close(scaler(x)[:, 0], torch.tensor([2.0, 1.0]))
+    scaler.refresh()
+    torch.testing.assert_close(scaler(x)[:, 0], torch.tensor([1.0, 1.5]))
+    other = AdaptiveRewardScaler(2)
+    other.load_state_dict(scaler.state_dict())
+    for each in (scaler, other):
+        feed(each, [100.0], [1.0], learning=each is scaler)  # the other knows from its state
+    torch.testing.assert_close(other(x)[:, 0], torch.tensor([1.0, 1.5]))
+    for each in (scaler, other):
+        each.refresh()
+    assert torch.equal(other(x), scaler(x))
+
+
+def test_no_scale_changes_nothing() -> None:
+    scaler, reward = reward_scaler(RewardScale.none, 2, 0.9), torch.randn(2, 4) * 100
+    scaler.update(reward, reward > 0, True)
+    scaler.refresh()
+    assert scaler(reward) is reward
+    assert scaler.state_dict() == {}
+    assert isinstance(reward_scaler(RewardScale.return_std, 2, 0.9), ReturnStdScaler)
+    assert isinstance(reward_scaler(RewardScale.ars, 2, 0.9), AdaptiveRewardScaler)

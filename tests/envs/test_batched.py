@@ -1,4 +1,4 @@
-"""What both numpy suites promise through the engine they share."""
+"""Promises of both numpy suites, through the engine they share."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_evaluation_visits_the_same_episodes_with_any_number_of_environments(nam
 
 
 def through_json(state: State) -> State:
-    """What a state looks like after its arrays were written as JSON lists."""
+    """A state after its arrays were written as JSON lists."""
     listed = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in state.items()}
     restored: State = json.loads(json.dumps(listed))
     return restored

@@ -1,4 +1,4 @@
-"""Which worker steps which slots."""
+"""Slots and the workers that step them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from varshare_rl.envs.division import divide
-from varshare_rl.envs.metaworld import BENCHMARKS
-from varshare_rl.envs.metaworld_costs import STEP_MICROSECONDS
+from varshare_rl.envs.metaworld import BENCHMARKS, STEP_MICROSECONDS
 
 
 def loads(costs: list[float], envs: int, plan: list[list[int]]) -> list[float]:

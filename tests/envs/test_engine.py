@@ -11,8 +11,8 @@ import pytest
 from gymnasium.spaces import Discrete
 from walk import WalkFactory, actions, assert_same, make, trace
 
-from varshare_rl.envs.cores import cores, physical_cores
-from varshare_rl.envs.engine import SlotEngine, choose_workers
+from varshare_rl.envs.division import choose_workers, cores, physical_cores
+from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.slots import EngineSpec
 from varshare_rl.errors import UserError
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Discrete
 
-from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumSuite
+from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumMaker, GymnasiumSuite
 from varshare_rl.envs.slots import EngineSpec
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
@@ -114,6 +116,62 @@ def test_state_continues_bit_for_bit_in_a_fresh_process(env_id: str) -> None:
         np.testing.assert_array_equal(one.next_obs, other.next_obs)
         np.testing.assert_array_equal(one.reward, other.reward)
     fresh.close()
+
+
+def test_arguments_for_all_for_an_id_and_for_a_task() -> None:
+    config = GymnasiumConfig(
+        ids=["Pendulum-v1", "Pendulum-v1", "Ant-v5"],
+        names=["light", "heavy", "ant"],
+        kwargs={"render_mode": None, "Pendulum-v1": {"g": 5.0}, "heavy": {"g": 20.0}},
+        workers=1,
+    )
+    made = config.build()
+    assert made.task_names == ("light", "heavy", "ant")
+    assert made.provenance["kwargs"] == str(config.kwargs)
+    chosen = [maker.kwargs for maker in made.factory.makers if isinstance(maker, GymnasiumMaker)]
+    assert chosen == [{"render_mode": None, "g": 5.0}, {"render_mode": None, "g": 20.0}, {"render_mode": None}]
+    assert made.factory.makers[1]().get_wrapper_attr("g") == 20.0
+
+
+def test_wrappers_are_imported_by_name() -> None:
+    rewards = []
+    for wrappers in ([], ["variants:Doubled"], ["variants:Doubled", "variants:Doubled"]):
+        made = GymnasiumConfig(ids=["CartPole-v1"], wrappers=wrappers, workers=1).build()
+        assert made.provenance.get("wrappers") == (",".join(wrappers) or None)
+        assert made.horizon == 500
+        engine = made.make_engine(1, 0)
+        engine.reset()
+        rewards.append(engine.step(np.zeros((1, 1), np.int64)).reward.item())
+    assert rewards == [1.0, 2.0, 4.0]
+    flat = GymnasiumConfig(ids=["FrozenLake-v1"], wrappers=["gymnasium.wrappers:FlattenObservation"]).build()
+    assert flat.observation_space.shape == (16,)
+
+
+def test_success_is_read_where_it_is_reported() -> None:
+    gymnasium.register("Line-v0", "variants:Line", max_episode_steps=5)
+    try:
+        assert GymnasiumConfig(ids=["Line-v0"]).build().has_success
+        assert not GymnasiumConfig(ids=["Line-v0", "Pendulum-v1"]).build().has_success
+        assert not GymnasiumConfig(ids=["Line-v0"], success=False).build().has_success
+    finally:
+        gymnasium.registry.pop("Line-v0")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kwargs": {"gravity": 3}}, "cannot make .* 'CartPole-v1': TypeError.*gravity"),
+        ({"kwargs": [3]}, r"kwargs=\[3\] is no dict"),
+        ({"kwargs": {"CartPole-v1": 3}}, "CartPole-v1=3: under a task's name"),
+        ({"wrappers": ["no_such_module:A"]}, "cannot wrap CartPole-v1 .*'no_such_module:A'"),
+        ({"wrappers": ["variants"]}, r"cannot wrap CartPole-v1 .*\(module:Class\)"),
+        ({"names": ["a", "b"]}, "for 1 ids: give each id a name"),
+    ],
+)
+def test_impossible_options_are_one_line(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        GymnasiumConfig(ids=["CartPole-v1"], **options).build()
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

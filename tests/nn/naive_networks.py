@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.care import CARENetwork
 from varshare_rl.nn.film import FiLMNetwork
-from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.mlp import StackedLinear, StackedMLP, StackedNorm, TaskMLP
 from varshare_rl.nn.moore import MOORENetwork
 from varshare_rl.nn.paco import PaCoNetwork
 from varshare_rl.nn.soft_modularization import SoftModularizationNetwork
-from varshare_rl.nn.stacked import StackedLinear, StackedMLP, StackedNorm
 
 
 def naive_network(network: nn.Module, x: Tensor, task: int) -> Tensor:
@@ -104,7 +103,7 @@ def soft_modularization(network: SoftModularizationNetwork, row: Tensor, task: i
     for index, layer in enumerate(network.modules_by_layer):
         condition = gate
         if index > 0:
-            condition = F.linear(torch.cat(before), *weight_of(network.provenance[index - 1], task)) * gate
+            condition = F.linear(torch.cat(before), *weight_of(network.conditions[index - 1], task)) * gate
         logits = F.linear(torch.tanh(condition), *weight_of(network.routes[index], task))
         out = [
             torch.tanh(normalized(network.norms[index], stacked(layer, x, module), module))

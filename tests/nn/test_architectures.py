@@ -13,7 +13,6 @@ from naive_networks import naive_network
 from torch import Tensor, nn
 
 from varshare_rl.nn import (
-    Architecture,
     CAREConfig,
     FiLMConfig,
     IndependentConfig,
@@ -21,6 +20,7 @@ from varshare_rl.nn import (
     LoRAConfig,
     MOOREConfig,
     MultiHeadConfig,
+    NetworkConfig,
     PaCoConfig,
     Posterior,
     SharedConfig,
@@ -29,10 +29,10 @@ from varshare_rl.nn import (
     VarShareConfig,
     VarShareLoRAConfig,
 )
+from varshare_rl.nn.layer import penalized_layers
+from varshare_rl.nn.mlp import ACTIVATIONS
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
-from varshare_rl.nn.stochastic import penalized_layers, stochastic_layers
-from varshare_rl.nn.variational import ESTIMATORS
-from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.nn.variational import ESTIMATORS, stochastic_layers
 from varshare_rl.optim.task_subset import TaskSubset
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
@@ -42,7 +42,7 @@ IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 class Case:
     """An architecture with hidden layers of 7 and 6, and what is true of it."""
 
-    make: Callable[[], Architecture]
+    make: Callable[[], NetworkConfig]
     stochastic: bool
     count: ParameterCount  # by hand
     penalized: bool = False  # without noise
@@ -250,8 +250,7 @@ def test_fresh_adapters_are_the_shared_network(name: str) -> None:
     x, ids = torch.randn(TASKS, BATCH, IN), torch.arange(TASKS)
     plain = SharedConfig(hidden=[7, 6]).build(IN, OUT, TASKS, Posterior())
     with torch.no_grad():
-        for ours, wrapped in zip(plain.layers, network.layers, strict=True):
-            theirs = getattr(wrapped, "residual", wrapped)
+        for ours, theirs in zip(plain.layers, network.layers, strict=True):
             ours.theta.zero_()  # the columns of the one-hot task
             ours.theta[:, : ours.in_features] = theirs.theta
             ours.bias.copy_(theirs.bias)
@@ -297,7 +296,7 @@ def test_parameter_counts_by_hand(name: str) -> None:
 
 
 def test_active_parameters_are_those_that_one_task_uses(name: str) -> None:
-    """Counted by their gradients: of what task 1 is trained on, means without spreads."""
+    """Counted by their gradients: of what task 1 is trained on, means without sigmas."""
     network = scrambled(name).eval()
     network(torch.randn(BATCH, IN, dtype=torch.float64), 1).square().sum().backward()
     own = own_parameters(network)

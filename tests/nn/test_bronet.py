@@ -21,14 +21,15 @@ from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 ARCHITECTURES: dict[str, type[NetworkConfig]] = {
-    "shared": SharedConfig, "independent": IndependentConfig, "varshare": VarShareConfig, "varshare_lora": VarShareLoRAConfig, "lora": LoRAConfig,
-    "l2_soft": L2SoftConfig, "task_embedding": TaskEmbeddingConfig,
+    "shared": SharedConfig, "independent": IndependentConfig, "varshare": VarShareConfig,
+    "varshare_lora": VarShareLoRAConfig, "lora": LoRAConfig, "l2_soft": L2SoftConfig,
+    "task_embedding": TaskEmbeddingConfig,
 }  # fmt: skip
 
 
 def build(name: str, hidden: list[int], activation: str = "relu") -> nn.Module:
     options = ARCHITECTURES[name](hidden=hidden, activation=activation, blocks=Blocks.bronet)
-    return options.build(IN, OUT, TASKS, Posterior())  # type: ignore[attr-defined, no-any-return]
+    return options.build(IN, OUT, TASKS, Posterior())
 
 
 class Residual(nn.Module):

@@ -13,8 +13,8 @@ from varshare_rl.assemble import build_algorithm, build_suite, parameter_count
 from varshare_rl.config import TrainConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.errors import UserError
-from varshare_rl.nn import Architecture, CAREConfig, MOOREConfig, Posterior, SharedConfig, VarShareLoRAConfig
-from varshare_rl.nn.capacity import match_width
+from varshare_rl.nn import CAREConfig, MOOREConfig, NetworkConfig, Posterior, SharedConfig, VarShareLoRAConfig
+from varshare_rl.nn.parameters import match_width
 from varshare_rl.registry import registered
 
 NETWORKS = sorted(registered("network"))
@@ -80,7 +80,7 @@ def test_the_width_is_the_nearest() -> None:
         ),
     ],
 )
-def test_the_impossible_is_refused_in_one_line(architecture: Architecture, said: str) -> None:
+def test_the_impossible_is_refused_in_one_line(architecture: NetworkConfig, said: str) -> None:
     with pytest.raises(UserError, match=said) as error:
         build(architecture, "ppo")
     assert "\n" not in str(error.value)

@@ -38,7 +38,7 @@ def values(critic: Critic, dtype: torch.dtype) -> Tensor:
 
 
 def targets(step: int) -> Tensor:
-    """Targets whose mean and spread move a lot."""
+    """Targets whose mean and standard deviation move a lot."""
     return SCALES * (torch.randn(TASKS, 64, dtype=torch.float64) * (1 + step) + 3 * step)
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from varshare_rl.nn import L2SoftConfig, L2SoftLayer, Posterior, VarShareLayer, VarShareLoRALayer
+from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.parameters import total_kl
-from varshare_rl.nn.stochastic import StochasticLayer, penalized_layers
+from varshare_rl.nn.stochastic import drawn_layers
 from varshare_rl.optim.elbo import Elbo, ElboConfig, KLNormalization, posterior_size
 
 
@@ -42,7 +43,7 @@ def test_penalty_is_the_means_part_of_the_divergence(rank: int | None) -> None:
 def test_it_is_penalised_but_not_stochastic() -> None:
     network = L2SoftConfig(hidden=[6]).build(4, 2, 3, Posterior())
     assert [name for name, _ in penalized_layers(network)] == ["layers.0", "layers.1"]
-    assert not any(isinstance(layer, StochasticLayer) for layer in network.modules())
+    assert not any(drawn_layers(network))
 
 
 @pytest.mark.parametrize(("rank", "size"), [(2, 2 * (4 + 6) + 2 * (6 + 2)), (None, 4 * 6 + 6 * 2)])

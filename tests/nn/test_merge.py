@@ -8,10 +8,10 @@ from naive import scramble
 from torch import nn
 
 from varshare_rl.errors import UserError
-from varshare_rl.nn import Architecture, L2SoftConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.nn import L2SoftConfig, NetworkConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.merge import Normalize, merged, merged_policy
-from varshare_rl.ops.activations import ACTIVATIONS
+from varshare_rl.nn.mlp import ACTIVATIONS
 from varshare_rl.registry import registered
 
 NAMES = (
@@ -21,7 +21,7 @@ ARCHITECTURES = {name: registered("network")[name] for name in NAMES}
 IN, OUT, TASKS = 5, 6, 4
 
 
-def build(architecture: Architecture) -> nn.Module:
+def build(architecture: NetworkConfig) -> nn.Module:
     network = architecture.build(IN, OUT, TASKS, Posterior())
     scramble(network)
     return network.eval()

@@ -39,7 +39,7 @@ def test_a_single_set_is_that_network() -> None:
     torch.testing.assert_close(network(x, 1), F.linear(hidden, second.weights[1], second.biases[1]))
 
 
-def test_composed_weights_start_with_the_usual_spread() -> None:
+def test_composed_weights_start_with_the_usual_size() -> None:
     network = PaCoConfig(hidden=[200], parameter_sets=5).build(100, 2, 6, Posterior())
     composed = torch.einsum("ts,sgf->tgf", network.compositions, network.layers[0].weights)
     usual = 1 / (3 * 100) ** 0.5  # of the uniform distribution on +-1 / sqrt(100)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from varshare_rl.nn.popart import LARGEST_STD, LEAST_STD, TargetStatistics, TaskAffine, rows
+from varshare_rl.nn.critic import LARGEST_STD, LEAST_STD, TargetStatistics, TaskAffine, rows
 
 RATE = 0.1
 
@@ -40,7 +40,7 @@ def test_the_first_batch_sets_the_statistics_and_moves_nothing() -> None:
 
 
 @pytest.mark.parametrize(("size", "bound"), [(0.0, LEAST_STD), (1e9, LARGEST_STD)])
-def test_the_spread_has_a_floor_and_a_ceiling(size: float, bound: float) -> None:
+def test_the_standard_deviation_has_a_floor_and_a_ceiling(size: float, bound: float) -> None:
     statistics = TargetStatistics(1, 0.5)
     for _ in range(3):
         statistics.update(torch.tensor([[-size, size]]) + 7)

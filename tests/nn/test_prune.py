@@ -11,7 +11,7 @@ from naive import scramble
 from torch.distributions import Normal, kl_divergence
 
 from varshare_rl.nn import VarShareLayer, VarShareLoRALayer
-from varshare_rl.nn.prune import Criterion, prune, report, unit_nats, unit_snr
+from varshare_rl.nn.prune import Criterion, prune, report
 
 PRIOR = 0.8
 AT_PRIOR = math.log(math.expm1(PRIOR))
@@ -37,11 +37,11 @@ def test_nats_are_those_of_torch_distributions() -> None:
             mus = torch.cat([layer.mus_A[task, k], layer.mus_B[task, :, k]])
             rhos = torch.cat([layer.rhos_A[task, k], layer.rhos_B[task, :, k]])
             expected = kl_divergence(Normal(mus, F.softplus(rhos)), prior).mean()
-            torch.testing.assert_close(unit_nats(layer)[task, k], expected)
+            torch.testing.assert_close(layer.unit_nats()[task, k], expected)
     full = full_rank()
     expected = kl_divergence(Normal(full.mus, F.softplus(full.rhos)), prior).mean((1, 2))
-    torch.testing.assert_close(unit_nats(full), expected)
-    torch.testing.assert_close(unit_nats(full), full.kl() / 20)
+    torch.testing.assert_close(full.unit_nats(), expected)
+    torch.testing.assert_close(full.unit_nats(), full.kl() / 20)
 
 
 def test_signal_to_noise_of_a_component_is_that_of_drawn_products() -> None:
@@ -53,9 +53,9 @@ def test_signal_to_noise_of_a_component_is_that_of_drawn_products() -> None:
         )
         products = column.unsqueeze(2) * row.unsqueeze(1)
         expected = products.mean(0).norm() / products.var(0).sum().sqrt()
-    torch.testing.assert_close(unit_snr(layer)[1, 0], expected, rtol=0.02, atol=0)
+    torch.testing.assert_close(layer.unit_snr()[1, 0], expected, rtol=0.02, atol=0)
     full = full_rank()
-    torch.testing.assert_close(unit_snr(full), full.mus.abs() / F.softplus(full.rhos))
+    torch.testing.assert_close(full.unit_snr(), full.mus.abs() / F.softplus(full.rhos))
 
 
 def test_components_at_the_prior_go_and_others_stay() -> None:

@@ -111,7 +111,7 @@ def test_residuals_are_those_of_the_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["varshare_lora", "varshare"])
-def test_the_spread_is_that_of_draws(name: str) -> None:
+def test_sigma_is_that_of_draws(name: str) -> None:
     """Both of a layer and of all together: the deviation of the weights that a training pass would use."""
     modules = scrambled(name)
     sharing = measured(modules)
@@ -129,7 +129,7 @@ def test_the_spread_is_that_of_draws(name: str) -> None:
     variances = [draw[0].detach().var(0).flatten(1) for draw in draws]
     shared = thetas(modules)
     for layer, variance, theta in zip(sharing.layers, variances, shared, strict=True):
-        torch.testing.assert_close(layer.spread, variance.mean(1).sqrt(), rtol=0.03, atol=0.0)
+        torch.testing.assert_close(layer.sigma, variance.mean(1).sqrt(), rtol=0.03, atol=0.0)
         expected = variance.mean(1).sqrt() / theta.square().mean().sqrt()
         torch.testing.assert_close(layer.relative_sigma, expected, rtol=0.03, atol=0.0)
     mean = torch.cat(variances, 1).mean(1) / torch.cat([theta.flatten() for theta in shared]).square().mean()
@@ -158,7 +158,7 @@ def test_a_fresh_network_shares_everything() -> None:
     assert sharing.similarity().isnan().all()
     assert all(layer.effective_rank.tolist() == [0.0] * TASKS for layer in sharing.layers)
     assert all(layer.residual is not None and layer.residual.tolist() == [0.0] * TASKS for layer in sharing.layers)
-    assert all(layer.spread is not None and float(layer.spread.min()) > 0 for layer in sharing.layers)
+    assert all(layer.sigma is not None and float(layer.sigma.min()) > 0 for layer in sharing.layers)
 
 
 def test_independent_tasks_share_a_fraction_that_falls_with_their_number() -> None:

@@ -6,15 +6,9 @@ from helpers import hold_noise
 from torch import nn
 
 from varshare_rl.nn import VarShareLayer, VarShareLoRALayer
-from varshare_rl.nn.stochastic import (
-    RowNoise,
-    WeightNoise,
-    holding,
-    penalized_layers,
-    posterior_mean,
-    stochastic_layers,
-    theta_only,
-)
+from varshare_rl.nn.layer import penalized_layers
+from varshare_rl.nn.stochastic import RowNoise, WeightNoise, holding, posterior_mean, theta_only
+from varshare_rl.nn.variational import stochastic_layers
 
 TASKS = 2
 
@@ -71,7 +65,7 @@ def test_rows_may_be_dealt_to_draws_in_any_way(name: str) -> None:
             draw = int(index[task, row])
             assert int(tasks[draw]) == task
             factors = [value[draw : draw + 1] for value in values]
-            weights = layer.weights(factors, 1.0, torch.tensor([task]))
+            weights = layer.drawn(factors, 1.0, torch.tensor([task]))
             torch.testing.assert_close(y[task, row], layer.output(x[task : task + 1, row : row + 1], weights)[0, 0])
 
 

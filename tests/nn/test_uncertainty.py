@@ -156,7 +156,7 @@ def test_samples_of_one_layer_have_its_moments(kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "rho", "tolerance"), [("lora", -5.0, 0.06), ("lora", -3.0, 0.08), ("full", -4.0, 0.06)]
 )
-def test_linearised_spread_of_a_network_is_that_of_samples(kind: str, rho: float, tolerance: float) -> None:
+def test_linearised_deviation_of_a_network_is_that_of_samples(kind: str, rho: float, tolerance: float) -> None:
     made = network(kind, 6, 2, rho, hidden=32)
     x = torch.randn(TASKS, 20, 6, dtype=torch.float64)
     sampled = sample_outputs(made, (x,), 4_000, at_once=50)
@@ -189,12 +189,12 @@ def test_actions_and_values_of_all_heads(popart: bool) -> None:
     action = torch.randn(TASKS, 5, 2, dtype=torch.float64)
     both = predict_values(twins, (obs, action), 3)
     assert both.draws.shape == (6, TASKS, 5)
-    expected = twins(obs, action, ALL)  # without spread the draws are the two critics' means
+    expected = twins(obs, action, ALL)  # without noise the draws are the two critics' means
     torch.testing.assert_close(both.draws[:3], expected[0].expand(3, -1, -1))
     torch.testing.assert_close(both.draws[3:], expected[1].expand(3, -1, -1))
 
 
-def test_what_has_no_spread_is_refused() -> None:
+def test_what_does_not_scatter_is_refused() -> None:
     x = torch.randn(TASKS, 2, 4)
     with pytest.raises(ValueError, match="no layer of this network has a posterior"):
         sample_outputs(SharedConfig(hidden=[4]).build(4, 1, TASKS, Posterior()), (x,), 4)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from varshare_rl.ops.categorical import categorical_cross_entropy, categorical_value, support, two_hot
+from varshare_rl.ops.rl import categorical_cross_entropy, categorical_value, support, two_hot
 
 
 def test_two_hot_by_hand() -> None:

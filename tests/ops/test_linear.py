@@ -48,7 +48,7 @@ def values_and_gradients(function: Function, tensors: list[Tensor], relu: bool) 
 
 
 def errors(function: Function, naive: Function, tensors: list[Tensor], relu: bool = True) -> list[float]:
-    """Largest error of the value and each gradient, relative to its spread."""
+    """Largest error of the value and each gradient, relative to its standard deviation."""
     got = values_and_gradients(function, tensors, relu)
     expected = values_and_gradients(naive, [tensor.double() for tensor in tensors], relu)
     return [((g - e).abs().max() / e.std()).item() for g, e in zip(got, expected, strict=True)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from varshare_rl.ops.losses import finite_mean, normalize_per_task, ppo_policy_loss, squared_error
+from varshare_rl.ops.rl import finite_mean, normalize_per_task, ppo_policy_loss, squared_error
 
 
 @pytest.mark.parametrize(

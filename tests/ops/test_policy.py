@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Categorical, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
-from varshare_rl.ops.policy import (
+from varshare_rl.ops.rl import (
     categorical_entropy,
     categorical_log_prob,
     masked_logits,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from varshare_rl.ops.returns import gae, td_target
+from varshare_rl.ops.rl import gae, td_target
 
 
 def naive_gae(

@@ -15,7 +15,7 @@ from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.nn import VarShareConfig, VarShareLoRAConfig, VarShareLoRALayer
-from varshare_rl.nn.posteriors import PosteriorLayer, posterior_layers
+from varshare_rl.nn.layer import TaskLayer, posterior_layers
 from varshare_rl.optim.absorption import AbsorbConfig, Absorbing, absorb_all
 
 PPO = PPOConfig(rollout_transitions_per_task=40, epochs=2, minibatches=2, target_kl=None)
@@ -120,7 +120,7 @@ def test_moments_of_factors_start_afresh_and_others_stay(kind: str) -> None:
 def test_target_critics_absorb_with_the_critics() -> None:
     _, made = learner(SAC, VarShareLoRAConfig(hidden=[16], rank=2))
 
-    def weights(layer: PosteriorLayer) -> Tensor:
+    def weights(layer: TaskLayer) -> Tensor:
         assert isinstance(layer, VarShareLoRALayer)
         return layer.theta + layer.scale * (layer.mus_B @ layer.mus_A)
 

@@ -16,7 +16,7 @@ from torchjd import aggregation
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.optim.aggregators import GradientAggregator
-from varshare_rl.optim.gradient import MEAN, TEMPERATURE, GradientConfig, gradient_schema
+from varshare_rl.optim.gradient import MEAN, TEMPERATURE, gradient_schema
 from varshare_rl.optim.step import LossStep
 from varshare_rl.optim.torchjd_aggregators import (
     AlignedMTLConfig,
@@ -153,8 +153,7 @@ def test_a_task_that_is_left_out_changes_nothing_for_those_it_does_not_meet(meth
     for bad in (1.0, float("nan")):
         shared = nn.Parameter(torch.zeros(4))  # a part for each of four tasks
         pair = nn.ParameterList([shared])
-        step = LossStep(pair, 0.1, 0.0)
-        step.aggregate_by(method, GradientConfig(), 4)
+        step = LossStep(pair, 0.1, 0.0, aggregator=method, num_tasks=4)
         step((shared + 1.0) * torch.tensor([1.0, 1.0, bad, 1.0]))
         assert shared.grad is not None
         found.append(shared.grad[[0, 1, 3]])
@@ -199,8 +198,7 @@ class Pair(nn.Module):
 
 def test_the_step_follows_the_combination_and_clips_the_whole() -> None:
     pair = Pair()
-    step = LossStep(pair, 0.1, 1.0)
-    step.aggregate_by("pcgrad", GradientConfig(), 2)
+    step = LossStep(pair, 0.1, 1.0, aggregator="pcgrad", num_tasks=2)
     norm = step(pair.losses())
     # PCGrad's (1/4, 3/4), and of the tasks' own 3/2 and 5/2 as under the mean
     whole = math.sqrt(0.25**2 + 0.75**2 + 1.5**2 + 2.5**2)
@@ -218,10 +216,8 @@ def test_combiners_never_touch_adapters(method: str, layer_norm: bool) -> None:
     for chosen in (MEAN, method):
         torch.manual_seed(0)
         network = VarShareLoRAConfig(hidden=[7, 6], layer_norm=layer_norm).build(5, 3, 4, Posterior())
-        step = LossStep(network, 0.0, 0.0)
-        step.aggregate_by(chosen, GradientConfig(), 4)
-        if chosen == TEMPERATURE:
-            step.follow_temperature(torch.tensor([-4.0, 0.0, 2.0, 1.0]))
+        temperature = torch.tensor([-4.0, 0.0, 2.0, 1.0])
+        step = LossStep(network, 0.0, 0.0, aggregator=chosen, num_tasks=4, log_temperature=temperature)
         x, target = torch.randn(6, 5).expand(4, 6, 5), torch.tensor([1.0, -1.0, 2.0, -3.0])  # they conflict
         step((network(x, torch.arange(4)) - target.view(4, 1, 1)).square().mean((1, 2)))
         gradients.append([(role.own, role.parameter.grad) for role in step.roles])
@@ -239,8 +235,8 @@ def test_combiners_never_touch_adapters(method: str, layer_norm: bool) -> None:
 
 def test_softmax_temperature_by_hand() -> None:
     pair = Pair()
-    step = LossStep(pair, 0.1, 0.0)
-    step.follow_temperature(torch.tensor([0.0, math.log(3.0)]))  # weights 3/4 and 1/4
+    temperature = torch.tensor([0.0, math.log(3.0)])  # weights 3/4 and 1/4
+    step = LossStep(pair, 0.1, 0.0, aggregator=TEMPERATURE, log_temperature=temperature)
     step(pair.losses())
     assert pair.shared.grad is not None
     assert pair.own.grad is not None
@@ -251,8 +247,7 @@ def test_softmax_temperature_by_hand() -> None:
 @pytest.mark.parametrize("method", COMBINERS)
 def test_one_task_and_nothing_shared_are_the_mean(method: str) -> None:
     network = SharedConfig(hidden=[4]).build(3, 2, 1, Posterior())
-    step = LossStep(network, 0.1, 0.0)
-    step.aggregate_by(method, GradientConfig(), 1)
+    step = LossStep(network, 0.1, 0.0, aggregator=method)
     loss = network(torch.randn(1, 5, 3), torch.arange(1)).square().mean((1, 2))
     expected = torch.autograd.grad(loss[0], list(network.parameters()), retain_graph=True)
     step(loss)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from varshare_rl.nn import IndependentConfig, Posterior, VarShareLoRAConfig
 from varshare_rl.optim.divergence_guard import TRUSTED_AFTER, DivergenceGuardConfig
-from varshare_rl.optim.gradient import MEAN, TEMPERATURE, GradientConfig
+from varshare_rl.optim.gradient import MEAN, TEMPERATURE
 from varshare_rl.optim.step import LossStep
 from varshare_rl.registry import registered
 
@@ -61,8 +61,7 @@ def one_step(
 ) -> tuple[nn.Module, LossStep]:
     """A step in which task ``BAD`` is damaged, or, without damage, has no loss."""
     network, x, target = build(name, list(hidden), rows)
-    step = LossStep(network, 0.01, 0.0)
-    step.aggregate_by(method, GradientConfig(), TASKS)
+    step = LossStep(network, 0.01, 0.0, aggregator=method, num_tasks=TASKS)
     if damage is not None:
         damage(network, x, target)
     losses = 0.5 * (network(x, IDS) - target).square().mean((1, 2))
@@ -197,12 +196,11 @@ def test_the_state_goes_on() -> None:
 
 
 @pytest.mark.parametrize("bad", [NAN, INF])
-def test_on_a_device_the_step_is_dropped_until_somebody_looks(monkeypatch: pytest.MonkeyPatch, bad: float) -> None:
+def test_on_a_device_the_step_is_dropped_until_somebody_looks(bad: float) -> None:
     """The path of CUDA, where a step does not wait: played on the CPU."""
     network = IndependentConfig(hidden=[]).build(1, 1, 2, Posterior())
     step = LossStep(network, 0.1, 0.0)
-    monkeypatch.setattr(LossStep, "_decides_here", lambda self, tensor: False)
-    monkeypatch.setattr(type(step.divergence_guard), "_sees", lambda self, losses: False)
+    step.on_cpu = step.divergence_guard.on_cpu = False
     before = [parameter.detach().clone() for parameter in network.parameters()]
     x = torch.ones(2, 1, 1)
 

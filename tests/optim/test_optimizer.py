@@ -64,19 +64,19 @@ def moves(step: LossStep, fraction: float | None = None) -> dict[Kind, float]:
     return found
 
 
-def test_rates_of_theta_means_and_spreads() -> None:
+def test_rates_of_theta_mus_and_rhos() -> None:
     found = moves(step_of(OptimizerConfig(mu_lr_scale=0.5, rho_lr_scale=3.0)))
-    assert found == pytest.approx({Kind.theta: 0.01, Kind.mean: 0.005, Kind.spread: 0.03}, rel=1e-3)
+    assert found == pytest.approx({Kind.theta: 0.01, Kind.mu: 0.005, Kind.rho: 0.03}, rel=1e-3)
 
 
 def test_a_rate_of_zero_holds_what_it_is_for() -> None:
-    assert moves(step_of(OptimizerConfig(rho_lr_scale=0.0)))[Kind.spread] == 0.0
+    assert moves(step_of(OptimizerConfig(rho_lr_scale=0.0)))[Kind.rho] == 0.0
 
 
 def test_the_schedule_drives_every_rate() -> None:
     options = OptimizerConfig(mu_lr_scale=0.5, schedule=Schedule.linear)
     found = moves(step_of(options), fraction=0.75)
-    assert found == pytest.approx({Kind.theta: 0.0025, Kind.mean: 0.00125, Kind.spread: 0.0025}, rel=1e-3)
+    assert found == pytest.approx({Kind.theta: 0.0025, Kind.mu: 0.00125, Kind.rho: 0.0025}, rel=1e-3)
     step = step_of(options)
     for fraction in (0.9, 0.5):  # a function of the fraction, whatever came before
         step.advance(fraction)
@@ -99,7 +99,7 @@ def test_weight_decay_by_hand_and_on_weights_only() -> None:
     ("network", "expected"),
     [
         (SharedConfig(hidden=[4], layer_norm=True), {"theta": "theta, decays", "bias": "theta", "weight": "theta"}),
-        (VarShareConfig(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mean", "rhos": "spread"}),
+        (VarShareConfig(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mu", "rhos": "rho"}),
         (IndependentConfig(hidden=[4]), {"weights": "theta, decays", "biases": "theta"}),
         (
             PaCoConfig(hidden=[4], layer_norm=True),

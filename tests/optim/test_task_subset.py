@@ -9,7 +9,7 @@ from helpers import build, collect
 from torch import Tensor, nn
 
 from varshare_rl.algorithms.sac import SAC, SACConfig
-from varshare_rl.data.rewards import RewardScale
+from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.nn import VarShareLoRAConfig
 from varshare_rl.nn.critic import CriticConfig
@@ -46,13 +46,13 @@ def test_every_task_has_an_adam_of_its_own() -> None:
     torch.manual_seed(1)
     stack = Stack()
     adam = torch.optim.Adam(stack.parameters(), lr=0.1, fused=True)
-    window = TaskSubset(TASKS, SIZE, [stack], [], [adam])
+    subset = TaskSubset(TASKS, SIZE, [stack], [], [adam])
     alone = [nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(TASKS)]
     adams = [torch.optim.Adam([parameter], lr=0.1) for parameter in alone]
-    for _ in range(5 * window.windows):
+    for _ in range(5 * subset.turns):
         goal = torch.randn(TASKS, 2, dtype=torch.float64)
         before = stack.own.detach().clone()
-        with window.turn() as ids:
+        with subset.turn() as ids:
             assert ids is not None
             adam.zero_grad()
             (stack.own - goal[ids]).square().sum().backward()
@@ -75,12 +75,12 @@ def test_fresh_moments_count_from_their_own_beginning() -> None:
     """What the optimiser forgets, such as an absorbed layer's moments, starts with Adam's correction anew."""
     stack = Stack()
     adam = torch.optim.Adam([stack.own], lr=0.1, fused=True)
-    window = TaskSubset(TASKS, TASKS - 1, [stack], [], [adam])
+    subset = TaskSubset(TASKS, TASKS - 1, [stack], [], [adam])
 
     def one_pass() -> Tensor:
         before = stack.own.detach().clone()
-        for _ in range(window.windows):
-            with window.turn():
+        for _ in range(subset.turns):
+            with subset.turn():
                 stack.own.grad = torch.ones_like(stack.own)
                 adam.step()
         return before - stack.own.detach()
@@ -97,10 +97,10 @@ def test_moments_from_before_there_were_windows_keep_their_age() -> None:
     for _ in range(10):
         stack.own.grad = torch.ones_like(stack.own)
         adam.step()
-    window = TaskSubset(TASKS, SIZE, [stack], [], [adam])
+    subset = TaskSubset(TASKS, SIZE, [stack], [], [adam])
     before = stack.own.detach().clone()
-    for _ in range(window.windows):
-        with window.turn():
+    for _ in range(subset.turns):
+        with subset.turn():
             stack.own.grad = torch.ones_like(stack.own)
             adam.step()
             assert int(adam.state[stack.own]["step"]) == 11
@@ -109,11 +109,11 @@ def test_moments_from_before_there_were_windows_keep_their_age() -> None:
 
 def test_an_error_inside_leaves_all_stacks_whole() -> None:
     stack = Stack()
-    window = TaskSubset(TASKS, SIZE, [stack], [], [])
+    subset = TaskSubset(TASKS, SIZE, [stack], [], [])
     shapes = []
 
     def fail() -> None:
-        with window.turn():
+        with subset.turn():
             shapes.append(stack.own.shape)
             raise RuntimeError("inside")
 
@@ -127,26 +127,26 @@ def test_an_error_inside_leaves_all_stacks_whole() -> None:
 
 def test_windows_are_of_nearly_equal_size_and_go_on_where_they_were() -> None:
     torch.manual_seed(2)
-    window = TaskSubset(TASKS, SIZE, [Stack()], [], [])
-    assert window.windows == 3
+    subset = TaskSubset(TASKS, SIZE, [Stack()], [], [])
+    assert subset.turns == 3
     sizes = []
     for _ in range(4):
-        with window.turn() as ids:
+        with subset.turn() as ids:
             assert ids is not None
             sizes.append(len(ids))
     assert sorted(sizes[:3]) == [2, 2, 3]
     resumed = TaskSubset(TASKS, SIZE, [Stack()], [], [])
-    resumed.load_state(window.state())
-    with window.turn() as expected:
+    resumed.load_state(subset.state())
+    with subset.turn() as expected:
         assert expected is not None
     with resumed.turn() as ids:
         assert ids is not None
         assert torch.equal(ids, expected)
 
 
-def test_as_many_tasks_as_there_are_is_no_window() -> None:
-    window = TaskSubset(TASKS, TASKS + 1, [Stack()], [], [])
-    with window.turn() as ids:
+def test_as_many_tasks_as_there_are_is_no_subset() -> None:
+    subset = TaskSubset(TASKS, TASKS + 1, [Stack()], [], [])
+    with subset.turn() as ids:
         assert ids is None
         assert active_tasks() is None
 
@@ -187,10 +187,10 @@ def stacks(learner: SAC) -> dict[str, Tensor]:
 def test_an_update_of_sac_moves_the_tasks_of_its_window_and_no_other(popart: bool) -> None:
     learner = make_sac(CriticConfig(popart=popart))
     for _ in range(4):  # into the second pass
-        before, turn = stacks(learner), learner.window.next
+        before, turn = stacks(learner), learner.task_subset.next
         shared = [layer.theta.detach().clone() for layer in learner.actor.modules() if hasattr(layer, "theta")]
         learner.update()
-        ids = learner.window.order.tensor_split(learner.window.windows)[turn]
+        ids = learner.task_subset.order.tensor_split(learner.task_subset.turns)[turn]
         others = [task for task in range(8) if task not in ids.tolist()]
         for name, after in stacks(learner).items():
             assert torch.equal(after[others], before[name][others]), name
@@ -218,7 +218,7 @@ def test_a_window_of_all_tasks_updates_as_without() -> None:
 def test_a_loss_that_is_not_finite_is_counted_for_its_task() -> None:
     learner = make_sac(CriticConfig())
     learner.replay.rows[5] = torch.nan
-    for _ in range(learner.window.windows):
+    for _ in range(learner.task_subset.turns):
         learner.update()
     assert [int(steps) for steps in learner.masked_steps()] == [0, 0, 0, 0, 0, 2, 0, 0]
     assert all(torch.isfinite(parameter).all() for parameter in learner.actor.parameters())

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from varshare_rl.reporting.palettes import DIVERGING, MISSING, SEQUENTIAL, paint, rgb
 from varshare_rl.reporting.previews import _short, heat_map
+from varshare_rl.reporting.style import DIVERGING, MISSING, SEQUENTIAL, paint, rgb
 
 
 def test_paint_hits_the_anchors() -> None:

@@ -10,8 +10,8 @@ import torch
 
 from varshare_rl.nn import IndependentConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.reporting.figures import to_png
-from varshare_rl.reporting.layers import short_names
 from varshare_rl.reporting.sharing_figures import sharing_figures
+from varshare_rl.reporting.style import short_names
 from varshare_rl.run.sharing import Conflict, sharing_document
 
 ALL = {"nats", "similarity", "distance", "layers", "posteriors", "conflict"}

@@ -14,14 +14,14 @@ from torch import Tensor
 from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.envs.pointmass import PointMassConfig
-from varshare_rl.nn.posteriors import posterior_layers
+from varshare_rl.nn.layer import posterior_layers
+from varshare_rl.reporting.reliability import draw_reliability
 from varshare_rl.run.calibration import (
     GRID,
     Comparison,
     calibration,
     compare,
     coverage,
-    draw_reliability,
     episode_ends,
     observed_returns,
     task_calibration,

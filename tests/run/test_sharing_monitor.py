@@ -58,7 +58,7 @@ def test_scalars_of_a_document() -> None:
     assert set(metrics) == {
         "sharing/all", "sharing/clusters",
         *(f"{kind}/actor.layers.{layer}" for kind in ("sharing", "effective_rank") for layer in (0, 1)),
-        *(f"{kind}/{task}" for kind in ("residual", "spread") for task in NAMES),
+        *(f"{kind}/{task}" for kind in ("residual", "sigma") for task in NAMES),
         "conflict/actor/negative_share", "conflict/actor/mean_cosine",
     }  # fmt: skip
     assert metrics["residual/two"] == made["residual"][1]

@@ -18,11 +18,11 @@ from varshare_rl.algorithms.base import AgentContext, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import L2SoftConfig, LoRAConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Blocks, Posterior
 from varshare_rl.nn.mlp import BroNet, TaskMLP
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
-from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
 from varshare_rl.transfer.low_rank import linear_layers, mean_of
@@ -37,8 +37,7 @@ from varshare_rl.transfer.methods.varshare import (
 )
 from varshare_rl.transfer.pretrained import pretrained_from
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients
-from varshare_rl.transfer.share.config import ContinualMethod as Decomposition
-from varshare_rl.transfer.share.config import Merge, ShareConfig, SizeConfig
+from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig
 from varshare_rl.transfer.share.layer import ShareLinear
 from varshare_rl.types import Transition
 
@@ -62,7 +61,7 @@ def bronet(layer: LayerFactory) -> nn.Module:
     return BroNet([IN, HIDDEN, HIDDEN, OUT], layer, "tanh")
 
 
-SHAPE = NetworkSpec(IN, OUT, mlp, NoLikelihood())
+SPEC = NetworkSpec(IN, OUT, mlp, NoLikelihood())
 
 LORA = LoRAMethodConfig(rank=RANK)
 SHARE = ShareMethodConfig(rank=RANK, initial_tasks=2)
@@ -171,7 +170,7 @@ def trained_agent(tasks: int = 3, network: Any = None, seed: int = 0) -> nn.Modu
 
 @pytest.mark.parametrize("name", CASES)
 def test_learns_every_task_and_keeps_the_old_ones(name: str) -> None:
-    method = CASES[name](SHAPE)
+    method = CASES[name](SPEC)
     last: list[Tensor] = []
     for task in range(5):
         before, after = learn(method, task, 100)
@@ -188,7 +187,7 @@ def test_learns_every_task_and_keeps_the_old_ones(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_base_is_never_trained_again(name: str) -> None:
-    method = CASES[name](SHAPE)
+    method = CASES[name](SPEC)
     learn(method, 0, 5)
     before = outputs(method, 0)
     for task in range(1, 4):
@@ -206,7 +205,7 @@ def test_resumes_between_tasks_and_within_one(name: str, tmp_path: Path) -> None
     """N + N updates with everything put back in between, by way of a file, are 2N updates."""
     for finished in range(4):
         torch.manual_seed(finished)
-        whole, method = CASES[name](SHAPE), CASES[name](SHAPE)
+        whole, method = CASES[name](SPEC), CASES[name](SPEC)
         for task in range(finished):
             learn(whole, task, 5)
         path = save_checkpoint(tmp_path / f"{finished}", "last", 1, whole.state())
@@ -231,14 +230,14 @@ def test_resumes_between_tasks_and_within_one(name: str, tmp_path: Path) -> None
 
 def test_a_policy_leaves_the_random_state_alone_and_knows_its_tasks() -> None:
     for make in CASES.values():
-        method = make(SHAPE)
+        method = make(SPEC)
         for task in range(3):
             learn(method, task, 2)
         random = torch.get_rng_state()
         method.policy(1)
         assert torch.equal(torch.get_rng_state(), random)
         for unknown in (-1, 3):
-            with pytest.raises(IndexError, match=f"unknown task {unknown}: 3 tasks"):
+            with pytest.raises(IndexError, match=f"unknown task id {unknown}: 3 tasks"):
                 method.policy(unknown)
 
 
@@ -246,7 +245,7 @@ def test_a_policy_leaves_the_random_state_alone_and_knows_its_tasks() -> None:
 
 
 def test_a_fresh_adapter_is_the_base() -> None:
-    method = LoRAMethod(replace(LORA, alpha=6.0, rslora=True), SHAPE)
+    method = LoRAMethod(replace(LORA, alpha=6.0, rslora=True), SPEC)
     learn(method, 0, 5)
     network = method.begin(1)
     assert torch.equal(network.eval()(inputs(), IDS), outputs(method, 0))
@@ -279,24 +278,24 @@ def test_a_mean_of_lower_rank_is_filled_up_with_what_can_learn() -> None:
 
 def test_starts_of_adapters() -> None:
     for start, expected in ((AdapterStart.fresh, 0), (AdapterStart.similar, 1)):
-        method = LoRAMethod(replace(LORA, start=start), SHAPE)
+        method = LoRAMethod(replace(LORA, start=start), SPEC)
         for task in range(3):
             learn(method, task, 20)
         assert torch.equal(method.begin(3, similar=1).eval()(inputs(), IDS), outputs(method, expected))
         assert torch.equal(method.begin(3).eval()(inputs(), IDS), outputs(method, 0))
 
 
-# origins
+# pretrained agents
 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kind", [VarShareLoRAConfig, LoRAConfig, L2SoftConfig])
 @torch.no_grad()
-def test_tasks_of_an_origin_stay_bit_for_bit(name: str, kind: Any) -> None:
+def test_tasks_of_a_pretrained_agent_stay_bit_for_bit(name: str, kind: Any) -> None:
     agent = trained_agent(3, kind(rank=RANK, alpha=3.0)).eval()
     pretrained = pretrained_from(agent, 3)
     assert bool(pretrained.sigmas) == (kind is VarShareLoRAConfig)
-    method = CASES[name](SHAPE, pretrained)
+    method = CASES[name](SPEC, pretrained)
     expected = [agent(inputs(), torch.tensor([task])) for task in range(3)]
     assert method.tasks == method.old_tasks == 3
     for new in range(3, 6):
@@ -304,7 +303,7 @@ def test_tasks_of_an_origin_stay_bit_for_bit(name: str, kind: Any) -> None:
             assert torch.equal(outputs(method, task), expected[task])
         with torch.enable_grad():
             learn(method, new, 5)
-    again = CASES[name](SHAPE, pretrained)
+    again = CASES[name](SPEC, pretrained)
     again.load_state(method.state())
     for task in range(6):
         assert torch.equal(outputs(again, task), outputs(method, task))
@@ -313,26 +312,26 @@ def test_tasks_of_an_origin_stay_bit_for_bit(name: str, kind: Any) -> None:
 
 
 @torch.no_grad()
-def test_an_origin_of_residual_blocks() -> None:
+def test_a_pretrained_agent_of_residual_blocks() -> None:
     options = VarShareLoRAConfig(rank=RANK, hidden=[HIDDEN, HIDDEN], blocks=Blocks.bronet)
     agent = options.build(IN, OUT, 2, Posterior()).eval()
     for parameter in agent.parameters():
         parameter.normal_(std=0.3)
-    method = LoRAMethod(LORA, replace(SHAPE, stack=bronet), pretrained_from(agent, 2))
+    method = LoRAMethod(LORA, replace(SPEC, stack=bronet), pretrained_from(agent, 2))
     for task in range(2):
         assert torch.equal(outputs(method, task), agent(inputs(), torch.tensor([task])))
 
 
-def test_an_origin_without_corrections_is_a_frozen_base() -> None:
-    plain = SHAPE.plain()
+def test_a_pretrained_agent_without_corrections_is_a_frozen_base() -> None:
+    plain = SPEC.plain()
     for make in CASES.values():
-        method = make(SHAPE, Pretrained(plain.state_dict(), ({}, {})))
+        method = make(SPEC, Pretrained(plain.state_dict(), ({}, {})))
         assert method.old_tasks == 2
         assert torch.equal(outputs(method, 1), plain(inputs(), IDS))
         assert not any("theta" in key for key, p in method.begin(2, 0).named_parameters() if p.requires_grad)
 
 
-def test_networks_that_are_no_origin() -> None:
+def test_networks_that_a_sequence_cannot_go_on_from() -> None:
     options: list[Any] = [VarShareConfig(), SharedConfig(), L2SoftConfig(rank=None)]
     for option in options:
         network = option.build(IN, OUT, 3, Posterior())
@@ -344,11 +343,11 @@ def test_networks_that_are_no_origin() -> None:
         pretrained_from(nn.Linear(3, 3), 1)
 
 
-def test_an_origin_of_other_sizes_is_refused() -> None:
-    base = SHAPE.plain().state_dict()
+def test_a_pretrained_agent_of_other_sizes_is_refused() -> None:
+    base = SPEC.plain().state_dict()
     wrong = {"layers.0": LowRank(torch.zeros(1, IN + 1), torch.zeros(HIDDEN, 1))}
     with pytest.raises(UserError, match=r"task 1 has a correction of 10 x 5 at layers.0.*network has 10 x 4"):
-        LoRAMethod(LORA, SHAPE, Pretrained(base, ({}, wrong)))
+        LoRAMethod(LORA, SPEC, Pretrained(base, ({}, wrong)))
 
 
 # Share
@@ -356,7 +355,7 @@ def test_an_origin_of_other_sizes_is_refused() -> None:
 
 def test_share_with_all_directions_is_lora() -> None:
     full = replace(SHARE, initial_tasks=3, basis=ShareConfig(k=SizeConfig(max_error=0.0)))
-    pair = [LoRAMethod(LORA, SHAPE), ShareMethod(full, SHAPE)]
+    pair = [LoRAMethod(LORA, SPEC), ShareMethod(full, SPEC)]
     for method in pair:
         torch.manual_seed(5)
         for task in range(4):
@@ -368,7 +367,7 @@ def test_share_with_all_directions_is_lora() -> None:
 
 def test_share_reports_what_its_merges_cost() -> None:
     lossy = ShareConfig(k=SizeConfig(fixed=3))
-    method = ShareMethod(replace(SHARE, basis=lossy), SHAPE)
+    method = ShareMethod(replace(SHARE, basis=lossy), SPEC)
     learn(method, 0, 20)
     learn(method, 1, 20)
     assert method.report == []
@@ -387,7 +386,7 @@ def test_share_reports_what_its_merges_cost() -> None:
     assert max(row["error"] for row in method.report) > 0.01
     learn(method, 3, 20)
     assert {row["merges"] for row in method.report} == {2}
-    bounded = ShareMethod(replace(SHARE, merge=Merge.always), SHAPE)
+    bounded = ShareMethod(replace(SHARE, merge=Merge.always), SPEC)
     for task in range(7):
         learn(bounded, task, 10)
     assert max(row["error"] for row in bounded.report) <= 0.01 + 1e-5  # after five merges
@@ -398,14 +397,14 @@ def _residuals(network: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def test_what_is_stored() -> None:
-    base = sum(value.numel() for value in SHAPE.plain().state_dict().values()) * 4
-    sizes = [(layer.in_features, layer.out_features) for layer in linear_layers(SHAPE.plain()).values()]
+    base = sum(value.numel() for value in SPEC.plain().state_dict().values()) * 4
+    sizes = [(layer.in_features, layer.out_features) for layer in linear_layers(SPEC.plain()).values()]
     adapter = 4 * sum(RANK * (inputs + outputs) for inputs, outputs in sizes)
 
-    lora = LoRAMethod(LORA, SHAPE)
+    lora = LoRAMethod(LORA, SPEC)
     assert lora.stored().total == 0
-    varshare, share = VarShareMethod(VARSHARE, SHAPE), ShareMethod(SHARE, SHAPE)
-    originals = ShareMethod(replace(SHARE, basis=ShareConfig(keep_originals=True)), SHAPE)
+    varshare, share = VarShareMethod(VARSHARE, SPEC), ShareMethod(SHARE, SPEC)
+    originals = ShareMethod(replace(SHARE, basis=ShareConfig(keep_originals=True)), SPEC)
     for method in (lora, varshare, share, originals):
         for task in range(2):
             learn(method, task, 2)
@@ -423,11 +422,11 @@ def test_what_is_stored() -> None:
     assert originals.stored().memory == 3 * adapter  # the temporary directions' alone
 
 
-def test_an_origin_is_a_basis_at_once_and_its_adapters_are_kept() -> None:
+def test_a_pretrained_agent_is_a_basis_at_once_and_its_adapters_are_kept() -> None:
     pretrained = pretrained_from(trained_agent(3), 3)
     adapters = sum(4 * (part.a.numel() + part.b.numel()) for own in pretrained.adapters for part in own.values())
     exact, rebuilt = (
-        ShareMethod(replace(SHARE, exact_pretrained=exact), SHAPE, pretrained) for exact in (True, False)
+        ShareMethod(replace(SHARE, exact_pretrained=exact), SPEC, pretrained) for exact in (True, False)
     )
     assert [row["task"] for row in exact.report[:3]] == [0, 1, 2]
     assert all(row["exact"] for row in exact.report)
@@ -435,7 +434,7 @@ def test_an_origin_is_a_basis_at_once_and_its_adapters_are_kept() -> None:
     assert exact.stored().tasks == adapters
     assert exact.stored().memory == rebuilt.stored().tasks
     torch.testing.assert_close(outputs(exact, 1), outputs(rebuilt, 1), atol=0.1, rtol=0)
-    later = ShareMethod(replace(SHARE, initial_tasks=4), SHAPE, pretrained)
+    later = ShareMethod(replace(SHARE, initial_tasks=4), SPEC, pretrained)
     assert list(_residuals(later.begin(3)))  # one more LoRA adapter, then the basis
     learn(later, 3, 5)
     assert not list(_residuals(later.begin(4)))
@@ -445,7 +444,7 @@ def test_an_origin_is_a_basis_at_once_and_its_adapters_are_kept() -> None:
 
 def test_temporary_directions_are_a_quarter_at_most() -> None:
     for phi, expected in ((None, 2), (1, 1), (50, 2)):
-        method = ShareMethod(replace(SHARE, phi=phi, basis=ShareConfig(k=SizeConfig(fixed=8))), SHAPE)
+        method = ShareMethod(replace(SHARE, phi=phi, basis=ShareConfig(k=SizeConfig(fixed=8))), SPEC)
         for task in range(3):
             if task and method.share is None:
                 method.config.rank = 4
@@ -460,7 +459,7 @@ def test_temporary_directions_are_a_quarter_at_most() -> None:
     ("options", "message"),
     [
         ({"variational": True}, "method.variational=true needs method.learn=coefficients"),
-        ({"basis": ShareConfig(method=Decomposition.delta)}, "no task can be learnt; choose share or paper"),
+        ({"basis": ShareConfig(method=BasisMethod.delta)}, "no task can be learnt; choose share or paper"),
         ({"initial_tasks": 0}, "method.initial_tasks is 0; it must be at least 1"),
         ({"phi": 0}, "phi is 0"),
         ({"basis": ShareConfig(p=1)}, "method.basis.p=1 cannot promise a max_error"),
@@ -473,7 +472,7 @@ def test_temporary_directions_are_a_quarter_at_most() -> None:
 )
 def test_what_share_cannot_do_is_said_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        ShareMethod(replace(SHARE, **options), SHAPE)
+        ShareMethod(replace(SHARE, **options), SPEC)
 
 
 # VarShare: priors and what is paid
@@ -504,7 +503,7 @@ def disturb(network: nn.Module) -> None:
 
 def test_the_divergence_is_paid_once_and_from_the_posterior_before() -> None:
     pretrained = pretrained_from(trained_agent(3), 3)
-    method = VarShareMethod(replace(VARSHARE, kl_weight=0.3), SHAPE, pretrained)
+    method = VarShareMethod(replace(VARSHARE, kl_weight=0.3), SPEC, pretrained)
     network = method.begin(3)
     start = method.penalty(network, 1)
     assert isinstance(start, Tensor)
@@ -527,8 +526,8 @@ def test_the_divergence_is_paid_once_and_from_the_posterior_before() -> None:
     elbo = Elbo(ElboConfig(kl_weight=1.0), 1)
     assert elbo.penalty(network, 500) == 0.0  # here it would be a second time
     assert elbo.penalty(trained_agent(1), 500) > 0.0
-    assert method.penalty(SHAPE.plain(), 500) == torch.zeros(1)
-    assert VarShareMethod(replace(VARSHARE, kl_weight=0.0), SHAPE, pretrained).penalty(network, 5) == 0.0
+    assert method.penalty(SPEC.plain(), 500) == torch.zeros(1)
+    assert VarShareMethod(replace(VARSHARE, kl_weight=0.0), SPEC, pretrained).penalty(network, 5) == 0.0
 
 
 def test_a_given_prior_is_in_no_state_dict_and_follows_the_layer() -> None:
@@ -542,10 +541,8 @@ def test_a_given_prior_is_in_no_state_dict_and_follows_the_layer() -> None:
 
 def test_the_standard_prior_is_that_of_the_layer() -> None:
     options = replace(VARSHARE, prior=PriorFrom.standard, prior_scale=0.4, kl_weight=1.0)
-    first = VarShareMethod(
-        replace(options, prior=PriorFrom.previous), SHAPE, Pretrained(SHAPE.plain().state_dict())
-    )
-    for method in (VarShareMethod(options, SHAPE, pretrained_from(trained_agent(3), 3)), first):
+    first = VarShareMethod(replace(options, prior=PriorFrom.previous), SPEC, Pretrained(SPEC.plain().state_dict()))
+    for method in (VarShareMethod(options, SPEC, pretrained_from(trained_agent(3), 3)), first):
         network = method.begin(method.tasks)
         disturb(network)
         expected = expected_kl(network, lambda path: [(torch.zeros(()), torch.tensor(0.4))] * 2)
@@ -554,10 +551,10 @@ def test_the_standard_prior_is_that_of_the_layer() -> None:
 
 def test_a_pooled_prior_matches_moments_over_all_posteriors() -> None:
     """Tasks whose factors agree up to small changes, so that turning them to agree does little; then one turned."""
-    base, generator = SHAPE.plain().state_dict(), torch.Generator().manual_seed(1)
+    base, generator = SPEC.plain().state_dict(), torch.Generator().manual_seed(1)
     first = {
         path: LowRank(torch.randn(1, layer.in_features), torch.randn(layer.out_features, 1))
-        for path, layer in linear_layers(SHAPE.plain()).items()
+        for path, layer in linear_layers(SPEC.plain()).items()
     }
 
     def noisy(value: Tensor, amount: float) -> Tensor:
@@ -573,15 +570,15 @@ def test_a_pooled_prior_matches_moments_over_all_posteriors() -> None:
     flipped = {path: LowRank(-own.a, -own.b) for path, own in adapters[1].items()}  # the same correction
     for given in (adapters, (adapters[0], flipped, adapters[2])):
         options = replace(VARSHARE, rank=1, prior=PriorFrom.pooled)
-        method = VarShareMethod(options, SHAPE, Pretrained(base, given, sigmas))
+        method = VarShareMethod(options, SPEC, Pretrained(base, given, sigmas))
         network = method.begin(3)
         layer = network.get_submodule("layers.1")
         assert isinstance(layer, VarShareLoRALayer)
         for index, name in enumerate(("a", "b")):
             mus = torch.stack([getattr(own["layers.1"], name) for own in adapters])
-            sigmas = torch.stack([own["layers.1"][index] for own in sigmas])
+            stds = torch.stack([own["layers.1"][index] for own in sigmas])
             mean = mus.mean(0)
-            sigma = (sigmas.square() + (mus - mean).square()).mean(0).sqrt()
+            sigma = (stds.square() + (mus - mean).square()).mean(0).sqrt()
             mu, rho = layer.posteriors()[index]
             factor = "AB"[index]
             found = layer.get_buffer(f"prior_mean_of_mus_{factor}"), layer.get_buffer(f"prior_std_of_mus_{factor}")
@@ -589,13 +586,13 @@ def test_a_pooled_prior_matches_moments_over_all_posteriors() -> None:
             torch.testing.assert_close(found[0] * sign, mean)
             torch.testing.assert_close(found[1], sigma)
             torch.testing.assert_close(mu[0].detach(), found[0])  # where it starts
-            torch.testing.assert_close(F.softplus(rho[0]).detach(), sigmas.square().mean(0).sqrt())
+            torch.testing.assert_close(F.softplus(rho[0]).detach(), stds.square().mean(0).sqrt())
 
 
 def test_factors_of_another_scale_are_the_same_prior() -> None:
     agent = trained_agent(2, VarShareLoRAConfig(rank=RANK, alpha=6.0))
     pretrained = pretrained_from(agent, 2)
-    method = VarShareMethod(replace(VARSHARE, alpha=1.0), SHAPE, pretrained)
+    method = VarShareMethod(replace(VARSHARE, alpha=1.0), SPEC, pretrained)
     network = method.begin(2).eval()
     std_b = pretrained.sigmas[1]["layers.1"][1] * 6.0  # scales of 3 and of 1/2
     torch.testing.assert_close(network.get_buffer("layers.1.prior_std_of_mus_B"), std_b)
@@ -608,17 +605,17 @@ def test_starts_of_posteriors() -> None:
     pretrained = pretrained_from(trained_agent(3), 3)
 
     def started(start: PosteriorStart, similar: int | None = None, pretrained: Pretrained = pretrained) -> Tensor:
-        method = VarShareMethod(replace(VARSHARE, start=start), SHAPE, pretrained)
+        method = VarShareMethod(replace(VARSHARE, start=start), SPEC, pretrained)
         found: Tensor = method.begin(3, similar).eval()(inputs(), IDS)
         return found
 
-    method = VarShareMethod(VARSHARE, SHAPE, pretrained)
+    method = VarShareMethod(VARSHARE, SPEC, pretrained)
     plain = method.base.network()(inputs(), IDS)
     assert torch.equal(started(PosteriorStart.fresh), plain)
     assert torch.equal(started(PosteriorStart.similar), plain)
     assert torch.equal(started(PosteriorStart.similar, 1), outputs(method, 1))
     assert torch.equal(started(PosteriorStart.prior, 1), outputs(method, 2))
-    layer = VarShareMethod(replace(VARSHARE, start=PosteriorStart.similar), SHAPE, pretrained).begin(3, 0)
+    layer = VarShareMethod(replace(VARSHARE, start=PosteriorStart.similar), SPEC, pretrained).begin(3, 0)
     stds = F.softplus(layer.get_parameter("layers.0.rhos_B"))[0]
     torch.testing.assert_close(stds, pretrained.sigmas[0]["layers.0"][1])
     points = Pretrained(pretrained.base, pretrained.adapters)  # of an agent without posteriors
@@ -628,12 +625,12 @@ def test_starts_of_posteriors() -> None:
 def test_another_rank_is_refused_where_factors_are_compared() -> None:
     pretrained = pretrained_from(trained_agent(2), 2)
     with pytest.raises(UserError, match=r"method.rank is 3, and .* rank 2; give method.rank=2"):
-        VarShareMethod(replace(VARSHARE, rank=3), SHAPE, pretrained)
-    VarShareMethod(replace(VARSHARE, rank=3, prior=PriorFrom.standard), SHAPE, pretrained).begin(2)
+        VarShareMethod(replace(VARSHARE, rank=3), SPEC, pretrained)
+    VarShareMethod(replace(VARSHARE, rank=3, prior=PriorFrom.standard), SPEC, pretrained).begin(2)
 
 
 def test_the_mean_of_the_posterior_is_what_acts() -> None:
-    method = VarShareMethod(VARSHARE, SHAPE, pretrained_from(trained_agent(2), 2))
+    method = VarShareMethod(VARSHARE, SPEC, pretrained_from(trained_agent(2), 2))
     network = method.begin(2)
     with torch.no_grad():
         assert not torch.equal(network(inputs(), IDS), network(inputs(), IDS))  # it draws in training
@@ -643,7 +640,7 @@ def test_the_mean_of_the_posterior_is_what_acts() -> None:
 
 def test_variational_coefficients_pay_once() -> None:
     options = replace(SHARE, learn=Learn.coefficients, variational=True, kl_weight=0.2)
-    method = ShareMethod(options, SHAPE, pretrained_from(trained_agent(3), 3))
+    method = ShareMethod(options, SPEC, pretrained_from(trained_agent(3), 3))
     network = method.begin(3)
     layers = [layer for layer in network.modules() if isinstance(layer, GaussianCoefficients)]
     assert len(layers) == 3
@@ -682,7 +679,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
 def test_ppo_learns_with_a_ratio_of_one_before_its_first_step(
     name: str, acting: Resample, watched: Watched
 ) -> None:
-    method = CASES[name](SHAPE, pretrained_from(trained_agent(3), 3))
+    method = CASES[name](SPEC, pretrained_from(trained_agent(3), 3))
     mask = torch.ones(1, OUT // 2, dtype=torch.bool)
     problem = TaskSpec(1, 4, IN, OUT // 2, False, mask, torch.device("cpu"), horizon=40)
     network = method.begin(3)
@@ -713,7 +710,7 @@ def test_ppo_learns_with_a_ratio_of_one_before_its_first_step(
         assert float((first - 1).abs().max()) < 2e-5
         assert float((second - 1).abs().max()) > 1e-4
     if acts_with_draws and acting is not Resample.mean:
-        assert learner.draws.layers
+        assert learner.weight_sampler.layers
     assert not any(getattr(layer, "noise", None) for layer in network.modules())
     method.end(network, torch.randn(1, 5, IN))
     method.policy(3)

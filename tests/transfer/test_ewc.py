@@ -3,14 +3,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import IN, SAMPLES, TASK_IDS, Learning, UnitGaussian, learn, mlp_shape, task_data, weights
+from toys import IN, SAMPLES, TASK_IDS, Learning, UnitGaussian, learn, mlp_spec, task_data, weights
 
 from varshare_rl.transfer.method import StorageCost
 from varshare_rl.transfer.methods.ewc import EWC, EWCConfig, Quadratic, diagonal_fisher
 
 
 def test_fisher_of_a_linear_gaussian_is_the_inputs_second_moment() -> None:
-    network = mlp_shape().plain()  # y = W x + b, and d log p / d W_gf = (y_g - mu_g) x_f
+    network = mlp_spec().plain()  # y = W x + b, and d log p / d W_gf = (y_g - mu_g) x_f
     x = torch.randn(1, 12, IN)
     fisher = diagonal_fisher(network, x, UnitGaussian())
     moment = x.square().mean((0, 1)).expand(2, IN)
@@ -19,7 +19,7 @@ def test_fisher_of_a_linear_gaussian_is_the_inputs_second_moment() -> None:
 
 
 def test_fisher_squares_the_gradient_of_every_input() -> None:
-    network = mlp_shape(8, 8, layer_norm=True, outputs=1).plain()
+    network = mlp_spec(8, 8, layer_norm=True, outputs=1).plain()
     x = torch.randn(1, 9, IN)
     expected = {name: torch.zeros_like(parameter) for name, parameter in network.named_parameters()}
     for row in x[0]:  # with one output of unit variance, F = E (d mu / d theta)^2
@@ -71,7 +71,7 @@ def test_two_quadratics_by_hand() -> None:
 @pytest.mark.parametrize("online", [False, True])
 def test_penalty_is_that_of_the_paper(online: bool) -> None:
     options = EWCConfig(weight=6.0, fisher_samples=SAMPLES, online=online, decay=0.5)
-    method = EWC(options, mlp_shape(8, outputs=2))
+    method = EWC(options, mlp_spec(8, outputs=2))
     fishers, ends = [], []
     for task in range(3):
         learning = Learning(method, task, steps=5)
@@ -98,19 +98,19 @@ def test_penalty_is_that_of_the_paper(online: bool) -> None:
     assert isinstance(penalty, Tensor)
     assert penalty.shape == (1,)
     torch.testing.assert_close(penalty.item(), 3.0 * expected, rtol=1e-4, atol=0.0)
-    again = EWC(options, method.shape)
+    again = EWC(options, method.spec)
     again.load_state(method.state())
     assert again.penalty(network, SAMPLES) == penalty
 
 
 def test_nothing_is_held_before_the_first_task_ends() -> None:
-    method = EWC(EWCConfig(), mlp_shape(8))
+    method = EWC(EWCConfig(), mlp_spec(8))
     assert method.penalty(method.begin(0), SAMPLES) == 0.0
 
 
 @pytest.mark.parametrize("online", [False, True])
 def test_memory_does_not_grow(online: bool) -> None:
-    method = EWC(EWCConfig(fisher_samples=4, online=online), mlp_shape(16))
+    method = EWC(EWCConfig(fisher_samples=4, online=online), mlp_spec(16))
     network = 4 * (3 * 16 + 16 + 16 * 2 + 2)
     assert method.stored() == StorageCost(network, 0, 0)
     for _ in range(3):

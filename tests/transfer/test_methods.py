@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from toys import IN, OUT, SHAPES, TASK_IDS, Learning, error, learn, make_origin, mlp_shape, outputs
+from toys import IN, OUT, SPECS, TASK_IDS, Learning, error, learn, make_pretrained, mlp_spec, outputs
 
 import varshare_rl
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
@@ -30,13 +30,13 @@ class Case:
     """A method with small options, and what it promises."""
 
     method: type[ContinualMethod]
-    options: ContinualMethodConfig
+    config: ContinualMethodConfig
     keeps_old: bool = True  # later tasks leave earlier ones' policies as they are, to the bit
     learns_later: bool = True  # the second task is learnt at all
     exact_pretrained: bool = True  # a pretrained agent's task is acted by its base with its adapter, to the bit
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> Any:
-        return self.method(self.config, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> Any:
+        return self.method(self.config, spec, pretrained)
 
 
 CASES: dict[str, Case] = {
@@ -59,24 +59,24 @@ CASES: dict[str, Case] = {
     "packnet": Case(PackNet, PackNetConfig()),
     "pnn": Case(PNN, PNNConfig(lateral=4)),
 }
-ORIGINS: dict[str, Callable[[NetworkSpec], Pretrained | None]] = {
-    "new": lambda shape: None,
-    "origin": make_origin,
-    "base_only": lambda shape: make_origin(shape, tasks=0),
+PRETRAINED: dict[str, Callable[[NetworkSpec], Pretrained | None]] = {
+    "new": lambda spec: None,
+    "pretrained": make_pretrained,
+    "base_only": lambda spec: make_pretrained(spec, tasks=0),
 }
 
 case_names = pytest.mark.parametrize("name", CASES)
-origin_names = pytest.mark.parametrize("origin", ORIGINS)
+pretrained_names = pytest.mark.parametrize("pretrained", PRETRAINED)
 
 
 @case_names
-@origin_names
-@pytest.mark.parametrize("shape", SHAPES)
-def test_networks_are_of_one_task_and_old_policies_stay(name: str, pretrained: str, shape: str) -> None:
-    case, made = CASES[name], SHAPES[shape]()
-    method = case.build(made, ORIGINS[pretrained](made))
+@pretrained_names
+@pytest.mark.parametrize("spec", SPECS)
+def test_networks_are_of_one_task_and_old_policies_stay(name: str, pretrained: str, spec: str) -> None:
+    case, made = CASES[name], SPECS[spec]()
+    method = case.build(made, PRETRAINED[pretrained](made))
     first = method.tasks
-    assert first == (2 if pretrained == "origin" else 0)
+    assert first == (2 if pretrained == "pretrained" else 0)
     learnt: dict[int, torch.Tensor] = {task: outputs(method.policy(task)) for task in range(first)}
     for task in range(first, first + 3):
         network = method.begin(task)
@@ -93,13 +93,13 @@ def test_networks_are_of_one_task_and_old_policies_stay(name: str, pretrained: s
 
 
 @case_names
-def test_policies_of_an_origin(name: str) -> None:
-    case, shape = CASES[name], mlp_shape(16, 16)
-    pretrained = make_origin(shape)
-    method = case.build(shape, pretrained)
+def test_policies_of_a_pretrained_agent(name: str) -> None:
+    case, spec = CASES[name], mlp_spec(16, 16)
+    pretrained = make_pretrained(spec)
+    method = case.build(spec, pretrained)
     learn(method, 1, steps=2)
     for task, adapter in enumerate(pretrained.adapters):
-        expected = shape.plain()
+        expected = spec.plain()
         state = {key: value.clone() for key, value in pretrained.base.items()}
         for path, factor in adapter.items():
             state[f"{path}.theta"] += factor.scale * (factor.b @ factor.a)
@@ -112,10 +112,10 @@ def test_policies_of_an_origin(name: str) -> None:
 
 
 @case_names
-@origin_names
+@pretrained_names
 def test_learning_helps(name: str, pretrained: str) -> None:
-    case, shape = CASES[name], mlp_shape(16, 16)
-    method = case.build(shape, ORIGINS[pretrained](shape))
+    case, spec = CASES[name], mlp_spec(16, 16)
+    method = case.build(spec, PRETRAINED[pretrained](spec))
     for place, task in enumerate((method.tasks, method.tasks + 1)):
         before = error(method.begin(task), task)
         Learning(method, task, steps=150).finish()
@@ -128,7 +128,7 @@ def test_learning_helps(name: str, pretrained: str) -> None:
 
 @case_names
 def test_a_network_that_is_finished_is_the_policy(name: str) -> None:
-    method = CASES[name].build(mlp_shape(16, 16))
+    method = CASES[name].build(mlp_spec(16, 16))
     for task in range(2):
         learning = Learning(method, task, steps=4)
         learning.finish()
@@ -138,7 +138,7 @@ def test_a_network_that_is_finished_is_the_policy(name: str) -> None:
 @case_names
 @pytest.mark.parametrize("task", [-1, 3])
 def test_unknown_tasks_are_named(name: str, task: int) -> None:
-    method = CASES[name].build(mlp_shape(8))
+    method = CASES[name].build(mlp_spec(8))
     learn(method, 3, steps=1)
     with pytest.raises(IndexError, match=f"unknown task id {task}"):
         method.policy(task)
@@ -150,11 +150,11 @@ def on_disk(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 @case_names
-@origin_names
-@pytest.mark.parametrize("shape", ["mlp", "bronet"])
-def test_resume_within_a_task_is_exact(name: str, pretrained: str, shape: str, tmp_path: Path) -> None:
-    made = SHAPES[shape]()
-    given = ORIGINS[pretrained](made)
+@pretrained_names
+@pytest.mark.parametrize("spec", ["mlp", "bronet"])
+def test_resume_within_a_task_is_exact(name: str, pretrained: str, spec: str, tmp_path: Path) -> None:
+    made = SPECS[spec]()
+    given = PRETRAINED[pretrained](made)
     method = CASES[name].build(made, given)
     learn(method, 2, steps=4)
     before = method.state()  # a run writes it from within the task
@@ -185,16 +185,16 @@ def test_resume_within_a_task_is_exact(name: str, pretrained: str, shape: str, t
 
 
 @case_names
-@origin_names
+@pretrained_names
 def test_a_state_that_was_given_out_does_not_change(name: str, pretrained: str, tmp_path: Path) -> None:
-    shape = mlp_shape(8)
-    method = CASES[name].build(shape, ORIGINS[pretrained](shape))
+    spec = mlp_spec(8)
+    method = CASES[name].build(spec, PRETRAINED[pretrained](spec))
     learn(method, 2, steps=2)
     state = method.state()
     saved = on_disk(state, tmp_path)
     learn(method, 2, steps=4)
     _assert_same(state, saved)
-    again = CASES[name].build(shape, method.pretrained)
+    again = CASES[name].build(spec, method.pretrained)
     again.load_state(state)
     _assert_same(again.state(), saved)
     assert again.tasks == method.tasks - 2
@@ -202,7 +202,7 @@ def test_a_state_that_was_given_out_does_not_change(name: str, pretrained: str, 
 
 @case_names
 def test_what_is_done_to_a_network_after_its_task_changes_nothing(name: str, tmp_path: Path) -> None:
-    method = CASES[name].build(mlp_shape(8))
+    method = CASES[name].build(mlp_spec(8))
     for task in range(2):
         learning = Learning(method, task, steps=2)
         learning.finish()
@@ -232,11 +232,11 @@ def _assert_same(one: Any, two: Any) -> None:
 
 
 @case_names
-@origin_names
+@pretrained_names
 def test_bytes_never_shrink_and_the_network_is_in_them(name: str, pretrained: str) -> None:
-    shape = mlp_shape(16, 16)
-    method = CASES[name].build(shape, ORIGINS[pretrained](shape))
-    network = 4 * sum(parameter.numel() for parameter in shape.plain().parameters())
+    spec = mlp_spec(16, 16)
+    method = CASES[name].build(spec, PRETRAINED[pretrained](spec))
+    network = 4 * sum(parameter.numel() for parameter in spec.plain().parameters())
     seen = []
     for _ in range(3):
         learn(method, 1, steps=2)
@@ -253,7 +253,7 @@ def test_bytes_never_shrink_and_the_network_is_in_them(name: str, pretrained: st
 def forgotten(name: str) -> float:
     """What the first of two tasks loses while the second is learnt."""
     torch.manual_seed(1)
-    method = CASES[name].build(mlp_shape(32, 32))
+    method = CASES[name].build(mlp_spec(32, 32))
     Learning(method, 0, steps=300).finish()
     before = error(method.policy(0), 0)
     Learning(method, 1, steps=300).finish()

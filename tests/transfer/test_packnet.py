@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from toys import IN, OUT, Learning, learn, make_origin, mlp_shape, outputs, weights
+from toys import IN, OUT, Learning, learn, make_pretrained, mlp_spec, outputs, weights
 
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.transfer.method import StorageCost
@@ -11,7 +11,7 @@ from varshare_rl.transfer.methods.packnet import FREE, PackNet, PackNetConfig, p
 
 
 def build(**options: float) -> PackNet:
-    return PackNet(PackNetConfig(**options), mlp_shape(16, 16, layer_norm=True))  # type: ignore[arg-type]
+    return PackNet(PackNetConfig(**options), mlp_spec(16, 16, layer_norm=True))  # type: ignore[arg-type]
 
 
 def test_shares_by_hand() -> None:
@@ -118,10 +118,10 @@ def test_bytes_by_hand(tasks: int, bits: int) -> None:
     assert method.stored() == StorageCost(body, tasks * 4 * (16 * OUT + OUT) + owners)
 
 
-def test_an_origins_base_is_kept_apart() -> None:
-    shape = mlp_shape(16)
-    pretrained = make_origin(shape)
-    method = PackNet(PackNetConfig(), shape, pretrained)
+def test_a_pretrained_base_is_kept_apart() -> None:
+    spec = mlp_spec(16)
+    pretrained = make_pretrained(spec)
+    method = PackNet(PackNetConfig(), spec, pretrained)
     network = method.begin(2)
     ((path, layer),) = packed_layers(network)
     assert torch.equal(layer.weight(), pretrained.base[f"{path}.theta"])

@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import Tensor
-from toys import IN, OUT, TASK_IDS, Learning, bronet_shape, learn, make_origin, mlp_shape, outputs, weights
+from toys import IN, OUT, TASK_IDS, Learning, bronet_spec, learn, make_pretrained, mlp_spec, outputs, weights
 
 from varshare_rl.nn.progressive import Columns
 from varshare_rl.transfer.method import NetworkSpec, StorageCost
@@ -28,22 +28,22 @@ def naive(columns: list[dict[str, Tensor]], x: Tensor, layers: int) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("origin", [False, True])
+@pytest.mark.parametrize("pretrained", [False, True])
 def test_outputs_are_those_of_the_paper(pretrained: bool) -> None:
-    shape = mlp_shape(8, 8)
-    given = make_origin(shape) if pretrained else None
-    method = PNN(PNNConfig(lateral=4), shape, given)
+    spec = mlp_spec(8, 8)
+    given = make_pretrained(spec) if pretrained else None
+    method = PNN(PNNConfig(lateral=4), spec, given)
     learn(method, 3, steps=3)
     x = torch.randn(1, 5, IN)
-    columns = ([] if given is None else [dict(given.base)]) + method.columns
+    columns = ([] if given is None else [dict(given.base)]) + method.own
     for task in range(3):
         expected = naive(columns[: len(columns) - 2 + task], x, layers=3)
         torch.testing.assert_close(method.policy(method.old_tasks + task)(x, TASK_IDS), expected)
 
 
-@pytest.mark.parametrize("shape", [mlp_shape(8, 8, layer_norm=True), bronet_shape(8, 8)])
-def test_only_the_new_column_learns_and_it_looks_sideways(shape: NetworkSpec) -> None:
-    method = PNN(PNNConfig(lateral=4), shape)
+@pytest.mark.parametrize("spec", [mlp_spec(8, 8, layer_norm=True), bronet_spec(8, 8)])
+def test_only_the_new_column_learns_and_it_looks_sideways(spec: NetworkSpec) -> None:
+    method = PNN(PNNConfig(lateral=4), spec)
     learn(method, 2, steps=3)
     learning = Learning(method, 2, steps=3)
     before = weights(learning.network)
@@ -61,7 +61,7 @@ def test_only_the_new_column_learns_and_it_looks_sideways(shape: NetworkSpec) ->
 
 
 def test_gradients_reach_the_input_through_all_columns() -> None:
-    method = PNN(PNNConfig(lateral=4), mlp_shape(8))
+    method = PNN(PNNConfig(lateral=4), mlp_spec(8))
     learn(method, 1, steps=1)
     network = method.begin(1)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_gradients_reach_the_input_through_all_columns() -> None:
 
 
 def test_a_network_can_be_copied_after_a_pass() -> None:
-    method = PNN(PNNConfig(lateral=4), mlp_shape(8))
+    method = PNN(PNNConfig(lateral=4), mlp_spec(8))
     learn(method, 1, steps=1)
     network = method.begin(1)
     network(torch.randn(1, 4, IN), TASK_IDS)
@@ -88,7 +88,7 @@ def test_a_network_can_be_copied_after_a_pass() -> None:
 
 
 def test_a_pass_that_fails_leaves_nothing_behind() -> None:
-    network = Columns(mlp_shape(8).stack, columns=2, width=4)
+    network = Columns(mlp_spec(8).stack, columns=2, width=4)
     expected = outputs(network)
     with pytest.raises(RuntimeError, match="shape"):
         network(torch.randn(1, 4, IN + 1), TASK_IDS)
@@ -96,7 +96,7 @@ def test_a_pass_that_fails_leaves_nothing_behind() -> None:
 
 
 def test_bytes_by_hand() -> None:
-    method = PNN(PNNConfig(lateral=4), mlp_shape(8, 8))
+    method = PNN(PNNConfig(lateral=4), mlp_spec(8, 8))
     plain = IN * 8 + 8 + 8 * 8 + 8 + 8 * OUT + OUT
     total = 0
     for earlier in range(3):

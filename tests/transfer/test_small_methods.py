@@ -11,10 +11,10 @@ from toys import (
     SAMPLES,
     TASK_IDS,
     Learning,
-    bronet_shape,
+    bronet_spec,
     learn,
-    make_origin,
-    mlp_shape,
+    make_pretrained,
+    mlp_spec,
     outputs,
     task_data,
     weights,
@@ -29,14 +29,14 @@ from varshare_rl.transfer.methods.replay import ExperienceReplay, ExperienceRepl
 from varshare_rl.transfer.methods.shared_private import SharedPrivate, SharedPrivateConfig
 from varshare_rl.transfer.pretrained import pretrained_policy
 
-NETWORK = 4 * (IN * 16 + 16 + 16 * OUT + OUT)  # bytes of mlp_shape(16)
+NETWORK = 4 * (IN * 16 + 16 + 16 * OUT + OUT)  # bytes of mlp_spec(16)
 HEAD = 4 * (16 * OUT + OUT)
 
 
 def test_where_copies_start() -> None:
-    shape = mlp_shape(16)
+    spec = mlp_spec(16)
     for start in Start:
-        method = Copies(CopiesConfig(start=start), shape)
+        method = Copies(CopiesConfig(start=start), spec)
         first = Learning(method, 0, steps=3)
         initial = outputs(first.network)
         first.finish()
@@ -47,29 +47,29 @@ def test_where_copies_start() -> None:
         assert method.stored() == StorageCost(0, 2 * NETWORK, NETWORK if start is Start.base else 0)
 
 
-def test_where_copies_start_from_an_origin() -> None:
-    shape = mlp_shape(16)
-    pretrained = make_origin(shape)
-    base = shape.plain()
+def test_where_copies_start_from_a_pretrained_agent() -> None:
+    spec = mlp_spec(16)
+    pretrained = make_pretrained(spec)
+    base = spec.plain()
     base.load_state_dict(dict(pretrained.base))
-    for start, expected in ((Start.previous, pretrained_policy(shape, pretrained, 1)), (Start.base, base)):
-        method = Copies(CopiesConfig(start=start), shape, pretrained)
+    for start, expected in ((Start.previous, pretrained_policy(spec, pretrained, 1)), (Start.base, base)):
+        method = Copies(CopiesConfig(start=start), spec, pretrained)
         assert torch.equal(outputs(method.begin(2)), outputs(expected))
         # factors of rank 2: 3 -> 16 of both tasks, 16 -> 2 of the first
         assert method.stored() == StorageCost(NETWORK, 4 * (2 * 2 * (3 + 16) + 2 * (16 + 2)))
         assert all(parameter.requires_grad for parameter in method.begin(2).parameters())
 
 
-def test_unknown_tasks_of_an_origin_are_named() -> None:
-    shape = mlp_shape(16)
+def test_unknown_tasks_of_a_pretrained_agent_are_named() -> None:
+    spec = mlp_spec(16)
     with pytest.raises(IndexError, match="unknown task id 2"):
-        pretrained_policy(shape, make_origin(shape), 2)
+        pretrained_policy(spec, make_pretrained(spec), 2)
 
 
-@pytest.mark.parametrize("origin", [None, 0, 2])
+@pytest.mark.parametrize("pretrained", [None, 0, 2])
 def test_frozen_has_nothing_to_train_after_the_first_task(pretrained: int | None) -> None:
-    shape = mlp_shape(16)
-    method = Frozen(FrozenConfig(), shape, None if pretrained is None else make_origin(shape, tasks=pretrained))
+    spec = mlp_spec(16)
+    method = Frozen(FrozenConfig(), spec, None if pretrained is None else make_pretrained(spec, tasks=pretrained))
     trained = []
     for _ in range(2):
         network = method.begin(method.tasks)
@@ -79,10 +79,10 @@ def test_frozen_has_nothing_to_train_after_the_first_task(pretrained: int | None
     assert method.stored() == StorageCost(NETWORK, 0)
 
 
-@pytest.mark.parametrize("shape", [mlp_shape(16, 16, layer_norm=True), bronet_shape(16, 16)])
-@pytest.mark.parametrize("origin", [False, True])
-def test_shared_private_trains_heads_alone_once_there_is_an_encoder(shape: NetworkSpec, pretrained: bool) -> None:
-    method = SharedPrivate(SharedPrivateConfig(), shape, make_origin(shape) if pretrained else None)
+@pytest.mark.parametrize("spec", [mlp_spec(16, 16, layer_norm=True), bronet_spec(16, 16)])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_shared_private_trains_heads_alone_once_there_is_an_encoder(spec: NetworkSpec, pretrained: bool) -> None:
+    method = SharedPrivate(SharedPrivateConfig(), spec, make_pretrained(spec) if pretrained else None)
     networks = []
     for _ in range(3):
         learning = Learning(method, method.tasks, steps=3)
@@ -98,12 +98,12 @@ def test_shared_private_trains_heads_alone_once_there_is_an_encoder(shape: Netwo
 
 
 def test_shared_private_bytes() -> None:
-    shape = mlp_shape(16)
-    for pretrained in (None, make_origin(shape, tasks=0)):
-        method = SharedPrivate(SharedPrivateConfig(), shape, pretrained)
+    spec = mlp_spec(16)
+    for pretrained in (None, make_pretrained(spec, tasks=0)):
+        method = SharedPrivate(SharedPrivateConfig(), spec, pretrained)
         learn(method, 3, steps=1)
         assert method.stored() == StorageCost(NETWORK - HEAD, 3 * HEAD)
-    method = SharedPrivate(SharedPrivateConfig(), shape, make_origin(shape))
+    method = SharedPrivate(SharedPrivateConfig(), spec, make_pretrained(spec))
     learn(method, 1, steps=1)
     assert method.stored().shared == NETWORK  # the pretrained agent's tasks need the base's head
 
@@ -113,13 +113,13 @@ def test_shared_private_bytes() -> None:
 )
 def test_methods_with_heads_need_a_hidden_layer(build: type) -> None:
     with pytest.raises(UserError, match="give it a hidden layer"):
-        build(mlp_shape())
+        build(mlp_spec())
     with pytest.raises(UserError, match="a Linear has no last layer of its own"):
-        build(NetworkSpec(IN, OUT, lambda layer: torch.nn.Linear(IN, OUT), mlp_shape().likelihood))
+        build(NetworkSpec(IN, OUT, lambda layer: torch.nn.Linear(IN, OUT), mlp_spec().likelihood))
 
 
 def test_replay_penalty_by_hand() -> None:
-    method = ExperienceReplay(ExperienceReplayConfig(weight=3.0, samples_per_task=1, batch=4), mlp_shape(16))
+    method = ExperienceReplay(ExperienceReplayConfig(weight=3.0, samples_per_task=1, batch=4), mlp_spec(16))
     first = Learning(method, 0, steps=3)
     first.finish()
     network = method.begin(1)
@@ -133,7 +133,7 @@ def test_replay_penalty_by_hand() -> None:
 
 
 def test_replay_keeps_what_the_network_did_at_each_tasks_end() -> None:
-    method = ExperienceReplay(ExperienceReplayConfig(samples_per_task=10), mlp_shape(16))
+    method = ExperienceReplay(ExperienceReplayConfig(samples_per_task=10), mlp_spec(16))
     ends = []
     for task in range(2):
         learning = Learning(method, task, steps=20)
@@ -150,13 +150,13 @@ def test_replay_keeps_what_the_network_did_at_each_tasks_end() -> None:
 
 
 def test_replay_takes_fewer_samples_where_there_are_no_more() -> None:
-    method = ExperienceReplay(ExperienceReplayConfig(samples_per_task=1000), mlp_shape(16))
+    method = ExperienceReplay(ExperienceReplayConfig(samples_per_task=1000), mlp_spec(16))
     learn(method, 1, steps=1)
     assert method.inputs.shape[1] == SAMPLES
 
 
 def test_replay_draws_from_all_earlier_tasks() -> None:
-    method = ExperienceReplay(ExperienceReplayConfig(samples_per_task=8, batch=512), mlp_shape(16))
+    method = ExperienceReplay(ExperienceReplayConfig(samples_per_task=8, batch=512), mlp_spec(16))
     learn(method, 3, steps=1)
     seen: list[Tensor] = []
     network = method.begin(3)
@@ -166,10 +166,10 @@ def test_replay_draws_from_all_earlier_tasks() -> None:
     assert drawn == {tuple(row) for row in method.inputs[0].tolist()}
 
 
-def test_methods_without_an_origins_samples_start_from_its_base() -> None:
-    shape = mlp_shape(16)
-    pretrained: Pretrained = make_origin(shape)
-    method = ExperienceReplay(ExperienceReplayConfig(), shape, pretrained)
+def test_methods_without_the_samples_of_old_tasks_start_from_its_base() -> None:
+    spec = mlp_spec(16)
+    pretrained: Pretrained = make_pretrained(spec)
+    method = ExperienceReplay(ExperienceReplayConfig(), spec, pretrained)
     network = method.begin(2)
     assert torch.equal(network.get_parameter("layers.0.theta"), pretrained.base["layers.0.theta"])
     assert method.penalty(network, SAMPLES) == 0.0

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import LowRank
-from varshare_rl.nn.config import Blocks, NetworkConfig
-from varshare_rl.nn.shared import SharedLayer
+from varshare_rl.nn.config import Blocks
+from varshare_rl.nn.shared import SharedConfig, SharedLayer
 from varshare_rl.transfer.method import ContinualMethod, NetworkSpec, Pretrained
 
 IN, OUT, SAMPLES = 3, 2, 64
@@ -28,26 +28,26 @@ class UnitGaussian:
         return 0.5 * (old - new).square().sum(-1)
 
 
-def mlp_shape(*hidden: int, layer_norm: bool = False, outputs: int = OUT) -> NetworkSpec:
-    options = NetworkConfig(hidden=list(hidden), layer_norm=layer_norm)
+def mlp_spec(*hidden: int, layer_norm: bool = False, outputs: int = OUT) -> NetworkSpec:
+    options = SharedConfig(hidden=list(hidden), layer_norm=layer_norm)
     return NetworkSpec(IN, outputs, lambda layer: options.stack(IN, outputs, layer), UnitGaussian())
 
 
-def bronet_shape(*hidden: int) -> NetworkSpec:
-    options = NetworkConfig(hidden=list(hidden), activation="relu", blocks=Blocks.bronet)
+def bronet_spec(*hidden: int) -> NetworkSpec:
+    options = SharedConfig(hidden=list(hidden), activation="relu", blocks=Blocks.bronet)
     return NetworkSpec(IN, OUT, lambda layer: options.stack(IN, OUT, layer), UnitGaussian())
 
 
-SHAPES: dict[str, Callable[[], NetworkSpec]] = {
-    "mlp": lambda: mlp_shape(16, 16),
-    "layer_norm": lambda: mlp_shape(16, 16, layer_norm=True),
-    "bronet": lambda: bronet_shape(16, 16),
+SPECS: dict[str, Callable[[], NetworkSpec]] = {
+    "mlp": lambda: mlp_spec(16, 16),
+    "layer_norm": lambda: mlp_spec(16, 16, layer_norm=True),
+    "bronet": lambda: bronet_spec(16, 16),
 }
 
 
-def make_origin(shape: NetworkSpec, tasks: int = 2, rank: int = 2) -> Pretrained:
+def make_pretrained(spec: NetworkSpec, tasks: int = 2, rank: int = 2) -> Pretrained:
     """A base with random adapters on all layers but the last task's, which corrects the first layer alone."""
-    base = shape.plain()
+    base = spec.plain()
     layers = [(path, layer) for path, layer in base.named_modules() if isinstance(layer, SharedLayer)]
     adapters, sigmas = [], []
     for task in range(tasks):
@@ -79,7 +79,7 @@ def error(network: nn.Module, task: int) -> float:
 
 
 class Learning:
-    """Training on one task, step by step: what a run does between :meth:`ContinualMethod.begin` and :meth:`ContinualMethod.end`."""
+    """Training on one task, step by step, from :meth:`ContinualMethod.begin` to :meth:`ContinualMethod.end`."""
 
     def __init__(self, method: ContinualMethod, task: int, steps: int, data: int | None = None) -> None:
         self.method, self.task, self.steps, self.step = method, task, steps, 0

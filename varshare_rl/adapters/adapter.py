@@ -1,4 +1,4 @@
-"""Low-rank adapters in memory: factors by module path, and what a file says about them."""
+"""Low-rank adapters in memory: factors by module path, and a file's statements about them."""
 
 from __future__ import annotations
 
@@ -7,63 +7,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from varshare_rl.errors import UserError
-
-
-@dataclass(frozen=True)
-class LowRank:
-    """The correction ``scale * b a`` of one linear layer's weight (Hu et al. 2021, *LoRA*).
-
-    Attributes:
-        a: ``[r, in]``; b: ``[out, r]``; scale: ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA.
-
-    Raises:
-        ValueError: the shapes do not fit each other.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.a.dim() != 2 or self.b.dim() != 2 or self.a.shape[0] != self.b.shape[1] or self.rank == 0:
-            raise ValueError(
-                f"factors a {tuple(self.a.shape)} and b {tuple(self.b.shape)} do not fit; give [r, in] and [out, r]"
-            )
-
-    @property
-    def rank(self) -> int:
-        """Number of rows of ``a``, ``r``."""
-        return self.a.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Size of the layer's input."""
-        return self.a.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Size of the layer's output."""
-        return self.b.shape[0]
-
-    def delta(self) -> Tensor:
-        """The correction itself, ``scale * b a``, ``[out, in]``, in float32 at least."""
-        wide = torch.promote_types(self.a.dtype, torch.float32)
-        return self.scale * (self.b.to(wide) @ self.a.to(wide))
-
-    def folded(self) -> LowRank:
-        """The same correction with scale 1: the scale is multiplied into ``b``."""
-        return LowRank(self.a, self.b * self.scale)
-
-    def is_finite(self) -> bool:
-        """Whether there is neither a NaN nor an infinity in the factors and the scale."""
-        return bool(self.a.isfinite().all() and self.b.isfinite().all()) and math.isfinite(self.scale)
-
+from varshare_rl.nn.layer import linear_parameters
+from varshare_rl.ops.low_rank import LowRank as LowRank
 
 _Number = TypeVar("_Number", int, float)
 
@@ -73,7 +23,7 @@ Adapter = dict[str, LowRank]
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter file says of its factors, in the words of the `peft` library.
+    """Statements of an adapter file about its factors, in the words of the `peft` library.
 
     Attributes:
         base_model: name or path of the model that is adapted; None if nobody said.
@@ -95,27 +45,43 @@ class AdapterInfo:
     target_modules: tuple[str, ...] | str = ()
 
     def rank_of(self, module: str) -> int:
-        """The rank that is stated for a module's path."""
+        """Return the rank that is stated for a module's path."""
         return _first_match(self.rank_pattern, module, self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """The alpha that is stated for a module's path."""
+        """Return the alpha that is stated for a module's path."""
         return _first_match(self.alpha_pattern, module, self.alpha)
 
     def scale_of(self, module: str) -> float:
-        """The factor on ``b a`` that follows, see :func:`adapter_scale`."""
+        """Return the factor on ``b a`` that follows, see :func:`adapter_scale`."""
         return adapter_scale(self.alpha_of(module), self.rank_of(module), self.rslora)
 
 
-def adapter_scale(alpha: float, rank: int, rslora: bool) -> float:
-    """``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA."""
+def fresh_adapter(layers: Mapping[str, Any], rank: int, scale: float) -> Adapter:
+    """Make a correction of nothing: ``a`` uniform on ``+-1 / sqrt(in)`` (Kaiming), ``b = 0`` (Hu et al. 2021).
+
+    ``layers`` have ``in_features`` and ``out_features``.
+    """
+    return {
+        path: LowRank(
+            linear_parameters(layer.in_features, rank, bias=False)[0].detach(),
+            torch.zeros(layer.out_features, rank),
+            scale,
+        )
+        for path, layer in layers.items()
+    }
+
+
+def adapter_scale(alpha: float | None, rank: int, rslora: bool) -> float:
+    """Return ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA; None: ``alpha`` is ``r``."""
+    alpha = rank if alpha is None else alpha
     return alpha / (math.sqrt(rank) if rslora else rank)
 
 
 def describe(
     adapter: Adapter, base_model: str | None = None, rslora: bool = False, dropout: float = 0.0
 ) -> AdapterInfo:
-    """The information that states an adapter's ranks and scales exactly.
+    """Return the information that states an adapter's ranks and scales exactly.
 
     The most frequent rank and alpha hold for all; exceptions become patterns that match one module each, as
     does ``target_modules``: a plain name would match every path that ends with it.
@@ -141,7 +107,7 @@ def describe(
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Whether a rank or alpha pattern speaks of a module's path, as `peft` decides it."""
+    """Return True if a rank or alpha pattern speaks of a module's path, as `peft` decides it."""
     return re.match(rf"(.*\.)?({pattern})$", module) is not None
 
 
@@ -154,7 +120,7 @@ def _exactly(module: str) -> str:
 
 
 def _alpha(scale: float, rank: int, rslora: bool) -> float:
-    """The shortest alpha that gives this scale: ``scale * rank`` alone may differ in its last digit by module."""
+    """Return the shortest alpha that gives this scale: ``scale * rank`` may differ in its last digit by module."""
     alpha = scale * (math.sqrt(rank) if rslora else rank)
     short = float(f"{alpha:.12g}")
     return short if math.isclose(adapter_scale(short, rank, rslora), scale, rel_tol=1e-15) else alpha

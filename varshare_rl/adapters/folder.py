@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def write_adapter(folder: Path | str, adapter: Adapter, info: AdapterInfo | None
     if info is not None:
         _check_stated(adapter, info)
     folder = Path(folder)
-    _check_replaceable(folder)
+    check_replaceable(folder, "an adapter", OWN_FILES)
     tensors = {}
     for module, factors in adapter.items():
         for factor, ending in _FACTORS.items():
@@ -114,7 +114,7 @@ def read_adapter(folder: Path | str) -> tuple[Adapter, AdapterInfo]:
 
 
 def _config_of(info: AdapterInfo) -> dict[str, Any]:
-    """The configuration in `peft`'s words; a whole number is written as one."""
+    """Return the configuration in `peft`'s words; a whole number is written as one."""
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": info.base_model,
@@ -145,15 +145,14 @@ def _check_stated(adapter: Adapter, info: AdapterInfo) -> None:
             )
 
 
-def _check_replaceable(folder: Path) -> None:
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"cannot write an adapter to {folder}: it is a file; give a folder")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in OWN_FILES)
+def check_replaceable(folder: Path, content: str, own_files: Sequence[str]) -> None:
+    """Refuse to write some ``content`` to a file, or to a folder that holds other files than its own."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"cannot write {content} to {folder}: it is a file; give a folder")
+    others = sorted(path.name for path in folder.glob("*") if path.name not in own_files)
     if others:
         raise UserError(
-            f"cannot write an adapter to {folder}: it holds other files ({others[0]}); give a new folder"
+            f"cannot write {content} to {folder}: it holds other files ({others[0]}); give a new folder"
         )
 
 
@@ -207,7 +206,7 @@ def _check_kind(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def _parse_key(folder: Path, key: str) -> tuple[str, str]:
-    """The module and the factor (``a`` or ``b``) that a tensor's name stands for."""
+    """Return the module and the factor (``a`` or ``b``) that a tensor's name stands for."""
     for factor, ending in _FACTORS.items():
         if key.startswith(_PREFIX) and key.endswith(ending):
             return key[len(_PREFIX) : -len(ending)], factor

@@ -16,7 +16,7 @@ from varshare_rl.ops.linear import linear, low_rank_linear
 
 @dataclass
 class Selection:
-    """Which adapters the layers of one model apply; all of them look at the same object.
+    """Adapters that the layers of one model apply; all of them look at the same object.
 
     Attributes:
         names: the adapters in use, none for the base alone.
@@ -31,7 +31,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Setting:
-    """What an adapter has besides its factors: the factor on ``b a``, and the dropout of its input."""
+    """Setting of an adapter besides its factors: the factor on ``b a``, and the dropout of its input."""
 
     scale: float
     dropout: float
@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
     """``y = x W^T + bias + scale_k (dropout_k(x) A_k^T) B_k^T`` for the adapter ``k`` of each row.
 
     Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models*. ``W`` and ``bias`` are those of ``base``
-    and frozen. In the terms of this package it is VarShare-LoRA without spread and with a theta that does not
+    and frozen. In the terms of this package it is VarShare-LoRA without noise and with a theta that does not
     learn. Factors are parameters ``a:<name> [r, F]`` and ``b:<name> [G, r]``, of a rank of their own for each
     name. A name without factors here leaves the base as it is.
     """
@@ -95,12 +95,12 @@ class LoRALinear(nn.Module):
         a, b = (rows.select(stack) for stack in self._stacked(names))
         weight, bias = self.base.weight, self.base.bias
         dropouts = [self.settings[name].dropout if name in self.settings else 0.0 for name in names]
-        if not self.training or not any(dropouts):
-            return low_rank_linear(rows.x, weight, bias, a, b, 1.0)
-        dropout = rows.select(torch.tensor(dropouts, device=a.device, dtype=a.dtype)).view(-1, 1, 1)
-        kept = torch.rand_like(rows.x) >= dropout
-        z = torch.bmm(rows.x * kept / (1.0 - dropout), a.transpose(1, 2))
-        return torch.baddbmm(linear(rows.x, weight, bias), z, b.transpose(1, 2))
+        inner = None
+        if self.training and any(dropouts):
+            dropout = rows.select(torch.tensor(dropouts, device=a.device, dtype=a.dtype)).view(-1, 1, 1)
+            kept = torch.rand_like(rows.x) >= dropout
+            inner = rows.x * kept / (1.0 - dropout)
+        return low_rank_linear(rows.x, weight, bias, a, b, 1.0, inner=inner)
 
     def _stacked(self, names: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Factors ``[K, r, F]`` and ``[K, G, r]`` of the largest rank, filled with zeros; ``b`` has the scale."""

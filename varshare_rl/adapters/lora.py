@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,12 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import Adapter, LowRank, adapter_scale, describe
+from varshare_rl.adapters.adapter import Adapter, adapter_scale, describe, fresh_adapter
 from varshare_rl.adapters.folder import read_adapter, write_adapter
 from varshare_rl.adapters.layer import LoRALinear, Selection
-from varshare_rl.adapters.targets import find_targets, listed
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import check_positive, linear_parameters
+from varshare_rl.nn.layer import check_positive
 
 
 def apply_lora(
@@ -56,7 +56,7 @@ def apply_lora(
     layers = {path: LoRALinear(base, selection) for path, base in targets.items()}
     for path, layer in layers.items():
         layer.train(layer.base.training)
-        _replace(model, path, layer)
+        model.set_submodule(path, layer)
     return AdapterSet(model, layers, selection, learned, _Defaults(rank, alpha, dropout, rslora))
 
 
@@ -90,7 +90,7 @@ class AdapterSet:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The adapters in the order in which they were added; a row's integer id is a place in it."""
+        """The adapters in the order in which they were added; a row's integer id is a position in it."""
         return tuple(self._names)
 
     @property
@@ -149,13 +149,13 @@ class AdapterSet:
 
     @contextmanager
     def rows(self, adapters: Sequence[str] | Tensor) -> Iterator[None]:
-        """Inside, every row of a batch has the adapter that is named for it; afterwards all is as before.
+        """Give every row of a batch the adapter that is named for it; after the block all is as before.
 
         Rows are the first dimension of what each adapted layer receives: ``[N, F]``, ``[N, length, F]`` or
         task-major ``[T, B, F]``. Gradients reach the adapters of the rows and no others.
 
         Args:
-            adapters: a name for each row, or integers ``[N]``, places in :attr:`names`.
+            adapters: a name for each row, or integers ``[N]``, positions in :attr:`names`.
 
         Raises:
             UserError: an unknown name, or an adapter is merged.
@@ -172,14 +172,14 @@ class AdapterSet:
             self._selection.names, self._selection.ids = before
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """The parameters of one adapter, for an optimiser."""
+        """Return the parameters of one adapter, for an optimiser."""
         self._known(name)
         return [
             factor for layer in self.layers.values() if name in layer.settings for factor in layer.factors(name)
         ]
 
     def adapter(self, name: str) -> Adapter:
-        """Copies of one adapter's factors."""
+        """Return copies of one adapter's factors."""
         self._known(name)
         found = {path: layer.low_rank(name) for path, layer in self.layers.items()}
         return {path: factors for path, factors in found.items() if factors is not None}
@@ -231,7 +231,7 @@ class AdapterSet:
         What is merged stays in the weights, so ``merge`` and ``unload`` give the plain model of one adapter.
         """
         for path, layer in self.layers.items():
-            _replace(self.model, path, layer.base)
+            self.model.set_submodule(path, layer.base)
         for parameter in self._learned:
             parameter.requires_grad_(True)
         self.layers, self._names = {}, []
@@ -240,14 +240,9 @@ class AdapterSet:
     def _fresh(self, rank: int | None, alpha: float | None) -> Adapter:
         rank = self._defaults.rank if rank is None else rank
         alpha = self._defaults.alpha if alpha is None else alpha
-        alpha = rank if alpha is None else alpha
-        check_positive(rank=rank, alpha=alpha)
+        check_positive(rank=rank, **({} if alpha is None else {"alpha": alpha}))
         scale = adapter_scale(alpha, rank, self._defaults.rslora)
-        adapter = {}
-        for path, layer in self.layers.items():
-            a, _ = linear_parameters(layer.base.in_features, rank, bias=False)
-            adapter[path] = LowRank(a, torch.zeros(layer.base.out_features, rank), scale)
-        return adapter
+        return fresh_adapter({path: layer.base for path, layer in self.layers.items()}, rank, scale)
 
     def _set(self, name: str, adapter: Adapter, dropout: float) -> None:
         if not name or "." in name:
@@ -298,7 +293,7 @@ class AdapterSet:
                 )
 
     def _row_ids(self, adapters: Sequence[str] | Tensor) -> tuple[tuple[str, ...], Tensor]:
-        """The adapters in use, and for each row a place among them."""
+        """Return the adapters in use, and for each row its position among them."""
         if isinstance(adapters, Tensor):
             ids = adapters.cpu()
             if ids.dim() != 1 or ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
@@ -311,12 +306,51 @@ class AdapterSet:
         else:
             for name in dict.fromkeys(adapters):
                 self._known(name)
-            place = {name: index for index, name in enumerate(self._names)}
-            ids = torch.tensor([place[name] for name in adapters], dtype=torch.int64)
+            position = {name: index for index, name in enumerate(self._names)}
+            ids = torch.tensor([position[name] for name in adapters], dtype=torch.int64)
         used, rows = torch.unique(ids, return_inverse=True)
         return tuple(self._names[index] for index in used.tolist()), rows
 
 
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
+def find_targets(modules: dict[str, nn.Module], wanted: Sequence[str] | str) -> dict[str, nn.Linear]:
+    """Return the modules that ``wanted`` names, by path.
+
+    Raises:
+        UserError: a name matches nothing, or something that is no plain linear module.
+    """
+    found: dict[str, nn.Linear] = {}
+    for target in [wanted] if isinstance(wanted, str) else wanted:
+        paths = [path for path in modules if path and _is_target(path, target, isinstance(wanted, str))]
+        if not paths:
+            linear = listed([path for path, module in modules.items() if path and type(module) is nn.Linear])
+            raise UserError(f"target_modules: {target!r} matches nothing; linear modules are {linear or 'none'}")
+        for path in paths:
+            module = modules[path]
+            if type(module) is not nn.Linear:
+                raise UserError(
+                    f"target_modules: {target!r} matches {path}, a {type(module).__name__}; "
+                    "only plain nn.Linear can be adapted"
+                )
+            found[path] = module
+    if not found:
+        raise UserError("target_modules is empty; name at least one linear module")
+    for module in found.values():
+        paths = [other for other, same in modules.items() if same is module]
+        if len(paths) > 1:
+            raise UserError(f"target_modules: {listed(paths)} are one and the same module; it cannot be adapted")
+    return found
+
+
+def _is_target(path: str, target: str, is_pattern: bool) -> bool:
+    if not is_pattern:
+        return path == target or path.endswith(f".{target}")
+    try:
+        return re.fullmatch(target, path) is not None
+    except re.error as error:
+        raise UserError(f"target_modules is no regular expression: {target!r} ({error})") from error
+
+
+def listed(names: Sequence[str], most: int = 12) -> str:
+    """Join names with commas, the first few of many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -28,9 +28,9 @@ class TaskPolicy:
     Attributes:
         actor: policies of some tasks; index: which of them it is.
         normalizer: of the same tasks' observations.
-        about: what ``export.json`` says of where it is from.
+        about: statements of ``export.json`` about its source.
         critics: networks of the same tasks by name, if they are wanted too.
-        spread: what a LoRA adapter has no room for, by ``<network>.<layer>.<name>``; for adapters only.
+        posterior: beside the adapter's means, by ``<network>.<layer>.<name>``; for adapters only.
     """
 
     actor: Actor
@@ -38,11 +38,11 @@ class TaskPolicy:
     normalizer: ObservationNormalizer
     about: dict[str, Any]
     critics: dict[str, nn.Module] = field(default_factory=dict)
-    spread: dict[str, Tensor] = field(default_factory=dict)
+    posterior: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def discrete(self) -> bool:
-        """Whether actions are choices."""
+        """True if actions are choices."""
         return isinstance(self.actor, CategoricalActor)
 
     @property
@@ -51,26 +51,26 @@ class TaskPolicy:
         return self.normalizer.moments.mean.shape[1]
 
     def normalize(self) -> Normalize | None:
-        """The observation statistics of the task, None if observations are taken as they are."""
+        """Return the observation statistics of the task, None if observations are taken as they are."""
         if not self.normalizer.enabled:
             return None
         moments = self.normalizer.moments
         return Normalize(moments.mean[self.index].float(), moments.std()[self.index].float(), self.normalizer.clip)
 
     def plain(self) -> nn.Sequential:
-        """Raw observations ``[B, F]`` to deterministic actions, on the posterior mean."""
+        """Make the network from raw observations ``[B, F]`` to deterministic actions, on the posterior mean."""
         policy, normalize = merged_policy(self.actor, self.index), self.normalize()
         return policy if normalize is None else nn.Sequential(normalize, *policy).eval()
 
 
 def write_peft(folder: Path, policy: TaskPolicy, task: str) -> None:
-    """An adapter folder and its base for every network, what LoRA has no room for, and how to use them."""
+    """Write every network's adapter folder and base, what LoRA has no room for, and instructions."""
     for name, network in {"actor": policy.actor.network, **policy.critics}.items():
         adapter, base = task_adapter(network, policy.index), base_network(network)
         (folder / f"{name}_base").mkdir()
         write_network(folder / f"{name}_base", base)
         write_adapter(folder / name, adapter, describe(adapter, base_model=f"{name}_base"))
-    side, normalize = dict(policy.spread), policy.normalize()
+    side, normalize = dict(policy.posterior), policy.normalize()
     if normalize is not None:
         side |= {"observation.mean": normalize.mean, "observation.std": normalize.std}
     if side:
@@ -94,6 +94,13 @@ def _instructions(policy: TaskPolicy, normalize: Normalize | None, task: str) ->
         else f"The first {actions} of the actor's {2 * actions} outputs are means: the action is their `tanh`. "
         "The rest serve exploration."
     )
+    posterior = ""
+    if policy.posterior:
+        prior = " and the scale of their prior" if any("prior_scale" in key for key in policy.posterior) else ""
+        posterior = f"""
+The adapter is the posterior mean. `{POSTERIOR_FILE}` holds what LoRA has no room for: by network and
+layer, `rho` of both factors (standard deviation `softplus(rho)`){prior}.
+"""
     critics = ", ".join(f"`{name}`" for name in policy.critics)
     also = (
         f"The critics {critics} are built alike; a critic of actions takes observation and action joined.\n"
@@ -117,14 +124,4 @@ network = PeftModel.from_pretrained(base, "actor").eval()
 
 {inputs}
 {outputs}
-{also}{_on_spread(policy.spread)}"""
-
-
-def _on_spread(spread: dict[str, Tensor]) -> str:
-    if not spread:
-        return ""
-    prior = " and the scale of their prior" if any(key.endswith("prior_scale") for key in spread) else ""
-    return f"""
-The adapter is the posterior mean. `{POSTERIOR_FILE}` holds what LoRA has no room for: by network and
-layer, `rho` of both factors (standard deviation `softplus(rho)`){prior}.
-"""
+{also}{posterior}"""

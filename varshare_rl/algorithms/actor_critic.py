@@ -1,24 +1,23 @@
-"""What PPO and SAC have in common: an actor and a critic, a step for each, and normalisers per task."""
+"""The common part of PPO and SAC: an actor and a critic, a step for each, and normalisers per task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.algorithms.base import AgentContext
-from varshare_rl.data.normalizers import ObservationNormalizer
-from varshare_rl.data.rewards import RewardScale, reward_scaler
-from varshare_rl.nn.actor import Actor, PolicyDistribution
+from varshare_rl.algorithms.base import AgentContext, Algorithm
+from varshare_rl.data.normalizers import ObservationNormalizer, RewardScale, reward_scaler
+from varshare_rl.nn.actor import Actor, PolicyDistribution, Resample, WeightSampler
 from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.stochastic import drawn_layers
-from varshare_rl.nn.weight_sampler import Resample, WeightSampler
 from varshare_rl.optim.absorption import Absorbing, absorb_all
 from varshare_rl.optim.step import LossStep
-from varshare_rl.types import Metrics, Scalars, Tree
+from varshare_rl.types import Metrics, Tree
 
 
 class ActorCriticConfig(Protocol):
@@ -55,17 +54,17 @@ class GreedyPolicy:
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
-        """``[T, E, F]`` to actions ``[T, E, ...]``."""
+        """Return actions ``[T, E, ...]`` for ``[T, E, F]``."""
         with self.weight_sampler.sample(obs.shape[1]):
             distribution: PolicyDistribution = self.actor(self.normalizer(obs), self.task_ids)
             return distribution.mode()
 
     def observe(self, done: Tensor) -> None:
-        """New episodes may get new draws."""
+        """Take note of the episodes that have ended; new ones may get new draws."""
         self.weight_sampler.record(done)
 
 
-class ActorCritic:
+class ActorCritic(Algorithm):
     """Actor, critic and what trains them, with their state.
 
     Subclasses say which passes of training draw anew (``training_draws``) and what ``elbo.draw.targets`` is about
@@ -73,14 +72,21 @@ class ActorCritic:
 
     Args:
         config: rates, clipping, discount, what is normalised, and how often networks start anew.
-        learner: the problem, the network factory and the ELBO.
-        build: makes a fresh policy and critic, on the problem's device.
+        context: the tasks, the network factory and the ELBO.
+        build: makes a fresh policy and critic, on the device of the tasks.
         epsilon: Adam's epsilon.
+        log_temperature: ``[T]``, what the aggregator ``softmax_temperature`` weighs tasks by.
     """
 
     training_draws: ClassVar[str]
     target_name: ClassVar[str]
-    replays_draws: ClassVar[bool]  # whether updates of the actor need the draws that it acted with
+    replays_draws: ClassVar[bool]  # updates of the actor need the draws that it acted with
+    #: Best checkpoints of earlier versions have no reward_scaler.
+    policy_fields: ClassVar[tuple[str, ...]] = ("actor", "critic", "normalizer", "reward_scaler?")
+    state_fields: ClassVar[tuple[str, ...]] = (
+        *policy_fields, "elbo", "draws=weight_sampler", "actor_step", "critic_step", "updates", "absorbed",
+        "resets_done",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -88,18 +94,19 @@ class ActorCritic:
         context: AgentContext,
         build: Callable[[], Networks],
         epsilon: float = 1e-8,
+        log_temperature: Tensor | None = None,
     ) -> None:
         spec = context.spec
         self.spec, self.elbo, self.task_ids = spec, context.elbo, spec.task_ids
         self.regularizer = context.regularizer
         self.actor, self.critic = build()
-        clip = config.max_grad_norm
-        chosen = (context.optimizer, context.divergence_guard)
-        self.actor_step = LossStep(self.actor, config.learning_rate, clip, epsilon, *chosen)
-        self.critic_step = LossStep(self.critic, config.critic_learning_rate, clip, epsilon, *chosen)
-        gradient = context.gradient
-        self.actor_step.aggregate_by(gradient.actor, gradient, spec.num_tasks)
-        self.critic_step.aggregate_by(gradient.critic, gradient, spec.num_tasks)
+        step = partial(
+            LossStep, max_grad_norm=config.max_grad_norm, epsilon=epsilon, optimizer=context.optimizer,
+            divergence_guard=context.divergence_guard, gradient=context.gradient, num_tasks=spec.num_tasks,
+            log_temperature=log_temperature,
+        )  # fmt: skip
+        self.actor_step = step(self.actor, config.learning_rate, aggregator=context.gradient.actor)
+        self.critic_step = step(self.critic, config.critic_learning_rate, aggregator=context.gradient.critic)
         self.normalizer = ObservationNormalizer(spec.num_tasks, spec.obs_size, config.normalize_observations).to(
             spec.device
         )
@@ -112,23 +119,28 @@ class ActorCritic:
             "actor": Absorbing(self.actor, self.actor_step.optimizer),
             "critic": Absorbing(self.critic, self.critic_step.optimizer),
         }
-        self.absorbed: Scalars = {}  # what the last absorption is to be logged with
+        self.absorbed: Metrics = {}  # of the last absorption, for the log
         self.updates = 0
         self.resets_planned, self.resets_done, self.fraction = config.resets, 0, 0.0
         self._build = build
 
     def policy(self, obs: Tensor) -> PolicyDistribution:
-        """The distribution over actions for normalised observations ``[T, B, F]``."""
+        """Return the distribution over actions for normalised observations ``[T, B, F]``."""
         distribution: PolicyDistribution = self.actor(obs, self.task_ids)
         return distribution
 
+    def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
+        """Return what ELBO and regulariser add to the losses of ``actor`` or ``critic``, ``[T]``."""
+        penalty = self.elbo.penalty(self.actor if part == "actor" else self.critic, transitions_per_task)
+        if self.regularizer is None:
+            return penalty
+        return penalty + self.regularizer.penalty(part, transitions_per_task)
+
     def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
-        """The mode of the policy."""
         mode = self.elbo.config.draw.evaluation
         return GreedyPolicy(self.actor, self.normalizer, mode, self.spec.num_tasks, envs_per_task)
 
     def weight_draws(self) -> str:
-        """With which weights it acts, learns and is evaluated."""
         layer = next((layer for _, layer in drawn_layers(self.actor)), None)
         if layer is None:
             return "none: this network has no posteriors"
@@ -141,7 +153,6 @@ class ActorCritic:
         )
 
     def advance(self, fraction: float) -> None:
-        """Take note of the share of total_transitions that is done."""
         self.fraction = fraction
         self.elbo.advance(fraction)
         if self.regularizer is not None:
@@ -149,17 +160,8 @@ class ActorCritic:
         self.actor_step.advance(fraction)
         self.critic_step.advance(fraction)
 
-    def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
-        """What is added to the losses of ``actor`` or ``critic``, ``[T]``: by the ELBO and the regulariser."""
-        penalty = self.elbo.penalty(self.trained_modules()[part], transitions_per_task)
-        if self.regularizer is None:
-            return penalty
-        return penalty + self.regularizer.penalty(part, transitions_per_task)
-
     def metrics(self) -> Metrics:
-        """State of the controllers of the ELBO, and what the last absorption did."""
-        absorbed = {name: float(value) for name, value in self.absorbed.items()}
-        return self.elbo.metrics(self.trained_modules()) | absorbed
+        return self.elbo.metrics(self.trained_modules()) | self.absorbed
 
     def finish_update(self, updates_before: int) -> None:
         """Absorb the residuals' mean when ``elbo.absorb`` says so, and start networks anew when a reset is due.
@@ -168,10 +170,9 @@ class ActorCritic:
         to be learnt from then, and no ratio spans the change. Resets come after each of the ``resets + 1`` equal
         parts of the budget but the last.
         """
-        self.reward_scaler.settle()
-        config = self.elbo.config.absorb
-        if config.due(updates_before, self.updates):
-            self.absorbed = dict(absorb_all(self.absorbing, config))
+        absorb = self.elbo.config.absorb
+        if absorb.every and absorb.due(updates_before, self.updates):
+            self.absorbed = absorb_all(self.absorbing, absorb)
         due = min(int(self.fraction * (self.resets_planned + 1) + 1e-9), self.resets_planned)
         if due > self.resets_done:
             self.resets_done = due
@@ -179,7 +180,7 @@ class ActorCritic:
             self.reset_networks()
 
     def reset_networks(self) -> None:
-        """Fresh networks and steps; normalisers and what was collected stay (Nikishin et al. 2022)."""
+        """Start networks and steps anew; normalisers and experience stay (Nikishin et al. 2022)."""
         actor, critic = self._build()
         self.actor.load_state_dict(actor.state_dict())
         self.critic.renew(critic)
@@ -187,7 +188,6 @@ class ActorCritic:
             step.forget()
 
     def masked_steps(self) -> Tensor:
-        """Steps of actor and critic that each task was left out of, ``[T]``."""
         masked = torch.zeros(self.spec.num_tasks, dtype=torch.int64)
         for step in (self.actor_step, self.critic_step):
             if step.divergence_guard.masked is not None:
@@ -195,11 +195,10 @@ class ActorCritic:
         return masked
 
     def trained_modules(self) -> dict[str, nn.Module]:
-        """Actor and critic."""
         return {"actor": self.actor, "critic": self.critic}
 
     def common_bytes(self, vector_steps: int = 0, share: float = 1.0) -> dict[str, int]:
-        """Predicted bytes of what every training holds, without what there is none of.
+        """Predict the bytes that PPO and SAC both hold, without what there is none of.
 
         ``networks``: float32 parameters, their gradients and Adam's two moments; ``task gradients``: rows of
         gradients of the shared parameters that are combined, one per task; ``draws``: of the policy's weights,
@@ -211,62 +210,25 @@ class ActorCritic:
         own = [role.parameter.numel() for step in steps for role in step.roles if role.own]
         held = {
             "networks": 4 * (4 * sum(sizes) - round((1.0 - share) * sum(own))),
-            "task gradients": sum(step.reduction.memory_bytes(spec.num_tasks) for step in steps),
+            "task gradients": sum(step.aggregation.memory_bytes(spec.num_tasks) for step in steps),
             "draws": self.weight_sampler.memory_bytes(vector_steps, spec.horizon),
         }
         return {name: size for name, size in held.items() if size}
 
     def policy_state(self) -> Tree:
-        """Actor, critic, observation statistics, and the reward statistics that values are in units of."""
-        return {
-            "actor": self.actor.state_dict(),
-            "critic": self.critic.state_dict(),
-            "normalizer": self.normalizer.state_dict(),
-            "reward_scaler": self.reward_scaler.state_dict(),
-        }
+        return self.declared_state("policy_fields")
 
     def load_policy_state(self, state: Tree) -> None:
-        """Put back what :meth:`policy_state` gave."""
-        self.actor.load_state_dict(state["actor"])
-        self.critic.load_state_dict(state["critic"])
-        self.normalizer.load_state_dict(state["normalizer"])
-        if "reward_scaler" in state:  # best checkpoints of earlier versions have none
-            self.reward_scaler.restore(state["reward_scaler"])
+        self.load_declared_state(state, "policy_fields")
 
     def take_over_critic(self, state: Tree) -> None:
         """Begin with parts of another critic's ``state_dict``, such as what its values are in units of."""
         self.critic.load_state_dict(self.critic.state_dict() | state)
 
-    def state(self) -> Tree:
-        """Networks, steps, normalisers and the number of updates."""
-        return {
-            **self.policy_state(),
-            "elbo": self.elbo.state(),
-            "draws": self.weight_sampler.state(),
-            "actor_step": self.actor_step.state(),
-            "critic_step": self.critic_step.state(),
-            "updates": self.updates,
-            "absorbed": {name: float(value) for name, value in self.absorbed.items()},
-            "resets_done": self.resets_done,
-        }
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        self.load_policy_state(state)
-        self.elbo.load_state(state["elbo"])
-        self.weight_sampler.load_state(state["draws"])
-        self.actor_step.load_state(state["actor_step"])
-        self.critic_step.load_state(state["critic_step"])
-        self.updates = state["updates"]
-        self.absorbed = state["absorbed"]
-        self.resets_done = state["resets_done"]
-
     def measure_conflict(self) -> None:
-        """Have the next update measure how the tasks' gradients of the shared parameters agree."""
         self.actor_step.measure_gram(shared_parameters(self.actor))
         self.critic_step.measure_gram(shared_parameters(self.critic))
 
     def gradient_grams(self) -> dict[str, Tensor]:
-        """What was measured, by network: inner products of the tasks' gradients, ``[T, T]`` float64."""
         steps = {"actor": self.actor_step, "critic": self.critic_step}
         return {name: step.gram for name, step in steps.items() if step.gram is not None}

@@ -1,7 +1,8 @@
-"""What the loop asks of an algorithm."""
+"""The interface of the loop to an algorithm, and the parts that every algorithm is built from."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -15,6 +16,7 @@ from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.optim.optimizer import OptimizerConfig
+from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
 #: Builds a task network from its input and output size.
@@ -23,7 +25,7 @@ NetworkFactory = Callable[[int, int], nn.Module]
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """What an algorithm must know of the tasks, and where it computes."""
+    """Sizes of the tasks as an algorithm must know them, and the device it computes on."""
 
     num_tasks: int
     envs_per_task: int
@@ -50,64 +52,73 @@ class EvaluationPolicy(Protocol):
         """Take note of the episodes that have ended, ``[T, E]``."""
 
 
-class Algorithm(Protocol):
+class Algorithm(Stateful, ABC):
     """Acts, takes in transitions, and updates when it is ready. The loop knows no more than this."""
 
     updates: int  # gradient updates so far
 
+    @abstractmethod
     def act(self, obs: Tensor) -> Tensor:
-        """Exploratory actions for ``obs [T, E, F]``: ``[T, E, A]``, or ``[T, E]`` int64.
+        """Return exploratory actions for ``obs [T, E, F]``: ``[T, E, A]``, or ``[T, E]`` int64.
 
         May be called for parts of the environments in turn; they are observed together.
         """
 
+    @abstractmethod
     def observe(self, transition: Transition) -> None:
         """Take in the outcome of all that was acted since the last call, ``[T, E, ...]``."""
 
+    @abstractmethod
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""
 
+    @abstractmethod
     def ready(self) -> bool:
-        """Whether an update is due."""
+        """Return True when an update is due."""
 
+    @abstractmethod
     def update(self) -> Scalars:
-        """One update (for PPO: all epochs on one rollout); returns scalars to log."""
+        """Make one update (for PPO: all epochs on one rollout); returns scalars to log."""
 
+    @abstractmethod
     def evaluation_policy(self, envs_per_task: int) -> EvaluationPolicy:
-        """What is evaluated, for so many environments of every task."""
+        """Return the policy to evaluate, for so many environments of every task."""
 
+    @abstractmethod
     def weight_draws(self) -> str:
-        """With which weights it acts, learns and is evaluated, in words for the log."""
+        """Name the weights that it acts, learns and is evaluated with, in words for the log."""
 
+    @abstractmethod
     def metrics(self) -> Metrics:
-        """State of what controls the training, for the log."""
+        """Return the state of the controllers of training, for the log."""
 
+    @abstractmethod
     def masked_steps(self) -> Tensor:
-        """Gradient steps that each task was left out of because its loss had diverged, ``[T]`` on the CPU."""
+        """Count the steps that each task was left out of because its loss had diverged, ``[T]`` on the CPU."""
 
+    @abstractmethod
     def trained_modules(self) -> dict[str, nn.Module]:
-        """The networks that are trained, by name."""
+        """Return the networks that are trained, by name."""
 
+    @abstractmethod
     def measure_conflict(self) -> None:
         """Have the next update measure :meth:`gradient_grams`; it must not change the update."""
 
+    @abstractmethod
     def gradient_grams(self) -> dict[str, Tensor]:
-        """Inner products ``[T, T]`` of the tasks' gradients of shared parameters by network, as last measured."""
+        """Return inner products ``[T, T]`` of the tasks' shared gradients by network, as last measured."""
 
+    @abstractmethod
     def memory_bytes(self) -> dict[str, int]:
-        """Predicted bytes of what training holds, by what it is for."""
+        """Predict the bytes of everything training holds, by its purpose."""
 
+    @abstractmethod
     def policy_state(self) -> Tree:
-        """What :meth:`evaluation_policy` needs, the critic, and what its values are in units of."""
+        """Return the state of policy and critic, and of the units of its values."""
 
+    @abstractmethod
     def load_policy_state(self, state: Tree) -> None:
         """Put back what :meth:`policy_state` gave."""
-
-    def state(self) -> Tree:
-        """Everything needed to go on bit for bit, except torch's global random state."""
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
 
 
 def build_actor(
@@ -116,7 +127,7 @@ def build_actor(
     log_std_range: tuple[float, float],
     initial_log_std: float,
 ) -> Actor:
-    """The policy that fits the action space, on the problem's device."""
+    """Return the policy that fits the action space, on the device of the tasks."""
     actor: Actor
     if spec.discrete:
         actor = CategoricalActor(make_network(spec.obs_size, spec.action_size), spec.action_mask)
@@ -127,11 +138,12 @@ def build_actor(
 
 
 class Regularizer(Protocol):
-    """What takes part in the training of an algorithm's networks beside the losses, such as a continual-learning
-    method. Parts are ``actor`` and ``critic``."""
+    """A part in the training of an algorithm's networks beside the losses, such as a continual-learning method.
+
+    Parts are ``actor`` and ``critic``."""
 
     def penalty(self, part: str, transitions_per_task: int) -> Tensor | float:
-        """What is added to the losses of a part, ``[T]``; they average over so many transitions per task."""
+        """Return the addition to the losses of a part, ``[T]``; they average over so many transitions per task."""
 
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""
@@ -139,7 +151,7 @@ class Regularizer(Protocol):
 
 @dataclass(frozen=True)
 class AgentContext:
-    """What every algorithm is built from besides its own options."""
+    """Everything that an algorithm is built from besides its own options."""
 
     spec: TaskSpec
     make_network: NetworkFactory
@@ -152,12 +164,12 @@ class AgentContext:
     regularizer: Regularizer | None = None
 
     def value_network(self) -> ValueNetwork:
-        """A fresh state value, on the problem's device."""
+        """Return a fresh state value, on the device of the tasks."""
         network = self._critic_network(self.spec.obs_size)
         return ValueNetwork(network, self.spec.num_tasks, self.critic).to(self.spec.device)
 
     def twin_critic(self) -> TwinQ:
-        """Fresh twin action values, on the problem's device."""
+        """Return fresh twin action values, on the device of the tasks."""
         size = self.spec.obs_size + self.spec.action_size
         twins = TwinQ(lambda: self._critic_network(size), self.spec.num_tasks, self.critic)
         return twins.to(self.spec.device)

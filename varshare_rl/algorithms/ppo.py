@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import AgentContext, build_actor
-from varshare_rl.data.rewards import RewardScale
-from varshare_rl.data.rollout import Rollout, RolloutStep
+from varshare_rl.data.buffers import Rollout, RolloutStep
+from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
-from varshare_rl.ops.losses import finite_mean, normalize_per_task, ppo_policy_loss
-from varshare_rl.ops.returns import gae
+from varshare_rl.ops.rl import finite_mean, gae, normalize_per_task, ppo_policy_loss
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.registry import register
-from varshare_rl.types import Scalars, Transition, Tree
+from varshare_rl.types import Scalars, Transition
 
 
 @register("algorithm", "ppo")
@@ -45,7 +46,7 @@ class PPOConfig:
     gae_lambda: float = bounded(0.95, least=0, most=1)
     "Lambda of the generalised advantage estimate."
     clip: float = bounded(0.2, least=0)
-    "How far the policy's ratio may move from 1."
+    "Bound on how far the policy's ratio moves from 1."
     entropy_weight: float = bounded(0.005, least=0)
     "Weight of the policy's entropy in the objective."
     target_kl: float | None = bounded(0.05, least=0)
@@ -59,10 +60,10 @@ class PPOConfig:
     max_log_std: float = 1.0
     "Largest log standard deviation of Box actions."
     normalize_observations: bool = True
-    "Whether observations are normalised by running statistics of each task."
+    "Normalise observations by running statistics of each task."
     reward_scale: RewardScale = RewardScale.return_std
-    """What rewards are divided by: nothing; the deviation of the task's return (`return_std`); or the task's mean
-    reward over the largest one of a task (`ars`)."""
+    """Divisor of rewards: none; the deviation of the task's return (`return_std`); or the task's mean reward over
+    the largest one of a task (`ars`)."""
     resets: int = bounded(0, least=0)
     "Times that networks start anew, spread evenly over the budget."
 
@@ -74,7 +75,7 @@ class PPOConfig:
             )
 
     def build(self, context: AgentContext) -> PPO:
-        """The algorithm."""
+        """Make the algorithm."""
         return PPO(self, context)
 
 
@@ -86,13 +87,14 @@ class PPO(ActorCritic):
 
     Args:
         config: see :class:`PPOConfig`.
-        learner: the problem, the network factory and the ELBO.
+        context: the tasks, the network factory and the ELBO.
     """
 
     training_draws = "the actor under the draws it acted with, the critic anew at every pass"
     target_name = "advantages"
     replays_draws = True
     critic: ValueNetwork
+    state_fields = ("rollout",)
 
     def __init__(self, config: PPOConfig, context: AgentContext) -> None:
         spec = context.spec
@@ -104,7 +106,7 @@ class PPO(ActorCritic):
 
         super().__init__(config, context, build, epsilon=1e-5)
         self.config = config
-        self.rollout = Rollout(-(-config.rollout_transitions_per_task // spec.envs_per_task))
+        self.rollout = Rollout(-(-config.rollout_transitions_per_task // spec.envs_per_task), spec.device)
         self._acted: list[tuple[Tensor, Sample]] = []
 
     @torch.no_grad()
@@ -126,7 +128,7 @@ class PPO(ActorCritic):
         log_prob = torch.cat([sample.log_prob for _, sample in self._acted], dim=1)
         self._acted.clear()
         done = transition.terminated | transition.truncated
-        self.reward_scaler.update(transition.reward, done)
+        self.reward_scaler.update(transition.reward, done, self.updates > 0)
         self.rollout.add(
             RolloutStep(
                 obs,
@@ -142,29 +144,55 @@ class PPO(ActorCritic):
         self.normalizer.update(transition.obs)
 
     def ready(self) -> bool:
-        """A rollout is full."""
         return self.rollout.full
 
     def update(self) -> Scalars:
-        """All epochs on the rollout, then new draws of the actor's weights."""
+        """Go through all epochs on the rollout or until the policy has moved far enough; then draw weights anew."""
+        config, updates_before = self.config, self.updates
         data, explained_variance = self._training_data()
-        updates_before = self.updates
-        minibatches = self._update_epochs(data)
-        self.rollout.clear()
+        transitions = data["obs"].shape[1]  # n_i of the ELBO
+        done: list[dict[str, Tensor]] = []
+        for batch in minibatches(data, config.epochs, config.minibatches):  # sample
+            with self.weight_sampler.replay(batch.get("draws")):
+                distribution = self.policy(batch["obs"])
+            log_prob, entropy = distribution.log_prob(batch["raw_action"]), distribution.entropy().mean(-1)
+            policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], config.clip)
+            actor_losses = policy.loss - config.entropy_weight * entropy
+            self.actor_step.aggregate(actor_losses + self.penalty("actor", transitions))
+            actor_norm = self.actor_step.clip()
+            self.actor_step.step(actor_norm)
+
+            self.critic.track(batch["target"])
+            critic_losses = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
+            self.critic_step.aggregate(critic_losses + self.penalty("critic", transitions))
+            critic_norm = self.critic_step.clip()
+            self.critic_step.step(critic_norm)
+
+            self.elbo.step(self.trained_modules(), partial(self._loss_gap, batch, critic_losses))
+            self.updates += 1
+            done.append({
+                "policy": policy.loss.detach().mean(),
+                "value": critic_losses.detach().mean(),
+                "entropy": entropy.detach().mean(),
+                "approximate_kl": finite_mean(policy.approximate_kl),  # a task that has diverged stops nobody
+                "clip_fraction": policy.clip_fraction.mean(),
+                "actor_grad_norm": actor_norm,
+                "critic_grad_norm": critic_norm,
+            })  # fmt: skip
+            if config.target_kl is not None and float(done[-1]["approximate_kl"]) > config.target_kl:
+                break
+        self.rollout.position = 0
         self.finish_update(updates_before)
         self.weight_sampler.resample()
-        metrics: Scalars = {
-            f"loss/{name}": torch.stack([minibatch[name] for minibatch in minibatches]).mean()
-            for name in minibatches[0]
-        }
+        metrics: Scalars = {f"loss/{name}": torch.stack([step[name] for step in done]).mean() for name in done[0]}
         metrics["loss/explained_variance"] = explained_variance
-        metrics["loss/minibatches"] = float(len(minibatches))
+        metrics["loss/minibatches"] = float(len(done))
         return metrics
 
     @torch.no_grad()
     def _training_data(self) -> tuple[dict[str, Tensor], Tensor]:
-        """The rollout as ``[T, S * E, ...]`` with advantages and value targets; the explained variance."""
-        rollout = self.rollout
+        """Return the rollout as ``[T, S * E, ...]`` with advantages and value targets; the explained variance."""
+        rollout = self.rollout.fields
         mean = self.elbo.config.draw.targets is TargetDraw.mean
         with posterior_mean(self.critic) if mean else nullcontext():
             value, next_value = (
@@ -184,56 +212,15 @@ class PPO(ActorCritic):
         unexplained = advantage.flatten(1).var(1) / target.flatten(1).var(1).clamp_min(1e-8)
         return data, (1.0 - unexplained).mean()
 
-    def _update_epochs(self, data: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """Steps on shuffled minibatches until the epochs are done or the policy has moved far enough."""
-        transitions = data["obs"].shape[1]
-        size = max(transitions // self.config.minibatches, 1)
-        done: list[dict[str, Tensor]] = []
-        for _ in range(self.config.epochs):
-            order = torch.randperm(transitions, device=data["obs"].device)
-            for start in range(0, transitions - size + 1, size):
-                rows = order[start : start + size]
-                batch = {name: value.index_select(1, rows) for name, value in data.items()}
-                done.append(self._update_minibatch(batch, transitions))
-                target = self.config.target_kl
-                if target is not None and float(done[-1]["approximate_kl"]) > target:
-                    return done
-        return done
-
-    def _update_minibatch(self, batch: dict[str, Tensor], transitions: int) -> dict[str, Tensor]:
-        """One step of actor and critic on a minibatch ``[T, M]``; ``transitions`` is the ELBO's ``n_i``."""
-        with self.weight_sampler.replay(batch.get("draws")):
-            distribution = self.policy(batch["obs"])
-        log_prob = distribution.log_prob(batch["raw_action"])
-        policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], self.config.clip)
-        entropy = distribution.entropy().mean(-1)
-        actor_losses = policy.loss - self.config.entropy_weight * entropy
-        actor_norm = self.actor_step(actor_losses + self.penalty("actor", transitions))
-
-        self.critic.track(batch["target"])
-        value_loss = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
-        critic_norm = self.critic_step(value_loss + self.penalty("critic", transitions))
-        self.elbo.step(self.trained_modules(), lambda: self._loss_gap(batch, value_loss))
-        self.updates += 1
-        return {
-            "policy": policy.loss.detach().mean(),
-            "value": value_loss.detach().mean(),
-            "entropy": entropy.detach().mean(),
-            "approximate_kl": finite_mean(policy.approximate_kl),  # a task that has diverged stops nobody
-            "clip_fraction": policy.clip_fraction.mean(),
-            "actor_grad_norm": actor_norm,
-            "critic_grad_norm": critic_norm,
-        }
-
     @torch.no_grad()
-    def _loss_gap(self, batch: dict[str, Tensor], value_loss: Tensor) -> Tensor:
-        """Value loss with theta alone minus the value loss, ``[T]``."""
+    def _loss_gap(self, batch: dict[str, Tensor], losses: Tensor) -> Tensor:
+        """Return the critic's losses with theta alone minus its ``losses [T]``."""
         with theta_only(self.critic):
             alone = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
-        return alone - value_loss.detach()
+        return alone - losses
 
     def memory_bytes(self) -> dict[str, int]:
-        """What every training holds; rollout: observations, action, two floats, two flags, which draws."""
+        """Add the rollout: observations, action, two floats, two flags, which draws."""
         spec = self.spec
         row = 4 * (2 * spec.obs_size + 2) + (8 if spec.discrete else 4 * spec.action_size) + 2
         row += self.weight_sampler.bytes_per_step()
@@ -242,11 +229,13 @@ class PPO(ActorCritic):
             "rollout": spec.num_tasks * self.rollout.vector_steps * spec.envs_per_task * row,
         }
 
-    def state(self) -> Tree:
-        """Networks, optimisers, normalisers, held draws, the unfinished rollout and counters."""
-        return {**super().state(), "rollout": self.rollout.state()}
 
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        super().load_state(state)
-        self.rollout.load_state(state["rollout"], self.spec.device)
+def minibatches(data: dict[str, Tensor], epochs: int, count: int) -> Iterator[dict[str, Tensor]]:
+    """Yield shuffled minibatches ``[T, M, ...]`` of ``[T, B, ...]``, ``count`` in every epoch."""
+    rows = data["obs"].shape[1]
+    size = max(rows // count, 1)
+    for _ in range(epochs):
+        order = torch.randperm(rows, device=data["obs"].device)
+        for start in range(0, rows - size + 1, size):
+            chosen = order[start : start + size]
+            yield {name: value.index_select(1, chosen) for name, value in data.items()}

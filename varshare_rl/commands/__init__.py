@@ -1,1 +1,1 @@
-"""Commands, one file each; ``varshare_rl/<name>.py`` starts them as ``python -m varshare_rl.<name>``."""
+"""Commands, one file each: options, a function that does the work and is called from Python too, the command."""

@@ -1,56 +1,83 @@
-"""``python -m varshare_rl.calibrate run=runs/<folder>``: does the critic know how wrong it is?"""
+"""Check the critic's posterior: how often its intervals contain the returns that follow.
+
+    python -m varshare_rl.calibrate run=runs/<folder>
+
+    run=<folder>       a run of network=varshare_lora or varshare (needed); calibration.json, .png are written there
+    episodes=10        of every task
+    draws=32           of the critic's weights
+    checkpoint=last    or best
+    device=auto        or cpu, cuda
+    seed=null          of the episodes' starts; null: the run's own
+
+All keys: docs/posterior.md, or --cfg job.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent, run_provenance
 from varshare_rl.cli import run_command
+from varshare_rl.commands.common import evaluation_engine, evaluation_seed, read_options
 from varshare_rl.config import Device
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.files import write_json
-from varshare_rl.nn.posteriors import posterior_layers
-from varshare_rl.run.calibration import calibration, compare, draw_reliability
+from varshare_rl.nn.layer import posterior_layers
+from varshare_rl.reporting.reliability import draw_reliability
+from varshare_rl.run.calibration import calibration, compare
 from varshare_rl.run.console import Console
 from varshare_rl.run.episode_recording import record
 
 
 @dataclass
 class CalibrateConfig:
-    """Which run, which of its checkpoints (``last`` or ``best``), episodes of every task, and draws of weights."""
+    """Options of ``calibrate``."""
 
     run: str = MISSING
+    "Folder of the run."
     checkpoint: str = "last"
-    episodes: int = 10
-    draws: int = 32
+    "Checkpoint of the run: `last` or `best`."
+    episodes: int = bounded(10, least=1)
+    "Episodes of every task."
+    draws: int = bounded(32, least=2)
+    "Draws of the critic's weights."
     device: Device = Device.auto
-    seed: int | None = None  # of the starts; the run's own unless given
+    "Device to compute on; `auto` takes CUDA if there is any."
+    seed: int | None = bounded(None, least=0)
+    "Seed of the episodes' starts; null: the run's own."
 
 
 def main(composed: DictConfig) -> None:
     """Write ``calibration.json`` and ``calibration.png`` into the run folder."""
-    if OmegaConf.is_missing(composed, "run"):
-        raise UserError("run is missing; give the folder of a run: run=runs/<folder>")
-    options = cast(CalibrateConfig, OmegaConf.to_object(composed))
-    for name, value, least in (("episodes", options.episodes, 1), ("draws", options.draws, 2)):
-        if value < least:
-            raise UserError(f"{name} is {value}; it must be at least {least}")
+    options = read_options(composed, CalibrateConfig)
     run_dir = Path(options.run)
     agent = load_agent(run_dir, options.checkpoint, options.device)
+    result = calibrate_agent(agent, run_dir, options)
+    write_json(run_dir / "calibration.json", result)
+    draw_reliability(result, run_dir / "calibration.png")
+    console, mean = Console(agent.state["transitions"]), result["mean"]
+    shown = ", ".join(f"{100 * float(level):g} %: {share:.3f}" for level, share in mean["coverage"].items())
+    console.message(f"coverage at {shown}; calibration error {mean['calibration_error']:.3f}")
+    console.message(f"written: {run_dir / 'calibration.json'}, {run_dir / 'calibration.png'}")
+
+
+def calibrate_agent(agent: TrainedAgent, run_dir: Path, options: CalibrateConfig) -> dict[str, Any]:
+    """Compare the critic's predictions with what an agent earns in recorded episodes.
+
+    Raises:
+        UserError: its critic has no posterior, or its checkpoint no reward statistics.
+    """
     algorithm = _with_value_units(agent, run_dir)
     config, suite = agent.config, agent.suite
-    seed = config.seed if options.seed is None else options.seed
-    engine = suite.make_engine(min(options.episodes, config.env.envs_per_task), seed, evaluation=True)
-    try:
+    seed = evaluation_seed(agent, options.seed)
+    with evaluation_engine(agent, options.episodes, seed) as engine:
         recording = record(algorithm, engine, options.episodes)
-    finally:
-        engine.close()
     log_alpha = agent.state["algorithm"].get("log_alpha")
     comparison = compare(
         algorithm, recording, config.algorithm.discount, options.draws, config.elbo.temperature,
@@ -67,16 +94,11 @@ def main(composed: DictConfig) -> None:
         "kl_weight": config.elbo.kl_weight,
         "checkpoint": agent.checkpoint.name,
     }
-    write_json(run_dir / "calibration.json", result)
-    draw_reliability(result, run_dir / "calibration.png")
-    console, mean = Console(agent.state["transitions"]), result["mean"]
-    shown = ", ".join(f"{100 * float(level):g} %: {share:.3f}" for level, share in mean["coverage"].items())
-    console.message(f"coverage at {shown}; calibration error {mean['calibration_error']:.3f}")
-    console.message(f"written: {run_dir / 'calibration.json'}, {run_dir / 'calibration.png'}")
+    return result
 
 
 def _with_value_units(agent: TrainedAgent, run_dir: Path) -> ActorCritic:
-    """The agent's actor-critic with the reward statistics that its values are in."""
+    """Return the agent's actor-critic with the reward statistics that its values are in."""
     algorithm = agent.algorithm
     if not isinstance(algorithm, ActorCritic) or not any(posterior_layers(algorithm.critic)):
         raise UserError(
@@ -93,5 +115,4 @@ def _with_value_units(agent: TrainedAgent, run_dir: Path) -> ActorCritic:
 
 def command() -> None:
     """Run the command line."""
-    ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
-    run_command("calibrate", main)
+    run_command("calibrate", main, CalibrateConfig)

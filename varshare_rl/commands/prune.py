@@ -1,26 +1,40 @@
-"""``python -m varshare_rl.prune run=runs/<folder> threshold=0.01``: drop residuals that are at the prior."""
+"""Copy a run without the parts of its residuals that are at their prior.
+
+    python -m varshare_rl.prune run=runs/<folder> threshold=0.01
+
+    run=<folder>       a run of network=varshare_lora or varshare (needed); it stays as it is
+    threshold=0.01     units below it are dropped: nats per Gaussian, or a ratio with criterion=snr
+    criterion=nats     or snr (signal to noise)
+    out=null           the new run folder, with pruning.json; null: <run>_pruned
+    checkpoint=last    or best
+    episodes=1         of every task, on which the change of actions and values is measured
+    device=auto        or cpu, cuda
+
+All keys: docs/posterior.md, or --cfg job.
+"""
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig
 from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent, run_provenance
 from varshare_rl.cli import run_command
+from varshare_rl.commands.common import evaluation_engine, make_folder, output_folder, read_options
 from varshare_rl.config import Device
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.files import write_json
 from varshare_rl.nn.actor import CategoricalActor
 from varshare_rl.nn.critic import TwinQ
-from varshare_rl.nn.posteriors import posterior_layers
+from varshare_rl.nn.layer import posterior_layers
 from varshare_rl.nn.prune import Criterion, prune, report
 from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.run.checkpoint import save_checkpoint
@@ -30,29 +44,30 @@ from varshare_rl.run.episode_recording import EpisodeRecording, record
 
 @dataclass
 class PruneConfig:
-    """Which run, what to drop, and where the pruned copy goes."""
+    """Options of ``prune``."""
 
     run: str = MISSING
-    threshold: float = 0.01  # units with less than this are dropped; nats per Gaussian, or a ratio for snr
+    "Folder of the run."
+    threshold: float = bounded(0.01, least=0)
+    "Least value of a unit that is kept: nats per Gaussian, or a ratio with `criterion=snr`."
     criterion: Criterion = Criterion.nats
+    "Value of a unit: its nats, or its signal-to-noise ratio."
     checkpoint: str = "last"
-    out: str | None = None  # default: <run>_pruned
-    episodes: int = 1  # of every task, whose states the change of the outputs is measured on
+    "Checkpoint of the run: `last` or `best`."
+    out: str | None = None
+    "The new run folder; null: `<run>_pruned`."
+    episodes: int = bounded(1, least=1)
+    "Episodes of every task, on whose states the change of the outputs is measured."
     device: Device = Device.auto
+    "Device to compute on; `auto` takes CUDA if there is any."
 
 
 def main(composed: DictConfig) -> None:
     """Write a pruned copy of the run's policy with ``pruning.json``; the run itself stays as it is."""
-    if OmegaConf.is_missing(composed, "run"):
-        raise UserError("run is missing; give the folder of a run: run=runs/<folder>")
-    options = cast(PruneConfig, OmegaConf.to_object(composed))
-    if not options.threshold >= 0:
-        raise UserError(f"threshold is {options.threshold}; it must be at least 0")
-    if options.episodes < 1:
-        raise UserError(f"episodes is {options.episodes}; it must be at least 1")
+    options = read_options(composed, PruneConfig)
     run_dir = Path(options.run)
     named = run_dir if run_dir.name not in ("", "..") else run_dir.resolve()  # "." has no name of its own
-    out = named.with_name(f"{named.name}_pruned") if options.out is None else Path(options.out)
+    out = output_folder(options.out, named.with_name(f"{named.name}_pruned"))
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists already; give another folder: out=<folder>")
     agent = load_agent(run_dir, options.checkpoint, options.device)
@@ -74,14 +89,9 @@ def main(composed: DictConfig) -> None:
 
 
 def prune_agent(agent: TrainedAgent, algorithm: ActorCritic, options: PruneConfig) -> dict[str, Any]:
-    """Prune all trained networks in place; the report."""
-    engine = agent.suite.make_engine(
-        min(options.episodes, agent.config.env.envs_per_task), agent.config.seed, evaluation=True
-    )
-    try:
+    """Prune all trained networks in place and return the report."""
+    with evaluation_engine(agent, options.episodes, agent.config.seed) as engine:
         recording = record(algorithm, engine, options.episodes)
-    finally:
-        engine.close()
     before = _mean_outputs(algorithm, recording)
     layers = {
         f"{name}.{path}": pruned
@@ -108,14 +118,11 @@ def prune_agent(agent: TrainedAgent, algorithm: ActorCritic, options: PruneConfi
 def write_pruned(
     agent: TrainedAgent, algorithm: ActorCritic, result: dict[str, Any], run_dir: Path, out: Path
 ) -> None:
-    """The pruned policy as a run folder of its own, with its configuration and ``pruning.json``."""
+    """Write the pruned policy as a run folder of its own, with its configuration and ``pruning.json``."""
     saved = agent.state["algorithm"]
     tree = {name: agent.state[name] for name in ("transitions", "updates", "seconds")}
     tree["algorithm"] = {name: state for name, state in algorithm.policy_state().items() if name in saved}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {out} ({error.strerror}); give another: out=<folder>") from error
+    make_folder(out)
     save_checkpoint(out, "last", agent.state["transitions"], tree)
     write_json(out / "pruning.json", result)
     shutil.copyfile(run_dir / "config.yaml", out / "config.yaml")
@@ -123,7 +130,7 @@ def write_pruned(
 
 @torch.no_grad()
 def _mean_outputs(algorithm: ActorCritic, recording: EpisodeRecording) -> dict[str, Tensor]:
-    """Deterministic actions (probabilities of Discrete ones) and values on the means, ``[T, S * E, ...]``."""
+    """Compute deterministic actions (of Discrete ones probabilities) and values on means, ``[T, S * E, ...]``."""
     obs = recording.rows("obs").to(algorithm.spec.device)
     with posterior_mean(algorithm.actor), posterior_mean(algorithm.critic):
         policy: Any = algorithm.actor(obs, algorithm.task_ids)
@@ -147,5 +154,4 @@ def _largest(result: dict[str, Any]) -> float:
 
 def command() -> None:
     """Run the command line."""
-    ConfigStore.instance().store(name="prune_schema", node=PruneConfig)
-    run_command("prune", main)
+    run_command("prune", main, PruneConfig)

@@ -1,25 +1,33 @@
-"""``python -m varshare_rl.share``: one low-rank basis for the LoRA adapters of many tasks.
+"""Put the LoRA adapters of many tasks into one low-rank basis, and get them out again.
 
-python -m varshare_rl.share consolidate adapters/* out=basis k.max_error=0.05
-python -m varshare_rl.share add basis=basis adapter=adapters/another
-python -m varshare_rl.share reconstruct basis=basis task=another out=adapters/rebuilt
+    python -m varshare_rl.share consolidate adapters/* out=basis k.max_error=0.05
+    python -m varshare_rl.share add basis=basis adapter=adapters/another
+    python -m varshare_rl.share reconstruct basis=basis task=another out=adapters/rebuilt
+
+    consolidate        make a basis from the folders of adapters
+    add                project one more adapter, or decompose again where it does not fit
+    reconstruct        write a task's adapter, in the format of the peft library
+
+`share <name> --help` says more; all keys: docs/share.md.
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
 from varshare_rl.adapters import Adapter, read_adapter, write_adapter
 from varshare_rl.cli import errors_in_one_line
+from varshare_rl.entry import wants_help
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.transfer.share.config import Merge, ShareConfig
@@ -32,28 +40,66 @@ SHOWN = 20
 
 @dataclass
 class ConsolidateConfig(ShareConfig):
-    """``consolidate <adapter folders>``: ``out`` is the folder of the new basis; the rest is how it is made."""
+    """Make a basis from the folders of LoRA adapters, with a bound on the error of every task.
 
-    out: str = "???"
+        python -m varshare_rl.share consolidate adapters/* out=basis k.max_error=0.05
+
+        <folders>          adapters in the format of the peft library; a task takes its folder's name (needed)
+        out=<folder>       of the new basis (needed)
+        k.max_error=0.05   largest relative error of a task in a layer; or k.explained, or k.fixed
+        method=share       or paper, delta
+        keep_originals=false   store the adapters beside the basis, for exact decompositions later
+
+    All keys: docs/share.md.
+    """
+
+    out: str = MISSING
+    "Folder of the new basis."
 
 
 @dataclass
 class AddConfig:
-    """``add``: one adapter folder as ``adapter=``; ``merge`` says when the basis is decomposed again."""
+    """Add one more adapter to a basis.
 
-    basis: str = "???"
-    adapter: str = "???"
-    name: str | None = None  # of the task; the folder's name unless given
+        python -m varshare_rl.share add basis=basis adapter=adapters/another
+
+        basis=<folder>     made by consolidate; it is replaced (needed)
+        adapter=<folder>   in the format of the peft library (needed)
+        name=null          of the task; null: the folder's name
+        merge=needed       when the basis is decomposed again: needed, always or never
+
+    All keys: docs/share.md.
+    """
+
+    basis: str = MISSING
+    "Folder of the basis; it is replaced."
+    adapter: str = MISSING
+    "Folder of the adapter, in the format of the peft library."
+    name: str | None = None
+    "Name of the task; null: the folder's name."
     merge: Merge = Merge.needed
+    "Occasion on which the basis is decomposed again."
 
 
 @dataclass
 class ReconstructConfig:
-    """``reconstruct``: write a task's adapter, in the format of the `peft` library, to the folder ``out``."""
+    """Write a task's adapter, in the format of the peft library.
 
-    basis: str = "???"
-    task: str = "???"
-    out: str = "???"
+        python -m varshare_rl.share reconstruct basis=basis task=another out=adapters/rebuilt
+
+        basis=<folder>     made by consolidate (needed)
+        task=<name>        one of its tasks (needed)
+        out=<folder>       of the adapter (needed)
+
+    All keys: docs/share.md.
+    """
+
+    basis: str = MISSING
+    "Folder of the basis."
+    task: str = MISSING
+    "Name of one of its tasks."
+    out: str = MISSING
+    "Folder of the adapter."
 
 
 def run_consolidate(composed: DictConfig, folders: Sequence[str]) -> None:
@@ -106,35 +152,25 @@ def run_reconstruct(composed: DictConfig, folders: Sequence[str]) -> None:
 
 
 def task_name(folder: str) -> str:
-    """The last part of a folder's path."""
+    """Return the last part of a folder's path."""
     return Path(folder).resolve().name
 
 
 def refuse_folders(folders: Sequence[str], cure: str) -> None:
-    """Folders as plain arguments belong to ``consolidate`` alone."""
+    """Refuse folders as plain arguments, which ``consolidate`` alone takes."""
     if folders:
         raise UserError(f"what is {folders[0]!r}? this takes key=value only; give {cure}...")
 
 
 def report(share: Share, folder: Path, seconds: float) -> None:
-    """Errors by layer and by task, and what is stored."""
-    console = Console(highlight=False)
+    """Show errors by layer and by task, and what is stored."""
     errors = share.errors()
-    layers = Table(title="relative error by layer", title_justify="left")
-    for heading in ("layer", "k", "mean", "worst", "worst task"):
-        layers.add_column(heading, justify="left" if "layer" in heading or "task" in heading else "right")
-    for name, layer in list(share.layers.items())[:SHOWN]:
-        worst = max(errors[name], key=errors[name].__getitem__)
-        mean = sum(layer.errors) / len(layer.errors)
-        layers.add_row(name, str(layer.k), f"{mean:.4f}", f"{errors[name][worst]:.4f}", worst)
-    tasks = Table(title="relative error by task", title_justify="left")
-    for heading in ("task", "mean", "worst", "worst layer"):
-        tasks.add_column(heading, justify="left" if "layer" in heading or "task" in heading else "right")
-    for task in share.tasks[-SHOWN:]:
-        own = {name: by_task[task] for name, by_task in errors.items()}
-        worst = max(own, key=own.__getitem__)
-        tasks.add_row(task, f"{sum(own.values()) / len(own):.4f}", f"{own[worst]:.4f}", worst)
-    console.print(layers, tasks)
+    by_task = {task: {name: found[task] for name, found in errors.items()} for task in share.tasks}
+    ks = {name: str(layer.k) for name, layer in share.layers.items()}
+    Console(highlight=False).print(
+        error_table("layer", "task", dict(list(errors.items())[:SHOWN]), ks),
+        error_table("task", "layer", dict(list(by_task.items())[-SHOWN:])),
+    )
     hidden = max(len(share.layers) - SHOWN, 0), max(len(share.tasks) - SHOWN, 0)
     if any(hidden):
         print(f"{hidden[0]} more layers and {hidden[1]} earlier tasks are in {folder / BASIS_FILE}")
@@ -150,6 +186,20 @@ def report(share: Share, folder: Path, seconds: float) -> None:
         f"a new task trains {store.trained_numbers:,} numbers, LoRA {store.lora_trained_numbers:,.0f}\n"
         f"written: {folder} ({seconds:.2f} s without reading and writing)"
     )
+
+
+def error_table(
+    of: str, by: str, errors: Mapping[str, Mapping[str, float]], ks: Mapping[str, str] | None = None
+) -> Table:
+    """Return a table with the mean and the worst relative error of every layer or task, and the layers' k."""
+    table = Table(title=f"relative error by {of}", title_justify="left")
+    for heading in (of, *(["k"] if ks else []), "mean", "worst", f"worst {by}"):
+        table.add_column(heading, justify="left" if of in heading or by in heading else "right")
+    for name, found in errors.items():
+        worst = max(found, key=found.__getitem__)
+        mean = sum(found.values()) / len(found)
+        table.add_row(name, *([ks[name]] if ks else []), f"{mean:.4f}", f"{found[worst]:.4f}", worst)
+    return table
 
 
 #: A command takes its options and the folders among its arguments.
@@ -171,6 +221,9 @@ def main(arguments: Sequence[str]) -> None:
         given = repr(arguments[0]) if arguments else "nothing"
         raise UserError(f"the command is {given}; choose {', '.join(COMMANDS)}")
     schema, run = COMMANDS[arguments[0]]
+    if wants_help(arguments):
+        print(inspect.getdoc(schema))
+        return
     folders = [item for item in arguments[1:] if "=" not in item or Path(item).is_dir()]
     config = [item for item in arguments[1:] if item not in folders]
     if any(item.startswith("k=") for item in config):

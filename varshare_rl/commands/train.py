@@ -1,8 +1,30 @@
-"""``python -m varshare_rl.train env=mt10``: train one agent on many tasks."""
+"""Train one agent on many tasks.
+
+    python -m varshare_rl.train env=mt10 algorithm=sac total_transitions=2000000
+
+    env=mt10                   pointmass, cartpole, lunarlander, gymnasium, metaworld, mt1, mt3, mt25, mt50
+    algorithm=ppo              or sac
+    network=varshare_lora      and others; a wrong name lists them, as everywhere
+    gradient=mean              how losses per task become one gradient: pcgrad, cagrad, fairgrad, ...
+    total_transitions=20000000 the budget, all tasks together; its default is the environment's
+    seed=0                     of everything random
+    device=auto                or cpu, cuda
+    elbo.kl_weight=0.01        how dear it is for a task to differ from the others
+    elbo.prior_scale=1.0       standard deviation of the prior, from which it differs
+    network.hidden=[128,128]   sizes of the hidden layers; its default is the environment's
+    env.envs_per_task=4        environments of every task; its default is the environment's
+    run_dir=null               the run folder; null: runs/<what it is>_<time>
+    resume=null                a run folder to go on with; total_transitions may grow
+    +experiment=<name>         published settings in one word, such as toppo_mt10
+    -m seed=0,1                a sweep: a run for every value, or for every combination of several
+
+All keys: docs/configuration.md; --cfg job shows them with their values.
+"""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +36,7 @@ from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import new_run_dir, run_command
 from varshare_rl.config import TrainConfig, load_config
 from varshare_rl.config_checks import check_config
+from varshare_rl.envs.objects import Maker
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -22,29 +45,47 @@ from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.run.results import summary
 from varshare_rl.types import Tree
 
-#: What may be changed when a run goes on.
+#: Options that may be changed when a run goes on.
 RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.", "observe.")
 
 
 def main(composed: DictConfig) -> None:
     """Train as configured; called by Hydra, once per job of a sweep."""
-    config = cast(TrainConfig, OmegaConf.to_object(composed))
+    try:
+        run_config(cast(TrainConfig, OmegaConf.to_object(composed)), HydraConfig.get().overrides.task)
+    except Interrupted as stop:
+        raise SystemExit(stop.exit_code) from None
+
+
+def run_config(
+    config: TrainConfig, overrides: Sequence[str] = (), makers: Mapping[str, Maker] | None = None
+) -> Path:
+    """Train a new agent, or go on with ``config.resume``, and return the run folder.
+
+    Args:
+        config: of the run; one that goes on takes its own from its folder.
+        overrides: that ``config`` was composed of; one that goes on changes what they say.
+        makers: of the environments where they are objects, by task.
+
+    Raises:
+        UserError: whatever the user got wrong.
+        Interrupted: a signal came; all is saved, and the screen says how to go on.
+    """
     if config.resume is not None:
-        resume(Path(config.resume))
-        return
+        return resume(Path(config.resume), overrides, makers)
     check_config(config)
-    suite = build_suite(config)
+    suite = build_suite(config, makers)
     parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
-    run_dir = new_run_dir(config.run_dir, parts)
-    run = build_run(config, suite, run_dir)
+    run = build_run(config, suite, new_run_dir(config.run_dir, parts))
     train(config, run, None)
+    return run.run_dir
 
 
-def resume(run_dir: Path) -> None:
-    """Go on with the run in ``run_dir``; the command line may change what :data:`RESUMABLE` names."""
+def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] | None = None) -> Path:
+    """Go on with the run in ``run_dir``; ``overrides`` may change what :data:`RESUMABLE` names."""
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
-    overrides = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
+    overrides = [item for item in overrides if not item.startswith(("resume=", "plugins="))]
     refused = [item for item in overrides if not item.startswith(RESUMABLE)]
     if refused:
         allowed = ", ".join(name.rstrip(".") for name in RESUMABLE)
@@ -61,12 +102,14 @@ def resume(run_dir: Path) -> None:
         )
     if "engine" not in state:
         raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")
-    run = build_run(config, build_suite(config), run_dir, resumed_at=state["transitions"], seconds=state["seconds"])
+    suite = build_suite(config, makers)
+    run = build_run(config, suite, run_dir, resumed_at=state["transitions"], seconds=state["seconds"])
     train(config, run, state)
+    return run_dir
 
 
 def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
-    """Run the loop and write the results; on a signal, say how to go on and end."""
+    """Run the loop and write the results; on a signal, say how to go on and pass it on."""
     describe(config, run)
     try:
         if state is None:
@@ -84,7 +127,7 @@ def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
             f"stopped by {stop} at {run.transitions:,} transitions, all saved; go on with:\n"
             f"    python -m varshare_rl.train {shlex.quote(f'resume={run.run_dir}')}"
         )
-        raise SystemExit(stop.exit_code) from None
+        raise
     finally:
         run.close()
 
@@ -129,7 +172,7 @@ def describe(config: TrainConfig, run: Run) -> None:
 
 
 def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """All options by dotted name, for TensorBoard's HParams tab."""
+    """Return all options by dotted name, for TensorBoard's HParams tab."""
     flat: dict[str, bool | int | float | str] = {}
 
     def add(prefix: str, value: Any) -> None:
@@ -145,7 +188,7 @@ def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
 
 
 def final_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """The final numbers that the HParams tab compares runs by."""
+    """Return the final numbers that the HParams tab compares runs by."""
     chosen = {"eval/mean_success": "mean_success", "eval/mean_return": "mean_return"}
     return {tag: result[name] for tag, name in chosen.items() if result[name] is not None}
 

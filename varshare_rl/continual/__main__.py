@@ -1,6 +1,6 @@
-"""``python -m varshare_rl.continual env=light8 method=share``: learn one task after another."""
+"""Learn one task after another: ``python -m varshare_rl.continual env=light8 method=share``."""
 
-from varshare_rl.continual.command import command
+from varshare_rl.entry import start
 
 if __name__ == "__main__":
-    command()
+    start("continual")

@@ -1,8 +1,27 @@
-"""The command line of ``python -m varshare_rl.continual``."""
+"""Learn one task after another with one agent.
+
+    python -m varshare_rl.continual env=light8 method=share
+
+    env=light8                 pointmass, cw10, cw20, or any list of tasks as for train
+    method=share               finetune, copies, frozen, shared_private, ewc, replay, packnet, pnn, lora, varshare
+    algorithm=ppo              or sac
+    total_transitions=480000   the budget, divided equally among the tasks; its default is the environment's
+    from=null                  the run folder of a trained agent to go on from
+    task_ids=known             or hidden: the policy is not told in evaluation which task it is in
+    repeats=1                  how many times the tasks come round
+    network.hidden=[64,64]     sizes of the hidden layers
+    seed=0                     of everything random
+    run_dir=null               the run folder; null: runs/<what it is>_<time>
+    resume=null                a run folder to go on with
+    -m seed=0,1                a sweep: a run for every value, or for every combination of several
+
+All keys: docs/continual.md and docs/configuration.md; --cfg job shows them with their values.
+"""
 
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
@@ -12,35 +31,43 @@ from omegaconf import DictConfig, OmegaConf
 from varshare_rl.cli import new_run_dir, run_command
 from varshare_rl.config_checks import check_config
 from varshare_rl.continual.config import ContinualConfig, load_continual_config
-from varshare_rl.continual.loading import build_sequence
-from varshare_rl.continual.parts import new_places
+from varshare_rl.continual.sequence import build_sequence
+from varshare_rl.continual.tasks import new_tasks
 from varshare_rl.errors import UserError
 from varshare_rl.files import make_run_dir, write_atomically
 from varshare_rl.run.loop import Interrupted
 
 
-def command() -> None:
-    """The command line."""
-    run_command("continual", main)
-
-
 def main(composed: DictConfig) -> None:
     """Learn as configured; called by Hydra, once per job of a sweep."""
     config = cast(ContinualConfig, OmegaConf.to_object(composed))
-    resumed = config.resume
-    if resumed is not None:
-        run_dir = Path(resumed)
-        config = stored_config(run_dir)
+    try:
+        run_config(config, HydraConfig.get().overrides.task)
+    except Interrupted as stop:
+        raise SystemExit(stop.exit_code) from None
+
+
+def run_config(config: ContinualConfig, overrides: Sequence[str] = ()) -> Path:
+    """Learn a new sequence, or go on with ``config.resume``, and return the run folder.
+
+    Raises:
+        UserError: whatever the user got wrong.
+        Interrupted: a signal came; all is saved, and the screen says how to go on.
+    """
+    resumed = config.resume is not None
+    if config.resume is not None:
+        run_dir = Path(config.resume)
+        config = stored_config(run_dir, overrides)
     else:
         check_config(config)
-        suite = new_places(config)[0].suite.name
+        suite = new_tasks(config)[0].suite.name
         run_dir = new_run_dir(config.run_dir, (suite, config.algorithm.name, config.method.name, f"s{config.seed}"))
     sequence = build_sequence(config, run_dir)
-    if resumed is None:
+    if resumed:
+        sequence.load()
+    else:
         make_run_dir(run_dir)
         write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(sequence.config)))
-    else:
-        sequence.load()
     try:
         sequence.learn()
     except Interrupted as stop:
@@ -48,17 +75,23 @@ def main(composed: DictConfig) -> None:
             f"stopped by {stop}, all saved; go on with:\n"
             f"    python -m varshare_rl.continual {shlex.quote(f'resume={run_dir}')}"
         )
-        raise SystemExit(stop.exit_code) from None
+        raise
+    return run_dir
 
 
-def stored_config(run_dir: Path) -> ContinualConfig:
-    """The configuration of a run to go on with. Raises UserError if there is none, or if options are given."""
+def stored_config(run_dir: Path, overrides: Sequence[str]) -> ContinualConfig:
+    """Read the configuration of a run to go on with. Raises UserError if there is none, or options are given."""
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
-    given = [item for item in HydraConfig.get().overrides.task if not item.startswith("resume=")]
+    given = [item for item in overrides if not item.startswith("resume=")]
     if given:
         raise UserError(f"{given[0]} cannot be changed when a sequence of tasks is resumed; give resume= alone")
     config = load_continual_config(run_dir / "config.yaml")
     if (run_dir / "summary.json").exists():
         raise UserError(f"{run_dir} has learnt all its tasks already; its results are in summary.json")
     return config
+
+
+def command() -> None:
+    """Run the command line."""
+    run_command("continual", main)

@@ -22,7 +22,7 @@ from varshare_rl.transfer.networks import CriticCarry
 
 
 class TaskIds(Enum):
-    """Whether a policy is told in evaluation which task it is in."""
+    """Knowledge of a policy in evaluation: the task that it is in, or not."""
 
     known = "known"
     hidden = "hidden"  # the learnt task whose policy earns the most in a few episodes is taken
@@ -30,7 +30,7 @@ class TaskIds(Enum):
 
 @dataclass
 class CarryConfig:
-    """Options of ``carry``: what besides the policy goes from one task to the next."""
+    """Options of ``carry``: parts beside the policy that go from one task to the next."""
 
     critic: CriticCarry = CriticCarry.finetune
     "The critic goes on learning, is `fresh` for every task, or is kept as the policy is (`method`)."
@@ -53,7 +53,7 @@ class ContinualConfig(TrainConfig):
     aliases: ClassVar[dict[str, str]] = {"from": "pretrained"}
 
     method: Any = MISSING
-    "How the policy's network goes from task to task: `method=<name>`, with options of its own."
+    "The way of the policy's network from task to task: `method=<name>`, with options of its own."
     pretrained: str | None = None
     """`from=` on the command line: a run folder of `network=varshare_lora`, `lora` or `l2_soft` to go on from. Its
     shared weights are the base and its tasks the old ones (one that is learnt again is `<task> (2)`); `network`,
@@ -61,7 +61,7 @@ class ContinualConfig(TrainConfig):
     repeats: int = bounded(1, least=1)
     "Times that the tasks come round."
     carry: CarryConfig = field(default_factory=CarryConfig)
-    "What besides the policy goes from one task to the next."
+    "Parts beside the policy that go from one task to the next."
     task_ids: TaskIds = TaskIds.known
     "`hidden`: nobody tells a policy in evaluation which task it is in."
     selection_episodes: int = bounded(64, least=1)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-
 import numpy as np
 import numpy.typing as npt
 
-from varshare_rl.types import Metrics, Tree
+from varshare_rl.state import Stateful
+from varshare_rl.types import Metrics
 
 
-class EpisodeStatistics:
+class EpisodeStatistics(Stateful):
     """Running episodes of every slot and the last ``window`` finished ones of every task.
 
     Args:
@@ -19,15 +18,17 @@ class EpisodeStatistics:
         window: finished episodes per task to average over.
     """
 
+    state_fields = ("running_return", "running_success", "running_steps", "returns", "successes", "lengths")
+
     def __init__(self, task_names: tuple[str, ...], envs_per_task: int, window: int = 20) -> None:
-        self.task_names = task_names
+        self.task_names, self.window = task_names, window
         shape = (len(task_names), envs_per_task)
         self.running_return = np.zeros(shape)
         self.running_success = np.zeros(shape, dtype=bool)
         self.running_steps = np.zeros(shape, dtype=np.int64)
-        self.returns: list[deque[float]] = [deque(maxlen=window) for _ in task_names]
-        self.successes: list[deque[float]] = [deque(maxlen=window) for _ in task_names]
-        self.lengths: list[deque[float]] = [deque(maxlen=window) for _ in task_names]
+        self.returns: list[list[float]] = [[] for _ in task_names]
+        self.successes: list[list[float]] = [[] for _ in task_names]
+        self.lengths: list[list[float]] = [[] for _ in task_names]
 
     def add(
         self, reward: npt.NDArray[np.float32], success: npt.NDArray[np.bool_], done: npt.NDArray[np.bool_]
@@ -39,9 +40,12 @@ class EpisodeStatistics:
         if not done.any():
             return
         for task, env in np.argwhere(done):
-            self.returns[task].append(float(self.running_return[task, env]))
-            self.successes[task].append(float(self.running_success[task, env]))
-            self.lengths[task].append(float(self.running_steps[task, env]))
+            for finished, running in (
+                (self.returns, self.running_return),
+                (self.successes, self.running_success),
+                (self.lengths, self.running_steps),
+            ):
+                finished[task] = [*finished[task], float(running[task, env])][-self.window :]
         self.running_return[done] = 0.0
         self.running_success[done] = False
         self.running_steps[done] = 0
@@ -58,28 +62,3 @@ class EpisodeStatistics:
             if means:
                 metrics[f"train/mean_{kind}"] = float(np.mean(list(means.values())))
         return metrics
-
-    def state(self) -> Tree:
-        """Everything, for a checkpoint."""
-        return {
-            "running_return": self.running_return,
-            "running_success": self.running_success,
-            "running_steps": self.running_steps,
-            "returns": [list(w) for w in self.returns],
-            "successes": [list(w) for w in self.successes],
-            "lengths": [list(w) for w in self.lengths],
-        }
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        self.running_return = state["running_return"]
-        self.running_success = state["running_success"]
-        self.running_steps = state["running_steps"]
-        for windows, saved in (
-            (self.returns, state["returns"]),
-            (self.successes, state["successes"]),
-            (self.lengths, state["lengths"]),
-        ):
-            for window, values in zip(windows, saved, strict=True):
-                window.clear()
-                window.extend(values)

@@ -1,6 +1,8 @@
-"""Running statistics per task, and observations brought to zero mean and unit variance by them."""
+"""Running statistics per task, and observations and rewards brought to a common scale by them."""
 
 from __future__ import annotations
+
+from enum import Enum
 
 import torch
 from torch import Tensor, nn
@@ -74,3 +76,120 @@ class ObservationNormalizer(nn.Module):
         mean = self.moments.mean.float().view(shape)
         std = self.moments.std().float().view(shape)
         return ((obs - mean) / std).clamp(-self.clip, self.clip)
+
+
+class RewardScale(Enum):
+    """Factors on a task's rewards."""
+
+    none = "none"  # 1
+    return_std = "return_std"  # one over the running standard deviation of the discounted return
+    ars = "ars"  # the largest mean reward of all tasks over the task's own
+
+
+class RewardScaler(nn.Module):
+    """Rewards as they are; the base class of the other scalers."""
+
+    def update(self, reward: Tensor, done: Tensor, learning: bool) -> None:
+        """Take in one vector step: ``reward [T, E]`` and ``done [T, E]`` (terminated or truncated).
+
+        ``learning``: networks have been updated, so that a change of scale would cost something.
+        """
+
+    def refresh(self) -> None:
+        """Note that networks start anew, so that a change of scale costs nothing now."""
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """Scale ``[T, ...]``."""
+        return reward
+
+
+class ReturnStdScaler(RewardScaler):
+    """Rewards divided by the running standard deviation of the discounted return so far, per task.
+
+    The scaling of Engstrom et al. 2020 (section 3, "reward scaling"), with one scale per task. Rewards are
+    scaled before advantages are computed, so values and returns live on one scale.
+
+    Args:
+        num_tasks: ``T``.
+        discount: of the return whose standard deviation is measured.
+        clip: bound on the scaled rewards.
+    """
+
+    returns: Tensor
+
+    def __init__(self, num_tasks: int, discount: float, clip: float = 10.0) -> None:
+        super().__init__()
+        self.discount, self.clip = discount, clip
+        self.moments = RunningMoments(num_tasks, 1)
+        self.register_buffer("returns", torch.zeros(num_tasks, 0, dtype=torch.float64))
+        # The running returns have the shape of the environments.
+        self.register_load_state_dict_pre_hook(_take_shape)  # type: ignore[no-untyped-call]
+
+    def update(self, reward: Tensor, done: Tensor, learning: bool) -> None:
+        if self.returns.shape != reward.shape:
+            self.returns = torch.zeros_like(reward, dtype=torch.float64)
+        self.returns = self.returns * self.discount + reward
+        self.moments.update(self.returns.unsqueeze(-1))
+        self.returns = self.returns * ~done
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """Scale ``[T, ...]``."""
+        std = self.moments.std().float().view(-1, *[1] * (reward.dim() - 1))
+        return (reward / std).clamp(-self.clip, self.clip)
+
+
+def _take_shape(scaler: ReturnStdScaler, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    scaler.returns = state[f"{prefix}returns"].to(scaler.returns.device)
+
+
+class AdaptiveRewardScaler(RewardScaler):
+    """Rewards of task ``i`` times ``max_j m_j / m_i``, where ``m`` is the mean absolute reward of the task so far.
+
+    Adaptive reward scaling (Cho et al. 2025, equation 6 and algorithm 1). Scales follow the rewards until
+    networks learn, and then change at each :meth:`refresh` only, when networks start anew: between, a moving scale
+    would move the targets. Rewards are counted from the beginning of the run. A task whose rewards were all 0, or
+    one of them not finite, has scale 1 and is nobody's measure.
+
+    Args:
+        num_tasks: ``T``.
+    """
+
+    per_task_buffers = ("total", "scales")
+    total: Tensor
+    count: Tensor
+    scales: Tensor
+    settled: Tensor
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.register_buffer("total", torch.zeros(num_tasks, dtype=torch.float64))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("scales", torch.ones(num_tasks, dtype=torch.float64))
+        self.register_buffer("settled", torch.zeros((), dtype=torch.bool))
+
+    def update(self, reward: Tensor, done: Tensor, learning: bool) -> None:
+        if learning:
+            self.settled.fill_(True)
+        self.total += reward.double().abs().sum(1)
+        self.count += reward.shape[1]
+        self.scales.copy_(torch.where(self.settled, self.scales, self._now()))
+
+    def refresh(self) -> None:
+        """Take the scales that follow from all rewards so far."""
+        self.scales.copy_(self._now())
+
+    def forward(self, reward: Tensor) -> Tensor:
+        """Scale ``[T, ...]``."""
+        return reward * self.scales.float().view(-1, *[1] * (reward.dim() - 1))
+
+    def _now(self) -> Tensor:
+        mean = self.total / self.count.clamp_min(1.0)
+        measured = mean.isfinite() & (mean > 0)
+        return torch.where(measured, torch.where(measured, mean, 0.0).max() / mean, 1.0)
+
+
+def reward_scaler(kind: RewardScale, num_tasks: int, discount: float) -> RewardScaler:
+    """Return the scaler of ``kind``."""
+    if kind is RewardScale.return_std:
+        return ReturnStdScaler(num_tasks, discount)
+    return AdaptiveRewardScaler(num_tasks) if kind is RewardScale.ars else RewardScaler()

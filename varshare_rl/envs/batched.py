@@ -12,8 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from varshare_rl.envs.pending_actions import PendingActions
-from varshare_rl.envs.suite import FloatArray, IntArray, State, Step, check_identity
+from varshare_rl.envs.suite import FloatArray, IntArray, PendingActions, State, Step, check_identity
 from varshare_rl.errors import UserError
 
 Float64Array = npt.NDArray[np.float64]
@@ -62,14 +61,14 @@ class Dynamics(Protocol):
         """Next states ``[T, E, S]``, rewards ``[T, E]`` and terminations ``[T, E]``."""
 
     def achieved(self, states: Float64Array) -> npt.NDArray[np.bool_]:
-        """Whether ending an episode at the horizon in these states is a success, ``[T, E]``."""
+        """Return True where ending an episode at the horizon is a success, ``[T, E]``."""
 
     def check_actions(self, actions: npt.NDArray[Any], slots: tuple[int, int]) -> npt.NDArray[Any]:
-        """The actions as ``advance`` wants them. Raises SuiteError for a wrong shape or choice."""
+        """The actions as ``advance`` wants them. Raises UserError for a wrong shape or choice."""
 
 
 class BatchedEngine:
-    """``varshare_rl.envs.suite.VectorEngine`` over any ``Dynamics``; the observation is the physical state in float32.
+    """A ``VectorEngine`` over any ``Dynamics``; the observation is the physical state in float32.
 
     Training episode ``j`` of slot ``(t, e)`` starts from the draw (seed, stream of t, e, j). In evaluation it
     starts from the draw of episode ``j * E + e`` of its stream, so the same episodes are seen for any ``E``.
@@ -187,7 +186,7 @@ class BatchedEngine:
 def select(requested: Sequence[str], available: Sequence[str], suite: str) -> tuple[str, ...]:
     """The requested task names in their order, or all of them if none is named.
 
-    Raises SuiteError for a name that does not exist or is given twice.
+    Raises UserError for a name that does not exist or is given twice.
     """
     if not requested:
         return tuple(available)
@@ -200,6 +199,6 @@ def select(requested: Sequence[str], available: Sequence[str], suite: str) -> tu
 
 
 def require_at_least_one(option: str, value: int) -> None:
-    """Raise SuiteError unless a count from the options is positive."""
+    """Raise UserError unless a count from the options is positive."""
     if value < 1:
         raise UserError(f"{option}={value}: at least 1 is needed; give a positive number")

@@ -10,7 +10,6 @@ the standard one, so that the ideal agent shares everything and has nothing to s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import numpy.typing as npt
 from gymnasium.spaces import Box, Discrete
 
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
+from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
@@ -71,7 +71,7 @@ class CartPoleConfig:
     "Environments of every task."
 
     def build(self) -> CartPoleSuite:
-        """The suite. Raises UserError for impossible options."""
+        """Make the suite."""
         return CartPoleSuite(self)
 
 
@@ -128,8 +128,8 @@ class CartPoleDynamics:
         return actions
 
 
-class CartPoleSuite:
-    """The cart-pole tasks as an ``varshare_rl.envs.suite.Suite``. Raises SuiteError for impossible options."""
+class CartPoleSuite(Suite):
+    """The cart-pole tasks as a ``varshare_rl.envs.suite.Suite``. Raises UserError for impossible options."""
 
     name = "cartpole"
     has_success = True
@@ -142,15 +142,15 @@ class CartPoleSuite:
         self.task_names = select(config.tasks, TASK_NAMES[config.variant_set], self.name)
         self.horizon = config.horizon
         high = np.array([2 * X_LIMIT, np.inf, 2 * ANGLE_LIMIT, np.inf], dtype=np.float32)
-        self.observation_space: Box = Box(-high, high, dtype=np.float32)
-        self.action_space: Box | Discrete = Discrete(2)
+        self.observation_space = Box(-high, high, dtype=np.float32)
+        self.action_space = Discrete(2)
         self.action_mask = np.ones((len(self.task_names), 2), dtype=np.bool_)
         self._variant_set = config.variant_set
         self._variants = [_SETS[config.variant_set][name] for name in self.task_names]
 
     @property
-    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
-        """What a result of this suite depends on."""
+    def provenance(self) -> Provenance:
+        """Everything that a result of this suite depends on."""
         return {
             "suite": self.name,
             "variant_set": self._variant_set,

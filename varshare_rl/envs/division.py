@@ -1,11 +1,67 @@
-"""Which worker steps which slots."""
+"""The division of an engine's work: how many workers, on which cores, and the slots of each."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
+from pathlib import Path
 
+from varshare_rl.errors import UserError
+
+#: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
+_MIN_WORK_SECONDS = 2e-4
 _NEXT_TO_NOTHING = 1.02
+
+
+def cores() -> list[frozenset[int]]:
+    """Physical cores by their CPUs (hyper-threads), as far as this process may run on them."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings: dict[str, set[int]] = {}
+    for cpu in sorted(allowed):
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        siblings.setdefault(path.read_text() if path.exists() else str(cpu), set()).add(cpu)
+    return [frozenset(cpus) for cpus in siblings.values()]
+
+
+def physical_cores() -> int:
+    """Number of them that this process may keep busy: a cgroup's quota may allow fewer."""
+    count = len(cores())
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            count = min(count, int(limit) // int(period))
+    return max(1, count)
+
+
+def keep_to(process: int, core: frozenset[int]) -> None:
+    """Let a process run on one core alone, where the system can; nothing if it may not, or the process is gone."""
+    if hasattr(os, "sched_setaffinity"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(process, core)
+
+
+def can_use_workers() -> bool:
+    """Return True if this system can hand file descriptors to child processes (Windows cannot)."""
+    return os.name == "posix"
+
+
+def choose_workers(workers: int, envs_per_task: int, step_seconds: Sequence[float]) -> int:
+    """Number of processes to use.
+
+    ``workers = 0`` means one per physical core, as long as each has enough to do; ``step_seconds`` is what
+    one step of one environment costs, roughly, per task. ``workers = 1`` means in this process. Results do not
+    depend on it.
+    """
+    if workers < 0:
+        raise UserError(f"workers={workers} is not possible: 0 means automatic, 1 in process, n processes")
+    if not can_use_workers():
+        return 1
+    if workers == 0:
+        workers = min(physical_cores(), int(envs_per_task * sum(step_seconds) / _MIN_WORK_SECONDS))
+    return max(1, min(workers, envs_per_task * len(step_seconds)))
 
 
 def divide(task_costs: Sequence[float], envs_per_task: int, workers: int) -> list[list[int]]:

@@ -10,32 +10,11 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from varshare_rl.envs.cores import physical_cores
-from varshare_rl.envs.division import divide
-from varshare_rl.envs.pending_actions import PendingActions
+from varshare_rl.envs.division import choose_workers, divide
 from varshare_rl.envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
-from varshare_rl.envs.suite import FloatArray, State, Step, check_identity
-from varshare_rl.envs.workers import RESET, STEP, STEP_RANGE, WorkerPool, Workers, can_use_workers
+from varshare_rl.envs.suite import FloatArray, PendingActions, State, Step, check_identity
+from varshare_rl.envs.workers import RESET, STEP, STEP_RANGE, WorkerPool, Workers
 from varshare_rl.errors import UserError
-
-#: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
-_MIN_WORK_SECONDS = 2e-4
-
-
-def choose_workers(workers: int, envs_per_task: int, step_seconds: Sequence[float]) -> int:
-    """How many processes to use.
-
-    ``workers = 0`` means one per physical core, as long as each has enough to do; ``step_seconds`` is what
-    one step of one environment costs, roughly, per task. ``workers = 1`` means in this process. Results do not
-    depend on it.
-    """
-    if workers < 0:
-        raise UserError(f"workers={workers} is not possible: 0 means automatic, 1 in process, n processes")
-    if not can_use_workers():
-        return 1
-    if workers == 0:
-        workers = min(physical_cores(), int(envs_per_task * sum(step_seconds) / _MIN_WORK_SECONDS))
-    return max(1, min(workers, envs_per_task * len(step_seconds)))
 
 
 class SlotEngine:

@@ -5,24 +5,20 @@ An episode succeeds when its return reaches 200, the score that the environment'
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import gymnasium
-from gymnasium.spaces import Box, Discrete
 
-from varshare_rl.envs.engine import SlotEngine
-from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumFactory, GymnasiumSuite
-from varshare_rl.envs.slots import Array, Episode, TaskEnv
-from varshare_rl.envs.workers import Workers
+from varshare_rl.envs.batched import require_at_least_one
+from varshare_rl.envs.gymnasium_suite import GymnasiumMaker
+from varshare_rl.envs.objects import MakerSuite
+from varshare_rl.envs.suite import Provenance
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
 
 SOLVED_RETURN = 200.0
-#: One step of one environment, roughly.
-_STEP_SECONDS = 1e-4
 
 #: Constructor arguments per variant. Gymnasium allows gravity in (-12, 0); its default is -10.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -50,45 +46,38 @@ class LunarLanderConfig:
     "Steps until an episode is truncated."
 
     def build(self) -> LunarLanderSuite:
-        """The suite. Raises UserError for impossible options."""
+        """Make the suite."""
         return LunarLanderSuite(self)
 
 
-class LunarLanderEnv:
-    """Adds the success flag, raised on the last step, to one lander (``varshare_rl.envs.slots.TaskEnv``)."""
+class SolvedReturn(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Adds the success flag to one lander, raised on the last step of an episode."""
 
-    def __init__(self, env: TaskEnv) -> None:
-        self._env = env
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         self._return = 0.0
+        return self.env.reset(**kwargs)
 
-    def reset(self, episode: Episode) -> Array:
-        self._return = 0.0
-        return self._env.reset(episode)
-
-    def step(self, action: Array) -> tuple[Array, float, bool, bool, bool]:
-        obs, reward, terminated, truncated, _ = self._env.step(action)
-        self._return += reward
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self._return += float(reward)
         success = (terminated or truncated) and self._return >= SOLVED_RETURN
-        return obs, reward, terminated, truncated, success
-
-    def close(self) -> None:
-        self._env.close()
+        return obs, reward, terminated, truncated, info | {"success": success}
 
 
 @dataclass(frozen=True)
-class LunarLanderFactory:
-    """Makes the environment of a task; sent to the workers."""
+class LunarLanderMaker:
+    """Makes the environment of a variant."""
 
-    inner: GymnasiumFactory
+    make: GymnasiumMaker
 
-    def __call__(self, task: int) -> LunarLanderEnv:
-        return LunarLanderEnv(self.inner(task))
+    def __call__(self) -> gymnasium.Env[Any, Any]:
+        return SolvedReturn(self.make())
 
 
-class LunarLanderSuite:
-    """The suite (``varshare_rl.envs.suite.Suite``). Raises SuiteError for impossible options."""
+class LunarLanderSuite(MakerSuite):
+    """The suite (``varshare_rl.envs.suite.Suite``). Raises UserError for impossible options."""
 
-    has_success = True
+    step_seconds = 1e-4
 
     def __init__(self, config: LunarLanderConfig) -> None:
         names = tuple(config.tasks)
@@ -97,42 +86,17 @@ class LunarLanderSuite:
                 raise UserError(f"unknown LunarLander task {name!r}: choose from {', '.join(VARIANTS)}")
         if len(set(names)) != len(names) or not names:
             raise UserError(f"LunarLander tasks [{', '.join(names)}]: list one or more, each once")
-        self._inner = GymnasiumSuite(
-            GymnasiumConfig(name=config.name, ids=["LunarLander-v3"] * len(names), horizon=config.horizon),
-            names,
-            tuple(VARIANTS[name] | {"continuous": config.continuous} for name in names),
-        )
-        self.name = config.name
+        require_at_least_one("horizon", config.horizon)
+        kwargs = {name: VARIANTS[name] | {"continuous": config.continuous} for name in names}
         self.config = config
-        self.task_names = names
-        self.observation_space: Box = self._inner.observation_space
-        self.action_space: Box | Discrete = self._inner.action_space
-        self.action_mask = self._inner.action_mask
-        self.horizon = self._inner.horizon
-        self._workers = Workers()
+        makers = {n: LunarLanderMaker(GymnasiumMaker("LunarLander-v3", config.horizon, kwargs[n])) for n in names}
+        super().__init__(config.name, makers, config.workers, success=True)
 
     @property
-    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
+    def provenance(self) -> Provenance:
         """Versions, tasks, horizon and the meaning of success."""
         return {
-            "suite": self.name,
-            "gymnasium": gymnasium.__version__,
-            "tasks": ",".join(self.task_names),
+            **super().provenance,
             "continuous": self.config.continuous,
-            "horizon": self.horizon,
             "success": f"return >= {SOLVED_RETURN:g}",
         }
-
-    def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> SlotEngine:
-        """See ``Suite.make_engine``."""
-        return SlotEngine(
-            LunarLanderFactory(self._inner.factory),
-            step_seconds=[_STEP_SECONDS] * len(self.task_names),
-            envs_per_task=envs_per_task,
-            observation_size=self.observation_space.shape[0],
-            action_space=self.action_space,
-            seed=seed,
-            evaluation=evaluation,
-            workers=self.config.workers,
-            processes=self._workers,
-        )

@@ -10,24 +10,23 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import pickle
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import gymnasium
+import metaworld
 import numpy as np
 import numpy.typing as npt
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.types import Task
 
 from varshare_rl.envs.engine import SlotEngine
-from varshare_rl.envs.metaworld_costs import STEP_MICROSECONDS
 from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
 from varshare_rl.envs.metaworld_methods import forget_models
 from varshare_rl.envs.slots import Array, Episode, TaskEnv
-from varshare_rl.envs.suite import BoolArray
+from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
@@ -44,6 +43,24 @@ BENCHMARKS: dict[str, tuple[str, ...]] = {
 }
 #: Benchmarks whose goals the package draws from one random stream over all tasks.
 _ONE_STREAM = ("mt10", "mt25", "mt50")
+#: Microseconds of a step of each task, for dividing tasks over workers: medians over five episodes of random
+#: actions on the fast path, on one core of the machine in ``experiments/bench``. No result depends on them.
+# fmt: off
+STEP_MICROSECONDS: dict[str, int] = {
+    "assembly-v3": 116, "basketball-v3": 87, "bin-picking-v3": 99, "box-close-v3": 162,
+    "button-press-topdown-v3": 75, "button-press-topdown-wall-v3": 72, "button-press-v3": 71,
+    "button-press-wall-v3": 70, "coffee-button-v3": 89, "coffee-pull-v3": 106, "coffee-push-v3": 100,
+    "dial-turn-v3": 93, "disassemble-v3": 120, "door-close-v3": 77, "door-lock-v3": 78, "door-open-v3": 82,
+    "door-unlock-v3": 78, "drawer-close-v3": 80, "drawer-open-v3": 84, "faucet-close-v3": 70, "faucet-open-v3": 73,
+    "hammer-v3": 127, "hand-insert-v3": 118, "handle-press-side-v3": 103, "handle-press-v3": 68,
+    "handle-pull-side-v3": 77, "handle-pull-v3": 73, "lever-pull-v3": 77, "peg-insert-side-v3": 96,
+    "peg-unplug-side-v3": 111, "pick-out-of-hole-v3": 87, "pick-place-v3": 98, "pick-place-wall-v3": 98,
+    "plate-slide-back-side-v3": 76, "plate-slide-back-v3": 73, "plate-slide-side-v3": 76, "plate-slide-v3": 75,
+    "push-back-v3": 99, "push-v3": 92, "push-wall-v3": 96, "reach-v3": 76, "reach-wall-v3": 77,
+    "shelf-place-v3": 98, "soccer-v3": 94, "stick-pull-v3": 124, "stick-push-v3": 132, "sweep-into-v3": 94,
+    "sweep-v3": 96, "window-close-v3": 78, "window-open-v3": 76,
+}
+# fmt: on
 
 
 @register("env", "metaworld")
@@ -72,12 +89,12 @@ class MetaWorldConfig:
     "The quicker environments with the same results to the bit (v2 rewards only)."
 
     def build(self) -> MetaWorldSuite:
-        """The suite. Raises UserError for impossible options."""
+        """Make the suite. Raises UserError for impossible options."""
         return MetaWorldSuite(self)
 
 
 def task_list(config: MetaWorldConfig) -> tuple[str, ...]:
-    """The tasks that the options ask for. Raises SuiteError for an impossible choice."""
+    """The tasks that the options ask for. Raises UserError for an impossible choice."""
     names, benchmark = tuple(config.tasks), config.benchmark
     if benchmark is not None and benchmark != "mt1":
         if benchmark not in BENCHMARKS:
@@ -147,7 +164,7 @@ def as_tasks(name: str, goals: npt.NDArray[np.float64]) -> list[Task]:
 
 
 class MetaWorldEnv:
-    """One Meta-World task (``varshare_rl.envs.slots.TaskEnv``). Training draws a goal per episode, evaluation sweeps."""
+    """One Meta-World task (a ``TaskEnv``). Training draws a goal per episode, evaluation sweeps."""
 
     def __init__(self, name: str, goals: npt.NDArray[np.float64], reward_version: str, horizon: int) -> None:
         self._env: Any = ALL_V3_ENVIRONMENTS[name](reward_function_version=reward_version)
@@ -183,8 +200,8 @@ class MetaWorldFactory:
         return MetaWorldEnv(self.names[task], self.goals[task], self.reward_version, self.horizon)
 
 
-class MetaWorldSuite:
-    """The suite (``varshare_rl.envs.suite.Suite``). Raises SuiteError for impossible options."""
+class MetaWorldSuite(Suite):
+    """The suite (``varshare_rl.envs.suite.Suite``). Raises UserError for impossible options."""
 
     has_success = True
 
@@ -201,12 +218,12 @@ class MetaWorldSuite:
         self.horizon = config.horizon
         self._workers = Workers()
         self.fast = config.fast and version == "v2" and is_supported()
-        self.observation_space: Box = Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
-        self.action_space: Box | Discrete = Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
-        self.action_mask: BoolArray = np.ones((len(self.task_names), _ACTION_SIZE), dtype=np.bool_)
+        self.observation_space = Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
+        self.action_space = Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
+        self.action_mask = np.ones((len(self.task_names), _ACTION_SIZE), dtype=np.bool_)
 
     @property
-    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
+    def provenance(self) -> Provenance:
         """Versions, reward version, horizon, goals and tasks."""
         return {
             "suite": self.name,
@@ -247,3 +264,29 @@ class MetaWorldSuite:
         if engine.workers > 1:
             forget_models()  # the goals were drawn here, but the environments live elsewhere
         return engine
+
+
+def official_envs(suite: MetaWorldSuite, seed: int = 0) -> gymnasium.vector.SyncVectorEnv:
+    """The package's own vector environments, one per task in the suite's order, for its own evaluation.
+
+    ``metaworld.evaluation.evaluation(agent, official_envs(suite), num_episodes=goals_per_task)`` visits exactly
+    the goals of ``suite.make_engine(..., evaluation=True)``, each once, in an order that ``seed`` decides. It ends
+    episodes at the first success, so its returns are smaller than ours. Observations are float64 ``[T, 39]``.
+    """
+    make: Any = metaworld._init_each_env
+    makers = [
+        partial(
+            make,
+            env_cls=ALL_V3_ENVIRONMENTS[name],
+            tasks=as_tasks(name, goals),
+            seed=seed,
+            max_episode_steps=suite.horizon,
+            task_select="pseudorandom",
+            reward_function_version=suite.config.reward_function_version,
+        )
+        for name, goals in zip(suite.task_names, suite.goals, strict=True)
+    ]
+    mode = gymnasium.vector.AutoresetMode.SAME_STEP
+    envs = gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode)
+    envs.call("toggle_sample_tasks_on_reset", True)
+    return envs

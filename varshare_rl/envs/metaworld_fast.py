@@ -41,8 +41,7 @@ from varshare_rl.envs.metaworld_math import (
     make_tolerance,
     quaternions_agree,
 )
-from varshare_rl.envs.metaworld_methods import exchange_methods
-from varshare_rl.envs.metaworld_views import NamedData, is_view
+from varshare_rl.envs.metaworld_methods import NamedData, exchange_methods, is_view
 from varshare_rl.envs.slots import Array, Episode
 
 CHECKED_VERSION = "3.1.1"
@@ -51,7 +50,7 @@ _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 @functools.cache
 def is_supported() -> bool:
-    """Whether the fast path was checked with the installed package; warns once if not."""
+    """Return True if the fast path was checked with the installed package; warn once if not."""
     version = importlib.metadata.version("metaworld")
     if version == CHECKED_VERSION and quaternions_agree():
         return True
@@ -147,7 +146,7 @@ _snapshots: dict[tuple[str, int, bytes], _Snapshot] = {}
 
 
 def _attributes(env: Any) -> dict[str, Any]:
-    """What a reset leaves behind in Python. Views into MuJoCo stay as they are: they always show the same."""
+    """Values that a reset leaves behind in Python. Views into MuJoCo stay: they always show the same."""
     kept: dict[str, Any] = {}
     for name, value in vars(env).items():
         if isinstance(value, np.ndarray) and not is_view(value):

@@ -133,7 +133,7 @@ def make_caging_reward(
 
 
 class Quaternion:
-    """What ``Rotation.from_matrix(m).as_quat()`` computes for an orthonormal 3 x 3 matrix.
+    """The quaternion that ``Rotation.from_matrix(m).as_quat()`` computes for an orthonormal 3 x 3 matrix.
 
     Shuster, "A survey of attitude representations" (1993), by the largest of the four candidates, in the
     order of operations that scipy uses; the matrices that MuJoCo gives need no check.

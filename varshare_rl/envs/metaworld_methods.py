@@ -1,11 +1,13 @@
 """Quicker methods for Meta-World's environments, named as in the package, with the same results bit for bit.
 
-They belong to the private copy that ``varshare_rl.envs.metaworld_fast`` makes; its docstring says what they leave out.
+They belong to the private copy that ``envs.metaworld_fast`` makes; its docstring says what they leave out.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
@@ -14,12 +16,83 @@ import numpy as np
 from mujoco import mj_forward, mj_step
 from numpy._core import umath
 
-from varshare_rl.envs.metaworld_views import StepViews
 from varshare_rl.envs.slots import Array
 
 _UPRIGHT = np.array([1.0, 0.0, 1.0, 0.0])
 _MINUS_ONE, _ONE, _HALF = np.array(-1, np.float32), np.array(1, np.float32), np.array(0.5)
 _clip = umath.clip  # type: ignore[attr-defined]  # what ``ndarray.clip`` calls in the end
+
+
+# --- views into MuJoCo's memory, looked up once: they always show its present content ----------------------
+
+
+def is_view(array: Array) -> bool:
+    """Return True if an array lives in memory of MuJoCo, not numpy's."""
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array.base is not None
+
+
+class _Views:
+    """Stands for an accessor by name: what it shows of MuJoCo's memory is looked up once.
+
+    Arrays that are views into that memory always show its present content; they are kept. So are the ids.
+    """
+
+    def __init__(self, accessor: Any) -> None:
+        self._accessor = accessor
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._accessor, name)
+        if isinstance(value, int) or (isinstance(value, np.ndarray) and is_view(value)):
+            self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_accessor":
+            self.__dict__[name] = value
+        else:
+            setattr(self._accessor, name, value)
+
+
+class NamedData:
+    """Stands for ``MjData`` while stepping: accessors by name are made once."""
+
+    def __init__(self, data: Any) -> None:
+        self._data = data
+        self.body, self.site, self.geom, self.joint = (
+            functools.cache(_viewing(accessor)) for accessor in (data.body, data.site, data.geom, data.joint)
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+
+def _viewing(accessor: Callable[..., Any]) -> Callable[..., _Views]:
+    return lambda *name: _Views(accessor(*name))
+
+
+@dataclass(frozen=True)
+class StepViews:
+    """Everything that a step reads and writes, as views into MuJoCo's memory."""
+
+    mocap_pos: Array  # [3]
+    mocap_quat: Array  # [4]
+    ctrl: Array  # [2]
+    hand: Array  # [3], as all below
+    right_claw: Array
+    left_claw: Array
+    right_finger: Array
+    left_finger: Array
+
+    @staticmethod
+    def of(data: Any) -> StepViews:
+        bodies = (data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw"))
+        sites = (data.site(name).xpos for name in ("rightEndEffector", "leftEndEffector"))
+        return StepViews(data.mocap_pos[0], data.mocap_quat[0], data.ctrl, *bodies, *sites)
+
+
+# --- one model per file ---------------------------------------------------------------------------------------
 
 
 class _SharedModel:
@@ -52,6 +125,9 @@ _shared_model = functools.cache(_SharedModel)
 def forget_models() -> None:
     """Let go of compiled models that no environment of this process uses."""
     _shared_model.cache_clear()
+
+
+# --- the methods ---------------------------------------------------------------------------------------------
 
 
 def _initialize_simulation(self: Any) -> tuple[Any, Any]:

@@ -18,15 +18,16 @@ kept per task, which tell it the task.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from gymnasium.spaces import Box, Discrete
+from gymnasium.spaces import Box
 
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
+from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
@@ -85,7 +86,7 @@ class PointMassConfig:
     "Environments of every task."
 
     def build(self) -> PointMassSuite:
-        """The suite. Raises UserError for impossible options."""
+        """Make the suite."""
         return PointMassSuite(self)
 
 
@@ -133,7 +134,7 @@ class PointMassDynamics:
         )
 
     def achieved(self, states: Float64Array) -> npt.NDArray[np.bool_]:
-        """Whether the mass is inside its own goal's disc, ``[T, E]``."""
+        """Return True where the mass is inside its own goal's disc, ``[T, E]``."""
         inside: npt.NDArray[np.bool_] = self._distance(states[..., :2]) < GOAL_RADIUS
         return inside
 
@@ -149,8 +150,8 @@ class PointMassDynamics:
         return distance
 
 
-class PointMassSuite:
-    """The point-mass tasks as an ``varshare_rl.envs.suite.Suite``. Raises SuiteError for impossible options."""
+class PointMassSuite(Suite):
+    """The point-mass tasks as a ``varshare_rl.envs.suite.Suite``. Raises UserError for impossible options."""
 
     name = "pointmass"
     has_success = True
@@ -163,13 +164,13 @@ class PointMassSuite:
         self.reward_scales = check_reward_scales(config.reward_scales, len(self.task_names))
         self.horizon = config.horizon
         high = np.array([ARENA, ARENA, TOP_SPEED, TOP_SPEED], dtype=np.float32)
-        self.observation_space: Box = Box(-high, high, dtype=np.float32)
-        self.action_space: Box | Discrete = Box(-1.0, 1.0, (2,), dtype=np.float32)
+        self.observation_space = Box(-high, high, dtype=np.float32)
+        self.action_space = Box(-1.0, 1.0, (2,), dtype=np.float32)
         self.action_mask = np.ones((len(self.task_names), 2), dtype=np.bool_)
 
     @property
-    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
-        """What a result of this suite depends on."""
+    def provenance(self) -> Provenance:
+        """Everything that a result of this suite depends on."""
         stated = {"reward_scales": ", ".join(f"{scale:g}" for scale in self.reward_scales)}
         scales = stated if self.reward_scales else {}
         return {"suite": self.name, "horizon": self.horizon, "numpy": np.__version__, **scales}
@@ -186,7 +187,7 @@ def original(name: str) -> str:
 
 
 def check_reward_scales(scales: Sequence[float], num_tasks: int) -> tuple[float, ...]:
-    """The scales, if there is none or a positive one for every task. Raises SuiteError otherwise."""
+    """The scales, if there is none or a positive one for every task. Raises UserError otherwise."""
     if scales and len(scales) != num_tasks:
         raise UserError(
             f"reward_scales has {len(scales)} numbers for {num_tasks} tasks: give one for every task, or none"

@@ -22,7 +22,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Episode:
-    """What decides an episode before its first action."""
+    """Seed and number: they decide an episode before its first action."""
 
     seed: np.random.SeedSequence
     #: Position in the evaluation sweep of the task (0, 1, ...); None in training.
@@ -149,7 +149,7 @@ class Slot:
         self.env = env
         self.spec = spec
         self.index = index
-        self.place = index % spec.envs_per_task  # among the environments of its task
+        self.env_index = index % spec.envs_per_task  # among the environments of its task
         self.episode = 0
         self.actions: list[Array] = []
         self._action = buffers.actions[index : index + 1]  # a row stays a view, also where it is one number
@@ -205,7 +205,7 @@ class Chunk:
 
     def step(self, first: int, last: int) -> None:
         """Step the environments ``first <= e < last`` of every task in the chunk."""
-        self._each([slot for slot in self.slots if first <= slot.place < last], Slot.step)
+        self._each([slot for slot in self.slots if first <= slot.env_index < last], Slot.step)
 
     def state(self) -> list[State]:
         return [slot.state() for slot in self.slots]
@@ -229,6 +229,6 @@ class Chunk:
         except Exception as error:
             slot = slots[done]
             task = slot.index // slot.spec.envs_per_task
-            where = f"task {task}, environment {slot.place}, episode {slot.episode}, step {len(slot.actions)}"
+            where = f"task {task}, environment {slot.env_index}, episode {slot.episode}, step {len(slot.actions)}"
             error.add_note(f"in {where}")
             raise

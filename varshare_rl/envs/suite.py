@@ -16,11 +16,15 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
+from varshare_rl.envs.spaces import TaskSpaces
 from varshare_rl.errors import UserError
 
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
+
+#: Entries of a suite in a result: plain values by name.
+Provenance = Mapping[str, str | int | float | bool | None]
 
 #: A nested structure of dicts and lists with leaves ndarray, int, float, str, bool or None.
 State = dict[str, Any]
@@ -28,7 +32,7 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class Step:
-    """What one vector step returns. Every array is the caller's to keep.
+    """One vector step. Every array is the caller's to keep.
 
     ``obs`` is what to act on next: at the end of an episode the slot has already been reset, and ``obs``
     is the first observation of the new episode. ``next_obs`` is the true successor of the action, which at
@@ -83,7 +87,7 @@ class VectorEngine(Protocol):
 
 
 def check_identity(state: State, identity: State) -> None:
-    """Raise SuiteError unless a saved state is of an engine with this ``identity``."""
+    """Raise UserError unless a saved state is of an engine with this ``identity``."""
     for name, value in identity.items():
         if state[name] != value:
             raise UserError(
@@ -92,9 +96,52 @@ def check_identity(state: State, identity: State) -> None:
             )
 
 
+class PendingActions:
+    """Environments of every task that have been given their action for the step under way.
+
+    Args:
+        num_tasks: ``T``.
+        envs_per_task: ``E``.
+    """
+
+    def __init__(self, num_tasks: int, envs_per_task: int) -> None:
+        self.num_tasks = num_tasks
+        self.given = np.zeros(envs_per_task, dtype=np.bool_)
+
+    def give(self, actions: npt.NDArray[Any], envs: slice, action_shape: tuple[int, ...]) -> None:
+        """Note that ``envs`` have theirs; ``action_shape`` is that of one: ``(A,)`` for Box, ``()`` for Discrete.
+
+        Raises:
+            ValueError: ``actions`` is not ``[T, len(envs), *action_shape]``.
+            RuntimeError: one of them has its action already.
+        """
+        expected = (self.num_tasks, len(self.given[envs]), *action_shape)
+        if actions.shape != expected:
+            raise ValueError(f"actions have shape {actions.shape}; this engine takes {expected}")
+        if self.given[envs].any():
+            raise RuntimeError("an environment was given a second action: call finish first")
+        self.given[envs] = True
+
+    @property
+    def begun(self) -> bool:
+        """Return True if any environment has its action."""
+        return bool(self.given.any())
+
+    def complete(self) -> None:
+        """End the step. Raises RuntimeError if an environment has no action."""
+        if not self.given.all():
+            missing = np.flatnonzero(~self.given).tolist()
+            raise RuntimeError(f"finish before environments {missing} were given an action: call begin for them")
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget a step that was begun."""
+        self.given[:] = False
+
+
 @runtime_checkable
 class Suite(Protocol):
-    """A list of tasks. Making a suite is cheap; engines are what costs."""
+    """A list of tasks. Making a suite is cheap; engines are what costs. Inherit from it for what it implements."""
 
     name: str
     task_names: tuple[str, ...]
@@ -105,8 +152,8 @@ class Suite(Protocol):
     has_success: bool
 
     @property
-    def provenance(self) -> Mapping[str, str | int | float | bool | None]:
-        """What a result must say of this suite: versions of its packages, reward version, goals..."""
+    def provenance(self) -> Provenance:
+        """Entries that a result must have of this suite: versions of its packages, reward version, goals..."""
 
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> VectorEngine:
         """Build an engine. Evaluation engines draw from seeds apart from the training ones.
@@ -114,3 +161,7 @@ class Suite(Protocol):
         In evaluation episode ``j`` of slot ``e`` is episode ``j * envs_per_task + e`` of its task, and suites
         with a fixed list of goals sweep it in that order, so that ``n`` episodes see ``n`` different goals.
         """
+
+    def native_spaces(self, task: int) -> TaskSpaces:
+        """Describe the task's own observation and actions; here they are those of the suite."""
+        return TaskSpaces.of(self.observation_space, self.action_space)

@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
-from varshare_rl.envs.cores import cores, keep_to
+from varshare_rl.envs.division import cores, keep_to
 from varshare_rl.envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from varshare_rl.envs.suite import State
 from varshare_rl.errors import UserError
@@ -45,11 +45,6 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 
 class WorkerError(RuntimeError):
     """A worker process failed or died. The message holds its traceback."""
-
-
-def can_use_workers() -> bool:
-    """Whether this system can hand file descriptors to child processes (Windows cannot)."""
-    return os.name == "posix"
 
 
 class Workers:
@@ -114,7 +109,7 @@ class Workers:
         self._pending.append(0)
 
     def has(self, number: int) -> bool:
-        """Whether an engine is open and its workers are there."""
+        """Return True if an engine is open and its workers are there."""
         return self._stop is not None and self._stop.alive and number in self._engines
 
     def release(self, number: int) -> None:
@@ -185,7 +180,7 @@ class WorkerPool:
 
     @property
     def processes(self) -> list[subprocess.Popen[bytes]]:
-        """Those that have a part of this engine."""
+        """The processes that have a part of this engine."""
         return self._workers.processes[: len(self._parts)]
 
     def command(self, code: bytes) -> list[Any]:
@@ -259,7 +254,7 @@ def _obey(chunks: dict[int, Chunk], connection: Connection[Any, Any], message: b
     elif code == OPEN:
         payload, memory = connection.recv_bytes(), recv_handle(connection)
         try:
-            spec, factory = pickle.loads(payload)
+            spec, factory = _unpickle(payload)
             buffers = Buffers.over(spec, mmap.mmap(memory, Buffers.size(spec)))
         finally:
             os.close(memory)
@@ -273,6 +268,16 @@ def _obey(chunks: dict[int, Chunk], connection: Connection[Any, Any], message: b
     elif code == CLOSE and number in chunks:
         chunks.pop(number).close()
     return b""
+
+
+def _unpickle(payload: bytes) -> Any:
+    try:
+        return pickle.loads(payload)
+    except Exception as error:
+        raise UserError(
+            f"a worker process cannot import the environments ({error}): put what makes them into a module of its "
+            "own, or use workers=1"
+        ) from error
 
 
 def _report(error: Exception) -> bytes:

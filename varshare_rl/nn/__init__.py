@@ -1,7 +1,7 @@
 """Task layers, architectures, policies and critics. Every network is called ``network(x, task_ids)``."""
 
 from varshare_rl.nn.care import CAREConfig
-from varshare_rl.nn.config import Architecture, Posterior
+from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.film import FiLMConfig
 from varshare_rl.nn.independent import IndependentConfig, IndependentLayer, MultiHeadConfig
 from varshare_rl.nn.lora import L2SoftConfig, L2SoftLayer, LoRAConfig, ResidualLayer
@@ -14,7 +14,6 @@ from varshare_rl.nn.varshare import VarShareConfig, VarShareLayer
 from varshare_rl.nn.varshare_lora import VarShareLoRAConfig, VarShareLoRALayer
 
 __all__ = [
-    "Architecture",
     "CAREConfig",
     "FiLMConfig",
     "IndependentConfig",
@@ -24,6 +23,7 @@ __all__ = [
     "LoRAConfig",
     "MOOREConfig",
     "MultiHeadConfig",
+    "NetworkConfig",
     "PaCoConfig",
     "Posterior",
     "ResidualLayer",

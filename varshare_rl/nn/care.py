@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import check_positive
-from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.layer import check_positive
+from varshare_rl.nn.mlp import StackedMLP, TaskMLP
 from varshare_rl.nn.shared import SharedLayer
-from varshare_rl.nn.stacked import StackedMLP
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.registry import register
 

@@ -1,11 +1,12 @@
-"""What all architectures have in common."""
+"""Options that all architectures have in common."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from torch import nn
 
@@ -15,7 +16,7 @@ from varshare_rl.nn.mlp import BroNet, TaskMLP
 
 
 class Blocks(Enum):
-    """What hidden layers are made into: a plain stack, or residual blocks with LayerNorm."""
+    """Arrangement of the hidden layers: a plain stack, or residual blocks with LayerNorm."""
 
     mlp = "mlp"
     bronet = "bronet"
@@ -32,14 +33,14 @@ class Posterior:
 
 
 @dataclass
-class NetworkConfig:
+class NetworkConfig(ABC):
     """Options of every architecture: sizes of the hidden layers, their activation, LayerNorm before it, blocks.
 
     With ``active_parameters`` the hidden layers get one width, such that the whole agent has about so many active
-    parameters per task (see :mod:`varshare_rl.nn.capacity`); ``hidden`` then only says how many layers there are.
+    parameters per task (see :mod:`varshare_rl.nn.parameters`); ``hidden`` then only says how many layers there are.
     """
 
-    #: How training draws the weights unless told otherwise; None without a posterior.
+    #: Name of the estimator of training passes unless told otherwise; None without a posterior.
     default_estimator: ClassVar[str | None] = None
     name: str = "???"
     hidden: list[int] = bounded([64, 64], least=1)
@@ -51,7 +52,11 @@ class NetworkConfig:
     active_parameters: int | None = bounded(None, least=1)
     "One width for all hidden layers that gives the agent about so many active parameters per task; null: `hidden`."
     blocks: Blocks = Blocks.mlp
-    "What hidden layers are made into: a plain stack, or residual blocks with LayerNorm."
+    "Blocks of the hidden layers: a plain stack, or residual ones with LayerNorm."
+
+    @abstractmethod
+    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
+        """A network ``network(x [T, B, F], task_ids [T]) -> [T, B, G]``; its linear layers include the head."""
 
     def least_width(self) -> int:
         """The narrowest that all hidden layers may be."""
@@ -74,21 +79,3 @@ class NetworkConfig:
         if self.blocks is Blocks.bronet:
             return BroNet(sizes, layer, self.activation, temperature)
         return TaskMLP(sizes, layer, self.activation, temperature, self.layer_norm)
-
-
-class Architecture(Protocol):
-    """Builds networks ``network(x [T, B, F], task_ids [T]) -> [T, B, G]`` for a number of tasks."""
-
-    default_estimator: ClassVar[str | None]
-    name: str
-    hidden: list[int]
-    activation: str
-    layer_norm: bool
-    active_parameters: int | None
-    blocks: Blocks
-
-    def least_width(self) -> int:
-        """The narrowest that all hidden layers may be."""
-
-    def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
-        """A network from ``in_features`` to ``out_features``; its linear layers include the head."""

@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.mlp import hidden_norms
+from varshare_rl.nn.mlp import ACTIVATIONS, hidden_norms
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
-from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.registry import register
 
 

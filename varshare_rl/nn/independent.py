@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import linear_parameters
+from varshare_rl.nn.layer import TaskLayer, linear_parameters, plain_linear
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
@@ -16,14 +16,13 @@ from varshare_rl.ops.task_weights import FullRankWeights
 from varshare_rl.registry import register
 
 
-class IndependentLayer(nn.Module):
+class IndependentLayer(TaskLayer):
     """Linear layer with a weight ``[T, G, F]`` and a bias ``[T, G]`` of its own for every task."""
 
     per_task_parameters = ("weights", "biases")
 
     def __init__(self, in_features: int, out_features: int, num_tasks: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.num_tasks = in_features, out_features, num_tasks
+        super().__init__(in_features, out_features)
         self.weights, biases = linear_parameters(in_features, out_features, bias=True, copies=(num_tasks,))
         assert biases is not None
         self.biases = biases
@@ -34,8 +33,8 @@ class IndependentLayer(nn.Module):
         weights = rows.select(self.weights).transpose(1, 2)
         return rows.restore(torch.baddbmm(rows.select(self.biases).unsqueeze(1), rows.x, weights))
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}"
+    def mean_linear(self, task: int) -> nn.Linear:
+        return plain_linear(self.weights[task], self.biases[task])
 
     def task_weights(self) -> FullRankWeights:
         """The weights of all tasks, nothing of which is shared; see :mod:`varshare_rl.nn.sharing`."""

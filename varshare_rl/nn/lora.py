@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import INITIAL_MU_STD, check_positive, linear_parameters
+from varshare_rl.nn.layer import INITIAL_MU_STD, TaskLayer, check_positive, linear_parameters, plain_linear
 from varshare_rl.nn.task_rows import TaskIds, task_rows
-from varshare_rl.ops.gradient_record import GradientRecord, Recorder
 from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.low_rank import LowRank
 from varshare_rl.ops.task_weights import FullRankWeights, LowRankWeights, TaskWeights
 from varshare_rl.registry import register
 
 
-class ResidualLayer(nn.Module):
+class ResidualLayer(TaskLayer):
     """Linear layer whose weight for task ``i`` is ``theta + (alpha / rank) B_i A_i``, or ``theta + phi_i``.
 
     The low-rank form is that of LoRA (Hu et al. 2021) with a ``theta`` that is trained too, and the mean of
@@ -37,21 +37,14 @@ class ResidualLayer(nn.Module):
             residuals: ``[T, G, F]``; scale: ``alpha / rank``.
     """
 
-    recorder: Recorder | None = None  # who wants theta's and bias's gradients per task
-
     def __init__(
         self, in_features: int, out_features: int, num_tasks: int, rank: int | None = 8, alpha: float | None = None
     ) -> None:
-        super().__init__()
-        check_positive(in_features=in_features, out_features=out_features, num_tasks=num_tasks)
-        check_positive(rank=1 if rank is None else rank)
-        self.in_features, self.out_features = in_features, out_features
-        self.num_tasks, self.rank = num_tasks, rank
+        super().__init__(in_features, out_features)
+        check_positive(num_tasks=num_tasks, rank=1 if rank is None else rank)
+        self.rank = rank
         self.scale = 1.0 if rank is None or alpha is None else alpha / rank
-        self.theta, bias = linear_parameters(in_features, out_features, bias=True)
-        assert bias is not None
-        self.bias = bias
-        self.per_task_parameters: tuple[str, ...]
+        self.theta, self.bias = linear_parameters(in_features, out_features, bias=True)
         if rank is None:
             self.per_task_parameters = ("residuals",)
             self.residuals = nn.Parameter(torch.zeros(num_tasks, out_features, in_features))
@@ -63,7 +56,7 @@ class ResidualLayer(nn.Module):
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """Apply each row's own task's weight; layouts and errors as in ``VarShareLoRALayer.forward``."""
         rows = task_rows(x, task_id, self.num_tasks)
-        record = None if self.recorder is None else GradientRecord(self.recorder, self.theta, self.bias)
+        record = self.record(rows.ids)
         if self.rank is None:
             shared = linear(rows.x, self.theta, self.bias, record)
             return rows.restore(torch.baddbmm(shared, rows.x, rows.select(self.residuals).transpose(1, 2)))
@@ -76,16 +69,26 @@ class ResidualLayer(nn.Module):
             return FullRankWeights(self.theta, self.residuals)
         return LowRankWeights(self.theta, self.factors_A, self.factors_B, self.scale)
 
+    def mean_linear(self, task: int) -> nn.Linear:
+        if self.rank is None:
+            return plain_linear(self.theta + self.residuals[task], self.bias)
+        return super().mean_linear(task)
+
+    def shared_linear(self) -> nn.Linear:
+        return super().shared_linear() if self.rank is None else plain_linear(self.theta, self.bias)
+
+    def correction(self, task: int) -> LowRank | None:
+        if self.rank is None:
+            return None
+        return LowRank(self.factors_A[task].detach().clone(), self.factors_B[task].detach().clone(), self.scale)
+
     def squared_norm(self) -> Tensor:
         """Sum of the squares of each task's own parameters, ``[T]``."""
         own = (self.get_parameter(name) for name in self.per_task_parameters)
         return torch.stack([parameter.square().flatten(1).sum(1) for parameter in own]).sum(0)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}, "
-            f"rank={self.rank}, scale={self.scale:g}"
-        )
+        return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"
 
 
 class L2SoftLayer(ResidualLayer):
@@ -98,6 +101,8 @@ class L2SoftLayer(ResidualLayer):
     Attributes:
         as of :class:`ResidualLayer`, and prior_scale.
     """
+
+    penalized = True
 
     def __init__(
         self,

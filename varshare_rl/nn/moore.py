@@ -13,9 +13,8 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.independent import IndependentLayer
-from varshare_rl.nn.mlp import hidden_norms
+from varshare_rl.nn.mlp import StackedMLP, hidden_norms
 from varshare_rl.nn.shared import SharedLayer
-from varshare_rl.nn.stacked import StackedMLP
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.registry import register
 

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.initial import linear_parameters
+from varshare_rl.nn.layer import TaskLayer, linear_parameters, plain_linear
 from varshare_rl.nn.task_rows import TaskIds
 from varshare_rl.ops.linear import linear
 
 
-class PackedLayer(nn.Module):
+class PackedLayer(TaskLayer):
     """Linear layer for one task that trains the entries nobody owns (Mallya and Lazebnik 2018, *PackNet*).
 
     ``W = theta`` where ``trained``, and ``fixed`` elsewhere. As ``theta`` is not looked at elsewhere, nothing that
@@ -21,14 +21,11 @@ class PackedLayer(nn.Module):
 
     fixed: Tensor  # [G, F]: the owned entries; 0 where there is none
     trained: Tensor  # [G, F] bool
-    pruned: Tensor  # bool: whether this task has given up its share
+    pruned: Tensor  # bool: True once this task has given up its share
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.in_features, self.out_features = in_features, out_features
-        self.theta, bias = linear_parameters(in_features, out_features, bias=True)
-        assert bias is not None
-        self.bias = bias
+        super().__init__(in_features, out_features)
+        self.theta, self.bias = linear_parameters(in_features, out_features, bias=True)
         self.register_buffer("fixed", torch.zeros_like(self.theta))
         self.register_buffer("trained", torch.ones_like(self.theta, dtype=torch.bool))
         self.register_buffer("pruned", torch.tensor(False))
@@ -63,5 +60,5 @@ class PackedLayer(nn.Module):
         self.trained, self.pruned = largest.view_as(self.trained), torch.ones_like(self.pruned)
         self.theta.mul_(self.trained)  # copies that follow theta alone, such as target networks, get to 0 as well
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+    def mean_linear(self, task: int) -> nn.Linear:
+        return plain_linear(self.weight(), self.bias)

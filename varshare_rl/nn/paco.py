@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import check_positive
-from varshare_rl.nn.mlp import hidden_norms
-from varshare_rl.nn.stacked import StackedLinear
+from varshare_rl.nn.layer import check_positive
+from varshare_rl.nn.mlp import ACTIVATIONS, StackedLinear, hidden_norms
 from varshare_rl.nn.task_rows import TaskIds, task_rows
-from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.registry import register
 
 

@@ -1,16 +1,22 @@
-"""Counting parameters and nats of whole networks."""
+"""Parameters and nats of whole networks counted, and widths that give architectures the same number."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
+from varshare_rl.errors import UserError
+from varshare_rl.nn.config import NetworkConfig
+from varshare_rl.nn.layer import TaskModule, penalized_layers
 from varshare_rl.nn.variational import VariationalLayer, summed_posterior_kl
+
+#: Largest distance of an agent from the number that was asked for, as a fraction of it.
+TOLERANCE = 0.02
 
 
 @dataclass(frozen=True)
@@ -20,9 +26,9 @@ class ParameterCount:
     Attributes:
         stored: all trained parameters, ``shared + T * per_task``.
         active_per_task: those that one task's forward pass on the posterior mean uses: the shared ones and
-            the task's own, without the spreads (``rho``).
+            the task's own, without the ``rho`` of the posteriors.
         shared: parameters of all tasks together.
-        per_task: parameters that belong to one task alone, spreads included.
+        per_task: parameters that belong to one task alone, ``rho`` included.
     """
 
     stored: int
@@ -37,7 +43,7 @@ class ParameterCount:
 
 def count_parameters(modules: Iterable[nn.Module], num_tasks: int) -> ParameterCount:
     """Count what ``modules`` train; layers name their stacked parameters in ``per_task_parameters``."""
-    shared = per_task = spread = 0
+    shared = per_task = rhos = 0
     for module in modules:
         for layer in module.modules():
             own = getattr(layer, "per_task_parameters", ())
@@ -47,13 +53,13 @@ def count_parameters(modules: Iterable[nn.Module], num_tasks: int) -> ParameterC
                     continue
                 per_task += parameter.numel() // num_tasks
                 if name in getattr(layer, "rho_parameters", ()):
-                    spread += parameter.numel() // num_tasks
-    return ParameterCount(shared + num_tasks * per_task, shared + per_task - spread, shared, per_task)
+                    rhos += parameter.numel() // num_tasks
+    return ParameterCount(shared + num_tasks * per_task, shared + per_task - rhos, shared, per_task)
 
 
 @dataclass(frozen=True)
 class TrainableCount:
-    """Parameters of any module by whether they learn, each counted once.
+    """Parameters of any module, those that learn and those that do not, each counted once.
 
     (:func:`count_parameters` asks another question: how much of an agent belongs to which task.)
     """
@@ -111,7 +117,7 @@ def frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def summed_kl(layers: Sequence[PenalizedLayer]) -> Tensor:
+def summed_kl(layers: Sequence[TaskModule]) -> Tensor:
     """Sum of what the weights per task of ``layers``, at least one, cost: ``[T]`` nats."""
     together = [layer for layer in layers if isinstance(layer, VariationalLayer) and not layer.has_given_prior]
     costs = [layer.kl() for layer in layers if layer not in together]
@@ -127,3 +133,55 @@ def total_kl(module: nn.Module, num_tasks: int) -> Tensor:
         return summed_kl(layers)
     like = next(module.parameters())
     return like.new_zeros(num_tasks)
+
+
+def with_width(architecture: NetworkConfig, width: int) -> NetworkConfig:
+    """The same options with hidden layers that are as many as before and all of one ``width``."""
+    changed = copy(architecture)
+    changed.hidden = [width] * len(architecture.hidden)
+    return changed
+
+
+def match_width(
+    architecture: NetworkConfig, build: Callable[[NetworkConfig], Sequence[nn.Module]], num_tasks: int
+) -> list[int]:
+    """The hidden sizes, all equal, that come nearest to ``architecture.active_parameters``.
+
+    What is counted is ``active_per_task`` of :func:`count_parameters` over the networks
+    that ``build`` makes from an architecture. They are built without memory, for a number of widths that is
+    logarithmic in the result: the count grows with the width.
+
+    Raises:
+        UserError: no width comes within :data:`TOLERANCE`.
+    """
+    target, least = architecture.active_parameters, architecture.least_width()
+    assert target is not None
+    if not architecture.hidden:
+        raise UserError(
+            "network.active_parameters sets the width of hidden layers, and network.hidden has none; "
+            "give network.hidden=[64,64] for two, or leave active_parameters out"
+        )
+
+    def active(width: int) -> int:
+        candidate = with_width(architecture, width)
+        with torch.device("meta"):
+            return count_parameters(build(candidate), num_tasks).active_per_task
+
+    below, above = least, least + 1
+    while active(above) < target:
+        below, above = above, 2 * above
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if active(middle) < target else (below, middle)
+    counts = {width: active(width) for width in (below, above)}
+    best = min(counts, key=lambda width: abs(counts[width] - target))
+    if abs(counts[best] - target) > TOLERANCE * target:
+        layers = len(architecture.hidden)
+        agent = f"network={architecture.name} with {layers} hidden layers"
+        found = (
+            f"the smallest {agent} has {counts[below]}; give at least that many"
+            if target < counts[below]
+            else f"the nearest of {agent} are {counts[below]} and {counts[above]}; give one of them"
+        )
+        raise UserError(f"network.active_parameters is {target}; {found}")
+    return [best] * len(architecture.hidden)

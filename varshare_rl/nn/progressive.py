@@ -9,18 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varshare_rl.nn.initial import linear_parameters
+from varshare_rl.nn.layer import TaskLayer, linear_parameters
 from varshare_rl.nn.task_rows import TaskIds
 from varshare_rl.ops.linear import linear
 
 #: Standard deviation of the scales of lateral inputs at the start.
 INITIAL_SCALE_STD = 0.1
 
-#: What the layers of the columns before have taken in, by the layers' place in their column.
+#: Inputs of the layers of the columns before, by the layers' place in their column.
 Taps = dict[int, list[Tensor]]
 
 
-class LateralLayer(nn.Module):
+class LateralLayer(TaskLayer):
     """Linear layer of one column with an adapter from the columns before it (Rusu et al. 2016, equation 2).
 
     ``y = W h + b + U relu(V [s_0 h_0, s_1 h_1, ...])`` with ``h_j`` the input of the layer at the same place of
@@ -37,11 +37,9 @@ class LateralLayer(nn.Module):
     def __init__(
         self, in_features: int, out_features: int, place: int, earlier: int, width: int, taps: Taps
     ) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.place, self.taps = in_features, out_features, place, taps
-        self.theta, bias = linear_parameters(in_features, out_features, bias=True)
-        assert bias is not None
-        self.bias = bias
+        super().__init__(in_features, out_features)
+        self.place, self.taps = place, taps
+        self.theta, self.bias = linear_parameters(in_features, out_features, bias=True)
         self.earlier = earlier if place > 0 else 0
         if self.earlier:
             self.scales = nn.Parameter(torch.randn(earlier) * INITIAL_SCALE_STD)
@@ -59,7 +57,7 @@ class LateralLayer(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, earlier={self.earlier}"
+        return f"{super().extra_repr()}, earlier={self.earlier}"
 
 
 class Columns(nn.Module):

@@ -1,4 +1,4 @@
-"""How much the tasks of a network share, layer by layer and task by task, read from its weights.
+"""Measures of what the tasks of a network share, layer by layer and task by task, read from its weights.
 
 With ``W_i = theta + R_i`` the mean weight of task ``i`` in a layer, over tasks
 
@@ -13,24 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import PenalizedLayer
-from varshare_rl.ops.task_weights import TaskWeights, cosines, disagreement, effective_rank, squared_distances
+from varshare_rl.nn.layer import TaskLayer, task_layers
+from varshare_rl.ops.task_weights import cosines, disagreement, effective_rank, squared_distances
 
 #: Bins of the posteriors' histograms.
 BINS = 40
-
-
-@runtime_checkable
-class WeightsPerTask(Protocol):
-    """A layer whose weights differ between tasks. One method makes a layer visible to everything here."""
-
-    def task_weights(self) -> TaskWeights:
-        """The mean weights of all tasks in the form that the layer has them in."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +46,7 @@ class LayerSharing:
         theta_square: ``||theta||^2``; None where nothing is shared.
         mean_square: ``mean over i of ||W_i||^2``.
         gram: ``<R_i, R_j>``, ``[T, T]``.
-        spread: root of the mean over entries of ``Var(W_i)``, ``[T]``.
+        sigma: root of the mean over entries of ``Var(W_i)``, ``[T]``.
         effective_rank: of ``R_i``, ``[T]``; see :func:`varshare_rl.ops.task_weights.effective_rank`.
         histograms: of the posterior's parameters, all tasks together, by name.
     """
@@ -83,7 +74,7 @@ class LayerSharing:
 
     @property
     def relative_sigma(self) -> Tensor | None:
-        """``spread`` over the root mean square entry of ``theta``, ``[T]``: noise against shared weight."""
+        """``sigma`` over the root mean square entry of ``theta``, ``[T]``: noise against shared weight."""
         if self.sigma is None or not self.theta_square:
             return None
         return self.sigma / math.sqrt(self.theta_square / (self.rows * self.columns))
@@ -163,19 +154,21 @@ def measure_sharing(modules: Mapping[str, nn.Module]) -> Sharing | None:
 
     Reads parameters only: no forward pass, no random number. Costs a few small products per layer.
     """
-    layers = [
+    measured = (
         measure_layer(f"{name}.{path}", layer)
         for name, module in modules.items()
-        for path, layer in module.named_modules()
-        if isinstance(layer, WeightsPerTask)
-    ]
+        for path, layer in task_layers(module)
+    )
+    layers = [layer for layer in measured if layer is not None]
     return Sharing(layers) if layers else None
 
 
 @torch.no_grad()
-def measure_layer(name: str, layer: WeightsPerTask) -> LayerSharing:
-    """The measures of one layer, see :class:`LayerSharing`."""
+def measure_layer(name: str, layer: TaskLayer) -> LayerSharing | None:
+    """The measures of one layer, see :class:`LayerSharing`; None for a layer without weights per task."""
     weights = layer.task_weights()
+    if weights is None:
+        return None
     _, rows, columns = weights.shape
     gram, products = weights.residual_gram(), weights.theta_products()
     theta_square = None if weights.theta is None else float(weights.theta.double().square().sum())
@@ -185,7 +178,7 @@ def measure_layer(name: str, layer: WeightsPerTask) -> LayerSharing:
         name=name,
         rows=rows,
         columns=columns,
-        nats=layer.kl().double().cpu() if isinstance(layer, PenalizedLayer) else None,
+        nats=layer.kl().double().cpu() if layer.penalized else None,
         theta_square=theta_square,
         mean_square=max(mean_square, 0.0),
         gram=gram.cpu(),

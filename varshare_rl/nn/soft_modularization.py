@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import check_positive
-from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.layer import check_positive
+from varshare_rl.nn.mlp import ACTIVATIONS, StackedLinear, TaskMLP, stacked_norms
 from varshare_rl.nn.shared import SharedLayer
-from varshare_rl.nn.stacked import StackedLinear, stacked_norms
 from varshare_rl.nn.task_rows import TaskIds, task_rows
-from varshare_rl.ops.activations import ACTIVATIONS
 from varshare_rl.registry import register
 
 
@@ -48,7 +46,7 @@ class SoftModularizationNetwork(nn.Module):
             StackedLinear(modules, a, b) for a, b in pairwise([embedding, *hidden])
         )
         self.norms = stacked_norms(modules, hidden, layer_norm)
-        self.provenance = nn.ModuleList(SharedLayer(pairs, embedding) for _ in hidden[1:])
+        self.conditions = nn.ModuleList(SharedLayer(pairs, embedding) for _ in hidden[1:])
         self.routes = nn.ModuleList(SharedLayer(embedding, pairs) for _ in hidden[1:])
         self.routes.append(SharedLayer(embedding, modules))
         self.head = SharedLayer(hidden[-1], outputs)
@@ -70,7 +68,7 @@ class SoftModularizationNetwork(nn.Module):
         """Routing of every layer for the gates ``e [N, D]``: ``[N, M, M]``, after the last one ``[N, 1, M]``."""
         found: list[Tensor] = []
         for index, route in enumerate(self.routes):
-            e = self.provenance[index - 1](found[-1].flatten(1), 0) * gate if found else gate.clone()
+            e = self.conditions[index - 1](found[-1].flatten(1), 0) * gate if found else gate.clone()
             found.append(route(self.activation(e), 0).unflatten(-1, (-1, self.num_modules)).softmax(-1))
         return found
 

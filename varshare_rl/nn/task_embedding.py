@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import check_positive, linear_parameters
+from varshare_rl.nn.layer import TaskLayer, check_positive, linear_parameters, plain_linear
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear
 from varshare_rl.registry import register
 
 
-class TaskEmbeddingLayer(nn.Module):
+class TaskEmbeddingLayer(TaskLayer):
     """Linear layer on the input with the task's embedding appended: ``y = [x, e_i / ||e_i||] theta^T + bias``.
 
     The longer input is never built: its last columns add the same offset to all rows of a task.
@@ -35,12 +35,9 @@ class TaskEmbeddingLayer(nn.Module):
     per_task_parameters = ("embeddings",)
 
     def __init__(self, in_features: int, out_features: int, num_tasks: int, embedding: int) -> None:
-        super().__init__()
+        super().__init__(in_features, out_features)
         check_positive(num_tasks=num_tasks, embedding=embedding)
-        self.in_features, self.out_features, self.num_tasks = in_features, out_features, num_tasks
-        self.theta, bias = linear_parameters(in_features + embedding, out_features, bias=True)
-        assert bias is not None
-        self.bias = bias
+        self.theta, self.bias = linear_parameters(in_features + embedding, out_features, bias=True)
         self.embeddings = nn.Parameter(F.normalize(torch.randn(num_tasks, embedding), dim=-1))
 
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
@@ -50,8 +47,10 @@ class TaskEmbeddingLayer(nn.Module):
         offset = linear(embedding, self.theta[:, self.in_features :], self.bias)  # [K, G]
         return rows.restore(linear(rows.x, self.theta[:, : self.in_features]) + offset.unsqueeze(1))
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, num_tasks={self.num_tasks}"
+    def mean_linear(self, task: int) -> nn.Linear:
+        assert self.bias is not None
+        own, size = F.normalize(self.embeddings[task], dim=-1), self.in_features
+        return plain_linear(self.theta[:, :size], self.bias + self.theta[:, size:] @ own)
 
 
 @register("network", "task_embedding")

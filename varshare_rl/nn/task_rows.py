@@ -33,16 +33,16 @@ _active: ActiveTasks | None = None
 
 
 def active_tasks() -> ActiveTasks | None:
-    """The window that is open, see :mod:`varshare_rl.optim.task_subset`."""
+    """The subset of the tasks that is open, see :mod:`varshare_rl.optim.task_subset`."""
     return _active
 
 
 @contextmanager
-def restrict_tasks(window: ActiveTasks) -> Iterator[None]:
-    """Inside, batches are of the window's tasks, whose rows stacked tensors hold."""
+def restrict_tasks(subset: ActiveTasks) -> Iterator[None]:
+    """Inside, batches are of the subset's tasks, whose rows stacked tensors hold."""
     global _active
-    assert _active is None, "windows do not nest"
-    _active = window
+    assert _active is None, "subsets do not nest"
+    _active = subset
     try:
         yield
     finally:
@@ -50,9 +50,9 @@ def restrict_tasks(window: ActiveTasks) -> Iterator[None]:
 
 
 def in_order(ids: Tensor, num_tasks: int, stacked: bool = True) -> bool:
-    """Whether ``ids [K]`` are all tasks in order; of stacked tensors: those whose rows they hold just now."""
-    window = _active if stacked else None
-    return torch.equal(ids, all_tasks(num_tasks) if window is None else window.ids)
+    """Return True when ``ids [K]`` are all tasks in order; of stacked tensors: those whose rows they hold."""
+    subset = _active if stacked else None
+    return torch.equal(ids, all_tasks(num_tasks) if subset is None else subset.ids)
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int, stacked: bool = True
             ``[..., F]`` with one id.
         task_ids: an int, or an integer tensor (best on the CPU: a CUDA tensor is copied to check it).
         num_tasks: how many tasks there are.
-        stacked: the rows are for stacked tensors, which hold a window's tasks alone where one is open.
+        stacked: the rows are for stacked tensors, which hold a subset's tasks alone where one is open.
 
     Raises:
         IndexError: an id is not one of the ``num_tasks`` tasks; the message names it.
@@ -139,8 +139,12 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int, stacked: bool = True
 def _check(ids: Tensor, num_tasks: int) -> None:
     outside = (ids < 0) | (ids >= num_tasks)
     if bool(outside.any()):
-        given = int(ids[outside][0])
-        raise IndexError(f"unknown task id {given}: this network has {num_tasks} tasks (0 to {num_tasks - 1})")
+        raise unknown_task(int(ids[outside][0]), num_tasks)
+
+
+def unknown_task(task: int, num_tasks: int) -> IndexError:
+    """The error that names an unknown id."""
+    return IndexError(f"unknown task id {task}: this network has {num_tasks} tasks (0 to {num_tasks - 1})")
 
 
 def group_rows(x: Tensor, ids: Tensor) -> TaskRows:

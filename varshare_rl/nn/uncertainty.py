@@ -1,8 +1,8 @@
-"""What the posteriors over weights say about outputs: predictive means and standard deviations.
+"""Predictive means and standard deviations of outputs from the posteriors over weights.
 
-The spread is *epistemic* only: it is what the posterior leaves open about the weights. It knows nothing of the
-noise in rewards, dynamics or actions, of approximation error, or of states unlike those of training beyond what
-the weights' spread makes of them; and a posterior trained with ``kl_weight < 1`` is narrower than Bayes' by design.
+They are *epistemic* only: what the posterior leaves open about the weights. They know nothing of the noise in
+rewards, dynamics or actions, of approximation error, or of states unlike those of training beyond what the weights'
+scatter makes of them; and a posterior trained with ``kl_weight < 1`` is narrower than Bayes' by design.
 
 Three ways, from exact to cheap:
 
@@ -23,10 +23,9 @@ from torch.func import functional_call
 
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
-from varshare_rl.nn.posteriors import PosteriorLayer, posterior_layers
+from varshare_rl.nn.layer import TaskLayer, posterior_layers
 from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.nn.task_rows import TaskIds, all_tasks, task_rows
-from varshare_rl.nn.varshare import VarShareLayer
 from varshare_rl.ops.gaussian import softplus_sigma
 
 #: Turns what a module returns into a tensor ``[K, B, ...]``.
@@ -64,14 +63,14 @@ def draw_weights(module: nn.Module, draws: int, temperature: float = 1.0) -> dic
     drawn: dict[str, Tensor] = {}
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""
-        stochastic = getattr(child, "rho_parameters", ())
+        rhos = dict(getattr(child, "factors", ()))
         for name in getattr(child, "per_task_parameters", ()):
-            if name in stochastic:
+            if name in rhos.values():
                 continue
             value = _repeat(child.get_parameter(name).detach(), draws)
-            rhos = name.replace("mus", "rhos")
-            if rhos in stochastic:
-                sigma = _repeat(softplus_sigma(child.get_parameter(rhos).detach(), temperature), draws)
+            if name in rhos:
+                rho = child.get_parameter(rhos[name]).detach()
+                sigma = _repeat(softplus_sigma(rho, temperature), draws)
                 value = torch.addcmul(value, sigma, torch.randn_like(value))
             drawn[prefix + name] = value
         for name in getattr(child, "per_task_buffers", ()):
@@ -110,7 +109,7 @@ def sample_outputs(
     if draws < 2:
         raise ValueError(f"draws is {draws}; a standard deviation needs at least 2")
     if not any(posterior_layers(module)):
-        raise ValueError("no layer of this network has a posterior, so its outputs have no spread")
+        raise ValueError("no layer of this network has a posterior, so its outputs do not scatter")
     num_tasks = len(inputs[0])
     parts = []
     with posterior_mean(module):
@@ -151,7 +150,7 @@ def predict_values(
 
 
 @torch.no_grad()
-def layer_moments(layer: PosteriorLayer, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Moments:
+def layer_moments(layer: TaskLayer, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Moments:
     """Mean and variance of one layer's output over its posterior, exactly, for known inputs.
 
     Full rank: ``Var y_g = sum_f x_f^2 sigma_gf^2``. Low rank, in two stages since ``A`` and ``B`` are
@@ -164,19 +163,7 @@ def layer_moments(layer: PosteriorLayer, x: Tensor, task_id: TaskIds, temperatur
     with posterior_mean(layer):
         mean: Tensor = layer(x, task_id)
     rows = task_rows(x, task_id, layer.num_tasks)
-    if isinstance(layer, VarShareLayer):
-        variance = torch.bmm(rows.x.square(), rows.select(_variance(layer.rhos, temperature)).transpose(1, 2))
-        return Moments(mean, rows.restore(variance))
-    z = torch.bmm(rows.x, rows.select(layer.mus_A).transpose(1, 2))
-    z_variance = torch.bmm(rows.x.square(), rows.select(_variance(layer.rhos_A, temperature)).transpose(1, 2))
-    variance = torch.bmm(z_variance, rows.select(layer.mus_B).square().transpose(1, 2))
-    spread = rows.select(_variance(layer.rhos_B, temperature)).transpose(1, 2)
-    variance = torch.baddbmm(variance, z_variance + z.square(), spread) * layer.scale**2
-    return Moments(mean, rows.restore(variance))
-
-
-def _variance(rhos: Tensor, temperature: float) -> Tensor:
-    return softplus_sigma(rhos, temperature).square()
+    return Moments(mean, rows.restore(layer.output_variance(rows, temperature)))
 
 
 def linearised(
@@ -200,7 +187,7 @@ def linearised(
         temperature: factor on every sigma.
         read: turns the module's output into a tensor ``[T, B]`` or ``[T, B, G]``.
     """
-    seen: list[tuple[PosteriorLayer, Tensor, Tensor]] = []
+    seen: list[tuple[TaskLayer, Tensor, Tensor]] = []
 
     def note(layer: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
         seen.append((layer, arguments[0], output))
@@ -222,20 +209,8 @@ def linearised(
         )
         with torch.no_grad():
             terms = [
-                _projected_variance(layer, x.detach(), slope, temperature)
+                layer.projected_variance(x.detach(), slope, temperature)
                 for (layer, x, _), slope in zip(seen, slopes, strict=True)
             ]
             columns.append(torch.stack(terms).sum(0))
     return Moments(y.detach(), torch.stack(columns, -1).view_as(y))
-
-
-def _projected_variance(layer: PosteriorLayer, x: Tensor, slope: Tensor, temperature: float) -> Tensor:
-    """``Var(slope . W x)`` over the layer's posterior: ``x [T, B, F]`` and ``slope [T, B, G]`` to ``[T, B]``."""
-    if isinstance(layer, VarShareLayer):
-        spread = torch.bmm(slope.square(), _variance(layer.rhos, temperature))
-        return (spread * x.square()).sum(-1)
-    z = torch.bmm(x, layer.mus_A.transpose(1, 2))
-    z_variance = torch.bmm(x.square(), _variance(layer.rhos_A, temperature).transpose(1, 2))
-    along = torch.bmm(slope, layer.mus_B).square()  # [T, B, r]
-    across = torch.bmm(slope.square(), _variance(layer.rhos_B, temperature))
-    return (along * z_variance + across * (z_variance + z.square())).sum(-1) * layer.scale**2

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import INITIAL_RHO, linear_parameters
+from varshare_rl.nn.layer import INITIAL_RHO, AbsorptionMove, linear_parameters, plain_linear
+from varshare_rl.nn.task_rows import TaskRows
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import random_signs, softplus_sigma
+from varshare_rl.ops.gaussian import prior_nats, product_sigma, random_signs, rho_of, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear
 from varshare_rl.ops.task_weights import FullRankWeights
@@ -30,8 +31,8 @@ class VarShareLayer(VariationalLayer):
         out_features: size of the output, ``G``.
         num_tasks: number of tasks, ``T``.
         prior_scale: standard deviation of the zero-mean Gaussian prior of every residual entry, at the start.
-        bias: whether there is a shared bias.
-        estimator: how training passes draw the weights, see :class:`VariationalLayer`.
+        bias: give the layer a shared bias.
+        estimator: of training passes, see :class:`VariationalLayer`.
         weight_samples: draws per task and pass.
 
     Attributes:
@@ -39,8 +40,6 @@ class VarShareLayer(VariationalLayer):
     """
 
     factors = (("mus", "rhos"),)
-    per_task_parameters = ("mus", "rhos")
-    rho_parameters = ("rhos",)
     mus: nn.Parameter
     rhos: nn.Parameter
 
@@ -56,8 +55,7 @@ class VarShareLayer(VariationalLayer):
     ) -> None:
         super().__init__(in_features, out_features, num_tasks, prior_scale, estimator, weight_samples)
         self.theta, self.bias = linear_parameters(in_features, out_features, bias)
-        for name, value in self.fresh_factors(num_tasks).items():
-            self.register_parameter(name, nn.Parameter(value))
+        self.register_factors(num_tasks)
 
     def shared_output(self, x: Tensor, record: GradientRecord | None = None) -> Tensor:
         return linear(x, self.theta, self.bias, record)
@@ -73,8 +71,8 @@ class VarShareLayer(VariationalLayer):
         noise: Sequence[Tensor],
         record: GradientRecord | None = None,
     ) -> Tensor:
-        spread = torch.bmm(x.square(), variances[0].transpose(1, 2)).clamp_min(1e-16).sqrt()
-        return torch.addcmul(self.output(x, means, record), spread, noise[0])
+        sigma = product_sigma(x, variances[0])
+        return torch.addcmul(self.output(x, means, record), sigma, noise[0])
 
     def flipout_output(
         self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: GradientRecord | None = None
@@ -91,6 +89,42 @@ class VarShareLayer(VariationalLayer):
     def fresh_factors(self, num_tasks: int) -> dict[str, Tensor]:
         mus = self.theta.new_zeros(num_tasks, self.out_features, self.in_features)
         return {"mus": mus, "rhos": torch.full_like(mus, INITIAL_RHO)}
+
+    def mean_linear(self, task: int) -> nn.Linear:
+        return plain_linear(self.theta + self.mus[task], self.bias)
+
+    def residual(self, task: int) -> Tensor:
+        return self.mus[task]
+
+    def unit_nats(self) -> Tensor:
+        """A unit is the whole residual of a task, ``[T]``."""
+        return prior_nats(self.mus, softplus_sigma(self.rhos), self.prior_scale.view(-1, 1, 1)).flatten(1).mean(1)
+
+    def unit_snr(self) -> Tensor:
+        """``|mu| / sigma``; a unit is a weight, ``[T, G, F]``."""
+        return self.mus.abs() / softplus_sigma(self.rhos)
+
+    def set_to_prior(self, kept: Tensor) -> None:
+        kept = kept.view(len(kept), *(kept.shape[1:] or (1, 1)))
+        self.mus.copy_(torch.where(kept, self.mus, 0.0))
+        self.rhos.copy_(torch.where(kept, self.rhos, rho_of(self.prior_scale).view(-1, 1, 1)))
+
+    def absorption(self, rate: float) -> AbsorptionMove:
+        """The move of the mean, which is exact."""
+        mus = self.mus.double()
+        precision = self.prior_scale.double().pow(-2)
+        step = rate * mus.mean(0)
+        after = mus - step
+        before_cost, after_cost = (0.5 * precision * mean.flatten(1).square().sum(1) for mean in (mus, after))
+        return AbsorptionMove(step, {"mus": after}, torch.zeros_like(precision), before_cost, after_cost)
+
+    def output_variance(self, rows: TaskRows, temperature: float) -> Tensor:
+        """``Var y_g = sum_f x_f^2 sigma_gf^2``."""
+        return torch.bmm(rows.x.square(), self.variances(rows, temperature)[0].transpose(1, 2))
+
+    def projected_variance(self, x: Tensor, slope: Tensor, temperature: float) -> Tensor:
+        variance = torch.bmm(slope.square(), softplus_sigma(self.rhos, temperature).square())
+        return (variance * x.square()).sum(-1)
 
 
 @register("network", "varshare")

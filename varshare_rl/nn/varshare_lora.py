@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,13 +12,25 @@ from torch import Tensor, nn
 
 from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
-from varshare_rl.nn.initial import INITIAL_MU_STD, INITIAL_RHO, check_positive, linear_parameters
+from varshare_rl.nn.layer import (
+    INITIAL_MU_STD,
+    INITIAL_RHO,
+    AbsorptionMove,
+    check_positive,
+    linear_parameters,
+    plain_linear,
+)
+from varshare_rl.nn.task_rows import TaskRows
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import drawn_product, random_signs, softplus_sigma
+from varshare_rl.ops.gaussian import drawn_low_rank, prior_nats, random_signs, rho_of, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.low_rank import LowRank, aligned, balanced, decompose, shared_part
 from varshare_rl.ops.task_weights import LowRankWeights
 from varshare_rl.registry import register
+
+#: Singular values below this share of the residual are rounding.
+_NOTHING = 1e-7
 
 
 class VarShareLoRALayer(VariationalLayer):
@@ -39,8 +52,8 @@ class VarShareLoRALayer(VariationalLayer):
         rank: rank of the residual.
         alpha: numerator of the scale; ``rank`` unless given, which makes the scale 1.
         prior_scale: standard deviation of the zero-mean Gaussian prior of every factor entry, at the start.
-        bias: whether there is a shared bias.
-        estimator: how training passes draw the weights, see :class:`VariationalLayer`.
+        bias: give the layer a shared bias.
+        estimator: of training passes, see :class:`VariationalLayer`.
         weight_samples: draws per task and pass.
 
     Attributes:
@@ -49,8 +62,6 @@ class VarShareLoRALayer(VariationalLayer):
     """
 
     factors = (("mus_A", "rhos_A"), ("mus_B", "rhos_B"))
-    per_task_parameters = ("mus_A", "rhos_A", "mus_B", "rhos_B")
-    rho_parameters = ("rhos_A", "rhos_B")
     mus_A: nn.Parameter
     rhos_A: nn.Parameter
     mus_B: nn.Parameter
@@ -73,8 +84,7 @@ class VarShareLoRALayer(VariationalLayer):
         self.rank = rank
         self.scale = (rank if alpha is None else alpha) / rank
         self.theta, self.bias = linear_parameters(in_features, out_features, bias)
-        for name, value in self.fresh_factors(num_tasks).items():
-            self.register_parameter(name, nn.Parameter(value))
+        self.register_factors(num_tasks)
 
     def shared_output(self, x: Tensor, record: GradientRecord | None = None) -> Tensor:
         return linear(x, self.theta, self.bias, record)
@@ -91,11 +101,8 @@ class VarShareLoRALayer(VariationalLayer):
         noise: Sequence[Tensor],
         record: GradientRecord | None = None,
     ) -> Tensor:
-        (mean_a, mean_b), (variance_a, variance_b), (noise_z, noise_y) = means, variances, noise
-        z = drawn_product(x, mean_a, variance_a, noise_z)
-        return torch.add(
-            self.shared_output(x, record), drawn_product(z, mean_b, variance_b, noise_y), alpha=self.scale
-        )
+        drawn = drawn_low_rank(x, means, variances, noise)
+        return torch.add(self.shared_output(x, record), drawn, alpha=self.scale)
 
     def flipout_output(
         self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: GradientRecord | None = None
@@ -121,6 +128,77 @@ class VarShareLoRALayer(VariationalLayer):
             "mus_B": mus_b,
             "rhos_B": torch.full_like(mus_b, INITIAL_RHO),
         }
+
+    def shared_linear(self) -> nn.Linear:
+        return plain_linear(self.theta, self.bias)
+
+    def correction(self, task: int) -> LowRank:
+        return LowRank(self.mus_A[task].detach().clone(), self.mus_B[task].detach().clone(), self.scale)
+
+    def task_rho(self, task: int) -> dict[str, Tensor]:
+        rhos = {"rho_A": self.rhos_A[task].detach().clone(), "rho_B": self.rhos_B[task].detach().clone()}
+        return {**rhos, "prior_scale": self.prior_scale[task]}
+
+    def unit_nats(self) -> Tensor:
+        """A unit is component ``k``, row ``k`` of ``A`` and column ``k`` of ``B``: ``[T, rank]``."""
+        prior = self.prior_scale.view(-1, 1, 1)
+        rows = prior_nats(self.mus_A, softplus_sigma(self.rhos_A), prior).sum(2)
+        columns = prior_nats(self.mus_B, softplus_sigma(self.rhos_B), prior).sum(1)
+        return (rows + columns) / (self.in_features + self.out_features)
+
+    def unit_snr(self) -> Tensor:
+        """Signal-to-noise of the components' products, ``[T, rank]``."""
+        mean_a, mean_b = self.mus_A.square().sum(2), self.mus_B.square().sum(1)
+        variance_a = softplus_sigma(self.rhos_A).square().sum(2)
+        variance_b = softplus_sigma(self.rhos_B).square().sum(1)
+        noise = mean_b * variance_a + variance_b * mean_a + variance_b * variance_a
+        return (mean_a * mean_b / noise).sqrt()
+
+    def set_to_prior(self, kept: Tensor) -> None:
+        rho = rho_of(self.prior_scale).view(-1, 1, 1)
+        for (mus, rhos), keep in zip(self.posteriors(), (kept.unsqueeze(2), kept.unsqueeze(1)), strict=True):
+            mus.copy_(torch.where(keep, mus, 0.0))
+            rhos.copy_(torch.where(keep, rhos, rho))
+
+    def absorption(self, rate: float) -> AbsorptionMove:
+        """The move of rank ``r``; the gradient of a factor scales with the other factor, which changes."""
+        precision = self.prior_scale.double().pow(-2)
+        a, b, rank = self.mus_A.double(), self.mus_B.double(), self.rank
+        left, right = shared_part(a, b, rank)
+        left = rate * left
+        difference_a = torch.cat([a, right.expand(len(a), -1, -1)], 1)  # [T, r + q, F]
+        difference_b = torch.cat([b, -left.expand(len(b), -1, -1)], 2)  # [T, G, r + q]
+        u, values, vh = decompose(difference_a, difference_b)
+        nuclear_before = decompose(a, b)[1]
+        size = torch.maximum(nuclear_before.norm(dim=1), values.norm(dim=1))
+        lost = values[:, rank:].norm(dim=1)
+        short = INITIAL_MU_STD * math.sqrt(self.in_features)
+        new_a, new_b = aligned(*balanced(u, values, vh, rank, _NOTHING * size, short), a, b)
+        return AbsorptionMove(
+            step=self.scale * (left @ right),
+            means={"mus_A": new_a, "mus_B": new_b},
+            error=lost / size.clamp_min(torch.finfo(torch.float64).tiny),
+            cost_before=precision * nuclear_before.sum(1),  # (|A|^2 + |B|^2) / (2 p^2) of balanced factors
+            cost_after=precision * values[:, :rank].sum(1),
+            rescaled=self.per_task_parameters,
+        )
+
+    def output_variance(self, rows: TaskRows, temperature: float) -> Tensor:
+        """``Var y_g = s^2 sum_k [mu_B,gk^2 Var z_k + sigma_B,gk^2 E z_k^2]`` with ``z = A x``, in two stages."""
+        (mean_a, mean_b), (variance_a, variance_b) = self.means(rows), self.variances(rows, temperature)
+        z = torch.bmm(rows.x, mean_a.transpose(1, 2))
+        z_variance = torch.bmm(rows.x.square(), variance_a.transpose(1, 2))
+        variance = torch.bmm(z_variance, mean_b.square().transpose(1, 2))
+        second_moment = z_variance + z.square()
+        return torch.baddbmm(variance, second_moment, variance_b.transpose(1, 2)) * self.scale**2
+
+    def projected_variance(self, x: Tensor, slope: Tensor, temperature: float) -> Tensor:
+        variance_a, variance_b = (softplus_sigma(rho, temperature).square() for _, rho in self.posteriors())
+        z = torch.bmm(x, self.mus_A.transpose(1, 2))
+        z_variance = torch.bmm(x.square(), variance_a.transpose(1, 2))
+        along = torch.bmm(slope, self.mus_B).square()  # [T, B, r]
+        across = torch.bmm(slope.square(), variance_b)
+        return (along * z_variance + across * (z_variance + z.square())).sum(-1) * self.scale**2
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}"

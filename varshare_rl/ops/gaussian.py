@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: The least spread that a posterior is given.
+#: The least standard deviation that a posterior is given.
 LEAST_SIGMA = 1e-8
 
 _POWERS_OF_TWO = 1 << torch.arange(32, dtype=torch.int64)
@@ -27,6 +27,11 @@ def inverse_softplus(sigma: Tensor) -> Tensor:
     """``rho`` with ``softplus(rho) = sigma``, of at least :data:`LEAST_SIGMA`: softplus reaches 0 nowhere."""
     sigma = sigma.clamp_min(LEAST_SIGMA)
     return sigma + torch.log(-torch.expm1(-sigma))
+
+
+def rho_of(sigma: Tensor) -> Tensor:
+    """``rho`` with ``softplus(rho) = sigma``, worked out in float64, for values that are not next to 0."""
+    return torch.log(torch.expm1(sigma.double())).to(sigma.dtype)
 
 
 def posterior_kl(posteriors: Sequence[tuple[Tensor, Tensor]], log_prior_scales: Sequence[Tensor]) -> Tensor:
@@ -87,8 +92,24 @@ def drawn_product(x: Tensor, mean: Tensor, variance: Tensor, noise: Tensor) -> T
     ``N(x mean^T, (x^2) variance^T)``: the rows of ``W`` are independent. ``x: [K, B, F]``, ``mean, variance:
     [K, G, F]``, standard normal ``noise: [K, B, G]``; returns ``[K, B, G]``.
     """
-    spread = torch.bmm(x.square(), variance.transpose(1, 2)).clamp_min(1e-16).sqrt()
-    return torch.addcmul(torch.bmm(x, mean.transpose(1, 2)), spread, noise)
+    sigma = product_sigma(x, variance)
+    return torch.addcmul(torch.bmm(x, mean.transpose(1, 2)), sigma, noise)
+
+
+def product_sigma(x: Tensor, variance: Tensor) -> Tensor:
+    """Standard deviation ``sqrt((x^2) variance^T)`` of ``x W^T``, ``[K, B, G]``, as in :func:`drawn_product`."""
+    return torch.bmm(x.square(), variance.transpose(1, 2)).clamp_min(1e-16).sqrt()
+
+
+def drawn_low_rank(
+    x: Tensor, means: Sequence[Tensor], variances: Sequence[Tensor], noise: Sequence[Tensor]
+) -> Tensor:
+    """``(x A^T) B^T`` for a fresh ``(A, B)`` at every row: exact in two stages, as rows are independent.
+
+    ``means, variances``: of ``A [K, r, F]`` and of ``B [K, G, r]``; ``noise [K, B, r], [K, B, G]``.
+    """
+    z = drawn_product(x, means[0], variances[0], noise[0])
+    return drawn_product(z, means[1], variances[1], noise[1])
 
 
 def random_signs(like: Tensor) -> Tensor:
@@ -106,6 +127,17 @@ def normal_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log density of ``N(mean, exp(log_std)^2)`` element by element."""
     z = (value - mean) * torch.exp(-log_std)
     return -0.5 * (z.square() + math.log(2.0 * math.pi)) - log_std
+
+
+def prior_nats(mu: Tensor, sigma: Tensor, prior: Tensor) -> Tensor:
+    """``KL(N(mu, sigma^2) || N(0, prior^2))`` element by element, exact also where it is next to nothing.
+
+    :func:`posterior_kl` is quicker for sums; this is for what is to be told from 0. Shapes that broadcast.
+    """
+    # x - log(1 + x) of x = ratio^2 - 1 keeps its digits where the posterior is near the prior.
+    excess = (sigma / prior).square() - 1.0
+    of_sigma = (excess - torch.log1p(excess)).clamp_min(0.0)  # not below 0 by rounding
+    return 0.5 * (of_sigma + (mu / prior).square())
 
 
 def gaussian_kl_between(mu: Tensor, sigma: Tensor, prior_mu: Tensor, prior_sigma: Tensor) -> Tensor:

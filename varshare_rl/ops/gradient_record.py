@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass
 class Recorder:
-    """Where layers write their shared parameters' gradients per task, while :meth:`listening`.
+    """Place that layers write their shared parameters' gradients per task to, while :meth:`listening`.
 
     A layer takes part by having an attribute ``recorder``, None at first, and by handing it to the functions of
-    :mod:`varshare_rl.ops.linear` and :mod:`varshare_rl.ops.linear`. What a function writes down it does not add to
+    :mod:`varshare_rl.ops.linear`. What a function writes down it does not add to
     the parameter's ``grad``, so whatever arrives there came another way.
     """
 
@@ -37,7 +37,7 @@ class Recorder:
         finally:
             self.rows = {}
 
-    def wants(self, parameter: nn.Parameter, like: Tensor) -> Tensor | None:
+    def wants(self, parameter: Tensor, like: Tensor) -> Tensor | None:
         """Rows ``[T, *shape]`` to add to; None unless the first dimension of ``like [T, ...]`` is the tasks."""
         rows = self.rows.get(id(parameter))
         if rows is None or like.dim() < 2 or like.shape[0] != rows.shape[0]:
@@ -57,8 +57,8 @@ class GradientRecord:
     """
 
     recorder: Recorder
-    weight: nn.Parameter
-    bias: nn.Parameter | None = None
+    weight: Tensor
+    bias: Tensor | None = None
     columns: int | None = None
 
     def takes(self, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None] | None:
@@ -73,7 +73,7 @@ class GradientRecord:
 
 
 def per_task_offset(weight: Tensor, bias: Tensor, columns: int, ids: Tensor, recorder: Recorder) -> Tensor:
-    """What a one-hot code of the task adds, ``[K, G]``: ``weight[:, columns + ids[k]] + bias`` for every block."""
+    """Offset of every block by the one-hot code of its task: ``weight[:, columns + ids[k]] + bias``, ``[K, G]``."""
     offset: Tensor = _Offset.apply(weight, bias, columns, ids, recorder)  # type: ignore[no-untyped-call]
     return offset
 

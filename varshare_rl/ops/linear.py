@@ -49,14 +49,19 @@ def low_rank_linear(
     b: Tensor,
     scale: float,
     record: GradientRecord | None = None,
+    inner: Tensor | None = None,
 ) -> Tensor:
-    """``x (weight + scale b_k a_k)^T + bias`` for every block ``k``, without building the residual ``b_k a_k``.
+    """``x weight^T + scale (x a_k^T) b_k^T + bias`` for every block ``k``: the residual ``b_k a_k`` is never built.
 
     ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``a: [K, r, F]``, ``b: [K, G, r]``; returns
-    ``[K, B, G]``. Differentiable once. ``record`` as in :func:`linear`.
+    ``[K, B, G]``. Differentiable once. ``record`` as in :func:`linear`. ``inner`` takes the place of ``x`` in the
+    low-rank part, for an input that went through dropout.
     """
-    y: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale, record)  # type: ignore[no-untyped-call]
-    return y
+    if inner is not None:
+        y = linear(x, weight, bias, record)
+        return torch.baddbmm(y, torch.bmm(inner, a.transpose(1, 2)), b.transpose(1, 2), alpha=scale)
+    product: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale, record)  # type: ignore[no-untyped-call]
+    return product
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:

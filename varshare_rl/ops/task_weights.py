@@ -1,4 +1,4 @@
-"""What the weights of many tasks are like, from their factors: inner products, spreads, ranks.
+"""Weights of many tasks compared, from their factors: inner products, variances, ranks.
 
 A linear layer gives task ``i`` the mean weight ``W_i = theta + R_i``, ``[G, F]``. Everything here follows from a
 few inner products; the residuals ``R: [T, G, F]`` of low rank are never built. Products are summed in float64:
@@ -86,7 +86,7 @@ class LowRankWeights:
         return (mean_b * mean_a + square_b * mean_a + mean_b * square_a).sum(1) * self.scale**2
 
     def singular_values(self) -> Tensor:
-        """Those of the ``r x r`` product of the triangular factors: ``B = Q_B U_B``, ``A^T = Q_A U_A``."""
+        """Singular values of the ``r x r`` product of triangular factors: ``B = Q_B U_B``, ``A^T = Q_A U_A``."""
         upper_a = torch.linalg.qr(self.mus_a.double().transpose(1, 2), mode="r").R
         upper_b = torch.linalg.qr(self.mus_b.double(), mode="r").R
         values: Tensor = torch.linalg.svdvals(upper_b @ upper_a.transpose(1, 2))

@@ -1,4 +1,4 @@
-"""Absorbing in training: when it happens, and what becomes of the optimiser's moments."""
+"""Absorption during training, and what becomes of the optimiser's moments."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import nn
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.nn.absorb import Absorption, absorb
-from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.types import Metrics
 
 
@@ -32,7 +31,7 @@ class AbsorbConfig:
             raise UserError(f"{prefix}rate is 0, which moves nothing; give up to 1, or {prefix}every=0")
 
     def due(self, updates_before: int, updates: int) -> bool:
-        """Whether the count of gradient updates has passed a multiple of ``every``."""
+        """Return True when the count of gradient updates has passed a multiple of ``every``."""
         return self.every > 0 and updates // self.every > updates_before // self.every
 
 
@@ -62,10 +61,8 @@ def absorb_all(parts: Mapping[str, Absorbing], config: AbsorbConfig) -> Metrics:
         layers = absorb(part.module, config.rate, config.max_error, part.target_module)
         for name, absorption in layers.items():
             done[f"{part_name}.{name}"] = absorption
-            layer = part.module.get_submodule(name)
-            if absorption.done and isinstance(layer, VarShareLoRALayer):
-                for parameter in layer.per_task_parameters:
-                    part.optimizer.state.pop(layer.get_parameter(parameter), None)
+            for parameter in absorption.rescaled:
+                part.optimizer.state.pop(part.module.get_submodule(name).get_parameter(parameter), None)
     if not done:
         return {}
     changed = [absorption for absorption in done.values() if absorption.done]

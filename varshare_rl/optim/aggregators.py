@@ -1,37 +1,19 @@
-"""Combine the tasks' gradients of the shared parameters into one."""
+"""Aggregate the tasks' gradients of the shared parameters to one."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.types import Tree
 
 
-class GradientAggregator(Protocol):
-    """From the tasks' gradients of the shared parameters to one."""
-
-    def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
-        """``rows [T, P]``, the gradients of ``losses [T] / T``, to the gradient to follow, ``[P]``.
-
-        ``kept [T]`` bool: the tasks that count; the other rows are zero. None: all.
-        """
-
-    def forget(self) -> None:
-        """Remember nothing, as at the start."""
-
-    def state(self) -> Tree:
-        """What it remembers."""
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` gave."""
-
-
-class GramianAggregator:
+class GramianAggregator(GradientAggregator):
     """Weights for the gradients that depend on their inner products alone: ``g = sum_i w_i(G) g_i``.
 
     ``G = J J^T [T, T]`` has the inner products of the tasks' gradients of their own losses, in float64, and is
@@ -45,24 +27,22 @@ class GramianAggregator:
         degree: ``d``; None: the weighting needs ``G`` as it is. Weights of degree 0 that do not replace the sum are
             shares of a mean: of ``n`` tasks out of ``T`` they are multiplied by ``n / T``, so that leaving a task
             out takes its part away and leaves those of the others as they are.
-        memory: what the weighting remembers. It does so per task and cannot be asked about some of them, so
-            while a task is left out the others are averaged.
     """
 
+    #: The weighting remembers things per task and cannot be asked about some of them, so while a task is left out
+    #: the others are averaged.
+    remembers = False
+
     def __init__(
-        self,
-        weighting: Callable[[Tensor], Tensor],
-        of_sum: bool = False,
-        degree: float | None = 0.0,
-        memory: Memory | None = None,
+        self, weighting: Callable[[Tensor], Tensor], of_sum: bool = False, degree: float | None = 0.0
     ) -> None:
-        self.weighting, self.of_sum, self.degree, self.memory = weighting, of_sum, degree, memory
+        self.weighting, self.of_sum, self.degree = weighting, of_sum, degree
 
     def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
         tasks = len(rows)
         gramian = (rows @ rows.t()).to("cpu", torch.float64) * tasks**2
         scale = gramian.diagonal().mean()
-        if not 0.0 < float(scale) < float("inf") or (kept is not None and self.memory is not None):
+        if not 0.0 < float(scale) < float("inf") or (kept is not None and self.remembers):
             return rows.sum(0)
         index = torch.arange(tasks) if kept is None else kept.cpu().nonzero().squeeze(1)
         if self.degree is not None:
@@ -76,19 +56,8 @@ class GramianAggregator:
         weights[index] = found
         return weights.to(rows) @ rows
 
-    def forget(self) -> None:
-        if self.memory is not None:
-            self.memory.forget()
 
-    def state(self) -> Tree:
-        return {} if self.memory is None else self.memory.state()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        if self.memory is not None:
-            self.memory.load_state(state)
-
-
-class GradDropAggregator:
+class GradDropAggregator(GradientAggregator):
     """Every entry keeps the gradients of one sign, drawn by how much of each there is (Chen et al. 2020).
 
     Not a function of inner products. It replaces the sum, so it is divided by ``T``, as in
@@ -101,72 +70,63 @@ class GradDropAggregator:
     def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
         return self.aggregator(rows)
 
-    def forget(self) -> None:
-        pass
 
-    def state(self) -> Tree:
-        return {}
+class GradVacAggregator(GramianAggregator):
+    """Gradient Vaccine, with the targets of the cosine similarities, which TorchJD keeps to itself."""
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        pass
+    remembers = True
+    state_fields = ("targets",)
 
+    def __init__(self, vaccine: Any) -> None:
+        super().__init__(vaccine, of_sum=True)
+        self.vaccine = vaccine
 
-class Memory(Protocol):
-    """What a weighting remembers between steps."""
+    @property
+    def targets(self) -> Tensor | None:
+        """Cosine similarities that gradients are brought to."""
+        targets: Tensor | None = self.vaccine._phi_t
+        return targets
 
-    def forget(self) -> None: ...
-
-    def state(self) -> Tree: ...
-
-    def load_state(self, state: dict[str, Any]) -> None: ...
-
-
-class GradVacMemory:
-    """The targets of the cosine similarities, which TorchJD keeps to itself."""
-
-    def __init__(self, weighting: Any) -> None:
-        self.weighting = weighting
+    @targets.setter
+    def targets(self, targets: Tensor | None) -> None:
+        self.vaccine._phi_t = targets
+        self.vaccine._state_key = None if targets is None else (len(targets), targets.dtype)
 
     def forget(self) -> None:
-        self.weighting.reset()
-
-    def state(self) -> Tree:
-        return {"targets": self.weighting._phi_t}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        targets = state["targets"]
-        self.weighting._phi_t = targets
-        self.weighting._state_key = None if targets is None else (len(targets), targets.dtype)
+        self.vaccine.reset()
 
 
-class NashMTL:
-    """NashMTL's weights from the Gramian, and what it remembers: the last weights, from which it starts again.
+class NashMTLAggregator(GramianAggregator):
+    """NashMTL's weights from the Gramian; they start from the last ones, which TorchJD remembers.
 
     TorchJD has them from the Jacobian, of which it uses the Gramian and the norm of the combination; both are the
     same for any ``S`` with ``S S^T = G``, so it is given the symmetric root.
     """
 
-    def __init__(self, weighting: Any) -> None:
-        self.weighting = weighting
+    remembers = True
 
-    def __call__(self, gramian: Tensor) -> Tensor:
+    def __init__(self, bargaining: Any) -> None:
+        super().__init__(self._weights, degree=None)
+        self.bargaining = bargaining
+
+    def _weights(self, gramian: Tensor) -> Tensor:
         values, vectors = torch.linalg.eigh(gramian)
         root = (vectors * values.clamp_min(0.0).sqrt()) @ vectors.t()
         with warnings.catch_warnings():  # of cvxpy, on the form of the problem and inaccurate solutions
             warnings.simplefilter("ignore")
-            weights: Tensor = self.weighting(root)
+            weights: Tensor = self.bargaining(root)
         return weights
 
     def forget(self) -> None:
-        self.weighting.reset()
+        self.bargaining.reset()
 
     def state(self) -> Tree:
-        return {name: getattr(self.weighting, name) for name in ("step", "prvs_alpha", "normalization_factor")}
+        return {name: getattr(self.bargaining, name) for name in ("step", "prvs_alpha", "normalization_factor")}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Tree) -> None:
         for name, value in state.items():
-            setattr(self.weighting, name, value)
-        if self.weighting.step > 0:
+            setattr(self.bargaining, name, value)
+        if self.bargaining.step > 0:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                self.weighting._init_optim_problem()
+                self.bargaining._init_optim_problem()

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
+from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Posterior
+from varshare_rl.nn.layer import TaskModule, penalized_layers
 from varshare_rl.nn.parameters import summed_kl
-from varshare_rl.nn.stochastic import PenalizedLayer, penalized_layers
 from varshare_rl.nn.variational import Estimator
-from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.absorption import AbsorbConfig
-from varshare_rl.optim.kl_schedules import ConstantConfig
-from varshare_rl.optim.priors import FixedPriorConfig, LossGap
-from varshare_rl.types import Metrics, Tree
+from varshare_rl.optim.kl_schedules import ConstantConfig, KLSchedule
+from varshare_rl.optim.priors import FixedPriorConfig, LossGap, Prior
+from varshare_rl.state import Stateful
+from varshare_rl.types import Metrics
 
 
 class KLNormalization(Enum):
-    """What ``n_i``, the divisor of a task's divergence, is."""
+    """Choices of ``n_i``, the divisor of a task's divergence."""
 
     data = "data"  # transitions of this task that the loss averages over: kl_weight = 1 is the plain ELBO
     parameters = "parameters"  # parameters of this task's posterior
@@ -33,7 +34,7 @@ class KLNormalization(Enum):
 
 
 class TargetDraw(Enum):
-    """With which weights targets (SAC) and advantages (PPO) are computed."""
+    """Weights that targets (SAC) and advantages (PPO) are computed with."""
 
     mean = "mean"
     sample = "sample"
@@ -41,14 +42,14 @@ class TargetDraw(Enum):
 
 @dataclass
 class DrawConfig:
-    """Options of ``elbo.draw``: which weights are used when."""
+    """Options of ``elbo.draw``: the weights that acting, targets and evaluation use."""
 
     acting: Resample = Resample.per_update
-    "When weights are drawn anew while the policy collects experience."
+    "Weights of the policy while it collects experience."
     targets: TargetDraw = TargetDraw.mean
     "Weights of targets (SAC) and advantages (PPO)."
     evaluation: Resample = Resample.mean
-    "When weights are drawn anew in evaluation."
+    "Weights of the policy in evaluation."
 
 
 @dataclass
@@ -58,22 +59,22 @@ class ElboConfig:
     kl_weight: float = bounded(0.01, least=0)
     "Weight of the divergence."
     normalization: KLNormalization = KLNormalization.data
-    """What divides a task's divergence: the transitions that its loss averages over, so that a weight of 1 is the
-    plain ELBO (`data`); the parameters of its posterior; or nothing."""
+    """Divisor of a task's divergence: the transitions that its loss averages over, so that a weight of 1 is the
+    plain ELBO (`data`); the parameters of its posterior; or none."""
     prior_scale: float = bounded(1.0, above=0)
     "Standard deviation of the prior."
     temperature: float = bounded(1.0, least=0)
     "Factor on the noise of draws."
     estimator: Estimator | None = None
-    "How training passes draw; null: the network's own way."
+    "Estimator of training passes; null: the network's own."
     weight_samples: int = bounded(1, least=1)
     "Draws per task and training pass, of the estimators `weight` and `flipout`."
     draw: DrawConfig = field(default_factory=DrawConfig)
-    "Which weights are used when."
+    "Draws of the weights."
     schedule: Any = field(default_factory=ConstantConfig)
-    "How the weight moves: `elbo/schedule=<name>`, with options of its own."
+    "Schedule of the weight: `elbo/schedule=<name>`, with options of its own."
     prior: Any = field(default_factory=FixedPriorConfig)
-    "How the prior's scale moves: `elbo/prior=<name>`, with options of its own."
+    "Schedule of the prior's scale: `elbo/prior=<name>`, with options of its own."
     absorb: AbsorbConfig = field(default_factory=AbsorbConfig)
     "Absorption of the residuals' common part."
 
@@ -90,12 +91,12 @@ class ElboConfig:
             )
 
     def posterior(self) -> Posterior:
-        """The part that the layers are built from."""
+        """Return the part that the layers are built from."""
         estimator = None if self.estimator is None else self.estimator.value
         return Posterior(self.prior_scale, estimator, self.temperature, self.weight_samples)
 
 
-class Elbo:
+class Elbo(Stateful):
     """Penalty ``kl_weight * KL_i / n_i`` per task, to be added to that task's RL loss, and its controllers.
 
     Args:
@@ -103,15 +104,17 @@ class Elbo:
         num_tasks: number of tasks.
     """
 
+    state_fields = ("schedule", "prior")
+
     def __init__(self, config: ElboConfig, num_tasks: int) -> None:
         self.config = config
-        self.schedule = config.schedule.build(config.kl_weight, num_tasks)
-        self.prior = config.prior.build(config.prior_scale, num_tasks)
+        self.schedule: KLSchedule = config.schedule.build(config.kl_weight, num_tasks)
+        self.prior: Prior = config.prior.build(config.prior_scale, num_tasks)
         self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
-        self._layers: WeakKeyDictionary[nn.Module, list[PenalizedLayer]] = WeakKeyDictionary()
+        self._layers: WeakKeyDictionary[nn.Module, list[TaskModule]] = WeakKeyDictionary()
 
     def penalty(self, module: nn.Module, transitions_per_task: int) -> Tensor | float:
-        """Weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or where no layer has a divergence.
+        """Return the weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or layers with a divergence.
 
         Layers with ``paid_apart`` are not in it: somebody else adds their divergence to the loss.
         """
@@ -119,14 +122,25 @@ class Elbo:
             return 0.0
         if module not in self._layers:  # the search is not free
             found = [layer for _, layer in penalized_layers(module)]
-            self._layers[module] = [layer for layer in found if not getattr(layer, "paid_apart", False)]
-        layers = self._layers[module]
-        if not layers:
+            self._layers[module] = [layer for layer in found if not layer.paid_apart]
+        if not self._layers[module]:
             return 0.0
-        nats = summed_kl(layers)
+        nats = summed_kl(self._layers[module])
         self._nats[id(module)] = nats.detach()
-        penalty: Tensor = self.schedule.penalty(nats) / self._divisor(module, transitions_per_task)
-        return penalty
+        weight, free_nats = self.schedule.weight, self.schedule.free_nats
+        if isinstance(weight, Tensor):
+            weight = weight.to(nats.device)
+        if free_nats is not None:
+            nats = (nats - free_nats).clamp_min(0.0)
+        return weight * nats / self._divisor(module, transitions_per_task)
+
+    def _divisor(self, module: nn.Module, transitions_per_task: int) -> float:
+        """Return ``n_i``."""
+        if self.config.normalization is KLNormalization.data:
+            return float(max(transitions_per_task, 1))
+        if self.config.normalization is KLNormalization.parameters:
+            return float(max(posterior_size(module), 1))
+        return 1.0
 
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""
@@ -138,38 +152,17 @@ class Elbo:
 
         ``gap`` gives, on demand, the critic loss with theta alone minus that with the residuals, ``[T]``.
         """
-        if not self._nats:
-            return
-        self.schedule.step(torch.stack(list(self._nats.values())).sum(0), modules)
-        self.prior.step(modules.values(), gap)
+        if self._nats and self.schedule.reacts:
+            self.schedule.step(torch.stack(list(self._nats.values())).sum(0), modules)
+        if self._nats and self.prior.moves:
+            self.prior.step(modules.values(), gap)
 
     def metrics(self, modules: Mapping[str, nn.Module]) -> Metrics:
-        """State of the controllers as ``elbo/<name>``."""
+        """Return the state of the controllers as ``elbo/<name>``."""
         values = self.schedule.metrics() | self.prior.metrics(modules.values())
         return {f"elbo/{name}": value for name, value in values.items()}
 
-    def state(self) -> Tree:
-        """State of the controllers."""
-        return {"schedule": self.schedule.state(), "prior": self.prior.state()}
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        self.schedule.load_state(state["schedule"])
-        self.prior.load_state(state["prior"])
-
-    def _divisor(self, module: nn.Module, transitions_per_task: int) -> float:
-        if self.config.normalization is KLNormalization.data:
-            return float(max(transitions_per_task, 1))
-        if self.config.normalization is KLNormalization.parameters:
-            return float(max(posterior_size(module), 1))
-        return 1.0
-
 
 def posterior_size(module: nn.Module) -> int:
-    """Number of Gaussian weights in one task's posterior, or of penalised ones where there is none."""
-    size = 0
-    for layer in module.modules():
-        size += getattr(layer, "penalized_size", 0)
-        for name in getattr(layer, "rho_parameters", ()):
-            size += layer.get_parameter(name)[0].numel()
-    return size
+    """Return the number of Gaussian weights in one task's posterior, or of penalised ones where there is none."""
+    return sum(layer.penalized_size for _, layer in penalized_layers(module))

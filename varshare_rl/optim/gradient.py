@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from varshare_rl.errors import UserError
-from varshare_rl.optim.aggregators import GradientAggregator
+from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.registry import lookup, register, registered
 
 MEAN = "mean"
@@ -29,7 +29,7 @@ class MeanConfig(AggregatorConfig):
     """``gradient=mean``: the gradient of the mean of the losses."""
 
     def build(self, num_tasks: int) -> None:
-        """None: see :class:`~varshare_rl.optim.reduction.MeanReduction`."""
+        """Return None: :class:`~varshare_rl.optim.step.Aggregation` is the mean."""
 
 
 @register("gradient", TEMPERATURE)
@@ -38,12 +38,12 @@ class SoftmaxTemperatureConfig(AggregatorConfig):
     """``gradient=softmax_temperature``: SAC's entropy coefficients weigh the losses (Yang et al. 2020)."""
 
     def build(self, num_tasks: int) -> None:
-        """None: the algorithm makes a :class:`~varshare_rl.optim.reduction.TemperatureReduction`."""
+        """Return None: the algorithm has what :class:`~varshare_rl.optim.step.TemperatureAggregation` weighs by."""
 
 
 @dataclass
 class GradientConfig:
-    """How losses per task become one gradient. :func:`gradient_schema` adds the options of every aggregator."""
+    """Aggregation of losses per task to one gradient. :func:`gradient_schema` adds every aggregator's options."""
 
     actor: str = MEAN
     "Aggregator of the actor's gradients; `gradient=<name>` sets both."

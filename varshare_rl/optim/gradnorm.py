@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.fields import bounded
 from varshare_rl.optim.gradient import AggregatorConfig
+from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.registry import register
-from varshare_rl.types import Tree
 
 _LEAST = 1e-3
 
@@ -22,16 +21,16 @@ class GradNormConfig(AggregatorConfig):
     """``gradient=gradnorm``: learned weights that make the gradients' norms alike (Chen et al. 2018)."""
 
     asymmetry: float = bounded(0.0, least=0)
-    "Pull on tasks that train slowly, the paper's alpha: how much more one that lags behind gets."
+    "Pull on tasks that train slowly, the paper's alpha."
     learning_rate: float = bounded(0.025, least=0)
     "Learning rate of the weights, by Adam."
 
     def build(self, num_tasks: int) -> GradNorm:
-        """The aggregator."""
-        return GradNorm(self)
+        """Make the aggregator."""
+        return GradNorm(self, num_tasks)
 
 
-class GradNorm:
+class GradNorm(GradientAggregator):
     """Follows ``sum_i w_i g_i / T`` and lets the weights ``w`` descend on
 
         sum_i | w_i |g_i| - n r_i^a |
@@ -44,9 +43,12 @@ class GradNorm:
     the CPU, wherever the rows are.
     """
 
-    def __init__(self, config: GradNormConfig) -> None:
+    state_fields = ("weights", "optimizer?", "first?")
+
+    def __init__(self, config: GradNormConfig, num_tasks: int) -> None:
         self.config = config
-        self.weights: nn.Parameter | None = None
+        self.weights = nn.Parameter(torch.ones(num_tasks))
+        self.optimizer = torch.optim.Adam([self.weights], lr=config.learning_rate)
         self.first: Tensor | None = None  # [T] losses of the first step
 
     def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
@@ -54,8 +56,6 @@ class GradNorm:
         losses = losses.detach().cpu()
         if self.first is None:
             self.first = losses.clone()
-            self._start(torch.ones_like(losses))
-        assert self.weights is not None
         gradient = self.weights.detach().to(rows) @ rows
         norms = rows.norm(dim=1).cpu()
         weighted = self.weights.detach() * norms
@@ -63,7 +63,7 @@ class GradNorm:
         counts = counts & torch.isfinite(norms)
         average = torch.where(counts, weighted, 0.0).sum() / counts.sum().clamp_min(1)
         lag = weighted - average * self._rates(losses, counts).pow(self.config.asymmetry)
-        self.weights.grad = torch.where(counts, torch.sign(lag) * norms, 0.0)
+        self.weights.grad = torch.where(counts, torch.sign(lag) * norms, 0.0).to(self.weights.dtype)
         before = self.weights.detach().clone()
         self.optimizer.step()
         with torch.no_grad():
@@ -79,24 +79,8 @@ class GradNorm:
         mean = share.sum() / fits.sum().clamp_min(1)
         return torch.where(fits, share / mean, 1.0)
 
-    def _start(self, weights: Tensor) -> None:
-        self.weights = nn.Parameter(weights)
-        self.optimizer = torch.optim.Adam([self.weights], lr=self.config.learning_rate)
-
     def forget(self) -> None:
         """Equal weights again; the next losses are the first."""
-        self.weights = self.first = None
-
-    def state(self) -> Tree:
-        """Weights, their optimiser and the first losses; None before the first step."""
-        if self.weights is None:
-            return {"weights": None}
-        return {"weights": self.weights.detach(), "optimizer": self.optimizer.state_dict(), "first": self.first}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` gave."""
-        if state["weights"] is None:
-            return
-        self._start(state["weights"].clone())
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.first = state["first"]
+        self.weights.data.fill_(1.0)
+        self.optimizer.state.clear()
+        self.first = None

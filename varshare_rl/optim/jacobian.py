@@ -1,21 +1,20 @@
-"""Gradients of every task's loss with respect to the parameters that the tasks share."""
+"""Gradients of every task's loss with respect to the parameters that the tasks share, and the way to one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.ops.gradient_record import Recorder
-from varshare_rl.types import Tree
+from varshare_rl.state import Stateful
 
 #: Relative difference from which a recorded gradient counts as one that other tasks' losses reach.
 MIXED = 1e-4
 
 
-class TaskGradients:
+class TaskGradients(Stateful):
     """The Jacobian of losses ``[T]`` in the shared parameters, from one backward pass where that can be.
 
     Layers with a ``recorder`` (see :mod:`varshare_rl.ops.gradient_record`) write down the gradients of their shared
@@ -30,6 +29,8 @@ class TaskGradients:
         trained: the module whose layers are to record; None: nothing records.
         shared: the parameters that the Jacobian is of, one after the other in its columns.
     """
+
+    state_fields = ("steps", "mixed")
 
     def __init__(self, trained: nn.Module | None, shared: Sequence[nn.Parameter]) -> None:
         self.shared = list(shared)
@@ -108,13 +109,19 @@ class TaskGradients:
             if bool((apart > MIXED * (size + 1e-2 * size.max())).any()):
                 self.mixed.add(index)
 
-    def state(self) -> Tree:
-        """How many steps were done, and which parameters' rows mix tasks."""
-        return {"steps": self.steps, "mixed": sorted(self.mixed)}
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` gave."""
-        self.steps, self.mixed = state["steps"], set(state["mixed"])
+class GradientAggregator(Stateful):
+    """From the tasks' gradients of the shared parameters to one."""
+
+    def __call__(self, rows: Tensor, losses: Tensor, kept: Tensor | None) -> Tensor:
+        """``rows [T, P]``, the gradients of ``losses [T] / T``, to the gradient to follow, ``[P]``.
+
+        ``kept [T]`` bool: the tasks that count; the other rows are zero. None: all.
+        """
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Remember nothing, as at the start."""
 
 
 def _different(tasks: int) -> Tensor:

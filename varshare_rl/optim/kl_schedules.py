@@ -1,7 +1,7 @@
-"""How the weight of the divergence moves during training: ``elbo/schedule=``.
+"""Movement of the divergence's weight during training: ``elbo/schedule=``.
 
-A schedule turns the nats of one network, ``[T]``, into its penalty before normalisation, ``[T]``. Once per
-gradient update it sees the nats of all networks together and may move its weight.
+A schedule holds the weight, which multiplies the nats of each network, ``[T]``. Once per gradient update it sees
+the nats of all networks together and may move it.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,19 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded, check_below
 from varshare_rl.nn.variational import noise_to_weight
 from varshare_rl.registry import register
-from varshare_rl.types import Metrics, Tree
+from varshare_rl.state import Stateful
+from varshare_rl.types import Metrics
 
 
-class KLSchedule(Protocol):
-    """What :class:`~varshare_rl.optim.elbo.Elbo` asks of a schedule."""
+class KLSchedule(Stateful):
+    """A weight on the nats of every network: constant, unless a subclass moves it."""
 
-    def penalty(self, nats: Tensor) -> Tensor:
-        """Weighted nats of one network, ``[T]`` in and out."""
+    state_fields: ClassVar[tuple[str, ...]] = ("weight",)
+    reacts = False  # True: updates move the weight
+    free_nats: float | None = None  # nats of every task and network that cost nothing
+
+    def __init__(self, kl_weight: float | Tensor) -> None:
+        self.weight = kl_weight  # or one per task, [T] on the CPU
 
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""
@@ -34,38 +39,8 @@ class KLSchedule(Protocol):
         """After a gradient update: ``nats [T]`` of all networks together, and the networks."""
 
     def metrics(self) -> Metrics:
-        """Numbers to log, without their ``elbo/`` in front."""
-
-    def state(self) -> Tree:
-        """What a resumed run needs."""
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-
-
-class _Weighted:
-    """A weight that multiplies the nats, and no reaction: what most schedules start from."""
-
-    def __init__(self, kl_weight: float | Tensor) -> None:
-        self.weight = kl_weight
-
-    def penalty(self, nats: Tensor) -> Tensor:
-        return self.weight * nats
-
-    def advance(self, fraction: float) -> None:
-        pass
-
-    def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
-        pass
-
-    def metrics(self) -> Metrics:
+        """Return numbers to log, without their ``elbo/`` in front."""
         return {"kl_weight": float(self.weight.mean() if isinstance(self.weight, Tensor) else self.weight)}
-
-    def state(self) -> Tree:
-        return {"weight": self.weight}
-
-    def load_state(self, state: Tree) -> None:
-        self.weight = state["weight"]
 
 
 @register("elbo/schedule", "constant")
@@ -76,8 +51,8 @@ class ConstantConfig:
     name: str = "constant"
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
-        return _Weighted(kl_weight)
+        """Return the schedule."""
+        return KLSchedule(kl_weight)
 
 
 @register("elbo/schedule", "ramp")
@@ -94,7 +69,7 @@ class RampConfig:
     late: float = bounded(0.2, least=0, most=1)
     "Share of the budget for the second rise, at its end."
     late_factor: float = bounded(2.0, least=0)
-    "What the second rise ends at, times `elbo.kl_weight`."
+    "End of the second rise, times `elbo.kl_weight`."
 
     def check(self, prefix: str) -> None:
         """Raise UserError for rises that overlap."""
@@ -102,11 +77,11 @@ class RampConfig:
             raise UserError(f"{prefix}warmup + late is {self.warmup + self.late:g}; it must be at most 1")
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
+        """Return the schedule."""
         return _Ramp(self, kl_weight)
 
 
-class _Ramp(_Weighted):
+class _Ramp(KLSchedule):
     def __init__(self, config: RampConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
         self.config, self.full = config, kl_weight
@@ -122,12 +97,12 @@ class _Ramp(_Weighted):
 @register("elbo/schedule", "band")
 @dataclass
 class BandConfig:
-    """``elbo/schedule=band``: keep the spread of the residuals within a band relative to the shared weights.
+    """``elbo/schedule=band``: keep the residuals' sigma within a band relative to the shared weights.
 
-    The measure is the noise-to-weight ratio, the root mean square spread of ``s B A`` over that of ``theta``,
+    The measure is the noise-to-weight ratio, the root mean square of the noise in ``s B A`` over that of ``theta``,
     averaged over layers and tasks and smoothed. Every ``interval`` updates a ratio outside the band multiplies the
     weight by ``factor`` or divides it. Which of the two brings the ratio back depends on the prior: a larger weight
-    pulls the spread towards the prior's, so it lowers the ratio where the prior's spread is the smaller one and
+    pulls sigma towards the prior's scale, so it lowers the ratio where the prior's scale is the smaller one and
     raises it where it is the larger one.
     """
 
@@ -153,11 +128,14 @@ class BandConfig:
         check_below(self, prefix, "least", "most")
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
+        """Return the schedule."""
         return _Band(self, kl_weight)
 
 
-class _Band(_Weighted):
+class _Band(KLSchedule):
+    state_fields = ("ratio", "prior_ratio", "steps")
+    reacts = True
+
     def __init__(self, config: BandConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
         self.config = config
@@ -182,14 +160,6 @@ class _Band(_Weighted):
     def metrics(self) -> Metrics:
         return super().metrics() | {"noise_to_weight": self.ratio, "prior_noise_to_weight": self.prior_ratio}
 
-    def state(self) -> Tree:
-        ratios = {"ratio": self.ratio, "prior_ratio": self.prior_ratio, "steps": self.steps}
-        return super().state() | ratios
-
-    def load_state(self, state: Tree) -> None:
-        super().load_state(state)
-        self.ratio, self.prior_ratio, self.steps = state["ratio"], state["prior_ratio"], state["steps"]
-
 
 @register("elbo/schedule", "dual")
 @dataclass
@@ -207,7 +177,7 @@ class DualConfig:
     budget_nats: float = bounded(1000.0, above=0)
     "Nats per task, of all networks together, that the divergence is held at."
     per_task: bool = False
-    "Whether every task is held, with a weight of its own, instead of the mean over tasks."
+    "Hold every task, with a weight of its own, instead of the mean over tasks."
     rate: float = bounded(0.02, least=0)
     "Step of the multiplier's logarithm."
     gain: float = bounded(3.0, least=0)
@@ -222,21 +192,21 @@ class DualConfig:
         check_below(self, prefix, "least", "most")
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
+        """Return the schedule."""
         return _Dual(self, kl_weight, num_tasks)
 
 
 _BOUND = math.log(1.2)  # what a violation counts as at most in the multiplier
 
 
-class _Dual(_Weighted):
+class _Dual(KLSchedule):
+    state_fields = ("log_multiplier",)
+    reacts = True
+
     def __init__(self, config: DualConfig, kl_weight: float, num_tasks: int) -> None:
         super().__init__(torch.full((num_tasks,), max(kl_weight, config.least)))
         self.config = config
         self.log_multiplier = torch.as_tensor(self.weight).log()
-
-    def penalty(self, nats: Tensor) -> Tensor:
-        return torch.as_tensor(self.weight).to(nats.device) * nats
 
     def step(self, nats: Tensor, modules: Mapping[str, nn.Module]) -> None:
         config = self.config
@@ -246,13 +216,6 @@ class _Dual(_Weighted):
         self.log_multiplier = moved.clamp(math.log(config.least), math.log(config.most))
         weight = (self.log_multiplier + config.gain * violation).exp()
         self.weight = weight.clamp(config.least, config.most)
-
-    def state(self) -> Tree:
-        return super().state() | {"log_multiplier": self.log_multiplier}
-
-    def load_state(self, state: Tree) -> None:
-        super().load_state(state)
-        self.log_multiplier = state["log_multiplier"]
 
 
 @register("elbo/schedule", "free_bits")
@@ -268,14 +231,11 @@ class FreeBitsConfig:
     "Nats of every task and network that cost nothing."
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
-        """The schedule."""
+        """Return the schedule."""
         return _FreeBits(self, kl_weight)
 
 
-class _FreeBits(_Weighted):
+class _FreeBits(KLSchedule):
     def __init__(self, config: FreeBitsConfig, kl_weight: float) -> None:
         super().__init__(kl_weight)
         self.free_nats = config.free_nats
-
-    def penalty(self, nats: Tensor) -> Tensor:
-        return super().penalty((nats - self.free_nats).clamp_min(0.0))

@@ -1,4 +1,4 @@
-"""The optimiser behind a step: what each parameter is, at which rate it learns, and how rates change in a run."""
+"""The optimiser behind a step: roles of the parameters, their learning rates, and how rates change in a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from varshare_rl.fields import bounded
 
 
 class Schedule(Enum):
-    """How learning rates fall, once warm, with the share of ``total_transitions`` that is done."""
+    """Ways for learning rates to fall, once warm, with the share of ``total_transitions`` that is done."""
 
     constant = "constant"
     linear = "linear"
@@ -33,15 +33,15 @@ class OptimizerConfig:
     weight_decay: float = bounded(0.0, least=0)
     "Decoupled weight decay (AdamW) on shared weights; not on biases and norms."
     schedule: Schedule = Schedule.constant
-    "How learning rates fall in the course of the budget, once warm."
+    "Fall of the learning rates in the course of the budget, once warm."
     warmup: float = bounded(0.0, least=0, below=1)
     "Share of the budget in which learning rates rise from 0."
     final_rate: float = bounded(0.0, least=0, most=1)
-    "What `linear` and `cosine` end at, as a share of the learning rate."
+    "End of `linear` and `cosine`, as a share of the learning rate."
 
 
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:
-    """Factor on every learning rate when ``fraction`` of the run is done.
+    """Return the factor on every learning rate when ``fraction`` of the run is done.
 
     It rises linearly to 1 until ``fraction = warmup``. From there, with ``p`` the share done of what remains and
     ``e = final_rate``, it is 1 (constant), ``1 - (1 - e) p`` (linear), or ``e + (1 - e) (1 + cos(pi p)) / 2``
@@ -75,7 +75,7 @@ class ScheduledAdam:
         self, trained: Sequence[Role], learning_rate: float, epsilon: float, config: OptimizerConfig
     ) -> None:
         self.config = config
-        rates = {Kind.theta: 1.0, Kind.mean: config.mu_lr_scale, Kind.spread: config.rho_lr_scale}
+        rates = {Kind.theta: 1.0, Kind.mu: config.mu_lr_scale, Kind.rho: config.rho_lr_scale}
         groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
         for role in trained:
             decay = config.weight_decay if role.decays else 0.0
@@ -99,8 +99,8 @@ class Kind(Enum):
     """The kinds of parameters that have a learning rate of their own."""
 
     theta = "theta"  # everything that is no adapter
-    mean = "mean"  # of an adapter: parameters of one task in a layer that the tasks share otherwise
-    spread = "spread"  # the rho of an adapter
+    mu = "mu"  # of an adapter: parameters of one task in a layer that the tasks share otherwise
+    rho = "rho"  # of an adapter
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Role:
 
 
 def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
-    """The roles of all parameters that require a gradient, in the module's order.
+    """Return the roles of all parameters that require a gradient, in the module's order.
 
-    Layers name stacked parameters (dim 0 is the task) in ``per_task_parameters``, and the spreads among them in
+    Layers name stacked parameters (dim 0 is the task) in ``per_task_parameters``, and the rhos among them in
     ``rho_parameters``. Weights are the shared parameters of two dimensions or more, and of three or more where
     dim 0 is the task (of layers that share nothing) or, as a layer says by ``stacks_copies``, a copy of a layer;
     parameters outside a module count as shared and do not decay.
@@ -132,7 +132,7 @@ def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
         adapter = any(name not in stacked for name in parameters)
         for name, parameter in parameters.items():
             own = name in stacked
-            kind = Kind.spread if name in sigmas else Kind.mean if own and adapter else Kind.theta
+            kind = Kind.rho if name in sigmas else Kind.mu if own and adapter else Kind.theta
             decays = kind is Kind.theta and parameter.dim() >= (3 if own or copies else 2)
             found.setdefault(id(parameter), Role(parameter, own, kind, decays))
     return [found[id(parameter)] for parameter in trained.parameters() if parameter.requires_grad]

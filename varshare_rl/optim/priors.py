@@ -1,41 +1,38 @@
-"""How the scale of the residuals' prior moves during training: ``elbo/prior=``."""
+"""Movement of the scale of the residuals' prior during training: ``elbo/prior=``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.fields import bounded, check_below
-from varshare_rl.nn.stochastic import StochasticLayer, stochastic_layers
+from varshare_rl.nn.variational import VariationalLayer, stochastic_layers
 from varshare_rl.registry import register
-from varshare_rl.types import Metrics, Tree
+from varshare_rl.state import Stateful
+from varshare_rl.types import Metrics
 
 #: Per task ``[T]``: critic loss with theta alone minus critic loss with the residuals.
 LossGap = Callable[[], Tensor]
 
 
-class Prior(Protocol):
-    """What :class:`~varshare_rl.optim.elbo.Elbo` asks of a prior. The scales themselves live in the layers."""
+class Prior(Stateful):
+    """Scales that stay as they are, unless a subclass moves them. They live in the layers."""
+
+    moves = False  # True: updates move the scales
 
     def step(self, modules: Iterable[nn.Module], gap: LossGap) -> None:
         """After a gradient update: move the scales of the layers inside ``modules``."""
 
     def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
-        """Numbers to log, without their ``elbo/`` in front."""
-
-    def state(self) -> Tree:
-        """What a resumed run needs besides the layers."""
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
+        """Return numbers to log, without their ``elbo/`` in front."""
+        return {}
 
 
-def _layers(modules: Iterable[nn.Module]) -> list[StochasticLayer]:
+def _layers(modules: Iterable[nn.Module]) -> list[VariationalLayer]:
     return [layer for module in modules for _, layer in stochastic_layers(module)]
 
 
@@ -47,22 +44,8 @@ class FixedPriorConfig:
     name: str = "fixed"
 
     def build(self, prior_scale: float, num_tasks: int) -> Prior:
-        """The prior."""
-        return _Fixed()
-
-
-class _Fixed:
-    def step(self, modules: Iterable[nn.Module], gap: LossGap) -> None:
-        pass
-
-    def metrics(self, modules: Iterable[nn.Module]) -> Metrics:
-        return {}
-
-    def state(self) -> Tree:
-        return {}
-
-    def load_state(self, state: Tree) -> None:
-        pass
+        """Return the prior."""
+        return Prior()
 
 
 @register("elbo/prior", "learned")
@@ -88,11 +71,14 @@ class LearnedPriorConfig:
     "Updates between steps."
 
     def build(self, prior_scale: float, num_tasks: int) -> Prior:
-        """The prior."""
+        """Return the prior."""
         return _Learned(self, prior_scale)
 
 
-class _Learned(_Fixed):
+class _Learned(Prior):
+    state_fields = ("steps",)
+    moves = True
+
     def __init__(self, config: LearnedPriorConfig, prior_scale: float) -> None:
         self.config, self.home = config, math.log(prior_scale)
         self.steps = 0
@@ -117,12 +103,6 @@ class _Learned(_Fixed):
             "prior_scale_least": min(scales),
             "prior_scale_most": max(scales),
         }
-
-    def state(self) -> Tree:
-        return {"steps": self.steps}
-
-    def load_state(self, state: Tree) -> None:
-        self.steps = state["steps"]
 
 
 @register("elbo/prior", "adaptive")
@@ -151,11 +131,14 @@ class AdaptivePriorConfig:
         check_below(self, prefix, "least", "most")
 
     def build(self, prior_scale: float, num_tasks: int) -> Prior:
-        """The prior."""
+        """Return the prior."""
         return _Adaptive(self, num_tasks)
 
 
-class _Adaptive(_Fixed):
+class _Adaptive(Prior):
+    state_fields = ("gap", "steps")
+    moves = True
+
     def __init__(self, config: AdaptivePriorConfig, num_tasks: int) -> None:
         self.config = config
         self.gap = torch.full((num_tasks,), math.nan)
@@ -191,9 +174,3 @@ class _Adaptive(_Fixed):
             "prior_scale_least": float(scales.min()),
             "prior_scale_most": float(scales.max()),
         }
-
-    def state(self) -> Tree:
-        return {"gap": self.gap, "steps": self.steps}
-
-    def load_state(self, state: Tree) -> None:
-        self.gap, self.steps = state["gap"], state["steps"]

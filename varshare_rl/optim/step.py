@@ -1,37 +1,44 @@
-"""The one place where losses per task become a gradient and a step."""
+"""From losses per task to a step: aggregate them to one gradient, clip its norm, step Adam."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
-from varshare_rl.optim.gradient import GradientConfig
-from varshare_rl.optim.jacobian import gradient_gram
+from varshare_rl.optim.gradient import MEAN, TEMPERATURE, GradientConfig
+from varshare_rl.optim.jacobian import GradientAggregator, TaskGradients, gradient_gram
 from varshare_rl.optim.optimizer import OptimizerConfig, ScheduledAdam, roles
-from varshare_rl.optim.reduction import MeanReduction, Reduction, TemperatureReduction, build_reduction
-from varshare_rl.types import Tree
+from varshare_rl.state import Stateful
+
+#: A softmax weight below this is taken for it when a task's own gradient is scaled back.
+_LEAST = 1e-12
 
 
-class LossStep:
-    """Reduce losses per task to a gradient, clip its norm, and step Adam.
+class LossStep(Stateful):
+    """Steps of one network: :meth:`aggregate`, :meth:`clip` and :meth:`step`, in this order.
 
-    The reduction is the mean over tasks unless another is chosen with :meth:`aggregate_by`. Tasks that the guard
-    leaves out count as a loss of 0: the others' gradients stay as they are.
+    Tasks that the guard leaves out count as a loss of 0: the others' gradients stay as they are.
 
     Args:
         trained: a module, or bare parameters; layers list stacked ones in ``per_task_parameters``.
         learning_rate: of Adam, before the factors of ``optimizer``.
-        max_grad_norm: bound on the norm of the whole combined gradient, shared and own parameters together; 0
+        max_grad_norm: bound on the norm of the whole aggregated gradient, shared and own parameters together; 0
             switches clipping off.
         epsilon: Adam's epsilon.
         optimizer: rates, decay and schedule.
         divergence_guard: which tasks are left out of a step.
+        aggregator: name of what makes one of the gradients of what the tasks share; ``gradient`` has its settings.
+        num_tasks: ``T``, for aggregators that are told.
+        log_temperature: ``[T]``, of the aggregator ``softmax_temperature``.
+
+    Raises:
+        UserError: the aggregator needs a package that is not installed.
     """
+
+    state_fields = ("optimizer", "reduction=aggregation", "guard=divergence_guard")
 
     def __init__(
         self,
@@ -41,54 +48,65 @@ class LossStep:
         epsilon: float = 1e-8,
         optimizer: OptimizerConfig | None = None,
         divergence_guard: DivergenceGuardConfig | None = None,
+        aggregator: str = MEAN,
+        gradient: GradientConfig | None = None,
+        num_tasks: int = 1,
+        log_temperature: Tensor | None = None,
     ) -> None:
-        self.trained = trained
         self.roles = roles(trained)
         self.parameters = [role.parameter for role in self.roles]
         self.max_grad_norm = max_grad_norm
+        self.scheduled = ScheduledAdam(self.roles, learning_rate, epsilon, optimizer or OptimizerConfig())
+        self.optimizer = self.scheduled.adam
+        self.on_cpu = all(
+            parameter.is_cpu for parameter in self.parameters
+        )  # looking at a number waits for nothing
+        self.divergence_guard = DivergenceGuard(divergence_guard or DivergenceGuardConfig(), self.on_cpu)
+        self.aggregation = Aggregation()
+        shared = [role.parameter for role in self.roles if not role.own]
+        if aggregator == TEMPERATURE and log_temperature is not None:
+            own = [role.parameter for role in self.roles if role.own]
+            self.aggregation = TemperatureAggregation(own, log_temperature)
+        elif shared and (chosen := (gradient or GradientConfig()).build(aggregator, num_tasks)) is not None:
+            recorded = trained if isinstance(trained, nn.Module) else None
+            self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen)
         self.gram: Tensor | None = None  # of the tasks' gradients, when it was last asked for
         self._gram_of: list[nn.Parameter] | None = None
-        self.scheduled = ScheduledAdam(self.roles, learning_rate, epsilon, optimizer or OptimizerConfig())
-        self.divergence_guard = DivergenceGuard(divergence_guard or DivergenceGuardConfig())
-        self.reduction: Reduction = MeanReduction()
-
-    @property
-    def optimizer(self) -> torch.optim.Adam:
-        """Adam itself."""
-        return self.scheduled.adam
-
-    def aggregate_by(self, name: str, config: GradientConfig, num_tasks: int) -> None:
-        """Choose the reduction; ``softmax_temperature`` is the mean until :meth:`follow_temperature`."""
-        assert isinstance(self.trained, nn.Module)
-        self.reduction = build_reduction(name, config, num_tasks, self.trained, self.roles)
-
-    def follow_temperature(self, log_temperature: Tensor) -> None:
-        """Weigh the tasks by ``softmax(-log_temperature)``."""
-        own = [role.parameter for role in self.roles if role.own]
-        self.reduction = TemperatureReduction(own, log_temperature)
 
     def __call__(self, losses: Tensor) -> Tensor:
-        """Step on ``losses [T]``; returns the norm of the combined gradient before clipping."""
+        """Aggregate, clip and step; returns the norm before clipping."""
+        self.aggregate(losses)
+        norm = self.clip()
+        self.step(norm)
+        return norm
+
+    def aggregate(self, losses: Tensor) -> None:
+        """Fill the parameters' gradients from ``losses [T]``."""
         if self._gram_of is not None:
             self.gram, self._gram_of = gradient_gram(losses, self._gram_of), None
         self.optimizer.zero_grad(set_to_none=True)
-        kept = self.divergence_guard.kept(losses, self.reduction.waits)
-        if kept is not None:
-            losses = torch.where(kept, losses, 0.0)
-        with nullcontext() if kept is None else contained(losses):
-            self.reduction(losses, kept)
-        bound = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters, bound, foreach=True).detach()
-        self._step(norm)
-        return norm
-
-    def _step(self, norm: Tensor) -> None:
-        """Step the optimiser unless the guard forbids it; on a device, the device decides."""
-        here = self._decides_here(norm)
-        dropped = None if here and bool(torch.isfinite(norm)) else self.divergence_guard.drop(norm)
-        if here and dropped is not None and bool(dropped):
+        guard, kept = self.divergence_guard, None
+        guard.fitting = torch.isfinite(losses)
+        if guard.watches_size or not self.on_cpu or not bool(guard.fitting.all()):
+            kept = guard.kept(losses, self.aggregation.waits)
+        if kept is None:
+            self.aggregation(losses, None)
             return
-        self.optimizer.found_inf = None if here else dropped  # type: ignore[attr-defined]  # fused Adam obeys it
+        losses = torch.where(kept, losses, 0.0)
+        with contained(losses):
+            self.aggregation(losses, kept)
+
+    def clip(self) -> Tensor:
+        """Bound the norm of the aggregated gradient; returns the norm before."""
+        bound = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
+        return nn.utils.clip_grad_norm_(self.parameters, bound, foreach=True).detach()
+
+    def step(self, norm: Tensor) -> None:
+        """Step Adam unless the guard forbids it for a gradient of this norm; on a device, the device decides."""
+        drop = None if self.on_cpu and bool(torch.isfinite(norm)) else self.divergence_guard.drop(norm)
+        if self.on_cpu and drop is not None and bool(drop):
+            return
+        self.optimizer.found_inf = None if self.on_cpu else drop  # type: ignore[attr-defined]  # fused Adam obeys it
         self.optimizer.step()
 
     def measure_gram(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -99,31 +117,83 @@ class LossStep:
         self.gram = None
         self._gram_of = list(parameters) or None
 
-    def _decides_here(self, tensor: Tensor) -> bool:
-        """Whether looking at a number costs no waiting for a device."""
-        return tensor.is_cpu
-
     def advance(self, fraction: float) -> None:
         """Set learning rates for when ``fraction`` of the run is done, and take note of what the guard saw."""
         self.scheduled.advance(fraction)
         self.divergence_guard.look()
 
     def forget(self) -> None:
-        """Start afresh for parameters that do: no moments, no running losses, no memory of the reduction."""
+        """Start afresh for parameters that do: no moments, no running losses, no memory of the aggregation."""
         self.optimizer.state.clear()
         self.divergence_guard.forget()
-        self.reduction.forget()
+        self.aggregation.forget()
 
-    def state(self) -> Tree:
-        """Optimiser, what the reduction remembers, and the guard's counts."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "reduction": self.reduction.state(),
-            "guard": self.divergence_guard.state(),
-        }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what :meth:`state` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.reduction.load_state(state["reduction"])
-        self.divergence_guard.load_state(state["guard"], self.parameters[0].device)
+class Aggregation(Stateful):
+    """From losses ``[T]`` to the gradient of every parameter: that of the mean, unless a subclass says otherwise.
+
+    Own parameters of a task get the gradient of the mean, ``1 / T`` times that of its loss, from every aggregation.
+    """
+
+    waits = False  # True: it reads numbers from the device anyway
+
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
+        """Fill ``grad``. ``kept [T]`` bool: the tasks that count; the others' losses are 0, without a gradient."""
+        torch.autograd.backward(losses.mean())
+
+    def memory_bytes(self, num_tasks: int) -> int:
+        """Predict the bytes of its gradients per task; a look for mixing takes as many again for a moment."""
+        return 0
+
+    def forget(self) -> None:
+        """Remember nothing, as at the start."""
+
+
+class TemperatureAggregation(Aggregation):
+    """The tasks' losses weighed by ``softmax_i(-log alpha_i)`` in what they share (Yang et al. 2020, section 4.3).
+
+    ``alpha_i`` is the entropy coefficient of SAC: a task whose policy is still at random, with a large one,
+    counts for less.
+
+    Args:
+        own: the parameters whose dim 0 is the task.
+        log_temperature: ``log alpha [T]``, the one that learns.
+    """
+
+    def __init__(self, own: Sequence[nn.Parameter], log_temperature: Tensor) -> None:
+        self.own, self.log_temperature = list(own), log_temperature
+
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
+        weights = torch.softmax(-self.log_temperature.detach(), 0).clamp_min(_LEAST)
+        torch.autograd.backward(torch.dot(weights, losses))
+        back = 1.0 / (weights * len(losses))
+        for parameter in self.own:
+            if parameter.grad is not None:
+                parameter.grad.mul_(back.view(-1, *[1] * (parameter.dim() - 1)))
+
+
+class JacobianAggregation(Aggregation):
+    """An aggregate of the tasks' gradients for what they share."""
+
+    waits = True
+    state_fields = ("gradients", "combiner=aggregator")
+
+    def __init__(self, gradients: TaskGradients, aggregator: GradientAggregator) -> None:
+        self.gradients, self.aggregator = gradients, aggregator
+
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
+        if len(losses) == 1:
+            torch.autograd.backward(losses.mean())
+            return
+        rows = self.gradients(losses)
+        reached = self.gradients.reached
+        combined = self.aggregator(rows, losses.detach(), kept)
+        for index, gradient in enumerate(self.gradients.views(combined)):
+            if index in reached:
+                self.gradients.shared[index].grad = gradient
+
+    def memory_bytes(self, num_tasks: int) -> int:
+        return 0 if num_tasks == 1 else num_tasks * sum(parameter.nbytes for parameter in self.gradients.shared)
+
+    def forget(self) -> None:
+        self.aggregator.forget()

@@ -9,31 +9,33 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.task_rows import ActiveTasks, restrict_tasks
-from varshare_rl.types import Tree
+from varshare_rl.state import Stateful
 
 #: Adam's state with the shape of the parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class TaskSubset:
-    """Has what is kept per task hold the rows of a few tasks only, for the time of an update.
+class TaskSubset(Stateful):
+    """A few of the tasks, whose rows stand for all in what is kept per task, for the time of an update.
 
-    Every layer keeps its stacks ``[T, ...]``. While the window is open each of them is ``[K, ...]``, the rows of
-    the window's tasks, in parameters, buffers and the moments of Adam; so passes, divergences, gradients and
-    steps are those of ``K`` tasks. On closing the rows go back. A task's rows and moments change in its own
-    windows alone, as with lazily updated embeddings, and Adam corrects their bias by the number of those.
+    Every layer keeps its stacks ``[T, ...]``. During a turn each of them is ``[K, ...]``, the rows of the subset's
+    tasks, in parameters, buffers and the moments of Adam; so passes, divergences, gradients and steps are those of
+    ``K`` tasks. At its end the rows go back. A task's rows and moments change in its own turns alone, as with
+    lazily updated embeddings, and Adam corrects their bias by the number of those.
 
     No graph of autograd with a stack in it may outlive its turn, or the next one finds the wrong shape.
 
-    Tasks take turns: every pass goes through all of them in a new random order, in windows of nearly equal size.
+    Tasks take turns: every pass goes through all of them in a new random order, in subsets of nearly equal size.
 
     Args:
         num_tasks: ``T``.
-        size: the most tasks of a window, ``K``; with ``T`` or more there is no window.
-        modules: what has stacks, named in ``per_task_parameters`` and ``per_task_buffers``.
+        size: the most tasks of a subset, ``K``; with ``T`` or more there are no subsets.
+        modules: they have stacks, named in ``per_task_parameters`` and ``per_task_buffers``.
         parameters: further stacks, outside modules.
         optimizers: of all of these.
     """
+
+    state_fields = ("order", "passes", "next", "born")
 
     def __init__(
         self,
@@ -58,49 +60,39 @@ class TaskSubset:
         }
         self.order = torch.arange(num_tasks)
         self.passes = 0
-        self.next = 0  # window of this pass
+        self.next = 0  # turn of this pass
         self.born: dict[int, int] = {}  # by stack: passes before the first with its present moments
 
     @property
     def share(self) -> float:
-        """Of all tasks those of one window."""
+        """Share of the tasks that are in one subset."""
         return self.size / self.num_tasks
 
     @property
-    def windows(self) -> int:
-        """How many make a pass."""
+    def turns(self) -> int:
+        """Number of turns in a pass."""
         return -(-self.num_tasks // self.size)
 
     @contextmanager
     def turn(self) -> Iterator[Tensor | None]:
-        """Inside, the next tasks stand for all; gives their ids ``[K]``, or None where they are all."""
-        if self.windows == 1:
+        """Have the next tasks stand for all inside; gives their ids ``[K]``, or None where they are all."""
+        if self.turns == 1:
             yield None
             return
         if self.next == 0:
             self.order = torch.randperm(self.num_tasks)
-        ids = self.order.tensor_split(self.windows)[self.next]
+        ids = self.order.tensor_split(self.turns)[self.next]
         close = self._open(ids)
         try:
             with restrict_tasks(ActiveTasks(ids, self.num_tasks)):
                 yield ids
         finally:
             close()
-        self.next = (self.next + 1) % self.windows
+        self.next = (self.next + 1) % self.turns
         self.passes += self.next == 0
 
-    def state(self) -> Tree:
-        """Whose turn it is, and how old moments are."""
-        born = [list(pair) for pair in self.born.items()]
-        return {"order": self.order, "passes": self.passes, "next": self.next, "born": born}
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        self.order, self.passes, self.next = state["order"], state["passes"], state["next"]
-        self.born = dict(state["born"])
-
     def _open(self, ids: Tensor) -> Callable[[], None]:
-        """Put rows in the place of stacks; returns what puts them back."""
+        """Put rows in the place of stacks; returns a function that puts them back."""
         closing = [self._parameter(number, stack, ids) for number, stack in enumerate(self._stacks)]
         closing += [_buffer(module, name, ids) for module, name in self._buffers]
 
@@ -117,7 +109,7 @@ class TaskSubset:
         moments: dict[str, Tensor] = {}
         if optimizer is not None and parameter in optimizer.state:
             state = optimizer.state[parameter]
-            if number not in self.born:  # moments from before there were windows
+            if number not in self.born:  # moments from before there were subsets
                 self.born[number] = self.passes - int(state["step"])
             moments = _take_moments(state, rows)
             state["step"].fill_(self.passes - self.born[number])

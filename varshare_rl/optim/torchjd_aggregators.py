@@ -11,12 +11,12 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.optim.aggregators import (
     GradDropAggregator,
-    GradientAggregator,
-    GradVacMemory,
+    GradVacAggregator,
     GramianAggregator,
-    NashMTL,
+    NashMTLAggregator,
 )
 from varshare_rl.optim.gradient import AggregatorConfig
+from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.registry import register, registered
 
 
@@ -24,7 +24,7 @@ class TorchJDConfig(AggregatorConfig):
     """Options of an aggregator that needs TorchJD."""
 
     def build(self, num_tasks: int) -> GradientAggregator:
-        """The aggregator. Raises UserError where TorchJD, or what a method of it needs, is not installed."""
+        """Make the aggregator. Raises UserError where TorchJD, or what a method of it needs, is not installed."""
         try:
             from torchjd import aggregation
 
@@ -38,7 +38,7 @@ class TorchJDConfig(AggregatorConfig):
 
     @abstractmethod
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator from ``torchjd.aggregation``."""
+        """Make the aggregator from ``torchjd.aggregation``."""
 
 
 @register("gradient", "pcgrad")
@@ -47,7 +47,7 @@ class PCGradConfig(TorchJDConfig):
     """``gradient=pcgrad``: conflicting parts are projected away (Yu et al. 2020, Gradient Surgery)."""
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
+        """Make the aggregator."""
         return GramianAggregator(torchjd.PCGradWeighting(), of_sum=True)
 
 
@@ -60,7 +60,7 @@ class CAGradConfig(TorchJDConfig):
     "Radius of the ball around the mean gradient, as a share of its norm."
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
+        """Make the aggregator."""
         return GramianAggregator(torchjd.CAGradWeighting(self.c))
 
 
@@ -73,7 +73,7 @@ class FairGradConfig(TorchJDConfig):
     "Fairness: 1 is proportional, a large one max-min."
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator; its weights solve ``G w = w^(-1 / alpha)``."""
+        """Make the aggregator; its weights solve ``G w = w^(-1 / alpha)``."""
         return GramianAggregator(torchjd.FairGradWeighting(self.alpha), degree=self.alpha / (1.0 + self.alpha))
 
 
@@ -90,10 +90,9 @@ class NashMTLConfig(TorchJDConfig):
     "Iterations of the solver."
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
+        """Make the aggregator."""
         aggregator = torchjd.NashMTL(num_tasks, self.max_norm, self.solve_every, self.iterations)
-        nash = NashMTL(aggregator.weighting)
-        return GramianAggregator(nash, degree=None, memory=nash)
+        return NashMTLAggregator(aggregator.weighting)
 
 
 @register("gradient", "upgrad")
@@ -102,7 +101,7 @@ class UPGradConfig(TorchJDConfig):
     """``gradient=upgrad``: the mean of projections that harm no task (Quinton and Rey 2024)."""
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
+        """Make the aggregator."""
         return GramianAggregator(torchjd.UPGradWeighting())
 
 
@@ -112,7 +111,7 @@ class MGDAConfig(TorchJDConfig):
     """``gradient=mgda``: the shortest combination (Desideri 2012; Sener and Koltun 2018)."""
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
+        """Make the aggregator."""
         return GramianAggregator(torchjd.MGDAWeighting())
 
 
@@ -122,7 +121,7 @@ class IMTLGConfig(TorchJDConfig):
     """``gradient=imtlg``: equal projections on all tasks' gradients (Liu et al. 2021, Impartial)."""
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
+        """Make the aggregator."""
         return GramianAggregator(torchjd.IMTLGWeighting())
 
 
@@ -143,7 +142,7 @@ class AlignedMTLConfig(TorchJDConfig):
     "The eigenvalue that all components get."
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
+        """Make the aggregator."""
         return GramianAggregator(torchjd.AlignedMTLWeighting(scale_mode=self.scale.value))
 
 
@@ -153,12 +152,11 @@ class GradVacConfig(TorchJDConfig):
     """``gradient=gradvac``: gradient vaccine (Wang et al. 2021)."""
 
     decay: float = bounded(0.01, least=0, most=1)
-    "How quickly the targets of the cosine similarities follow them."
+    "Rate at which the targets of the cosine similarities follow them."
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
-        vaccine = torchjd.GradVacWeighting(beta=self.decay)
-        return GramianAggregator(vaccine, of_sum=True, memory=GradVacMemory(vaccine))
+        """Make the aggregator."""
+        return GradVacAggregator(torchjd.GradVacWeighting(beta=self.decay))
 
 
 @register("gradient", "graddrop")
@@ -167,5 +165,5 @@ class GradDropConfig(TorchJDConfig):
     """``gradient=graddrop``: every entry keeps one sign (Chen et al. 2020, Just Pick a Sign)."""
 
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """The aggregator."""
+        """Make the aggregator."""
         return GradDropAggregator(torchjd.GradDrop())

@@ -1,4 +1,4 @@
-"""The figures of continual learning: of a run, from its document, and of methods beside each other."""
+"""Figures of continual learning: of a run, from its document, and of methods beside each other."""
 
 from __future__ import annotations
 
@@ -12,30 +12,29 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from varshare_rl.reporting.continual_measures import Document, Values, document_results
-from varshare_rl.reporting.figures import colour_map, draw_heat_map, new_figure
-from varshare_rl.reporting.palettes import QUALITATIVE, SEQUENTIAL
+from varshare_rl.reporting.figures import INK, colour_map, draw_heat_map, new_figure, plain_axes
+from varshare_rl.reporting.style import QUALITATIVE, SEQUENTIAL
 
 Row = Mapping[str, Any]
 
 #: The sequences of the literature have up to 20 tasks (CW20), whose numbers still fit into their cells.
 ANNOTATED = 24
-#: What methods are compared by, as far as there are numbers, and what it is called.
+#: Labels of the measures that methods are compared by, as far as there are numbers.
 COMPARED = {
     "performance": "performance P",
     "forgetting": "forgetting F",
     "forward_transfer": "forward transfer FT",
     "old_change": "change of old tasks",
 }
-INK = "#222222"
 
 
 def run_figures(document: Document) -> dict[str, Figure]:
-    """``matrix``, every task after every task, and ``tasks``, the same as lines."""
+    """Draw ``matrix``, every task after every task, and ``tasks``, the same as lines."""
     return {"matrix": matrix_figure(document), "tasks": tasks_figure(document)}
 
 
 def matrix_figure(document: Document) -> Figure:
-    """The results as a heat map: a row per moment, a column per task; a frame where a task has just been learnt."""
+    """Draw results as a heat map: a row per moment, a column per task, frames where a task has just been learnt."""
     name, matrix = document_results(document)
     old = document["old_tasks"]
     figure = new_figure(3.4 + 0.46 * matrix.shape[1], 2.4 + 0.34 * len(matrix))
@@ -43,8 +42,8 @@ def matrix_figure(document: Document) -> Figure:
     low, high = (0.0, 1.0) if name == "success" else _range(matrix)
     draw_heat_map(axes, matrix, _moments(document), document["tasks"], low, high, name, annotated=ANNOTATED)
     for index in range(len(matrix) - 1):
-        place = (old + index - 0.5, index + 0.5)
-        frame = Rectangle(place, 1.0, 1.0, fill=False, edgecolor=QUALITATIVE[1], linewidth=1.8, zorder=3)
+        corner = (old + index - 0.5, index + 0.5)
+        frame = Rectangle(corner, 1.0, 1.0, fill=False, edgecolor=QUALITATIVE[1], linewidth=1.8, zorder=3)
         axes.add_patch(frame)
     if old:
         axes.axvline(old - 0.5, color=INK, linewidth=1.6)
@@ -53,7 +52,7 @@ def matrix_figure(document: Document) -> Figure:
 
 
 def tasks_figure(document: Document) -> Figure:
-    """A line per task over the sequence, dashed until it is learnt, and the mean of all tasks learnt by then."""
+    """Draw a line per task over the sequence, dashed until it is learnt, and the mean of those learnt by then."""
     name, matrix = document_results(document)
     old, tasks = document["old_tasks"], document["tasks"]
     figure = new_figure(4.6 + 0.32 * len(matrix), max(3.6, 1.6 + 0.19 * (len(tasks) + 1)))
@@ -74,7 +73,7 @@ def tasks_figure(document: Document) -> Figure:
     axes.set_ylabel(name, fontsize=8)
     if name == "success":
         axes.set_ylim(-0.03, 1.03)
-    _plain(axes)
+    plain_axes(axes)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     return _titled(figure, document, f"Each task's {name}: dots where it has just been learnt, dashed before")
 
@@ -82,7 +81,7 @@ def tasks_figure(document: Document) -> Figure:
 def comparison_figures(
     rows: Sequence[Row], measure: str, labels: Sequence[str], documents: Sequence[Document]
 ) -> dict[str, Figure]:
-    """``measures``, ``bytes`` and ``learning``, from runs with the labels and documents that
+    """Draw ``measures``, ``bytes`` and ``learning``, from runs with the labels and documents that
     :func:`~varshare_rl.reporting.continual_table.compare` made the rows of."""
     return {
         "measures": measures_figure(rows, measure),
@@ -92,23 +91,21 @@ def comparison_figures(
 
 
 def measures_figure(rows: Sequence[Row], measure: str) -> Figure:
-    """A panel per measure: means over seeds with their intervals, and every run as a small dot."""
+    """Draw a panel per measure: means over seeds with their intervals, and every run as a small dot."""
     shown = [
         name for name in COMPARED if name == "performance" or any(row[name]["mean"] is not None for row in rows)
     ]
     figure = new_figure(2.0 + 3.0 * len(shown), 1.5 + 0.38 * len(rows))
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, shown, strict=True):
-        for place, row in enumerate(rows):
-            _draw_spread(axes, row[name], place, QUALITATIVE[place % len(QUALITATIVE)])
+        for index, row in enumerate(rows):
+            _draw_estimate(axes, row[name], index, QUALITATIVE[index % len(QUALITATIVE)])
         if name != "performance":
             axes.axvline(0.0, color=INK, linewidth=0.8)
         elif measure == "success":
             axes.set_xlim(-0.03, 1.03)
         axes.set_xlabel(COMPARED[name], fontsize=8)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
-        _plain(axes)
+        plain_axes(axes, grid="x")
     panels[0].set_yticks(range(len(rows)), [row["label"] for row in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(
@@ -118,18 +115,18 @@ def measures_figure(rows: Sequence[Row], measure: str) -> Figure:
 
 
 def bytes_figure(rows: Sequence[Row], measure: str) -> Figure:
-    """Performance at the end against the bytes stored then, on a logarithmic axis."""
+    """Draw performance at the end against the bytes stored then, on a logarithmic axis."""
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
-    for place, row in enumerate(rows):
-        spread, kept = row["performance"], row["stored_bytes"]["mean"]
-        if spread["mean"] is None:
+    for index, row in enumerate(rows):
+        estimate, kept = row["performance"], row["stored_bytes"]["mean"]
+        if estimate["mean"] is None:
             continue
-        colour = QUALITATIVE[place % len(QUALITATIVE)]
-        if spread["low"] is not None:
-            axes.plot([kept] * 2, [spread["low"], spread["high"]], color=colour, linewidth=1.6)
-        marker = "osD^vP"[place // len(QUALITATIVE) % 6]
-        axes.plot(kept, spread["mean"], marker, color=colour, markersize=7, label=row["label"])
+        colour = QUALITATIVE[index % len(QUALITATIVE)]
+        if estimate["low"] is not None:
+            axes.plot([kept] * 2, [estimate["low"], estimate["high"]], color=colour, linewidth=1.6)
+        marker = "osD^vP"[index // len(QUALITATIVE) % 6]
+        axes.plot(kept, estimate["mean"], marker, color=colour, markersize=7, label=row["label"])
     stored = [row["stored_bytes"]["mean"] for row in rows]
     axes.set_xscale("log")
     axes.set_xlim(min(stored) / 2, max(stored) * 2)
@@ -140,9 +137,7 @@ def bytes_figure(rows: Sequence[Row], measure: str) -> Figure:
     axes.set_ylabel(f"mean {measure} at the end", fontsize=8)
     if measure == "success":
         axes.set_ylim(-0.03, 1.03)
-    axes.grid(color="#dddddd", linewidth=0.6)
-    axes.set_axisbelow(True)
-    _plain(axes)
+    plain_axes(axes, grid="both")
     figure.legend(loc="outside right upper", fontsize=7, frameon=False)
     figure.suptitle(f"{measure.capitalize()} against what has to be kept", fontsize=10)
     return figure
@@ -151,7 +146,7 @@ def bytes_figure(rows: Sequence[Row], measure: str) -> Figure:
 def learning_figure(
     rows: Sequence[Row], measure: str, labels: Sequence[str], documents: Sequence[Document]
 ) -> Figure:
-    """A panel per task while it is learnt: means over seeds, and thin lines of runs."""
+    """Draw a panel per task while it is learnt: means over seeds, and thin lines of runs."""
     tasks = documents[0]["tasks"][documents[0]["old_tasks"] :]
     across = min(len(tasks), 4)
     down = -(-len(tasks) // across)
@@ -160,14 +155,14 @@ def learning_figure(
     for panel in panels[len(tasks) :]:
         panel.set_visible(False)
     for number, (axes, task) in enumerate(zip(panels, tasks, strict=False)):
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             curves = [
                 document["curves"][number]
                 for label, document in zip(labels, documents, strict=True)
                 if label == row["label"]
             ]
-            colour = QUALITATIVE[place % len(QUALITATIVE)]
-            style = ("-", "--", ":")[place // len(QUALITATIVE) % 3]
+            colour = QUALITATIVE[index % len(QUALITATIVE)]
+            style = ("-", "--", ":")[index // len(QUALITATIVE) % 3]
             for curve in curves if len(curves) > 1 else ():
                 axes.plot(curve["transitions"], curve["success"], style, color=colour, linewidth=0.6, alpha=0.35)
             trained = row["trained_parameters"]["mean"]
@@ -178,7 +173,7 @@ def learning_figure(
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if measure == "success":
             axes.set_ylim(-0.03, 1.03)
-        _plain(axes)
+        plain_axes(axes)
     panels[0].set_ylabel(measure, fontsize=8)
     figure.supxlabel("transitions of the task", fontsize=8)
     figure.legend(loc="outside right upper", fontsize=7, frameon=False, title="parameters trained for a later task")
@@ -187,22 +182,22 @@ def learning_figure(
 
 
 def _mean_curve(curves: Sequence[Mapping[str, Sequence[float]]]) -> tuple[Values, Values]:
-    """Points of all transitions met in any run, each run's value in between by straight lines."""
-    places = np.unique(np.concatenate([np.asarray(curve["transitions"], dtype=np.float64) for curve in curves]))
-    values = [np.interp(places, curve["transitions"], curve["success"]) for curve in curves]
-    return places, np.mean(values, axis=0)
+    """Return the mean at all transitions met in any run, each run's value in between by straight lines."""
+    at = np.unique(np.concatenate([np.asarray(curve["transitions"], dtype=np.float64) for curve in curves]))
+    values = [np.interp(at, curve["transitions"], curve["success"]) for curve in curves]
+    return at, np.mean(values, axis=0)
 
 
-def _draw_spread(axes: Axes, spread: Mapping[str, Any], place: int, colour: str) -> None:
-    if spread["mean"] is None:
+def _draw_estimate(axes: Axes, estimate: Mapping[str, Any], row: int, colour: str) -> None:
+    if estimate["mean"] is None:
         return
-    runs = [value for value in spread["runs"] if value is not None]
+    runs = [value for value in estimate["runs"] if value is not None]
     if len(runs) > 1:
         apart = np.linspace(0.1, 0.3, len(runs))
-        axes.plot(runs, place + apart, ".", color=colour, markersize=4, alpha=0.7, clip_on=False)
-    if spread["low"] is not None:
-        axes.plot([spread["low"], spread["high"]], [place] * 2, color=colour, linewidth=2.0)
-    axes.plot(spread["mean"], place, "o", color=colour, markersize=6, clip_on=False)
+        axes.plot(runs, row + apart, ".", color=colour, markersize=4, alpha=0.7, clip_on=False)
+    if estimate["low"] is not None:
+        axes.plot([estimate["low"], estimate["high"]], [row] * 2, color=colour, linewidth=2.0)
+    axes.plot(estimate["mean"], row, "o", color=colour, markersize=6, clip_on=False)
 
 
 def _moments(document: Document) -> list[str]:
@@ -213,17 +208,12 @@ def _colours(number: int) -> Sequence[Any]:
     if number <= len(QUALITATIVE):
         return QUALITATIVE[:number]
     ramp = colour_map(SEQUENTIAL)
-    return [ramp(place) for place in np.linspace(0.0, 0.92, number)]  # the light end is hard to see on white
+    return [ramp(height) for height in np.linspace(0.0, 0.92, number)]  # the light end is hard to see on white
 
 
 def _range(matrix: Values) -> tuple[float, float]:
     known = matrix[np.isfinite(matrix)]
     return (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
 
 
 def _titled(figure: Figure, document: Document, title: str) -> Figure:

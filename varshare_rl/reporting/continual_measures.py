@@ -1,4 +1,4 @@
-"""What a sequence of tasks has taught and cost an agent: performance, forgetting and transfer, as pure functions.
+"""Measures of a sequence of tasks: performance, forgetting and transfer, as pure functions.
 
 ``results [N + 1, N]``, ``R`` below, has the success (or return) of ``N`` tasks: row 0 before anything is learnt,
 row ``i`` after the ``i``-th task of the sequence. Tasks count from 1 in the equations, so ``R[i, i]`` is a task
@@ -19,7 +19,7 @@ Document = Mapping[str, Any]
 
 
 def as_results(rows: Any) -> Values:
-    """``rows`` of numbers, with None for NaN, as ``[N + 1, N]``.
+    """Return ``rows`` of numbers, with None for NaN, as ``[N + 1, N]``.
 
     Raises:
         ValueError: another shape, or no task.
@@ -31,7 +31,7 @@ def as_results(rows: Any) -> Values:
 
 
 def final_performance(results: Values) -> Values:
-    """Every task at the end, ``R[N, i]``, as ``[N]``; its mean is the average performance ``P``.
+    """Return every task at the end, ``R[N, i]``, as ``[N]``; its mean is the average performance ``P``.
 
     Wolczyk et al. 2021 (Continual World), Lopez-Paz and Ranzato 2017 (GEM, there ACC).
     """
@@ -40,12 +40,12 @@ def final_performance(results: Values) -> Values:
 
 
 def learnt_performance(results: Values) -> Values:
-    """Every task right after it was learnt, ``R[i, i]``, as ``[N]``."""
+    """Return every task right after it was learnt, ``R[i, i]``, as ``[N]``."""
     return results[1:].diagonal()
 
 
 def forgetting(results: Values) -> Values:
-    """What later tasks have cost each task, ``F_i = R[i, i] - R[N, i]``, as ``[N]``; below 0 it has gained.
+    """Return the loss of each task by later ones, ``F_i = R[i, i] - R[N, i]``, as ``[N]``; below 0 it has gained.
 
     The last task has 0, and the mean ``F`` is over all ``N`` tasks, as in Continual World (Wolczyk et al. 2021);
     others divide by ``N - 1``.
@@ -54,7 +54,7 @@ def forgetting(results: Values) -> Values:
 
 
 def backward_transfer(results: Values) -> Values:
-    """What later tasks have given each task but the last, ``R[N, i] - R[i, i]``, as ``[N - 1]``.
+    """Return the gain of each task but the last by later ones, ``R[N, i] - R[i, i]``, as ``[N - 1]``.
 
     Its mean is GEM's BWT (Lopez-Paz and Ranzato 2017): ``-F N / (N - 1)``.
     """
@@ -62,7 +62,7 @@ def backward_transfer(results: Values) -> Values:
 
 
 def zero_shot_transfer(results: Values) -> Values:
-    """What earlier tasks give a task before it is learnt, ``R[i - 1, i] - R[0, i]`` for ``i > 1``, as ``[N - 1]``.
+    """Return the gain of tasks before they are learnt, ``R[i - 1, i] - R[0, i]`` for ``i > 1``, as ``[N - 1]``.
 
     Its mean is GEM's FWT (Lopez-Paz and Ranzato 2017).
     """
@@ -70,7 +70,7 @@ def zero_shot_transfer(results: Values) -> Values:
 
 
 def performance_throughout(results: Values) -> float | None:
-    """Mean over all moments of the tasks learnt by then, ``mean over i >= j >= 1 of R[i, j]``.
+    """Return the mean over all moments of the tasks learnt by then, ``mean over i >= j >= 1 of R[i, j]``.
 
     The accuracy of Diaz-Rodriguez et al. 2018; it sees a loss that later tasks make good again.
     """
@@ -79,7 +79,7 @@ def performance_throughout(results: Values) -> float | None:
 
 
 def normalized_area(transitions: Sequence[float], success: Sequence[float | None]) -> float | None:
-    """Area under a curve as a share of its window, by trapezoids, in [0, 1] for success in [0, 1].
+    """Return the area under a curve as a share of its window, by trapezoids, in [0, 1] for success in [0, 1].
 
         AUC = 1 / (t_K - t_1) * sum over k of  (t_k+1 - t_k) (p_k + p_k+1) / 2
 
@@ -102,7 +102,7 @@ def normalized_area(transitions: Sequence[float], success: Sequence[float | None
 
 
 def forward_transfer(area: float | None, reference_area: float | None) -> float | None:
-    """How much sooner a task was learnt than alone from scratch, as a share of what could be gained.
+    """Return the gain in learning speed over a task alone from scratch, as a share of the possible gain.
 
         FT_i = (AUC_i - AUC_i^b) / (1 - AUC_i^b)
 
@@ -115,18 +115,18 @@ def forward_transfer(area: float | None, reference_area: float | None) -> float 
 
 
 def mean_or_none(values: npt.ArrayLike) -> float | None:
-    """The mean; None of nothing, or where a value is missing (None or NaN)."""
+    """Return the mean; None of nothing, or where a value is missing (None or NaN)."""
     array = np.asarray(values, dtype=np.float64)
     return None if array.size == 0 or np.isnan(array).any() else float(array.mean())
 
 
 def mean_of_known(values: Iterable[float | None]) -> float | None:
-    """The mean of the values that there are; None of none."""
+    """Return the mean of the values that there are; None of none."""
     return mean_or_none([value for value in values if value is not None])
 
 
 def document_results(document: Document) -> tuple[str, Values]:
-    """What a run's document measures (``success``, or ``return`` where it has none), and ``[L + 1, K + L]``.
+    """Return the measure of a document (``success``, or ``return`` where it has none), and ``[L + 1, K + L]``.
 
     The ``K = old_tasks`` columns of what the run began with come first, then those of the ``L`` tasks that it
     learnt.
@@ -140,7 +140,7 @@ def document_results(document: Document) -> tuple[str, Values]:
 
 
 def measures(document: Document, reference_document: Document | None = None) -> dict[str, Any]:
-    """All measures of a run from its document (``summary.json``, see docs/continual.md).
+    """Return all measures of a run from its document (``summary.json``, see docs/continual.md).
 
     Tasks that the run began with count in ``old_change`` alone, ``mean over them of R[N, j] - R[0, j]``. Forward
     transfer needs the success curves of a reference, where tasks are found by :func:`original_name`; areas of
@@ -189,12 +189,12 @@ def measures(document: Document, reference_document: Document | None = None) -> 
 
 
 def original_name(task: str) -> str:
-    """The task that comes round again under this name: ``push (2)`` is a further ``push``."""
+    """Return the task that comes round again under this name: ``push (2)`` is a further ``push``."""
     return re.sub(r" \([0-9]+\)$", "", task)
 
 
 def pooled_reference(documents: Sequence[Document]) -> Document:
-    """Several references as one, which has the learnt tasks and curves of all."""
+    """Join several references as one, which has the learnt tasks and curves of all."""
     return {
         "tasks": [task for document in documents for task in document["tasks"][document["old_tasks"] :]],
         "old_tasks": 0,
@@ -203,7 +203,7 @@ def pooled_reference(documents: Sequence[Document]) -> Document:
 
 
 def _areas(document: Document) -> list[float | None]:
-    """One per learnt task; None where a curve has no success."""
+    """Return one per learnt task; None where a curve has no success."""
     return [
         None if curve["success"] is None else normalized_area(curve["transitions"], curve["success"])
         for curve in document["curves"]

@@ -1,4 +1,4 @@
-"""Finished continual runs: finding and reading them, and whether they may stand in one table."""
+"""Finished continual runs: finding and reading them, and checks that they may stand in one table."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ContinualRun(NamedTuple):
 
     @property
     def seed(self) -> int:
-        """Of the run."""
+        """Seed of the run."""
         return int(self.document["conditions"]["seed"])
 
     @property
@@ -51,7 +51,7 @@ class ContinualRun(NamedTuple):
 
 
 def read_continual_runs(folders: Iterable[str]) -> list[ContinualRun]:
-    """The runs in ``folders``, each that of a run or one that holds such folders (of a sweep), each run once.
+    """Read the runs in ``folders``, each that of a run or one that holds such folders (of a sweep), each run once.
 
     Raises:
         UserError: a folder is neither, or a run's summary is damaged.
@@ -105,7 +105,7 @@ def check_references(runs: Sequence[ContinualRun], references: Sequence[Continua
 
 
 def reference_document(run: ContinualRun, references: Sequence[ContinualRun]) -> Document:
-    """The references of the run's seed where these have all its tasks, else all references, as one document."""
+    """Join the references of the run's seed if these have all its tasks, else all references, to one document."""
     own = [reference for reference in references if reference.seed == run.seed]
     covered = {original_name(task) for reference in own for task in reference.learnt}
     needed = {original_name(task) for task in run.learnt}
@@ -143,7 +143,7 @@ def _read(run_dir: Path) -> ContinualRun:
 
 
 def _options(path: Path) -> dict[str, str]:
-    """Options of ``OPTION_GROUPS``; none where the folder has no configuration."""
+    """Return options of ``OPTION_GROUPS``; none where the folder has no configuration."""
     if not path.is_file():
         return {}
     try:
@@ -185,7 +185,7 @@ def _check_document(run: ContinualRun) -> None:
 
 
 def _check_pair(first: ContinualRun, run: ContinualRun) -> None:
-    """Same suite, algorithm, measure and conditions of the tasks."""
+    """Refuse another suite, algorithm, measure or conditions of the tasks."""
     for name in ("suite", "algorithm", "measure"):
         _refuse_difference(first, run, name, first.document[name], run.document[name])
     one, other = first.document["conditions"], run.document["conditions"]
@@ -194,7 +194,7 @@ def _check_pair(first: ContinualRun, run: ContinualRun) -> None:
 
 
 def _check_budget(first: ContinualRun, run: ContinualRun, task: str, one: int, other: int) -> None:
-    """A task on which a method trains nothing costs no transitions, and may stand beside any budget."""
+    """Refuse another budget; a task on which a method trains nothing may stand beside any."""
     if one and other and abs(one - other) > BUDGET_TOLERANCE * max(one, other):
         _refuse_difference(first, run, f"transitions of {task}", one, other)
 

@@ -1,4 +1,4 @@
-"""Methods of continual learning side by side: means over seeds with their intervals, for screen and CSV."""
+"""Table of continual-learning methods side by side: means over seeds with their intervals, for screen and CSV."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from rich import box
 from rich.table import Table
+from scipy.stats import bootstrap
 
 from varshare_rl.reporting.continual_measures import Document, mean_or_none
-from varshare_rl.reporting.intervals import bootstrap_interval
+
+LEVEL = 0.95  # of bootstrap intervals
+RESAMPLES = 9999
 
 Row = dict[str, Any]
 Number = float | None
@@ -62,9 +66,9 @@ COSTS = {
 
 
 def group_labels(documents: Sequence[Document], config: Sequence[Mapping[str, str]]) -> list[str]:
-    """What each run is called: its method, and the settings that set it apart from others of that method.
+    """Label each run by its method, and the settings that set it apart from others of that method.
 
-    ``options`` are further settings of each run by name. Old tasks are named wherever runs differ in them, of
+    ``config`` has further settings of each run by name. Old tasks are named wherever runs differ in them, of
     whatever method they are.
     """
     settings = [{**_settings(document), **own} for document, own in zip(documents, config, strict=True)]
@@ -84,10 +88,10 @@ def group_labels(documents: Sequence[Document], config: Sequence[Mapping[str, st
 
 
 def compare(labels: Sequence[str], documents: Sequence[Document], found: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """A row per label, in the order met: ``label, method, seeds``, and per column ``mean, low, high, runs``.
+    """Make a row per label, in the order met: ``label, method, seeds``, and per column ``mean, low, high, runs``.
 
     A mean is over the runs that have the value, with the 95 % interval of
-    :func:`~varshare_rl.reporting.intervals.bootstrap_interval`; ``runs`` has the values in the order of the seeds.
+    :func:`bootstrap_interval`; ``runs`` has the values in the order of the seeds.
     """
     rows = []
     for label in dict.fromkeys(labels):
@@ -99,13 +103,28 @@ def compare(labels: Sequence[str], documents: Sequence[Document], found: Sequenc
             "seeds": [documents[index]["conditions"]["seed"] for index in of_label],
         }
         for name, column in (LEARNT | COSTS).items():
-            row[name] = _spread([column.value(documents[index], found[index]) for index in of_label])
+            row[name] = _estimate([column.value(documents[index], found[index]) for index in of_label])
         rows.append(row)
     return rows
 
 
+def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the 95 % percentile interval of the mean by the bootstrap (Efron 1979), the same for the same values.
+
+    ``RESAMPLES`` times as many values are drawn with replacement; the ends are the 2.5 and 97.5 % quantiles of
+    their means. None for fewer than two values. With few values it is too narrow.
+    """
+    if len(values) < 2:
+        return None
+    found = bootstrap(
+        (np.asarray(values, dtype=np.float64),), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES,
+        method="percentile", rng=np.random.default_rng(0),
+    ).confidence_interval  # fmt: skip
+    return float(found.low), float(found.high)
+
+
 def to_csv(rows: Sequence[Row]) -> str:
-    """A line per row: label, method, number of runs, and every column as mean, low and high."""
+    """Write a line per row: label, method, number of runs, and every column as mean, low and high."""
     target = io.StringIO()
     writer = csv.writer(target, lineterminator="\n")
     names = [*LEARNT, *COSTS]
@@ -119,7 +138,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 
 
 def screen_tables(rows: Sequence[Row], measure: str) -> list[Table]:
-    """What was learnt, and at which cost; columns that no row has a value for are left out."""
+    """Make tables of performance and of cost; columns that no row has a value for are left out."""
     learnt = f"{measure}: performance, forgetting, forward and backward transfer, change of old tasks"
     costs = "cost: parameters trained for a later task, bytes stored at the end, seconds"
     return [_screen_table(rows, LEARNT, learnt, _fraction), _screen_table(rows, COSTS, costs, _count)]
@@ -140,15 +159,15 @@ def _screen_table(
     return table
 
 
-def _cell(spread: Mapping[str, Any], show: Callable[[float], str]) -> str:
-    """The mean, and its interval below it where it is not a point."""
-    if spread["mean"] is None:
+def _cell(estimate: Mapping[str, Any], show: Callable[[float], str]) -> str:
+    """Return the mean, and its interval below it where it is not a point."""
+    if estimate["mean"] is None:
         return "-"
-    below = "" if spread["low"] == spread["high"] else f"\n{show(spread['low'])}..{show(spread['high'])}"
-    return show(spread["mean"]) + below
+    below = "" if estimate["low"] == estimate["high"] else f"\n{show(estimate['low'])}..{show(estimate['high'])}"
+    return show(estimate["mean"]) + below
 
 
-def _spread(values: Sequence[Number]) -> dict[str, Any]:
+def _estimate(values: Sequence[Number]) -> dict[str, Any]:
     known = [value for value in values if value is not None]
     low, high = bootstrap_interval(known) or (None, None)
     return {"mean": mean_or_none(known), "low": low, "high": high, "runs": list(values)}

@@ -1,10 +1,10 @@
-"""What all figures have in common: paper, colours, heat maps, and the way to a PNG file."""
+"""Parts of all figures: paper, axes, colours, heat maps, and the way to a PNG file."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +13,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 
-from varshare_rl.reporting.palettes import DIVERGING, MISSING, SEQUENTIAL
+from varshare_rl.reporting.style import DIVERGING, MISSING, SEQUENTIAL
 
+INK = "#222222"
 #: Cells of a heat map hold their number up to this many to a side, unless told otherwise.
 ANNOTATED = 14
 
@@ -22,21 +23,30 @@ Matrix = npt.NDArray[np.float64]
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, sizes in inches, drawn without a screen."""
+    """Make an empty figure, sizes in inches, drawn without a screen."""
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
 def to_png(figure: Figure, dpi: int = 130) -> bytes:
-    """The figure as the content of a PNG file."""
+    """Return the figure as the content of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return buffer.getvalue()
 
 
+def plain_axes(axes: Axes, grid: Literal["x", "both"] | None = None) -> None:
+    """Leave two sides of the frame; draw light lines along ``grid`` behind the data."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+    if grid is not None:
+        axes.grid(axis=grid, color="#dddddd", linewidth=0.6)
+        axes.set_axisbelow(True)
+
+
 def colour_map(anchors: tuple[str, ...]) -> Colormap:
-    """A colour map through ``anchors``; what is not a number is grey."""
+    """Return a colour map through ``anchors``; what is not a number is grey."""
     return LinearSegmentedColormap.from_list("anchors", anchors).with_extremes(bad=MISSING)
 
 
@@ -80,5 +90,5 @@ def _annotate(axes: Axes, image: Any, matrix: Matrix) -> None:
         if np.isfinite(value):
             light = float(np.dot(image.to_rgba(value)[:3], (0.299, 0.587, 0.114)))
             text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"
-            colour = "white" if light < 0.55 else "#222222"
+            colour = "white" if light < 0.55 else INK
             axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from varshare_rl.reporting.palettes import SEQUENTIAL, paint
+from varshare_rl.reporting.style import SEQUENTIAL, paint
 
 INK, PAPER = "#222222", "#ffffff"
 FONT_SIZE, GAP = 12, 6
@@ -27,7 +27,7 @@ def heat_map(
     high: float,
     anchors: tuple[str, ...] = SEQUENTIAL,
 ) -> npt.NDArray[np.uint8]:
-    """An image ``[height, width, 3]`` of ``values [R, C]`` with named rows and columns and a scale below.
+    """Draw an image ``[height, width, 3]`` of ``values [R, C]`` with named rows and columns and a scale below.
 
     Cells hold their number where it fits. NaN is grey.
     """
@@ -68,7 +68,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 def _scale(
     image: Image.Image, font: ImageFont.FreeTypeFont, left: int, low: float, high: float, anchors: tuple[str, ...]
 ) -> None:
-    """The colour bar along the bottom, with its ends in numbers."""
+    """Draw the colour bar along the bottom, with its ends in numbers."""
     draw = ImageDraw.Draw(image)
     y = image.height - FONT_SIZE - 2 * GAP
     words = _short(low), _short(high)
@@ -80,7 +80,7 @@ def _scale(
 
 
 def _upright(text: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """``text``, read from the bottom to the top."""
+    """Draw ``text``, read from the bottom to the top."""
     image = Image.new("RGB", (int(font.getlength(text)) + 2, FONT_SIZE + 3), PAPER)
     ImageDraw.Draw(image).text((0, 0), text, INK, font)
     return image.transpose(Image.Transpose.ROTATE_90)
@@ -91,7 +91,7 @@ def _longest(font: ImageFont.FreeTypeFont, names: Sequence[str]) -> int:
 
 
 def _short(value: float) -> str:
-    """At most four characters where that is possible: 0.53, -1, 12, 3.4k."""
+    """Write at most four characters where that is possible: 0.53, -1, 12, 3.4k."""
     if abs(value) >= 1000:
         return f"{value / 1000:.1f}k" if abs(value) < 100_000 else f"{value / 1000:.0f}k"
     text = f"{value:.0f}" if abs(value) >= 10 else f"{value:.2f}"

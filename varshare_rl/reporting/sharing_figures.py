@@ -1,4 +1,4 @@
-"""The figures of sharing, drawn from the document that a run and a report write (see docs/sharing.md)."""
+"""Figures of sharing, drawn from the document that a run and a report write (see docs/sharing.md)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import dendrogram
 
-from varshare_rl.reporting.figures import ANNOTATED, Matrix, draw_heat_map, new_figure
-from varshare_rl.reporting.layers import short_names
-from varshare_rl.reporting.palettes import QUALITATIVE
+from varshare_rl.reporting.figures import ANNOTATED, INK, Matrix, draw_heat_map, new_figure, plain_axes
+from varshare_rl.reporting.style import QUALITATIVE, short_names
 
 Document = Mapping[str, Any]
 
 
 def sharing_figures(document: Document) -> dict[str, Figure]:
-    """All figures that the document has numbers for, by file name without its ending.
+    """Draw all figures that the document has numbers for, by file name without its ending.
 
-    ``nats`` (layer by task), ``similarity`` and ``distance`` (task by task), ``layers`` (residual, spread,
+    ``nats`` (layer by task), ``similarity`` and ``distance`` (task by task), ``layers`` (residual, sigma,
     effective rank and sharing of every layer), ``posteriors`` (histograms) and ``conflict`` (task by task, per
     network).
     """
@@ -39,7 +38,7 @@ def sharing_figures(document: Document) -> dict[str, Figure]:
 
 
 def nats_figure(document: Document) -> Figure:
-    """Divergence from the prior: in total per task above, by layer and task below."""
+    """Draw the divergence from the prior: in total per task above, by layer and task below."""
     layers = [layer for layer in document["layers"] if layer["nats"] is not None]
     matrix = _matrix([layer["nats"] for layer in layers])
     tasks = document["tasks"]
@@ -51,7 +50,7 @@ def nats_figure(document: Document) -> Figure:
     above.set_xlim(-0.5, len(tasks) - 0.5)
     above.set_xticks([])
     above.set_ylabel("all layers", fontsize=8)
-    _plain(above)
+    plain_axes(above)
     draw_heat_map(
         below, matrix, short_names(layer["name"] for layer in layers), tasks, 0.0, float(matrix.max()), "nats"
     )
@@ -59,14 +58,14 @@ def nats_figure(document: Document) -> Figure:
 
 
 def similarity_figure(document: Document) -> Figure:
-    """Cosines of the tasks' residuals, in the order of the tree."""
+    """Draw cosines of the tasks' residuals, in the order of the tree."""
     figure, axes = _square(document)
     _between_tasks(axes, document, document["similarity"], "cosine of residuals", -1.0, 1.0)
     return _titled(figure, document, "Direction of the tasks' residuals (noise where the distance is near 0)")
 
 
 def distance_figure(document: Document) -> Figure:
-    """Relative distances of the tasks' weights beside the tree that they make."""
+    """Draw relative distances of the tasks' weights beside the tree that they make."""
     tasks, clusters = document["tasks"], document["clusters"]
     side = _side(len(tasks))
     figure = new_figure(side + 3.4, side)
@@ -75,13 +74,13 @@ def distance_figure(document: Document) -> Figure:
     _between_tasks(axes, document, document["distance"], "distance of weights", 0.0, float(matrix.max()))
     if clusters["linkage"]:
         drawn = dendrogram(clusters["linkage"], no_plot=True)  # leaves at 5, 15, ...
-        for places, heights in zip(drawn["icoord"], drawn["dcoord"], strict=True):
-            tree.plot(heights, places, color="#222222", linewidth=1.5)
+        for positions, heights in zip(drawn["icoord"], drawn["dcoord"], strict=True):
+            tree.plot(heights, positions, color=INK, linewidth=1.5)
         tree.axvline(clusters["threshold"], color=QUALITATIVE[1], linestyle="--", linewidth=1.2)
         tree.set_xlim(max(clusters["linkage"][-1][2], clusters["threshold"]) * 1.08, 0.0)
         tree.set_ylim(10.0 * len(tasks), 0.0)  # the first leaf at the top, as in the heat map
     tree.set_yticks([])
-    _plain(tree)
+    plain_axes(tree)
     tree.spines["left"].set_visible(False)
     tree.set_xlabel("merging distance", fontsize=8)
     number = f"{clusters['count']} cluster{'s' * (clusters['count'] != 1)} at {clusters['threshold']:g}"
@@ -91,37 +90,36 @@ def distance_figure(document: Document) -> Figure:
 
 
 def layers_figure(document: Document) -> Figure:
-    """What every layer's residuals are like: a dot per task, a bar for the mean, and the layer's sharing."""
+    """Draw measures of every layer's residuals: a dot per task, a bar for the mean, and the layer's sharing."""
     layers = document["layers"]
     names = short_names(layer["name"] for layer in layers)
     figure = new_figure(10.0, 2.2 + 0.62 * len(layers))
     panels = figure.subplots(2, 2, sharey=True)
     named = {
         "residual": "residual against shared weight, ||R_i|| / ||theta||",
-        "spread": "posterior spread against shared weight (rms)",
+        "sigma": "posterior sigma against shared weight (rms)",
         "effective_rank": "effective rank of the residual",
     }
     for axes, (key, label) in zip(panels.flat, named.items(), strict=False):
         for row, layer in enumerate(layers):
-            if layer[key] is not None:
-                _dots(axes, row, np.array(layer[key], dtype=np.float64))
+            values = layer[key] if key in layer else layer["spread"]  # its name in documents of earlier versions
+            if values is not None:
+                _dots(axes, row, np.array(values, dtype=np.float64))
         axes.set_xlabel(label, fontsize=8)
         axes.set_xlim(left=0.0)
     last = panels[1][1]
-    values = [layer["sharing"] for layer in layers]
-    last.barh(range(len(layers)), values, color=QUALITATIVE[2], height=0.6)
-    for row, value in enumerate(values):
+    shares = [layer["sharing"] for layer in layers]
+    last.barh(range(len(layers)), shares, color=QUALITATIVE[2], height=0.6)
+    for row, value in enumerate(shares):
         inside = value > 0.2
         last.text(
             value - 0.01 if inside else value + 0.01, row, f"{value:.3f}", va="center", fontsize=7,
-            ha="right" if inside else "left", color="white" if inside else "#222222",
+            ha="right" if inside else "left", color="white" if inside else INK,
         )  # fmt: skip
     last.set_xlim(0.0, 1.0)
     last.set_xlabel("sharing, ||mean W||² / mean ||W_i||² (1: all tasks the same)", fontsize=8)
     for axes in panels.flat:
-        _plain(axes)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.6)
-        axes.set_axisbelow(True)
+        plain_axes(axes, grid="x")
         axes.set_yticks(range(len(layers)), names)
         axes.set_ylim(len(layers) - 0.5, -0.5)
     return _titled(
@@ -130,7 +128,7 @@ def layers_figure(document: Document) -> Figure:
 
 
 def posteriors_figure(document: Document) -> Figure:
-    """Histograms of the posterior's parameters, a row per layer, all tasks together."""
+    """Draw histograms of the posterior's parameters, a row per layer, all tasks together."""
     layers = document["layers"]
     columns = list(dict.fromkeys(name for layer in layers for name in layer["histograms"]))
     figure = new_figure(1.2 + 2.3 * len(columns), 0.9 + 1.25 * len(layers))
@@ -139,7 +137,7 @@ def posteriors_figure(document: Document) -> Figure:
         for column, key in enumerate(columns):
             axes: Axes = panels[row][column]
             found = layer["histograms"].get(key)
-            _plain(axes)
+            plain_axes(axes)
             axes.set_yticks([])
             if found is not None:
                 edges = np.linspace(found["low"], found["high"], len(found["counts"]) + 1)
@@ -154,7 +152,7 @@ def posteriors_figure(document: Document) -> Figure:
 
 
 def conflict_figure(document: Document) -> Figure:
-    """Cosines of the tasks' gradients of the shared parameters, per network."""
+    """Draw cosines of the tasks' gradients of the shared parameters, per network."""
     networks = document["conflict"]["networks"]
     side = _side(len(document["tasks"]))
     figure = new_figure((side + 1.2) * len(networks), side + 0.2)
@@ -196,11 +194,6 @@ def _side(tasks: int) -> float:
 
 def _matrix(values: Any) -> Matrix:
     return np.array(values, dtype=np.float64)  # None becomes NaN
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
 
 
 def _titled(figure: Figure, document: Document, title: str) -> Figure:

@@ -1,4 +1,4 @@
-"""How well the critic's posterior says how wrong the critic is.
+"""Calibration of the critic's posterior: its predicted errors against observed ones.
 
 On recorded evaluation episodes each weight draw ``p`` of the critic predicts something that was then observed: the
 discounted rewards from a state to the end of its episode,
@@ -12,22 +12,19 @@ observed side has the entropy terms that such a value includes: ``-alpha log pi`
 
 The posterior over weights is epistemic. An observed return also varies with the policy's sampling and the
 environment, which no draw of the critic's weights knows of, so coverage below the nominal level is what even a
-perfect posterior shows wherever returns are noisy. ``std_ratio`` says how many times the spread would have to be
-larger.
+perfect posterior shows wherever returns are noisy. ``std_ratio`` says how many times larger ``std`` would have to
+be.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
@@ -45,7 +42,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Predictions and what was observed, each ``[T, S * E]``; ``counted`` says which rows to use.
+    """Predictions and observations, each ``[T, S * E]``; ``counted`` says which rows to use.
 
     ``tail_weight`` is ``discount^n`` where time ran out, else 0: the weight of ``V(s_end)`` in the prediction.
     """
@@ -60,7 +57,7 @@ class Comparison:
 def observed_returns(
     reward: Tensor, entropy: Tensor, next_entropy: Tensor, terminated: Tensor, truncated: Tensor, discount: float
 ) -> Tensor:
-    """Discounted sums to the end of the episode along dimension 0, all arguments ``[S, T, E]``.
+    """Return the discounted sums to the end of the episode along dimension 0, all arguments ``[S, T, E]``.
 
     ``reward_t + discount * (entropy_{t+1} + return_{t+1})`` within an episode; at its end ``reward``, and where
     time ran out ``discount * next_entropy`` besides. The entropies are weighted bonuses, 0 for a plain value.
@@ -75,7 +72,7 @@ def observed_returns(
 
 
 def episode_ends(terminated: Tensor, truncated: Tensor, discount: float) -> tuple[Tensor, Tensor]:
-    """The step at which each step's episode ends, and ``discount^n`` if time runs out (else 0), ``[S, T, E]``."""
+    """Return the step that ends each step's episode, and ``discount^n`` if time runs out (else 0), ``[S, T, E]``."""
     end = torch.zeros_like(terminated, dtype=torch.int64)
     weight = torch.zeros_like(terminated, dtype=torch.float64)
     last, tail = torch.full_like(end[0], len(end) - 1), torch.zeros_like(weight[0])
@@ -123,7 +120,7 @@ def compare(
 
 
 def _inputs(algorithm: ActorCritic, recording: EpisodeRecording) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The critic's inputs at every step and at every successor, ``[T, S * E, ...]``."""
+    """Return the critic's inputs at every step and at every successor, ``[T, S * E, ...]``."""
     if isinstance(algorithm.critic, TwinQ):
         return (
             (recording.rows("obs"), recording.rows("action")),
@@ -133,7 +130,7 @@ def _inputs(algorithm: ActorCritic, recording: EpisodeRecording) -> tuple[tuple[
 
 
 def _time_ups(recording: EpisodeRecording) -> tuple[Tensor, Tensor]:
-    """Rows where time ran out, ``[T, N]`` padded with row 0, and each row's place among them, ``[T, S * E]``."""
+    """Return rows where time ran out, ``[T, N]`` padded with 0, and their places by row, ``[T, S * E]``."""
     up = recording.rows("truncated")
     most = max(int(up.sum(1).max()), 1)
     position = (up.long().cumsum(1) - 1).clamp_min(0)
@@ -148,7 +145,7 @@ def _gather(x: Tensor, places: Tensor) -> Tensor:
 
 
 def coverage(error: FloatArray, std: FloatArray, levels: tuple[float, ...]) -> FloatArray:
-    """Share of ``|error|`` within the central interval of a Gaussian of that ``std``, for every nominal level."""
+    """Return the share of ``|error|`` in the central interval of a Gaussian of that ``std``, by nominal level."""
     half_widths = [
         math.sqrt(2.0) * float(torch.erfinv(torch.tensor(level, dtype=torch.float64))) for level in levels
     ]
@@ -156,7 +153,7 @@ def coverage(error: FloatArray, std: FloatArray, levels: tuple[float, ...]) -> F
 
 
 def task_calibration(mean: FloatArray, std: FloatArray, observed: FloatArray) -> dict[str, Any]:
-    """Figures of one task's rows.
+    """Return the figures of one task's rows.
 
     ``calibration_error`` is the mean of ``|observed - nominal|`` coverage over :data:`GRID` (Kuleshov, Fenner and
     Ermon 2018); ``correlation`` that of ``std`` and ``|error|`` (None where one of them does not vary);
@@ -184,7 +181,7 @@ def task_calibration(mean: FloatArray, std: FloatArray, observed: FloatArray) ->
 
 
 def calibration(comparison: Comparison, task_names: tuple[str, ...]) -> dict[str, Any]:
-    """Figures per task and their means over tasks, with the nominal levels of the curves."""
+    """Return figures per task and their means over tasks, with the nominal levels of the curves."""
     tasks = {}
     for index, name in enumerate(task_names):
         use = comparison.counted[index]
@@ -203,19 +200,3 @@ def calibration(comparison: Comparison, task_names: tuple[str, ...]) -> dict[str
         known = [row[name] for row in chosen if row[name] is not None]
         mean[name] = float(np.mean(known)) if known else None
     return {"mean": mean, "tasks": tasks, "levels": list(GRID)}
-
-
-def draw_reliability(result: dict[str, Any], target: Path) -> None:
-    """Observed against nominal coverage: every task, their mean, and the diagonal of a calibrated predictor."""
-    figure = Figure(figsize=(5.2, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
-    axis.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, label="calibrated")
-    many = len(result["tasks"]) > 10
-    for name, row in result["tasks"].items():
-        axis.plot(result["levels"], row["curve"], linewidth=1, alpha=0.7, label=None if many else name)
-    axis.plot(result["levels"], result["mean"]["curve"], color="black", linewidth=2, label="mean over tasks")
-    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="nominal coverage", ylabel="observed coverage")
-    axis.set_title("Returns within the critic's intervals (weights' spread alone)", fontsize=10)
-    axis.legend(fontsize=7, loc="upper left")
-    figure.savefig(target, dpi=120)

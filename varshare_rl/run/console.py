@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: one progress line, and a table per evaluation.
+"""The screen of a run while it goes on: one progress line, and a table per evaluation.
 
 On a terminal the progress line is live. Anywhere else (a file, a pipe, a job log) it is a plain line every
 half minute, and nothing printed holds control characters.

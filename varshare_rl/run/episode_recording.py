@@ -1,4 +1,4 @@
-"""Evaluation episodes step by step, as the trained agent saw them: what checks of its networks are made on."""
+"""Evaluation episodes step by step, as the trained agent saw them, for checks of its networks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class EpisodeRecording:
     counted: Tensor
 
     def rows(self, name: str) -> Tensor:
-        """A field as ``[T, S * E, ...]``."""
+        """Return a field as ``[T, S * E, ...]``."""
         value: Tensor = getattr(self, name)
         return value.transpose(0, 1).flatten(1, 2)
 
@@ -58,10 +58,10 @@ def record(algorithm: ActorCritic, engine: VectorEngine, episodes: int) -> Episo
             seen = algorithm.normalizer(torch.from_numpy(obs).to(device))
             sample = algorithm.policy(seen).sample()
             step = engine.step(sample.action.cpu().numpy())
-            next_action = algorithm.normalizer(torch.from_numpy(step.next_obs).to(device))
+            next_obs = algorithm.normalizer(torch.from_numpy(step.next_obs).to(device))
             after = Sample(*(torch.zeros_like(part) for part in sample))
             if step.truncated.any():
-                after = algorithm.policy(next_action).sample()
+                after = algorithm.policy(next_obs).sample()
             truncated = torch.from_numpy(step.truncated)
             kept = (
                 seen,
@@ -70,7 +70,7 @@ def record(algorithm: ActorCritic, engine: VectorEngine, episodes: int) -> Episo
                 algorithm.reward_scaler(torch.from_numpy(step.reward).to(device)),
                 torch.from_numpy(step.terminated),
                 truncated,
-                next_action,
+                next_obs,
                 after.action,
                 torch.where(truncated.to(device), after.log_prob, 0.0),
                 torch.from_numpy(episode < episodes),

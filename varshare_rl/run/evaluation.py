@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from varshare_rl.algorithms.base import Algorithm, EvaluationPolicy
 from varshare_rl.envs.suite import Suite, VectorEngine
-from varshare_rl.nn.stochastic import penalized_layers
+from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.run.process import load_rng_state, one_thread, rng_state
 
 
@@ -30,14 +30,14 @@ class Evaluation:
     tasks: dict[str, dict[str, float | None]]
 
     def mean(self, name: str) -> float | None:
-        """Mean over tasks, or None where a task has no such number."""
+        """Return the mean over tasks, or None where a task has no such number."""
         values = [row[name] for row in self.tasks.values()]
         known = [value for value in values if value is not None]
         return float(np.mean(known)) if len(known) == len(values) else None
 
     @property
     def score(self) -> tuple[float, float]:
-        """What "best" means: mean success where there is one, then mean return."""
+        """Measure of the best checkpoint: mean success where there is one, then mean return."""
         success, mean_return = self.mean("success"), self.mean("return")
         assert mean_return is not None
         return (0.0 if success is None else success, mean_return)
@@ -58,10 +58,10 @@ class Evaluation:
 
 @dataclass
 class EpisodeCursor:
-    """Where the episodes of an engine go on, so that every :func:`play` on it sees further ones.
+    """Position in the episodes of an engine, so that every :func:`play` on it sees further ones.
 
     Attributes:
-        obs: what every slot acts on next, ``[T, E, F]``; None before the first play.
+        obs: observation that every slot acts on next, ``[T, E, F]``; None before the first play.
         within: slots in the middle of an episode, ``[T, E]``, which does not count in the next play.
     """
 
@@ -81,18 +81,18 @@ class PerTaskPolicies:
         self.policies = [make(envs_per_task) for make in makers]
 
     def act(self, obs: Tensor) -> Tensor:
-        """``[T, E, F]`` to ``[T, E, ...]``."""
+        """Return actions ``[T, E, ...]`` for ``[T, E, F]``."""
         return torch.cat([policy.act(obs[task : task + 1]) for task, policy in enumerate(self.policies)])
 
     def observe(self, done: Tensor) -> None:
-        """``[T, E]``."""
+        """Take note of the episodes that have ended, ``[T, E]``."""
         for task, policy in enumerate(self.policies):
             policy.observe(done[task : task + 1])
 
 
 @torch.no_grad()
 def layer_kl(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]]:
-    """Nats per task ``[T]`` of every layer that has any, by ``<module>.<layer>``."""
+    """Return the nats per task ``[T]`` of every layer that has any, by ``<module>.<layer>``."""
     return {
         f"{name}.{path}": layer.kl().double().cpu().numpy()
         for name, module in modules.items()
@@ -101,7 +101,7 @@ def layer_kl(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]
 
 
 def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes: int) -> Evaluation:
-    """:func:`play` with the algorithm's own policy, and the nats of its networks."""
+    """Run :func:`play` with the algorithm's own policy, and add the nats of its networks."""
     device = next(next(iter(algorithm.trained_modules().values())).parameters()).device
     tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device)
     layers = layer_kl(algorithm.trained_modules())
@@ -117,12 +117,12 @@ def play(
     engine: VectorEngine,
     episodes: int,
     device: torch.device,
-    stage: EpisodeCursor | None = None,
+    cursor: EpisodeCursor | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Run ``episodes`` episodes of every task; means as in :class:`Evaluation`.
 
     ``make_policy`` makes the policy for a number of environments per task. Episodes are always from the same
-    starts, but with a ``stage``, which they go on from.
+    starts, but with a ``cursor``, which they go on from.
 
     Leaves torch's random state as it was, whatever draws of weights the policy makes.
 
@@ -134,11 +134,11 @@ def play(
     flags = {name: np.zeros((num_tasks, episodes), dtype=bool) for name in ("success", "success_final")}
     episode = np.tile(np.arange(envs), (num_tasks, 1))  # the episode that each slot is in, [T, E]
     task = np.arange(num_tasks)[:, None].repeat(envs, 1)
-    stage = EpisodeCursor() if stage is None else stage
-    if stage.obs is None or stage.within is None:
+    cursor = EpisodeCursor() if cursor is None else cursor
+    if cursor.obs is None or cursor.within is None:
         obs = engine.reset()
     else:
-        obs, episode = stage.obs, episode - envs * stage.within
+        obs, episode = cursor.obs, episode - envs * cursor.within
     random = rng_state()
     policy = make_policy(envs)
     while (episode < episodes).any():
@@ -153,7 +153,7 @@ def play(
         flags["success_final"][where] = step.success[open_slots]
         ended = step.terminated | step.truncated
         episode[ended] += envs
-        stage.obs, stage.within = obs, ~ended
+        cursor.obs, cursor.within = obs, ~ended
     load_rng_state(random)
     tasks: dict[str, dict[str, float | None]] = {}
     for index, name in enumerate(suite.task_names):

@@ -22,6 +22,7 @@ from varshare_rl.run.evaluation import Evaluation, evaluate, layer_kl
 from varshare_rl.run.process import keep_freed_memory, load_rng_state, one_thread, rng_state
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
+from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
 
@@ -47,8 +48,12 @@ class Interrupted(Exception):
 
 
 @dataclass
-class Run:
+class Run(Stateful):
     """A training run: its parts, and how far it has come."""
+
+    state_fields = (
+        "best_score", "evaluated_at", "observed_at?", "phase_seconds", "masked_tasks", "algorithm", "episodes",
+    )  # fmt: skip
 
     suite: Suite
     provenance: dict[str, Any]
@@ -139,7 +144,7 @@ class Run:
         return self._to_device(step.obs)
 
     def _update(self) -> None:
-        """One update, and an observation of the networks after the first one that falls due."""
+        """Make one update, and observe the networks after the first one that falls due."""
         every = self.config.observe_every
         due = every > 0 and self.transitions // every > self.observed_at // every
         if due:
@@ -167,7 +172,7 @@ class Run:
         with self._timed("log"):
             metrics: Metrics = {name: float(value) for name, value in self.scalars.items()}
             metrics |= self.episodes.metrics(self.suite.has_success)
-            metrics |= self._nats()
+            metrics |= self._kl()
             metrics |= self.algorithm.metrics()
             metrics |= self._masked()
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
@@ -176,7 +181,7 @@ class Run:
             self.tracker.log(metrics, self.transitions)
             self.console.progress(self.transitions, self._headline(metrics))
 
-    def _nats(self) -> Metrics:
+    def _kl(self) -> Metrics:
         """``kl/<task>`` over all layers and ``kl_layer/<layer>``, the mean over tasks; none without posteriors."""
         layers = layer_kl(self.algorithm.trained_modules())
         metrics = {f"kl_layer/{layer}": float(nats.mean()) for layer, nats in layers.items()}
@@ -200,7 +205,7 @@ class Run:
         return metrics
 
     def phase_shares(self) -> dict[str, float]:
-        """Share of the training time by phase; ``rest`` is what no phase accounts for.
+        """Return the share of the training time by phase; ``rest`` is what no phase accounts for.
 
         On CUDA, kernels still running when a phase ends count for the phase that waits for them.
         """
@@ -236,34 +241,21 @@ class Run:
             return save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
 
     def state(self) -> Tree:
-        """Everything needed to go on bit for bit, besides the counters."""
-        return {
-            "best_score": self.best_score,
+        """Return everything needed to go on bit for bit, besides the counters."""
+        return super().state() | {
             "evaluation": None if self.evaluation is None else self.evaluation.tasks,
-            "evaluated_at": self.evaluated_at,
-            "observed_at": self.observed_at,
-            "phase_seconds": self.phase_seconds,
-            "masked_tasks": sorted(self.masked_tasks),
             "scalars": {name: float(value) for name, value in self.scalars.items()},
-            "algorithm": self.algorithm.state(),
             "engine": self.engine.state(),
-            "episodes": self.episodes.state(),
             "random": rng_state(),
         }
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`save` wrote as ``last``."""
-        self.transitions = state["transitions"]
-        self.best_score = state["best_score"]
-        self.evaluated_at = state["evaluated_at"]
-        self.observed_at = state.get("observed_at", self.transitions)  # a checkpoint of before there was one
+        self.transitions = self.observed_at = state["transitions"]
+        super().load_state(state)
         self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
-        self.phase_seconds = state["phase_seconds"]
-        self.masked_tasks = set(state["masked_tasks"])
         self.scalars = state["scalars"]
-        self.algorithm.load_state(state["algorithm"])
         self._observation = self.engine.load_state(state["engine"])
-        self.episodes.load_state(state["episodes"])
         load_rng_state(state["random"])
 
     def _to_device(self, array: Any) -> torch.Tensor:

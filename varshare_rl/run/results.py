@@ -1,4 +1,4 @@
-"""The result of a run: its numbers, and the conditions under which they hold."""
+"""The result of a run: its numbers and their provenance."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SOURCES = ("varshare_rl", "envs", "configs")  # what a result depends on
 
 
 def provenance(
-    suite_conditions: Mapping[str, Any], seed: int, device: torch.device | str = "cpu"
+    suite_provenance: Mapping[str, Any], seed: int, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
     """Return what a result must say of how it came about; the suite's own entries are added to it.
 
@@ -39,7 +39,7 @@ def provenance(
         "cpu_count": os.cpu_count(),
         "git_commit": commit,
         "git_dirty": dirty,
-        **suite_conditions,
+        **suite_provenance,
     }
 
 

@@ -1,4 +1,4 @@
-"""Makes the sharing visible while a run trains: scalars, pictures and histograms, and a file per observation."""
+"""Monitor of sharing while a run trains: scalars, pictures and histograms, and a file per observation."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from typing import Any
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, write_atomically
-from varshare_rl.reporting.layers import short_names
-from varshare_rl.reporting.palettes import DIVERGING
 from varshare_rl.reporting.previews import heat_map
+from varshare_rl.reporting.style import DIVERGING, short_names
 from varshare_rl.run.sharing import FORMAT_VERSION, Conflict, sharing_document
 from varshare_rl.run.tracker import Image, Tracker
 from varshare_rl.types import Metrics
@@ -21,7 +20,7 @@ FOLDER = "sharing"
 
 
 class SharingMonitor:
-    """Measures an algorithm's networks and writes down what it finds. Reads only: training stays as it is.
+    """Measures an algorithm's networks and writes the results. Reads only: training stays as it is.
 
     Args:
         run_dir: ``<run_dir>/sharing/<transitions>.json`` are written.
@@ -42,7 +41,7 @@ class SharingMonitor:
                     path.unlink()
 
     def observe(self, algorithm: Algorithm, transitions: int) -> None:
-        """Measure and write down, right after an update that was asked to measure conflict."""
+        """Measure and write, right after an update that was asked to measure conflict."""
         grams = algorithm.gradient_grams()
         conflict = Conflict(transitions, grams) if grams else None
         document = sharing_document(algorithm.trained_modules(), self.task_names, transitions, conflict)
@@ -59,7 +58,7 @@ class SharingMonitor:
 
 
 def latest_observation(run_dir: Path, transitions: int) -> dict[str, Any] | None:
-    """The last document that a run wrote up to so many ``transitions``; None if there is none.
+    """Return the last document that a run wrote up to so many ``transitions``; None if there is none.
 
     Raises:
         UserError: the file is damaged.
@@ -82,7 +81,7 @@ def latest_observation(run_dir: Path, transitions: int) -> dict[str, Any] | None
 
 
 def scalars(document: Mapping[str, Any]) -> Metrics:
-    """The metrics of a document: per layer the mean over tasks, per task that over all layers together."""
+    """Return the metrics of a document: per layer the mean over tasks, per task that over all layers together."""
     metrics: Metrics = {}
     if document["sharing"] is not None:
         metrics["sharing/all"] = document["sharing"]
@@ -90,7 +89,7 @@ def scalars(document: Mapping[str, Any]) -> Metrics:
     for layer in document["layers"]:
         metrics[f"sharing/{layer['name']}"] = layer["sharing"]
         metrics[f"effective_rank/{layer['name']}"] = sum(layer["effective_rank"]) / len(layer["effective_rank"])
-    for name in ("residual", "spread"):
+    for name in ("residual", "sigma"):
         for task, value in zip(document["tasks"], document[name] or (), strict=False):
             metrics[f"{name}/{task}"] = value
     for network, found in (document["conflict"] or {"networks": {}})["networks"].items():
@@ -101,7 +100,7 @@ def scalars(document: Mapping[str, Any]) -> Metrics:
 
 
 def previews(document: Mapping[str, Any]) -> dict[str, Image]:
-    """Heat maps by name, small and quick to draw; matrices between tasks in the order of the tree."""
+    """Draw heat maps by name, small and quick to draw; matrices between tasks in the order of the tree."""
     tasks, images = document["tasks"], {}
     order = document["clusters"]["order"] if document["clusters"] else list(range(len(tasks)))
 

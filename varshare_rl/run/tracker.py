@@ -1,4 +1,4 @@
-"""What a run writes down while it goes on: ``metrics.jsonl`` and TensorBoard events, in the run folder."""
+"""Logs of a run while it goes on: ``metrics.jsonl`` and TensorBoard events, in the run folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the outputs of policies and critics mean, for methods that measure how much they change."""
+"""Meaning of the outputs of policies and critics, for methods that measure how much they change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from varshare_rl.nn.actor import Actor, CategoricalActor
 from varshare_rl.ops.gaussian import normal_log_prob
-from varshare_rl.ops.policy import masked_logits
+from varshare_rl.ops.rl import masked_logits
 
 
 class GaussianPolicy:
@@ -29,13 +29,13 @@ class GaussianPolicy:
         return mean, (log_std + self.initial_log_std).clamp(*self.log_std_range)
 
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
-        """``log N(a | mean, std)`` of ``a`` drawn from it, ``[1, N]``."""
+        """Return ``log N(a | mean, std)`` of ``a`` drawn from it, ``[1, N]``."""
         mean, log_std = self._parameters(outputs)
         action = torch.addcmul(mean, log_std.exp(), torch.randn_like(mean)).detach()
         return (normal_log_prob(action, mean, log_std) * self.mask).sum(-1)
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        """``KL(N_old || N_new) = sum log(s_n / s_o) + (s_o^2 + (m_o - m_n)^2) / (2 s_n^2) - 1/2``, ``[1, N]``."""
+        """Return ``KL(N_old || N_new) = sum log(s_n / s_o) + (s_o^2 + (m_o - m_n)^2) / (2 s_n^2) - 1/2``."""
         (mean_old, log_old), (mean_new, log_new) = self._parameters(old), self._parameters(new)
         squares = (2.0 * (log_old - log_new)).exp() + ((mean_old - mean_new) / log_new.exp()).square()
         return ((log_new - log_old + 0.5 * (squares - 1.0)) * self.mask).sum(-1)
@@ -52,14 +52,14 @@ class CategoricalPolicy:
         self.mask = mask
 
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
-        """Log-probability of a choice drawn from the policy, ``[1, N]``."""
+        """Return the log-probability of a choice drawn from the policy, ``[1, N]``."""
         log_probs = masked_logits(outputs, self.mask)
         uniform = torch.rand_like(log_probs).clamp_min_(1e-20)
         choice = (log_probs.detach() - (-uniform.log()).log()).argmax(-1, keepdim=True)  # the Gumbel-max trick
         return log_probs.gather(-1, choice).squeeze(-1)
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        """``sum_a p_old(a) log(p_old(a) / p_new(a))``, ``[1, N]``."""
+        """Return ``sum_a p_old(a) log(p_old(a) / p_new(a))``, ``[1, N]``."""
         log_old, log_new = (masked_logits(part, self.mask) for part in (old, new))
         return (log_old.exp() * (log_old - log_new)).sum(-1)
 
@@ -68,17 +68,17 @@ class UnitGaussian:
     """Outputs are values with noise of variance 1, as the squared error has them, ``[1, N, G]``."""
 
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
-        """``log N(y | outputs, 1)`` of ``y`` drawn from it, ``[1, N]``."""
+        """Return ``log N(y | outputs, 1)`` of ``y`` drawn from it, ``[1, N]``."""
         noisy = (outputs + torch.randn_like(outputs)).detach()
         return normal_log_prob(noisy, outputs, torch.zeros_like(outputs)).sum(-1)
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        """``(old - new)^2 / 2``, ``[1, N]``."""
+        """Return ``(old - new)^2 / 2``, ``[1, N]``."""
         return 0.5 * (old - new).square().sum(-1)
 
 
 def policy_likelihood(actor: Actor) -> GaussianPolicy | CategoricalPolicy:
-    """What the outputs of an actor's network mean; its action mask is that of one task."""
+    """Return the meaning of an actor's outputs; its action mask is that of one task."""
     if isinstance(actor, CategoricalActor):
         return CategoricalPolicy(actor.action_mask.bool())
     return GaussianPolicy(actor.action_mask, actor.log_std_range, actor.initial_log_std)

@@ -1,4 +1,4 @@
-"""One frozen network and a low-rank correction of it for every task: what several methods are made of."""
+"""Parts of methods with one frozen network and a low-rank correction of it for every task."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter, LowRank
-from varshare_rl.adapters.agent import correction
 from varshare_rl.errors import UserError
-from varshare_rl.nn.initial import linear_parameters
+from varshare_rl.nn.layer import task_layers
 from varshare_rl.nn.lora import ResidualLayer
 from varshare_rl.nn.shared import SharedLayer
-from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.ops.gaussian import softplus_sigma
 from varshare_rl.transfer.method import NetworkSpec, Pretrained, tensor_bytes
 from varshare_rl.transfer.share.factors import NUMERICAL_ZERO, balance
@@ -24,10 +22,10 @@ Sigmas = Mapping[str, tuple[Tensor, Tensor]]
 
 
 class FrozenBase:
-    """The weights that all tasks share: the pretrained agent's, or what the first task leaves, and never changed again.
+    """Weights that all tasks share: the pretrained agent's, or those of the first task, and never changed again.
 
     Args:
-        shape: of the network.
+        spec: of the network.
         pretrained: gives the weights, if there is one.
 
     Attributes:
@@ -37,8 +35,8 @@ class FrozenBase:
         UserError: an adapter of the pretrained agent is for other layers than the network has.
     """
 
-    def __init__(self, shape: NetworkSpec, pretrained: Pretrained | None) -> None:
-        self.shape, self.given = shape, pretrained is not None
+    def __init__(self, spec: NetworkSpec, pretrained: Pretrained | None) -> None:
+        self.spec, self.given = spec, pretrained is not None
         self.weights: dict[str, Tensor] | None = None
         if pretrained is not None:
             self.weights = {name: value.detach().cpu().clone() for name, value in pretrained.base.items()}
@@ -47,15 +45,15 @@ class FrozenBase:
                 _check_fits(number, adapter, sizes)
 
     def network(self) -> nn.Module:
-        """The plain network, none of whose parameters is trained; torch's random state stays as it was."""
+        """Make the plain network, none of whose parameters is trained; torch's random state stays as it was."""
         assert self.weights is not None
         with torch.random.fork_rng(devices=[]):
-            network = self.shape.plain()
+            network = self.spec.plain()
         network.load_state_dict(self.weights)
         return network.requires_grad_(False)
 
     def layers(self) -> dict[str, SharedLayer]:
-        """Its linear layers by path."""
+        """Return its linear layers by path."""
         return linear_layers(self.network())
 
     def keep(self, network: nn.Module) -> None:
@@ -63,7 +61,7 @@ class FrozenBase:
         self.weights = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
     def corrected(self, adapter: Adapter) -> nn.Module:
-        """The network with ``adapter`` in its place, whose factors are all that is trained; see :func:`correct`."""
+        """Make the network with ``adapter`` in its place, whose factors alone are trained; see :func:`correct`."""
 
         def layer(path: str, inputs: int, outputs: int) -> nn.Module | None:
             if path not in adapter:
@@ -80,11 +78,11 @@ class FrozenBase:
             return correct(self.network(), layer)
 
     def bytes(self) -> int:
-        """What the weights take."""
+        """Return the bytes of the weights."""
         return 0 if self.weights is None else tensor_bytes(*self.weights.values())
 
     def state(self) -> Tree | None:
-        """The weights, unless the pretrained agent gives them."""
+        """Return the weights, unless the pretrained agent gives them."""
         return None if self.given else self.weights
 
     def load_state(self, state: Tree | None) -> None:
@@ -94,7 +92,7 @@ class FrozenBase:
 
 
 def linear_layers(network: nn.Module) -> dict[str, SharedLayer]:
-    """The linear layers of a plain network by path, in order."""
+    """Return the linear layers of a plain network by path, in order."""
     return {path: layer for path, layer in network.named_modules() if isinstance(layer, SharedLayer)}
 
 
@@ -110,14 +108,13 @@ def correct(network: nn.Module, make: Callable[[str, int, int], nn.Module | None
             continue
         for name in ("theta", "bias"):
             setattr(new, name, nn.Parameter(getattr(old, name).detach().clone(), requires_grad=False))
-        parent, _, child = path.rpartition(".")
-        setattr(network.get_submodule(parent), child, new)
+        network.set_submodule(path, new)
     return network
 
 
 def take_adapter(network: nn.Module, task: int = 0) -> Adapter:
     """Copies of a task's factors, or of the means of their posteriors, by path, on the CPU."""
-    parts = {path: correction(layer, task) for path, layer in network.named_modules()}
+    parts = {path: layer.correction(task) for path, layer in task_layers(network)}
     return {
         path: LowRank(part.a.cpu(), part.b.cpu(), part.scale) for path, part in parts.items() if part is not None
     }
@@ -125,27 +122,16 @@ def take_adapter(network: nn.Module, task: int = 0) -> Adapter:
 
 def take_sigma(network: nn.Module, task: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
     """The standard deviations of a task's factors by path, on the CPU; empty without posteriors."""
+    rhos = {path: layer.task_rho(task) for path, layer in task_layers(network)}
     return {
-        path: (_copy(softplus_sigma(layer.rhos_A[task])), _copy(softplus_sigma(layer.rhos_B[task])))
-        for path, layer in network.named_modules()
-        if isinstance(layer, VarShareLoRALayer)
-    }
-
-
-def fresh_adapter(layers: Mapping[str, SharedLayer], rank: int, scale: float) -> Adapter:
-    """A correction of nothing: ``a`` uniform on ``+-1 / sqrt(in)`` (Kaiming), ``b = 0`` (Hu et al. 2021)."""
-    return {
-        path: LowRank(
-            linear_parameters(layer.in_features, rank, bias=False)[0].detach(),
-            torch.zeros(layer.out_features, rank),
-            scale,
-        )
-        for path, layer in layers.items()
+        path: (softplus_sigma(rho["rho_A"]).cpu(), softplus_sigma(rho["rho_B"]).cpu())
+        for path, rho in rhos.items()
+        if rho
     }
 
 
 def mean_of(adapters: Sequence[Adapter], fresh: Adapter) -> Adapter:
-    """The mean of some corrections, as nearly as the ranks of ``fresh`` allow.
+    """Return the mean of some corrections, as nearly as the ranks of ``fresh`` allow.
 
     ``1/n sum_i s_i b_i a_i``, truncated to the rank by its singular value decomposition (the best of this rank,
     Eckart and Young 1936), which is split evenly between the factors; it is worked out from the factors alone. A
@@ -164,7 +150,7 @@ def mean_of(adapters: Sequence[Adapter], fresh: Adapter) -> Adapter:
 
 
 def _truncated(parts: Sequence[LowRank], count: int, start: LowRank) -> LowRank:
-    """``1 / count`` of the sum of ``parts`` in the rank and scale of ``start``."""
+    """Return ``1 / count`` of the sum of ``parts`` in the rank and scale of ``start``."""
     left = torch.cat([part.b.double() * (part.scale / (count * start.scale)) for part in parts], dim=1)
     right = torch.cat([part.a.double().t() for part in parts], dim=1)
     left, right, singular = (side[0] for side in balance(left[None], right[None]))
@@ -175,29 +161,23 @@ def _truncated(parts: Sequence[LowRank], count: int, start: LowRank) -> LowRank:
 
 
 def adapter_bytes(adapter: Adapter) -> int:
-    """What an adapter's factors take."""
+    """Return the bytes of an adapter's factors."""
     return sum(tensor_bytes(factors.a, factors.b) for factors in adapter.values())
 
 
 def sigma_bytes(sigma: Sigmas) -> int:
-    """What the standard deviations take."""
+    """Return the bytes of standard deviations."""
     return sum(tensor_bytes(*pair) for pair in sigma.values())
 
 
 def adapter_state(adapter: Adapter) -> Tree:
-    """An adapter as a tree."""
+    """Return an adapter as a tree."""
     return {path: {"a": part.a, "b": part.b, "scale": part.scale} for path, part in adapter.items()}
 
 
 def adapter_of(state: Tree) -> Adapter:
-    """What :func:`adapter_state` was given."""
+    """Return the adapter of which :func:`adapter_state` made a tree."""
     return {path: LowRank(part["a"], part["b"], part["scale"]) for path, part in state.items()}
-
-
-def check_learnt(task: int, tasks: int) -> None:
-    """Raise IndexError unless ``task`` is one of those that are learnt."""
-    if not 0 <= task < tasks:
-        raise IndexError(f"unknown task {task}: {tasks} tasks are learnt, counted from 0")
 
 
 def _check_fits(number: int, adapter: Adapter, sizes: Mapping[str, tuple[int, int]]) -> None:
@@ -205,10 +185,7 @@ def _check_fits(number: int, adapter: Adapter, sizes: Mapping[str, tuple[int, in
         if sizes.get(path) != (factors.in_features, factors.out_features):
             size = sizes.get(path, (0, 0))
             raise UserError(
-                f"the pretrained agent's task {number} has a correction of {factors.out_features} x {factors.in_features} at "
-                f"{path}, where the network has {size[1]} x {size[0]}; give the network of the pretrained agent"
+                f"the pretrained agent's task {number} has a correction of {factors.out_features} x "
+                f"{factors.in_features} at {path}, where the network has {size[1]} x {size[0]}; "
+                "give the network of the pretrained agent"
             )
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().clone()

@@ -26,7 +26,7 @@ from varshare_rl.transfer.share import (
 
 
 def assert_same(one: Share, other: Share) -> None:
-    for attribute in ("options", "tasks", "lora_numbers", "merges"):
+    for attribute in ("config", "tasks", "lora_numbers", "merges"):
         assert getattr(one, attribute) == getattr(other, attribute), attribute
     assert one.errors() == other.errors()
     assert list(one.layers) == list(other.layers)

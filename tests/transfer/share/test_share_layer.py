@@ -92,7 +92,7 @@ def weight_of(layer: ShareLinear, task: int) -> Tensor:
 def test_equals_a_loop_over_rows(kind: str, layout: str, training: bool) -> None:
     layer = layer_of(kind).train(training)
     if isinstance(layer.coefficients, GaussianCoefficients):
-        layer.coefficients.noise = WeightNoise(layer.coefficients.draw_noise())
+        layer.coefficients.noise = WeightNoise(layer.coefficients.draw_noise(TASKS))
     shape, ids = LAYOUTS[layout]
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     if isinstance(ids, int):
@@ -121,7 +121,7 @@ def test_equals_a_loop_over_rows(kind: str, layout: str, training: bool) -> None
 def test_gradients(kind: str) -> None:
     layer = layer_of(kind)
     if isinstance(layer.coefficients, GaussianCoefficients):
-        layer.coefficients.noise = WeightNoise(layer.coefficients.draw_noise())
+        layer.coefficients.noise = WeightNoise(layer.coefficients.draw_noise(TASKS))
     names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
     x = torch.randn(3, 2, IN, dtype=torch.float64, requires_grad=True)
 

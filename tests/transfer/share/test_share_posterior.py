@@ -10,15 +10,9 @@ import torch.nn.functional as F
 from share_reference import adapters
 from torch import Tensor, nn
 
-from varshare_rl.nn.stochastic import (
-    PenalizedLayer,
-    RowNoise,
-    WeightNoise,
-    drawn_layers,
-    penalized_layers,
-    posterior_mean,
-    stochastic_layers,
-)
+from varshare_rl.nn.layer import penalized_layers
+from varshare_rl.nn.stochastic import RowNoise, WeightNoise, drawn_layers, posterior_mean
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.ops.gaussian import gaussian_kl_between, posterior_kl
 from varshare_rl.transfer.share import (
     Coefficients,
@@ -220,11 +214,11 @@ def test_mean_and_spread_of_the_output() -> None:
 
 def test_held_noise_gives_the_same_draw_again() -> None:
     _, gaussian = layers(0.5)
-    assert isinstance(gaussian.coefficients, PenalizedLayer)
-    assert not isinstance(layers(0.5)[0].coefficients, PenalizedLayer)
+    assert gaussian.coefficients.penalized
+    assert not layers(0.5)[0].coefficients.penalized
     assert [name for name, _ in penalized_layers(nn.ModuleDict({"layer": gaussian}))] == ["layer.coefficients"]
     x = torch.randn(4, 7)
-    gaussian.coefficients.noise = WeightNoise(gaussian.coefficients.draw_noise())
+    gaussian.coefficients.noise = WeightNoise(gaussian.coefficients.draw_noise(3))
     torch.testing.assert_close(gaussian(x, 2), gaussian(x, 2), rtol=0, atol=0)
     gaussian.coefficients.add_tasks(1)
     assert gaussian.coefficients.noise is None  # of fewer tasks

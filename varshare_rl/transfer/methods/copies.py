@@ -9,25 +9,23 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from varshare_rl.registry import register
+from varshare_rl.transfer.bases import OwnParameters
 from varshare_rl.transfer.method import (
-    ContinualMethod,
     ContinualMethodConfig,
     NetworkSpec,
     Pretrained,
     StorageCost,
-    frozen_eval,
+    state_bytes,
     state_copy,
-    tensor_bytes,
 )
-from varshare_rl.transfer.pretrained import pretrained_policy, pretrained_storage
-from varshare_rl.types import Tree
+from varshare_rl.transfer.pretrained import pretrained_storage
 
 
 class Start(Enum):
-    """What a task's network starts from."""
+    """Start of a task's network."""
 
     previous = "previous"  # the network of the task before it
-    base = "base"  # the pretrained agent's base; without a pretrained agent the weights that the first task started from
+    base = "base"  # the pretrained agent's base; without one the weights that the first task started from
     scratch = "scratch"  # fresh weights
 
 
@@ -39,31 +37,32 @@ class CopiesConfig(ContinualMethodConfig):
     keeps_parameters: ClassVar[bool] = True
     name: str = "copies"
     start: Start = Start.previous
-    "What a task's network starts from: that of the task before it, the base, or fresh weights."
+    "Start of a task's network: that of the task before it, the base, or fresh weights."
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> Copies:
-        """The method."""
-        return Copies(self, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> Copies:
+        """Make the method."""
+        return Copies(self, spec, pretrained)
 
 
-class Copies(ContinualMethod):
+class Copies(OwnParameters):
     """One saved network per task: the upper bound on what is kept, and on the bytes that it takes.
 
     With ``start=scratch`` it is single-task learning, which forward transfer is measured against; with ``previous``
     it is fine-tuning that keeps every task's end.
     """
 
-    def __init__(self, config: CopiesConfig, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
-        super().__init__(config, shape, pretrained)
-        self.copies: list[dict[str, Tensor]] = []
+    state_fields = ("copies=own", "initial")
+
+    def __init__(self, config: CopiesConfig, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
+        super().__init__(config, spec, pretrained)
         keeps = config.start is Start.base and pretrained is None
-        self.initial = state_copy(shape.plain()) if keeps else None  # to start later tasks from as well
+        self.initial = state_copy(spec.plain()) if keeps else None  # to start later tasks from as well
 
     def begin(self, task: int, similar: int | None = None) -> nn.Module:
-        """A network with the weights of ``start``; the first task of all has no previous one but the base."""
+        """Make a network with the weights of ``start``; the first task of all has no previous one but the base."""
         start = self.config.start
         if start is Start.scratch:
-            return self.shape.plain()
+            return self.spec.plain()
         network = self.base_network()
         if start is Start.previous and self.tasks:
             network.load_state_dict(self.policy(self.tasks - 1).state_dict())
@@ -73,29 +72,13 @@ class Copies(ContinualMethod):
 
     def end(self, network: nn.Module, inputs: Tensor) -> None:
         """Save the network."""
-        self.copies = [*self.copies, state_copy(network)]
-        self.tasks += 1
+        self.keep(state_copy(network))
 
-    def policy(self, task: int) -> nn.Module:
-        """The task's own network."""
-        self.check_learnt(task)
-        if self.pretrained is not None and task < self.old_tasks:
-            return pretrained_policy(self.shape, self.pretrained, task)
-        network = self.shape.plain()
-        network.load_state_dict(self.copies[task - self.old_tasks])
-        return frozen_eval(network)
+    def own_network(self, number: int) -> nn.Module:
+        """Make the task's copy."""
+        return self.spec.plain(self.own[number])
 
     def stored(self) -> StorageCost:
-        """A network per task; the weights to start from are memory."""
-        old = pretrained_storage(self.pretrained)
-        copies = sum(tensor_bytes(*copy.values()) for copy in self.copies)
-        memory = 0 if self.initial is None else tensor_bytes(*self.initial.values())
-        return StorageCost(old.shared, old.tasks + copies, memory)
-
-    def state(self) -> Tree:
-        """The networks."""
-        return {"tasks": self.tasks, "copies": self.copies, "initial": self.initial}
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        self.tasks, self.copies, self.initial = state["tasks"], state["copies"], state["initial"]
+        """Return the bytes of a network per task; the weights to start from are memory."""
+        memory = 0 if self.initial is None else state_bytes(self.initial)
+        return pretrained_storage(self.pretrained) + StorageCost(tasks=state_bytes(*self.own), memory=memory)

@@ -1,9 +1,9 @@
-"""Elastic weight consolidation: what mattered to earlier tasks is held where they left it."""
+"""Elastic weight consolidation: weights that mattered to earlier tasks are held where these left them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
+from varshare_rl.transfer.bases import OneNetwork
 from varshare_rl.transfer.method import (
     ContinualMethodConfig,
     Likelihood,
     NetworkSpec,
     Pretrained,
     StorageCost,
-    tensor_bytes,
+    state_bytes,
 )
-from varshare_rl.transfer.one_network import OneNetwork
 from varshare_rl.types import Tree
 
 
@@ -39,9 +39,9 @@ class EWCConfig(ContinualMethodConfig):
     decay: float = bounded(0.95, least=0, most=1)
     "Factor on the running importance when a task is added, with `online`."
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> EWC:
-        """The method."""
-        return EWC(self, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> EWC:
+        """Make the method."""
+        return EWC(self, spec, pretrained)
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Quadratic:
     offset: float = 0.0
 
     def __call__(self, network: nn.Module) -> Tensor:
-        """Its value at the parameters of a network, 0-d."""
+        """Return its value at the parameters of a network, 0-d."""
         parts = [
             (self.precision[name] * (parameter - self.centre[name]).square()).sum()
             for name, parameter in network.named_parameters()
@@ -61,12 +61,12 @@ class Quadratic:
         return torch.stack(parts).sum() + self.offset
 
     def to(self, device: torch.device) -> Quadratic:
-        """The same on a device."""
+        """Return the same on a device."""
         precision = {name: value.to(device) for name, value in self.precision.items()}
         return Quadratic(precision, {name: value.to(device) for name, value in self.centre.items()}, self.offset)
 
     def plus(self, other: Quadratic) -> Quadratic:
-        """The sum of both, which is one quadratic again.
+        """Return the sum of both, which is one quadratic again.
 
         ``p (x - a)^2 + q (x - b)^2 = (p + q) (x - c)^2 + p q / (p + q) (a - b)^2`` with
         ``c = (p a + q b) / (p + q)``.
@@ -82,23 +82,23 @@ class Quadratic:
 
 
 class EWC(OneNetwork):
-    """One network, drawn to what earlier tasks needed (Kirkpatrick et al. 2017, equation 3).
+    """One network, drawn to the weights that earlier tasks needed (Kirkpatrick et al. 2017, equation 3).
 
     ``penalty = weight / 2 sum_i sum_k F_ik (theta_k - theta*_ik)^2`` over the earlier tasks ``i``, with
     ``theta*_i`` the weights and ``F_i`` the diagonal Fisher information at the end of task ``i``. All these
     quadratics are kept as the one that they add up to, so memory does not grow. ``online``: ``F <- decay F + F_i``
     around the latest weights instead (Schwarz et al. 2018, section 4).
 
-    Of a pretrained agent's tasks no inputs are there to measure importance on: its base is where learning starts, and
-    nothing holds it there.
+    Of a pretrained agent's tasks no inputs are there to measure importance on: its base is where learning starts,
+    and nothing holds it there.
     """
 
-    def __init__(self, config: EWCConfig, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
-        super().__init__(config, shape, pretrained)
+    def __init__(self, config: EWCConfig, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
+        super().__init__(config, spec, pretrained)
         self.quadratic: Quadratic | None = None
 
     def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
-        """``weight / 2`` times the quadratic, ``[1]``."""
+        """Return ``weight / 2`` times the quadratic, ``[1]``."""
         if self.quadratic is None:
             return 0.0
         device = next(network.parameters()).device
@@ -111,7 +111,7 @@ class EWC(OneNetwork):
         """Keep the weights, and add their importance for this task."""
         config = self.config
         chosen = torch.randperm(inputs.shape[1])[: config.fisher_samples].to(inputs.device)
-        fisher = diagonal_fisher(network, inputs[:, chosen], self.shape.likelihood)
+        fisher = diagonal_fisher(network, inputs[:, chosen], self.spec.likelihood)
         super().end(network, inputs)
         centre = {name: self.weights[name] for name in fisher}
         new = Quadratic(fisher, centre)
@@ -122,29 +122,24 @@ class EWC(OneNetwork):
         self.quadratic = new
 
     def stored(self) -> StorageCost:
-        """One network; importances are memory, and so is their centre where it is not the network itself."""
+        """Return one network; importances are memory, and so is their centre where it is not the network itself."""
         memory = 0
         if self.quadratic is not None:
-            memory = tensor_bytes(*self.quadratic.precision.values())
-            memory += 0 if self.config.online else tensor_bytes(*self.quadratic.centre.values())
-        return replace(super().stored(), memory=memory)
+            memory = state_bytes(self.quadratic.precision)
+            memory += 0 if self.config.online else state_bytes(self.quadratic.centre)
+        return super().stored() + StorageCost(memory=memory)
 
     def state(self) -> Tree:
-        """Weights and quadratic."""
-        kept = self.quadratic
-        quadratic = None if kept is None else {
-            "precision": dict(kept.precision), "centre": dict(kept.centre), "offset": kept.offset,
-        }  # fmt: skip
-        return {**super().state(), "quadratic": quadratic}
+        """Return weights and quadratic."""
+        return {**super().state(), "quadratic": None if self.quadratic is None else dict(vars(self.quadratic))}
 
     def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
         super().load_state(state)
         self.quadratic = None if state["quadratic"] is None else Quadratic(**state["quadratic"])
 
 
 def diagonal_fisher(network: nn.Module, inputs: Tensor, likelihood: Likelihood) -> dict[str, Tensor]:
-    """``F_k = mean_n (d log p(y_n | x_n) / d theta_k)^2`` with ``y_n`` drawn from the network's own distribution.
+    """Return ``F_k = mean_n (d log p(y_n | x_n) / d theta_k)^2``, ``y_n`` drawn from the network's distribution.
 
     The square is of each input's gradient, so inputs ``[1, N, F]`` are taken one at a time. By parameter name.
     """

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from varshare_rl.registry import register
+from varshare_rl.transfer.bases import OneNetwork
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained
-from varshare_rl.transfer.one_network import OneNetwork
 
 
 @register("method", "finetune")
@@ -18,9 +18,9 @@ class FinetuneConfig(ContinualMethodConfig):
     keeps_parameters: ClassVar[bool] = True
     name: str = "finetune"
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> Finetune:
-        """The method."""
-        return Finetune(self, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> Finetune:
+        """Make the method."""
+        return Finetune(self, spec, pretrained)
 
 
 class Finetune(OneNetwork):

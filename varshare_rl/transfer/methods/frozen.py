@@ -1,4 +1,4 @@
-"""Frozen: what the first task taught is used for all the others."""
+"""Frozen: one network that learns the first task and is used for all the others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from varshare_rl.registry import register
+from varshare_rl.transfer.bases import OneNetwork
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, frozen_eval
-from varshare_rl.transfer.one_network import OneNetwork
 
 
 @register("method", "frozen")
@@ -18,9 +18,9 @@ class FrozenConfig(ContinualMethodConfig):
 
     name: str = "frozen"
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> Frozen:
-        """The method."""
-        return Frozen(self, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> Frozen:
+        """Make the method."""
+        return Frozen(self, spec, pretrained)
 
 
 class Frozen(OneNetwork):
@@ -31,6 +31,6 @@ class Frozen(OneNetwork):
     """
 
     def begin(self, task: int, similar: int | None = None) -> nn.Module:
-        """The network, to be trained only on the first task."""
+        """Make the network, to be trained only on the first task."""
         network = super().begin(task, similar)
         return network if self.pretrained is None and self.tasks == 0 else frozen_eval(network)

@@ -13,19 +13,16 @@ from varshare_rl.fields import bounded
 from varshare_rl.nn.packnet import PackedLayer
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.registry import register
-from varshare_rl.transfer.head import head_path, split_head
+from varshare_rl.transfer.bases import OwnParameters, head_path, split_head
 from varshare_rl.transfer.method import (
-    ContinualMethod,
     ContinualMethodConfig,
     NetworkSpec,
     Pretrained,
     StorageCost,
-    frozen_eval,
+    state_bytes,
     state_copy,
-    tensor_bytes,
 )
-from varshare_rl.transfer.pretrained import pretrained_policy, pretrained_storage
-from varshare_rl.types import Tree
+from varshare_rl.transfer.pretrained import pretrained_storage
 
 FREE = -1  # owner of an entry that no task owns
 
@@ -37,16 +34,16 @@ class PackNetConfig(ContinualMethodConfig):
 
     name: str = "packnet"
     share_per_task: float = bounded(0.25, above=0, most=1)
-    "What a task keeps of the weights still free in each layer."
+    "Share that a task keeps of the weights still free in each layer."
     prune_at: float = bounded(0.5, least=0, most=1)
     "Share of the task's budget after which it gives up the rest."
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> PackNet:
-        """The method."""
-        return PackNet(self, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> PackNet:
+        """Make the method."""
+        return PackNet(self, spec, pretrained)
 
 
-class PackNet(ContinualMethod):
+class PackNet(OwnParameters):
     """Every task trains the free weights, gives up the smallest, and owns what is left (Mallya and Lazebnik 2018).
 
     Task ``i`` computes with the weights of owners ``<= i``. It trains all free ones until ``prune_at``, keeps the
@@ -54,15 +51,17 @@ class PackNet(ContinualMethod):
     Task ``i`` (from 0) thus gets ``share (1 - share)^i`` of all weights. Biases and LayerNorms are learnt on the
     first task and frozen after it, and every task has a fresh last layer of its own, as in the paper.
 
-    An origin's base has no free weights, and to prune it would change its tasks: they keep it apart, and the
-    sequence starts from a copy of it that nobody owns.
+    A pretrained agent's base has no free weights, and to prune it would change its tasks: they keep it apart, and
+    the sequence starts from a copy of it that nobody owns.
 
     Raises:
         UserError: the network has no hidden layer.
     """
 
-    def __init__(self, config: PackNetConfig, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
-        super().__init__(config, shape, pretrained)
+    state_fields = ("body", "owners", "heads=own")
+
+    def __init__(self, config: PackNetConfig, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
+        super().__init__(config, spec, pretrained)
         network = self.base_network()
         self.head = head_path(network, config.name)
         self.body = split_head(state_copy(network), self.head)[0]
@@ -72,16 +71,15 @@ class PackNet(ContinualMethod):
             for path in layers
             if path != self.head
         }
-        self.heads: list[dict[str, Tensor]] = []
 
     def begin(self, task: int, similar: int | None = None) -> nn.Module:
-        """The body under a fresh head; trained are the free weights and the head, and at first biases and norms."""
-        network = self.shape.stack(PackedLayer)
+        """Make the body under a fresh head; free weights and head are trained, and at first biases and norms."""
+        network = self.spec.stack(PackedLayer)
         in_features = network.get_submodule(self.head).in_features
         assert isinstance(in_features, int)
-        network.set_submodule(self.head, SharedLayer(in_features, self.shape.out_features))
+        network.set_submodule(self.head, SharedLayer(in_features, self.spec.out_features))
         network.load_state_dict({**network.state_dict(), **self.body})
-        if self.heads:
+        if self.own:
             network.requires_grad_(False)
             network.get_submodule(self.head).requires_grad_(True)
         for path, layer in packed_layers(network):
@@ -90,7 +88,7 @@ class PackNet(ContinualMethod):
         return network
 
     def trained_parameters(self, network: nn.Module) -> int:
-        """Without the weights that other tasks own, which lie in the same tensors."""
+        """Count without the weights that other tasks own, which lie in the same tensors."""
         held = sum(int((~layer.trained).sum()) for _, layer in packed_layers(network))
         return super().trained_parameters(network) - held
 
@@ -108,39 +106,23 @@ class PackNet(ContinualMethod):
         for path, layer in packed_layers(network):
             body[f"{path}.theta"] = layer.weight().detach()
             owner = self.owners[path].to(layer.trained.device)
-            owners[path] = owner.masked_fill(layer.trained, len(self.heads))
-        self.body, self.owners, self.heads = body, owners, [*self.heads, head]
-        self.tasks += 1
+            owners[path] = owner.masked_fill(layer.trained, len(self.own))
+        self.body, self.owners = body, owners
+        self.keep(head)
 
-    def policy(self, task: int) -> nn.Module:
-        """The weights of the task and of those before it, under the task's head."""
-        self.check_learnt(task)
-        if self.pretrained is not None and task < self.old_tasks:
-            return pretrained_policy(self.shape, self.pretrained, task)
-        number = task - self.old_tasks
+    def own_network(self, number: int) -> nn.Module:
+        """Make the network of the weights of the task and of those before it, under the task's head."""
         body = dict(self.body)
         for path, owner in self.owners.items():
             used = (owner != FREE) & (owner <= number)
             body[f"{path}.theta"] = torch.where(used, body[f"{path}.theta"], 0.0)
-        network = self.shape.plain()
-        network.load_state_dict({**body, **self.heads[number]})
-        return frozen_eval(network)
+        return self.spec.plain({**body, **self.own[number]})
 
     def stored(self) -> StorageCost:
-        """One body; a head per task, and ``ceil(log2(tasks + 1))`` bits per weight for its owner."""
-        old = pretrained_storage(self.pretrained)
-        heads = sum(tensor_bytes(*head.values()) for head in self.heads)
-        bits = math.ceil(math.log2(len(self.heads) + 1)) * sum(owner.numel() for owner in self.owners.values())
-        return StorageCost(old.shared + tensor_bytes(*self.body.values()), old.tasks + heads + math.ceil(bits / 8))
-
-    def state(self) -> Tree:
-        """Body, owners and heads."""
-        return {"tasks": self.tasks, "body": self.body, "owners": self.owners, "heads": self.heads}
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        self.tasks, self.body = state["tasks"], state["body"]
-        self.owners, self.heads = state["owners"], state["heads"]
+        """Return the bytes of a body, a head per task, ``ceil(log2(tasks + 1))`` bits per weight for its owner."""
+        bits = math.ceil(math.log2(len(self.own) + 1)) * sum(owner.numel() for owner in self.owners.values())
+        own = StorageCost(state_bytes(self.body), state_bytes(*self.own) + math.ceil(bits / 8))
+        return pretrained_storage(self.pretrained) + own
 
     def _prune(self, network: nn.Module) -> None:
         for _, layer in packed_layers(network):
@@ -148,7 +130,7 @@ class PackNet(ContinualMethod):
 
 
 def packed_layers(network: nn.Module) -> Iterator[tuple[str, PackedLayer]]:
-    """The packed layers of a network with their paths."""
+    """Yield the packed layers of a network with their paths."""
     for path, layer in network.named_modules():
         if isinstance(layer, PackedLayer):
             yield path, layer

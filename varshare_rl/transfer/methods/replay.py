@@ -1,8 +1,8 @@
-"""Replay: what the network did on earlier tasks is part of what it is trained on."""
+"""Replay: the network's behaviour on earlier tasks is part of its training."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -10,15 +10,8 @@ from torch import Tensor, nn
 
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
-from varshare_rl.transfer.method import (
-    ContinualMethodConfig,
-    NetworkSpec,
-    Pretrained,
-    StorageCost,
-    tensor_bytes,
-)
-from varshare_rl.transfer.one_network import OneNetwork
-from varshare_rl.types import Tree
+from varshare_rl.transfer.bases import OneNetwork
+from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost, tensor_bytes
 
 
 @register("method", "replay")
@@ -35,9 +28,9 @@ class ExperienceReplayConfig(ContinualMethodConfig):
     batch: int = bounded(128, least=1)
     "Observations drawn for every penalty, with replacement."
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> ExperienceReplay:
-        """The method."""
-        return ExperienceReplay(self, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> ExperienceReplay:
+        """Make the method."""
+        return ExperienceReplay(self, spec, pretrained)
 
 
 class ExperienceReplay(OneNetwork):
@@ -48,18 +41,21 @@ class ExperienceReplay(OneNetwork):
     et al. 2019) on samples kept at a task's end, as on Continual World (Wolczyk et al. 2021) in Wolczyk et al.
     2022, *Disentangling Transfer in Continual Reinforcement Learning*. CLEAR's replay of rewards is no part of it.
 
-    Of a pretrained agent's tasks no samples are there: its base is where learning starts, and nothing is replayed of them.
+    Of a pretrained agent's tasks no samples are there: its base is where learning starts, and
+    nothing is replayed of them.
     """
 
+    state_fields = ("inputs", "outputs")
+
     def __init__(
-        self, config: ExperienceReplayConfig, shape: NetworkSpec, pretrained: Pretrained | None = None
+        self, config: ExperienceReplayConfig, spec: NetworkSpec, pretrained: Pretrained | None = None
     ) -> None:
-        super().__init__(config, shape, pretrained)
-        self.inputs = torch.empty(1, 0, shape.in_features)  # of all earlier tasks, [1, M, F]
-        self.outputs = torch.empty(1, 0, shape.out_features)  # [1, M, G]
+        super().__init__(config, spec, pretrained)
+        self.inputs = torch.empty(1, 0, spec.in_features)  # of all earlier tasks, [1, M, F]
+        self.outputs = torch.empty(1, 0, spec.out_features)  # [1, M, G]
 
     def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
-        """``weight`` times the mean divergence on a batch, ``[1]``."""
+        """Return ``weight`` times the mean divergence on a batch, ``[1]``."""
         kept = self.inputs.shape[1]
         if kept == 0:
             return 0.0
@@ -67,13 +63,13 @@ class ExperienceReplay(OneNetwork):
         self.inputs, self.outputs = self.inputs.to(device), self.outputs.to(device)
         chosen = torch.randint(kept, (self.config.batch,)).to(device)
         now = network(self.inputs[:, chosen], torch.zeros(1, dtype=torch.int64))
-        divergence = self.shape.likelihood.divergence(self.outputs[:, chosen], now)
+        divergence = self.spec.likelihood.divergence(self.outputs[:, chosen], now)
         penalty: Tensor = self.config.weight * divergence.mean(1)
         return penalty
 
     @torch.no_grad()
     def end(self, network: nn.Module, inputs: Tensor) -> None:
-        """Keep the weights, and some inputs with what the network gives for them."""
+        """Keep the weights, and some inputs with the network's outputs for them."""
         super().end(network, inputs)
         chosen = torch.randperm(inputs.shape[1])[: self.config.samples_per_task].to(inputs.device)
         inputs = inputs[:, chosen]
@@ -82,14 +78,5 @@ class ExperienceReplay(OneNetwork):
         self.outputs = torch.cat([self.outputs.to(outputs), outputs], dim=1)
 
     def stored(self) -> StorageCost:
-        """One network; the samples are memory."""
-        return replace(super().stored(), memory=tensor_bytes(self.inputs, self.outputs))
-
-    def state(self) -> Tree:
-        """Weights and samples."""
-        return {**super().state(), "inputs": self.inputs, "outputs": self.outputs}
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        super().load_state(state)
-        self.inputs, self.outputs = state["inputs"], state["outputs"]
+        """Return the bytes of one network; the samples are memory."""
+        return super().stored() + StorageCost(memory=tensor_bytes(self.inputs, self.outputs))

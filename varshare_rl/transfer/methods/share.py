@@ -8,29 +8,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import Adapter, adapter_scale
+from varshare_rl.adapters.adapter import Adapter
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded, check_bounds
-from varshare_rl.nn.parameters import total_kl
 from varshare_rl.registry import register
-from varshare_rl.transfer.low_rank import (
-    FrozenBase,
-    adapter_bytes,
-    adapter_of,
-    adapter_state,
-    check_learnt,
-    fresh_adapter,
-)
+from varshare_rl.transfer.bases import LowRankMethod, weighted_kl
+from varshare_rl.transfer.low_rank import adapter_bytes, adapter_of, adapter_state
 from varshare_rl.transfer.low_rank import take_adapter as take_lora
-from varshare_rl.transfer.method import (
-    BYTES_PER_NUMBER,
-    ContinualMethod,
-    ContinualMethodConfig,
-    NetworkSpec,
-    Pretrained,
-    StorageCost,
-    frozen_eval,
-)
+from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients
 from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig
 from varshare_rl.transfer.share.folder import share_of, share_state
@@ -40,7 +25,14 @@ from varshare_rl.transfer.share.learn import (
     take_adapter,
     take_coefficients,
 )
-from varshare_rl.transfer.share.model import Share, adapter_numbers, add, consolidate, put_coefficients
+from varshare_rl.transfer.share.model import (
+    BYTES_PER_NUMBER,
+    Share,
+    adapter_numbers,
+    add,
+    consolidate,
+    put_coefficients,
+)
 from varshare_rl.types import Tree
 
 #: The rule for k without another: a policy has to survive many merges.
@@ -48,7 +40,7 @@ DEFAULT_MAX_ERROR = 0.01
 
 
 class Learn(Enum):
-    """What a task trains once there is a basis."""
+    """Trained part of a task once there is a basis."""
 
     directions = "directions"  # temporary directions and coefficients in them, merged into the basis afterwards
     coefficients = "coefficients"  # coefficients in the basis, which stays as it is
@@ -70,11 +62,11 @@ class ShareMethodConfig(ContinualMethodConfig):
     initial_tasks: int = bounded(4, least=0)
     "Tasks with an adapter that come before the basis is learnt in; those of `from=` count."
     learn: Learn = Learn.directions
-    "What a task trains in the basis: temporary directions too, which are merged afterwards, or coefficients alone."
+    "Training of a task in the basis: temporary directions too, merged afterwards, or coefficients alone."
     basis: ShareConfig = field(default_factory=ShareConfig)
-    "How adapters are merged."
+    "Merging of the adapters."
     merge: Merge = Merge.needed
-    "When new directions make the basis decompose again."
+    "Occasion on which new directions make the basis decompose again."
     phi: int | None = bounded(None, least=1)
     "Temporary directions, at most a quarter of a layer's `k`, which is what null stands for."
     p: int | None = bounded(None, least=1)
@@ -125,50 +117,46 @@ class ShareMethodConfig(ContinualMethodConfig):
                 "instead"
             )
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> ShareMethod:
-        """The method."""
-        return ShareMethod(self, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> ShareMethod:
+        """Make the method."""
+        return ShareMethod(self, spec, pretrained)
 
 
-class ShareMethod(ContinualMethod):
+class ShareMethod(LowRankMethod):
     """``W_i = theta + (basis_B eps_B_i) (basis_A eps_A_i)^T`` with a frozen ``theta``.
 
-    The base is the pretrained agent's, or what the first task learns with all weights, whose correction is then nothing. The
-    next tasks learn LoRA adapters; when there are ``initial_tasks`` of them they become a basis, and every adapter
-    after that joins it. What a pretrained agent brings becomes a basis at once, and is counted.
+    The tasks after that of the base learn LoRA adapters; when there are ``initial_tasks`` of them they become a
+    basis, and every adapter after that joins it. Adapters of a pretrained agent become a basis at once, and are
+    counted.
 
-    Whether an old policy changes: never with ``learn=coefficients``, which leave the basis alone; by a merge, by no
-    more than :attr:`report` says; and never, where ``exact_pretrained`` keeps the pretrained agent's adapters.
+    An old policy never changes with ``learn=coefficients``, which leave the basis alone; it changes by a merge, by
+    no more than :attr:`report` says; and never, where ``exact_pretrained`` keeps the pretrained agent's adapters.
 
     With ``variational`` :meth:`penalty` adds ``kl_weight * KL / n`` for ``n`` transitions. The coefficients say
     ``paid_apart``, so that the ELBO of the run does not add that divergence again.
+
+    Attributes:
+        adapters: of the pretrained agent; waiting: LoRA adapters of other tasks that are no part of a basis yet.
+        share: the basis, when there is one.
 
     Raises:
         UserError: options that cannot be, or that might turn out to be impossible after hours only.
     """
 
-    def __init__(self, config: ShareMethodConfig, shape: NetworkSpec, pretrained: Pretrained | None = None) -> None:
-        super().__init__(config, shape, pretrained)
+    def __init__(self, config: ShareMethodConfig, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
+        super().__init__(config, spec, pretrained)
         check_bounds(config, "method.")
         self.basis_options = config.basis_options()
-        self.base = FrozenBase(shape, pretrained)
-        self.waiting: dict[int, Adapter] = {}  # LoRA adapters that are no part of a basis yet
+        self.waiting: dict[int, Adapter] = {}
         self.share: Share | None = None
-        corrected = (
-            {} if pretrained is None else _named({i: own for i, own in enumerate(pretrained.adapters) if own})
-        )
+        corrected = {task: adapter for task, adapter in enumerate(self.adapters) if adapter}
         if corrected:
-            self.share = consolidate(corrected, self.basis_options)
+            self.share = consolidate(_named(corrected), self.basis_options)
 
-    def begin(self, task: int, similar: int | None = None) -> nn.Module:
-        """The whole network, then LoRA adapters, then coefficients or temporary directions in the basis."""
-        config = self.config
-        if self.base.weights is None:
-            return self.base_network()
+    def corrected(self, similar: int | None) -> nn.Module:
+        """Make the base with a LoRA adapter, then with coefficients or temporary directions in the basis."""
         if self._learns_lora():
-            alpha = config.rank if config.alpha is None else config.alpha
-            scale = adapter_scale(alpha, config.rank, config.rslora)
-            return self.base.corrected(fresh_adapter(self.base.layers(), config.rank, scale))
+            return self.base.corrected(self.fresh_adapter())
         assert self.share is not None
         network = self.base.network()
         for layer in attach(network, self.share, self._learn_options(self.share), fresh=1).values():
@@ -177,35 +165,35 @@ class ShareMethod(ContinualMethod):
         return network
 
     def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
-        """``kl_weight * KL / transitions`` of Gaussian coefficients, the only place where it is paid."""
-        if not self.config.variational or self.config.kl_weight == 0.0:
-            return 0.0
-        weight: float = self.config.kl_weight / max(transitions, 1)
-        return total_kl(network, 1) * weight
+        """Return ``kl_weight * KL / transitions`` of Gaussian coefficients; nothing else pays for it."""
+        return weighted_kl(network, self.config.kl_weight * self.config.variational, transitions)
 
     def end(self, network: nn.Module, inputs: Tensor) -> None:
         """Keep the base, the adapter, or the coefficients; consolidate and merge when it is time."""
-        task, config = self.tasks, self.config
+        task = str(self.tasks)
         if self.base.weights is None:
             self.base.keep(network)
         elif self._learns_lora():
-            self._take_lora(task, take_lora(network))
-        elif config.learn is Learn.coefficients:
+            self._take_lora(self.tasks, take_lora(network))
+        elif self.config.learn is Learn.coefficients:
             assert self.share is not None
-            self.share = put_coefficients(self.share, str(task), take_coefficients(network, 0))
+            self.share = put_coefficients(self.share, task, take_coefficients(network, 0))
         else:
             assert self.share is not None
-            self.share = add(self.share, {str(task): take_adapter(network, 0)}, config.merge)
+            self.share = add(self.share, {task: take_adapter(network, 0)}, self.config.merge)
         self.tasks += 1
 
-    def policy(self, task: int) -> nn.Module:
-        """The base with the task's correction as it is rebuilt by now, or as it was learnt."""
-        check_learnt(task, self.tasks)
-        return frozen_eval(self.base.corrected(self._adapter(task)))
+    def adapter(self, task: int) -> Adapter:
+        """Return a task's correction as it is rebuilt by now, or as it was learnt."""
+        if self._exact(task):
+            return self.adapters[task]
+        if self.share is not None and str(task) in self.share.tasks:
+            return self.share.rebuild(str(task))
+        return self.waiting.get(task, {})
 
     @property
     def report(self) -> list[dict[str, Any]]:
-        """By layer and task in the basis: ``error``, how far the task's correction is from the learnt one.
+        """Rows by layer and task in the basis: ``error``, the distance of a task's correction from the learnt one.
 
         ``||dW - rebuilt|| / ||dW||``, exact at the first merge and an upper bound after further ones.
         ``exact``: the policy uses the correction itself all the same. ``k`` and ``merges`` are those of the basis.
@@ -226,36 +214,35 @@ class ShareMethod(ContinualMethod):
         ]
 
     def stored(self) -> StorageCost:
-        """Base and bases; what each task acts with; and what only merges and priors need.
+        """Return the bytes of base and bases, of every task's policy, and of what only merges and priors need.
 
-        The last are kept originals, and the coefficients of tasks that act with the adapter of the pretrained agent.
+        The last are kept originals, and the coefficients of tasks that act with a pretrained adapter.
         """
-        adapters = [*self.waiting.values(), *(own for i, own in enumerate(self._pretrained()) if self._exact(i))]
-        tasks, shared, memory = sum(map(adapter_bytes, adapters)), self.base.bytes(), 0
-        if self.share is not None:
-            shared += BYTES_PER_NUMBER * sum(layer.shared_numbers() for layer in self.share.layers.values())
-            for index, name in enumerate(self.share.tasks):
-                own = BYTES_PER_NUMBER * sum(layer.task_numbers(index) for layer in self.share.layers.values())
+        exact = [adapter for task, adapter in enumerate(self.adapters) if self._exact(task)]
+        cost = StorageCost(self.base.bytes(), sum(map(adapter_bytes, [*self.waiting.values(), *exact])))
+        if self.share is None:
+            return cost
+        layers = self.share.layers.values()
+        cost += StorageCost(BYTES_PER_NUMBER * sum(layer.shared_numbers() for layer in layers))
+        for index, name in enumerate(self.share.tasks):
+            own = BYTES_PER_NUMBER * sum(layer.task_numbers(index) for layer in layers)
+            if self._exact(int(name)):
+                cost += StorageCost(memory=own)  # an original would be the adapter once more
+            else:
                 kept = BYTES_PER_NUMBER * adapter_numbers(self.share.originals.get(name, {}))
-                if self._exact(int(name)):
-                    memory += own  # an original would be the adapter once more
-                else:
-                    tasks, memory = tasks + own, memory + kept
-        return StorageCost(shared, tasks, memory)
+                cost += StorageCost(tasks=own, memory=kept)
+        return cost
 
     def state(self) -> Tree:
-        """The base unless it is the pretrained agent's, adapters that wait, and the basis."""
+        """Return the base unless it is the pretrained agent's, adapters that wait, and the basis."""
         return {
-            "tasks": self.tasks,
-            "base": self.base.state(),
+            **super().state(),
             "waiting": {str(task): adapter_state(adapter) for task, adapter in self.waiting.items()},
             "share": None if self.share is None else share_state(self.share),
         }
 
     def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        self.tasks = state["tasks"]
-        self.base.load_state(state["base"])
+        super().load_state(state)
         self.waiting = {int(task): adapter_of(adapter) for task, adapter in state["waiting"].items()}
         self.share = None if state["share"] is None else share_of(state["share"], self.basis_options)
 
@@ -281,18 +268,8 @@ class ShareMethod(ContinualMethod):
             phi = most if config.phi is None else min(config.phi, most)
         return LearnConfig(config.p, phi, config.variational, config.prior_scale, config.prior_tasks)
 
-    def _pretrained(self) -> tuple[Adapter, ...]:
-        return () if self.pretrained is None else self.pretrained.adapters
-
     def _exact(self, task: int) -> bool:
         return task < self.old_tasks and bool(self.config.exact_pretrained)
-
-    def _adapter(self, task: int) -> Adapter:
-        if self._exact(task):
-            return self._pretrained()[task]
-        if self.share is not None and str(task) in self.share.tasks:
-            return self.share.rebuild(str(task))
-        return self.waiting.get(task, {})
 
 
 def _named(adapters: dict[int, Adapter]) -> dict[str, Adapter]:

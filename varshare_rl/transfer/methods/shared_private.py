@@ -7,19 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from varshare_rl.registry import register
-from varshare_rl.transfer.head import head_path, split_head
+from varshare_rl.transfer.bases import OwnParameters, head_path, split_head
 from varshare_rl.transfer.method import (
-    ContinualMethod,
     ContinualMethodConfig,
     NetworkSpec,
     Pretrained,
     StorageCost,
-    frozen_eval,
+    state_bytes,
     state_copy,
-    tensor_bytes,
 )
-from varshare_rl.transfer.pretrained import pretrained_policy, pretrained_storage
-from varshare_rl.types import Tree
+from varshare_rl.transfer.pretrained import pretrained_storage
 
 
 @register("method", "shared_private")
@@ -29,12 +26,12 @@ class SharedPrivateConfig(ContinualMethodConfig):
 
     name: str = "shared_private"
 
-    def build(self, shape: NetworkSpec, pretrained: Pretrained | None = None) -> SharedPrivate:
-        """The method."""
-        return SharedPrivate(self, shape, pretrained)
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> SharedPrivate:
+        """Make the method."""
+        return SharedPrivate(self, spec, pretrained)
 
 
-class SharedPrivate(ContinualMethod):
+class SharedPrivate(OwnParameters):
     """All layers but the last, LayerNorms among them, are learnt on the first task and frozen from then on.
 
     Every task learns a fresh last layer. With a pretrained agent the encoder is that of its base and never learns.
@@ -43,18 +40,19 @@ class SharedPrivate(ContinualMethod):
         UserError: the network has no hidden layer.
     """
 
+    state_fields = ("encoder", "heads=own")
+
     def __init__(
-        self, config: SharedPrivateConfig, shape: NetworkSpec, pretrained: Pretrained | None = None
+        self, config: SharedPrivateConfig, spec: NetworkSpec, pretrained: Pretrained | None = None
     ) -> None:
-        super().__init__(config, shape, pretrained)
+        super().__init__(config, spec, pretrained)
         network = self.base_network()
         self.head = head_path(network, config.name)
         self.encoder = split_head(state_copy(network), self.head)[0]
-        self.heads: list[dict[str, Tensor]] = []
 
     def begin(self, task: int, similar: int | None = None) -> nn.Module:
-        """The encoder under a fresh head; only the head is trained once the encoder is fixed."""
-        network = self.shape.plain()
+        """Make the encoder under a fresh head; only the head is trained once the encoder is fixed."""
+        network = self.spec.plain()
         network.load_state_dict({**network.state_dict(), **self.encoder})
         if self._is_fixed():
             network.requires_grad_(False)
@@ -66,31 +64,16 @@ class SharedPrivate(ContinualMethod):
         encoder, head = split_head(state_copy(network), self.head)
         if not self._is_fixed():
             self.encoder = encoder
-        self.heads = [*self.heads, head]
-        self.tasks += 1
+        self.keep(head)
 
-    def policy(self, task: int) -> nn.Module:
-        """The encoder under the task's head."""
-        self.check_learnt(task)
-        if self.pretrained is not None and task < self.old_tasks:
-            return pretrained_policy(self.shape, self.pretrained, task)
-        network = self.shape.plain()
-        network.load_state_dict({**self.encoder, **self.heads[task - self.old_tasks]})
-        return frozen_eval(network)
+    def own_network(self, number: int) -> nn.Module:
+        """Make the encoder under the task's head."""
+        return self.spec.plain({**self.encoder, **self.own[number]})
 
     def stored(self) -> StorageCost:
-        """One encoder and the heads; the base that a pretrained agent's tasks need has the encoder in it."""
+        """Return the bytes of one encoder and the heads; a base that old tasks need has the encoder in it."""
         old = pretrained_storage(self.pretrained)
-        heads = sum(tensor_bytes(*head.values()) for head in self.heads)
-        return StorageCost(old.shared or tensor_bytes(*self.encoder.values()), old.tasks + heads)
-
-    def state(self) -> Tree:
-        """Encoder and heads."""
-        return {"tasks": self.tasks, "encoder": self.encoder, "heads": self.heads}
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave."""
-        self.tasks, self.encoder, self.heads = state["tasks"], state["encoder"], state["heads"]
+        return StorageCost(old.shared or state_bytes(self.encoder), old.tasks + state_bytes(*self.own))
 
     def _is_fixed(self) -> bool:
-        return self.pretrained is not None or bool(self.heads)
+        return self.pretrained is not None or bool(self.own)

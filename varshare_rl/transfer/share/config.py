@@ -53,10 +53,10 @@ class SizeConfig:
 
 @dataclass
 class ShareConfig:
-    """How adapters are merged into a basis."""
+    """Merging of adapters into a basis."""
 
     method: BasisMethod = BasisMethod.share
-    "How adapters become a basis: `share`, as published (`paper`), or from the flattened corrections (`delta`)."
+    "Decomposition of the adapters: `share`, as published (`paper`), or of the flattened corrections (`delta`)."
     k: SizeConfig = field(default_factory=SizeConfig)
     "Number of directions of every layer, by one rule."
     p: int | None = bounded(None, least=1)

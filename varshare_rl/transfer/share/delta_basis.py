@@ -11,7 +11,7 @@ from torch import Tensor
 from varshare_rl.adapters.adapter import LowRank
 from varshare_rl.transfer.share.config import ShareConfig
 from varshare_rl.transfer.share.factors import compress, left_singular, orthonormal, relative
-from varshare_rl.transfer.share.size import choose_k
+from varshare_rl.transfer.share.fit import choose_k
 
 #: Singular values below this part of the largest are left out of rebuilt factors: float32 has no more.
 RANK_TOLERANCE = 1e-6
@@ -45,23 +45,23 @@ class DeltaBasis:
         return self.basis.shape[1], self.basis.shape[2]
 
     def shared_numbers(self) -> int:
-        """How many numbers the basis has."""
+        """Count the numbers of the basis."""
         return self.basis.numel()
 
     def task_numbers(self, index: int) -> int:
-        """How many numbers one task has of its own."""
+        """Count the numbers of one task."""
         return self.coefficients.shape[1]
 
     def trained_numbers(self) -> int:
-        """How many coefficients a new task would have."""
+        """Count the coefficients of a new task."""
         return self.k
 
     def rebuild(self, index: int) -> LowRank:
-        """One task's correction as factors, of whatever rank it has, ``min(out, in)`` at most."""
+        """Return one task's correction as factors, of whatever rank it has, ``min(out, in)`` at most."""
         return factors_of(self.coefficients[index], self.basis)
 
-    def with_projected(self, adapter: LowRank) -> DeltaBasis:
-        """The same basis with one more task, projected onto it."""
+    def with_projected(self, adapter: LowRank, config: ShareConfig) -> DeltaBasis:
+        """Return the same basis with one more task, projected onto it."""
         flat = _flat([adapter])
         size = flat.norm(dim=1)
         exact, fix = orthonormal(self.basis.flatten(1).t())
@@ -76,7 +76,7 @@ class DeltaBasis:
 
 
 def factors_of(coefficients: Tensor, basis: Tensor) -> LowRank:
-    """``sum_j coefficients[j] basis[j]`` as balanced factors, without what float32 cannot tell from 0."""
+    """Return ``sum_j coefficients[j] basis[j]`` as balanced factors, without what float32 cannot tell from 0."""
     delta = torch.tensordot(coefficients.double(), basis.double(), dims=1)
     u, singular, vh = torch.linalg.svd(delta, full_matrices=False)
     rank = max(1, int((singular > RANK_TOLERANCE * singular[0]).sum()))
@@ -95,9 +95,7 @@ def fit_delta(
     if past is not None:
         exact, fix = orthonormal(past.basis.flatten(1).t())
         held, old_basis = past.coefficients.double() @ fix.t(), exact.t()
-        stacked = torch.cat(
-            [compress(held.t()).t() @ old_basis, rows]
-        )  # at most k rows stand for all earlier tasks
+        stacked = torch.cat([compress(held.t()).t() @ old_basis, rows])  # at most k rows for all earlier tasks
         norms = torch.cat([torch.tensor(past.norms, dtype=torch.float64), norms])
         before = torch.cat([torch.tensor(past.errors, dtype=torch.float64), before])
     directions, spectrum = left_singular(stacked.t())

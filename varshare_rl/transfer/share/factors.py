@@ -16,7 +16,7 @@ NUMERICAL_ZERO = 1e-7
 
 
 def stack(factors: Sequence[Tensor]) -> Tensor:
-    """``[x, r_i]`` of different ``r_i`` as one ``[N, x, max r]`` in float64, filled up with zeros."""
+    """Stack ``[x, r_i]`` of different ``r_i`` as one ``[N, x, max r]`` in float64, filled up with zeros."""
     widest = max(factor.shape[1] for factor in factors)
     stacked = torch.zeros(len(factors), factors[0].shape[0], widest, dtype=torch.float64)
     for row, factor in zip(stacked, factors, strict=True):
@@ -25,7 +25,7 @@ def stack(factors: Sequence[Tensor]) -> Tensor:
 
 
 def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The canonical factors of every product: ``left right^T = U S V^T`` gives ``U sqrt(S)`` and ``V sqrt(S)``.
+    """Return canonical factors of every product: ``left right^T = U S V^T`` gives ``U sqrt(S)``, ``V sqrt(S)``.
 
     All pairs ``(B G, G^-1 A)`` of one adapter have the same canonical form, up to what an SVD leaves open; of the
     two signs of a column the one is taken that makes its largest entry in ``U`` positive. The columns come by
@@ -45,27 +45,27 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def inner(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
-    """``<L R^T, L' R'^T> = tr((L^T L') (R^T R')^T)`` of every pair of products, ``[N]``."""
+    """Return ``<L R^T, L' R'^T> = tr((L^T L') (R^T R')^T)`` of every pair of products, ``[N]``."""
     return ((left.mT @ other_left) * (right.mT @ other_right)).sum((1, 2))
 
 
 def norm(left: Tensor, right: Tensor) -> Tensor:
-    """Frobenius norm of every product, ``[N]``."""
+    """Return the Frobenius norm of every product, ``[N]``."""
     return inner(left, right, left, right).clamp_min(0.0).sqrt()
 
 
 def distance(left: Tensor, right: Tensor, other_left: Tensor, other_right: Tensor) -> Tensor:
-    """Frobenius norm of the difference of every pair of products, ``[N]``."""
+    """Return the Frobenius norm of the difference of every pair of products, ``[N]``."""
     return norm(torch.cat([left, other_left], dim=2), torch.cat([right, -other_right], dim=2))
 
 
 def relative(error: Tensor, size: Tensor) -> Tensor:
-    """``error / size``, and 0 where there is nothing to get wrong."""
+    """Return ``error / size``, and 0 where there is nothing to get wrong."""
     return torch.where(size > 0, error / size.clamp_min(torch.finfo(size.dtype).tiny), torch.zeros_like(error))
 
 
 def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Left singular vectors ``[G, K]`` and values ``[K]`` of ``[G, M]``; ``K >= 1`` is the numerical rank."""
+    """Return left singular vectors ``[G, K]`` and values ``[K]`` of ``[G, M]``, of numerical rank ``K >= 1``."""
     if matrix.shape[1] > matrix.shape[0]:
         matrix = compress(matrix)
     u, singular, _ = torch.linalg.svd(matrix, full_matrices=False)
@@ -75,13 +75,13 @@ def left_singular(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def compress(matrix: Tensor) -> Tensor:
-    """``[G, M]`` as ``[G, min(G, M)]`` with the same left singular vectors and values (an LQ factor)."""
+    """Return ``[G, M]`` as ``[G, min(G, M)]`` with the same left singular vectors and values (an LQ factor)."""
     triangle: Tensor = torch.linalg.qr(matrix.mT, mode="r").R
     return triangle.mT
 
 
 def orthonormal(basis: Tensor) -> tuple[Tensor, Tensor]:
-    """A float32 basis ``[G, k]`` as ``Q R`` in float64: ``Q`` orthonormal, ``R [k, k]`` all but the identity.
+    """Return a float32 basis ``[G, k]`` as ``Q R`` in float64: ``Q`` orthonormal, ``R [k, k]`` near the identity.
 
     Rounding left its columns orthonormal to 1e-7 only. An error that is a small difference of squares would be
     wrong by the root of that, 3e-4.

@@ -1,8 +1,8 @@
-"""Decomposing: the basis of a layer from new adapters and the tasks that it holds already."""
+"""Decomposition: the basis of a layer from new adapters and the tasks that it holds already."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from varshare_rl.adapters.adapter import LowRank
 from varshare_rl.errors import UserError
-from varshare_rl.transfer.share.config import BasisMethod, ShareConfig
+from varshare_rl.transfer.share.config import BasisMethod, ShareConfig, SizeConfig
 from varshare_rl.transfer.share.factors import (
     NUMERICAL_ZERO,
     balance,
@@ -29,7 +29,12 @@ from varshare_rl.transfer.share.layer_basis import (
     mapped,
     stored,
 )
-from varshare_rl.transfer.share.size import choose_k
+
+#: Addition by float32 rounding to an error that is not allowed to grow.
+ROUNDING = 1e-6
+
+#: Errors ``[t]`` that all tasks would have with ``k`` directions.
+ErrorsAt = Callable[[int], Tensor]
 
 
 def fit(past: LayerBasis | None, new: Sequence[LowRank], config: ShareConfig, names: Sequence[str]) -> LayerBasis:
@@ -84,12 +89,12 @@ class _New:
         self.columns_B, self.columns_A = _columns(self.left, self.ranks), _columns(self.right, self.ranks)
 
     def project(self, basis_B: Tensor, basis_A: Tensor) -> tuple[list[Coefficients], Tensor]:
-        """Coefficients in a basis and absolute errors."""
+        """Return coefficients in a basis and absolute errors."""
         left, right = basis_B.t() @ self.left, basis_A.t() @ self.right
         return choose_coefficients(left, right, self.norms, self.ranks, self.config)
 
     def errors_in(self, basis_B: Tensor, basis_A: Tensor) -> Tensor:
-        """Relative errors in a basis, ``[n]``."""
+        """Return relative errors in a basis, ``[n]``."""
         if self.config.p is not None:
             return relative(self.project(basis_B, basis_A)[1], self.norms)
         inside = norm(basis_B.t() @ self.left, basis_A.t() @ self.right)
@@ -115,7 +120,7 @@ class _Held:
         self.columns_B, self.columns_A = self.basis_B @ inside_B, self.basis_A @ inside_A
 
     def errors_in(self, basis_B: Tensor, basis_A: Tensor) -> Tensor:
-        """Bounds on the errors in another basis: those before, plus how far each task is moved, ``[t]``."""
+        """Return bounds on the errors in another basis: those before, plus how far each task is moved, ``[t]``."""
         left, right = (basis_B.t() @ self.basis_B) @ self.left, (basis_A.t() @ self.basis_A) @ self.right
         moved = (self.now.square() - norm(left, right).square()).clamp_min(0.0).sqrt()
         return self.errors + relative(moved, self.norms)
@@ -132,7 +137,7 @@ class _Candidate:
 
 
 def _decomposed(added: _New, held: _Held | None, config: ShareConfig) -> _Candidate:
-    """The left singular vectors of all tasks' factors."""
+    """Return the left singular vectors of all tasks' factors."""
     sides = []
     for name in ("columns_B", "columns_A"):
         columns = getattr(added, name)
@@ -144,7 +149,7 @@ def _decomposed(added: _New, held: _Held | None, config: ShareConfig) -> _Candid
 
 
 def _extended(added: _New, held: _Held) -> _Candidate:
-    """The old basis, then the left singular vectors of what it lacks of the new adapters."""
+    """Return the old basis, then the left singular vectors of what it lacks of the new adapters."""
     pairs = ((held.basis_B, added.columns_B), (held.basis_A, added.columns_A))
     basis_B, basis_A = (_appended(basis, columns) for basis, columns in pairs)
     spectra = (torch.ones(basis_B.shape[1]), torch.ones(basis_A.shape[1]))  # only their number is asked for
@@ -152,7 +157,7 @@ def _extended(added: _New, held: _Held) -> _Candidate:
 
 
 def _appended(basis: Tensor, columns: Tensor) -> Tensor:
-    """A basis, and the directions that columns have beside it."""
+    """Return a basis, and the directions that columns have beside it."""
     directions, _ = left_singular(columns - basis @ (basis.t() @ columns))
     directions = directions[:, : basis.shape[0] - basis.shape[1]]
     exact: Tensor = torch.linalg.qr(torch.cat([basis, directions], dim=1)).Q
@@ -160,7 +165,7 @@ def _appended(basis: Tensor, columns: Tensor) -> Tensor:
 
 
 def _errors(candidate: _Candidate, k: int, added: _New, held: _Held | None) -> Tensor:
-    """Relative errors of all tasks with the first ``k`` directions of a candidate, earlier tasks first."""
+    """Return relative errors of all tasks with the first ``k`` directions of a candidate, earlier tasks first."""
     basis_B, basis_A = candidate.basis_B[:, :k], candidate.basis_A[:, :k]
     errors = added.errors_in(basis_B, basis_A)
     if held is None:
@@ -180,7 +185,7 @@ def _choose(
 
 
 def _columns(factors: Tensor, ranks: Sequence[int]) -> Tensor:
-    """``[N, G, R]`` side by side without what was filled up: ``[G, sum of ranks]``."""
+    """Put ``[N, G, R]`` side by side without what was filled up: ``[G, sum of ranks]``."""
     return torch.cat([factor[:, :rank] for factor, rank in zip(factors, ranks, strict=True)], dim=1)
 
 
@@ -194,3 +199,48 @@ def _directions(columns: Tensor, config: ShareConfig) -> tuple[Tensor, Tensor]:
             "column, its own mean); use method=share"
         )
     return left_singular(centred)
+
+
+def choose_k(
+    rule: SizeConfig, spectra: Sequence[Tensor], errors_at: ErrorsAt, before: Tensor, names: Sequence[str]
+) -> int:
+    """Choose the number of directions by the rule.
+
+    Args:
+        rule: see :class:`SizeConfig`; one of its three is given.
+        spectra: singular values of each side, decreasing.
+        errors_at: relative errors ``[t]`` for a number of directions; they do not grow with it.
+        before: errors ``[t]`` that the tasks had before this merge, which no basis can mend; 0 for new ones.
+        names: the tasks.
+
+    Raises:
+        UserError: no number of directions keeps to ``max_error``; the message names the task.
+    """
+    most = max(len(spectrum) for spectrum in spectra)
+    if rule.fixed is not None:
+        return min(rule.fixed, most)
+    if rule.explained is not None:
+        return max(explaining(spectrum, rule.explained) for spectrum in spectra)
+    assert rule.max_error is not None
+    allowed = torch.clamp_min(before, rule.max_error) + ROUNDING
+    excess = errors_at(most) - allowed
+    if bool((excess > 0).any()):
+        worst = int(excess.argmax())
+        raise UserError(
+            f"k.max_error={rule.max_error} cannot be met: with all {most} directions task {names[worst]!r} has an "
+            f"error of {float(errors_at(most)[worst]):.3g}; give a larger p or k.max_error, or method=share"
+        )
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        if bool((errors_at(middle) <= allowed).all()):
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def explaining(spectrum: Tensor, fraction: float) -> int:
+    """Return the least ``k`` with ``sum_{j<=k} s_j^2 >= fraction * sum_j s_j^2``."""
+    explained = spectrum.square().cumsum(0)
+    return int((explained < fraction * explained[-1] * (1 - 1e-12)).sum()) + 1

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from varshare_rl.adapters.adapter import Adapter, LowRank
+from varshare_rl.adapters.folder import check_replaceable
 from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, whole_folder, write_atomically
 from varshare_rl.transfer.share.config import BasisMethod, ShareConfig
@@ -65,18 +66,8 @@ def write_basis(folder: Path | str, share: Share) -> None:
 
 
 def check_target(folder: Path) -> None:
-    """Refuse a place where no basis can be written.
-
-    Raises:
-        UserError: it is a file, or a folder that holds something else than a basis.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise UserError(f"cannot write a basis to {folder}: it is a file; give a folder")
-    others = sorted(path.name for path in folder.iterdir() if path.name not in OWN_FILES)
-    if others:
-        raise UserError(f"cannot write a basis to {folder}: it holds other files ({others[0]}); give a new folder")
+    """Refuse a path where no basis can be written: a file, or a folder that holds something else than a basis."""
+    check_replaceable(folder, "a basis", OWN_FILES)
 
 
 def read_basis(folder: Path | str) -> Share:
@@ -99,12 +90,12 @@ def read_basis(folder: Path | str) -> Share:
 
 
 def share_state(share: Share) -> Tree:
-    """A model as a tree for a checkpoint, without its options."""
+    """Return a model as a tree for a checkpoint, without its options."""
     return {**_described(share), "tensors": _tensors(share), "originals": _original_tensors(share)}
 
 
 def share_of(state: Tree, config: ShareConfig) -> Share:
-    """The model of which :func:`share_state` made a tree."""
+    """Return the model of which :func:`share_state` made a tree."""
     return _unpacked(state, state["tensors"], state["originals"], config)
 
 
@@ -147,7 +138,7 @@ def _content(file: Path, stated: Mapping[str, Any]) -> bytes:
 
 
 def _described(share: Share) -> dict[str, Any]:
-    """All but the options and the tensors."""
+    """Return all but the options and the tensors."""
     return {
         "tasks": list(share.tasks),
         "lora_numbers": list(share.lora_numbers),

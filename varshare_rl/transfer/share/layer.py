@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import LowRank
-from varshare_rl.nn.stochastic import RowNoise, WeightNoise
-from varshare_rl.nn.task_rows import TaskIds, TaskRows, group_rows, task_rows
-from varshare_rl.ops.gaussian import drawn_product, softplus_sigma
+from varshare_rl.nn.layer import TaskLayer, plain_linear
+from varshare_rl.nn.stochastic import RowNoise
+from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
+from varshare_rl.ops.gaussian import drawn_low_rank
 from varshare_rl.ops.linear import linear, low_rank_linear
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients, PointCoefficients
 
@@ -42,7 +43,7 @@ class TemporaryDirections(nn.Module):
         return (self.directions_A @ self.eps_A).t(), self.directions_B @ self.eps_B
 
 
-class ShareLinear(nn.Module):
+class ShareLinear(TaskLayer):
     """Linear layer whose weight for task ``i`` is ``W_i = theta + (basis_B eps_B_i) (basis_A eps_A_i)^T``.
 
     Of this only the coefficients are trained (Share, arXiv 2602.06043, phase 2); ``theta``, ``bias`` and the bases
@@ -61,8 +62,6 @@ class ShareLinear(nn.Module):
         temporary: directions of one task, or None; temporary_task: its id.
     """
 
-    theta: Tensor
-    bias: Tensor | None
     basis_B: Tensor
     basis_A: Tensor
 
@@ -74,7 +73,7 @@ class ShareLinear(nn.Module):
         basis_A: Tensor,
         coefficients: PointCoefficients | GaussianCoefficients,
     ) -> None:
-        super().__init__()
+        super().__init__(theta.shape[1], theta.shape[0])
         self.register_buffer("theta", theta.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
         self.register_buffer("basis_B", basis_B.to(theta).clone())
@@ -95,7 +94,7 @@ class ShareLinear(nn.Module):
         Args:
             x: ``[T, B, F]`` with ids ``[T]``, flat ``[N, F]`` with ids ``[N]``, or any ``[..., F]`` with one id.
             task_id: see ``x``; None: those of :func:`using_tasks`.
-            temperature: factor on the spread of the coefficients' posterior; 0 gives the means.
+            temperature: factor on the sigma of the coefficients' posterior; 0 gives the means.
 
         Raises:
             IndexError: an unknown task id.
@@ -113,40 +112,29 @@ class ShareLinear(nn.Module):
             if isinstance(held, RowNoise):
                 return rows.restore(self._drawn_by_row(rows, own, temperature, held))
             if held is not None and held.index is not None:
-                return rows.restore(self._drawn_by_index(rows, own, temperature, held))
+                grouped, drawn = own.drawn_by_index(rows, held, temperature)
+                y = self._output(grouped, *self._factors(*drawn))
+                return rows.restore(grouped.restore(y).view(*rows.x.shape[:2], -1))
         a, b = self._factors(*(rows.select(eps) for eps in own(temperature)))
         if self.temporary is not None:
             a, b = self._with_temporary(rows, a, b)
-        return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, 1.0))
+        return rows.restore(self._output(rows, a, b))
+
+    def _output(self, rows: TaskRows, a: Tensor, b: Tensor) -> Tensor:
+        return low_rank_linear(rows.x, self.theta, self.bias, a, b, 1.0)
 
     def _factors(self, eps_B: Tensor, eps_A: Tensor) -> tuple[Tensor, Tensor]:
         """``a [K, p, in]`` and ``b [K, out, p]`` of coefficients ``[K, k, p]``."""
         return eps_A.mT @ self.basis_A.t(), self.basis_B @ eps_B
 
-    def _drawn_by_index(
-        self, rows: TaskRows, own: GaussianCoefficients, temperature: float, held: WeightNoise
-    ) -> Tensor:
-        """With held draws of which each row names one."""
-        assert held.index is not None
-        assert held.tasks is not None
-        grouped = group_rows(rows.x.flatten(0, 1), held.index.flatten())
-        assert grouped.ids is not None
-        values = [value.index_select(0, grouped.ids.to(value.device)) for value in held.values]
-        a, b = self._factors(*own.drawn(values, temperature, held.tasks[grouped.ids.to(held.tasks.device)]))
-        y = low_rank_linear(grouped.x, self.theta, self.bias, a, b, 1.0)
-        return grouped.restore(y).view(*rows.x.shape[:2], -1)
-
     def _drawn_by_row(
         self, rows: TaskRows, own: GaussianCoefficients, temperature: float, held: RowNoise
     ) -> Tensor:
         """With a draw of its own for every row, in two stages as in ``VarShareLoRALayer``, inside the basis."""
-        noise_A, noise_B = held.values
-        mus_B, mus_A = rows.select(own.mus_B), rows.select(own.mus_A)
-        var_B, var_A = (rows.select(softplus_sigma(rho, temperature).square()) for rho in (own.rhos_B, own.rhos_A))
-        inside = drawn_product(rows.x @ self.basis_A, mus_A.mT, var_A.mT, noise_A)  # [K, B, p]
-        return (
-            linear(rows.x, self.theta, self.bias) + drawn_product(inside, mus_B, var_B, noise_B) @ self.basis_B.t()
-        )
+        (mus_B, mus_A), (var_B, var_A) = own.means(rows), own.variances(rows, temperature)
+        means, variances = (mus_A.mT, mus_B), (var_A.mT, var_B)
+        inside = drawn_low_rank(rows.x @ self.basis_A, means, variances, held.values)  # [K, B, k_B]
+        return linear(rows.x, self.theta, self.bias) + inside @ self.basis_B.t()
 
     def _with_temporary(self, rows: TaskRows, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Append the temporary factors to those of their task's rows, and zeros to the others'."""
@@ -162,12 +150,15 @@ class ShareLinear(nn.Module):
         self.temporary_task = task_id
         self.coefficients.requires_grad_(False)
 
+    def shared_linear(self) -> nn.Linear:
+        return plain_linear(self.theta, self.bias)
+
     @torch.no_grad()
-    def correction(self, task_id: int) -> LowRank:
+    def correction(self, task: int) -> LowRank:
         """The correction of one task's mean weight as factors, temporary directions included."""
-        own = self.coefficients.take(task_id)
+        own = self.coefficients.take(task)
         a, b = (self.basis_A.cpu().float() @ own.eps_A).t(), self.basis_B.cpu().float() @ own.eps_B
-        if self.temporary is not None and task_id == self.temporary_task:
+        if self.temporary is not None and task == self.temporary_task:
             own_a, own_b = (factor.cpu().float() for factor in self.temporary.factors())
             if not own.eps_B.any():  # fresh coefficients, which are nothing and rest
                 a, b = own_a, own_b
@@ -176,10 +167,7 @@ class ShareLinear(nn.Module):
         return LowRank(a.contiguous(), b.contiguous())
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.theta.shape[1]}, out_features={self.theta.shape[0]}, "
-            f"k=({self.basis_B.shape[1]}, {self.basis_A.shape[1]})"
-        )
+        return f"{super().extra_repr()}, k=({self.basis_B.shape[1]}, {self.basis_A.shape[1]})"
 
 
 def share_layers(module: nn.Module) -> Iterator[tuple[str, ShareLinear]]:

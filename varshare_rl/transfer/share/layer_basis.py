@@ -23,7 +23,7 @@ from varshare_rl.transfer.share.factors import (
 
 @dataclass(frozen=True)
 class Coefficients:
-    """What one task has in one layer: ``dW = (basis_B eps_B) (basis_A eps_A)^T``.
+    """Coefficients of one task in one layer: ``dW = (basis_B eps_B) (basis_A eps_A)^T``.
 
     Attributes:
         eps_B: ``[k_B, p]``; eps_A: ``[k_A, p]``.
@@ -36,13 +36,13 @@ class Coefficients:
     std_A: Tensor | None = None
 
     def numbers(self) -> int:
-        """How many numbers are stored."""
+        """Count the numbers that are stored."""
         parts = (self.eps_B, self.eps_A, self.std_B, self.std_A)
         return sum(part.numel() for part in parts if part is not None)
 
 
 def mapped(tasks: Sequence[Coefficients], to_B: Tensor, to_A: Tensor) -> tuple[Coefficients, ...]:
-    """The same in another basis: means by ``T``, variances by ``T^2`` entry by entry (its marginals).
+    """Return the same in another basis: means by ``T``, variances by ``T^2`` entry by entry (its marginals).
 
     ``to_B: [k_B', k_B]``, ``to_A: [k_A', k_A]`` in float64. All tasks' columns go through one product.
     """
@@ -52,12 +52,12 @@ def mapped(tasks: Sequence[Coefficients], to_B: Tensor, to_A: Tensor) -> tuple[C
         for to, name in ((to_B, "eps_B"), (to_A, "eps_A"))
     )
     return tuple(
-        Coefficients(eps_B.contiguous(), eps_A.contiguous(), _spread(own.std_B, to_B), _spread(own.std_A, to_A))
+        Coefficients(eps_B.contiguous(), eps_A.contiguous(), _sigma(own.std_B, to_B), _sigma(own.std_A, to_A))
         for own, eps_B, eps_A in zip(tasks, *sides, strict=True)
     )
 
 
-def _spread(std: Tensor | None, to: Tensor) -> Tensor | None:
+def _sigma(std: Tensor | None, to: Tensor) -> Tensor | None:
     return None if std is None else (to.square() @ std.double().square()).sqrt().float()
 
 
@@ -91,25 +91,25 @@ class LayerBasis:
         return self.basis_B.shape[0], self.basis_A.shape[0]
 
     def shared_numbers(self) -> int:
-        """How many numbers the bases have."""
+        """Count the numbers of the bases."""
         return self.basis_B.numel() + self.basis_A.numel()
 
     def task_numbers(self, index: int) -> int:
-        """How many numbers one task has of its own."""
+        """Count the numbers of one task."""
         return self.coefficients[index].numbers()
 
     def trained_numbers(self) -> int:
-        """How many coefficients a new task of the largest rank here trains."""
+        """Count the coefficients that a new task of the largest rank here trains."""
         columns = max(own.eps_B.shape[1] for own in self.coefficients)
         return columns * (self.basis_B.shape[1] + self.basis_A.shape[1])
 
     def rebuild(self, index: int) -> LowRank:
-        """One task's correction as factors of rank ``p``: ``b = basis_B eps_B``, ``a = (basis_A eps_A)^T``."""
+        """Return a task's correction as factors of rank ``p``: ``b = basis_B eps_B``, ``a = (basis_A eps_A)^T``."""
         own = self.coefficients[index]
         return LowRank((self.basis_A @ own.eps_A).t().contiguous(), self.basis_B @ own.eps_B)
 
     def with_task(self, own: Coefficients, size: float, error: float) -> LayerBasis:
-        """The same basis with one more task."""
+        """Return the same basis with one more task."""
         return replace(
             self,
             coefficients=(*self.coefficients, own),
@@ -118,26 +118,28 @@ class LayerBasis:
         )
 
     def with_coefficients(self, index: int, own: Coefficients) -> LayerBasis:
-        """The same with other coefficients of one task, which from now on is measured against these."""
+        """Return the same with other coefficients of one task, which from now on is measured against these."""
         size = float(norm(own.eps_B.double()[None], own.eps_A.double()[None]))
-        changed = [list(part) for part in (self.coefficients, self.norms, self.errors)]
-        for part, value in zip(changed, (own, size, 0.0), strict=True):
-            part[index] = value
-        coefficients, norms, errors = (tuple(part) for part in changed)
-        return replace(self, coefficients=coefficients, norms=norms, errors=errors)  # type: ignore[arg-type]
+        before, after = slice(index), slice(index + 1, None)
+        return replace(
+            self,
+            coefficients=(*self.coefficients[before], own, *self.coefficients[after]),
+            norms=(*self.norms[before], size, *self.norms[after]),
+            errors=(*self.errors[before], 0.0, *self.errors[after]),
+        )
 
-    def project(self, adapter: LowRank, config: ShareConfig) -> tuple[Coefficients, float, float]:
-        """An adapter's coefficients in this basis, its norm, and the relative error of what they rebuild."""
+    def with_projected(self, adapter: LowRank, config: ShareConfig) -> LayerBasis:
+        """Return the same basis with one more task, projected onto it."""
         left, right = canonical_factors([adapter], config)
         norms = norm(left, right)
         (exact_B, fix_B), (exact_A, fix_A) = orthonormal(self.basis_B), orthonormal(self.basis_A)
         (own,), error = choose_coefficients(exact_B.t() @ left, exact_A.t() @ right, norms, [adapter.rank], config)
         (own,) = mapped([own], fix_B.inverse(), fix_A.inverse())
-        return own, float(norms), float(relative(error, norms))
+        return self.with_task(own, float(norms), float(relative(error, norms)))
 
 
 def canonical_factors(adapters: Sequence[LowRank], config: ShareConfig) -> tuple[Tensor, Tensor]:
-    """The adapters' factors ``[N, out, R], [N, in, R]`` with the scales folded in; canonical but for ``paper``."""
+    """Return adapters' factors ``[N, out, R], [N, in, R]`` with scales folded in; canonical but for ``paper``."""
     folded = [adapter.folded() for adapter in adapters]
     left, right = stack([adapter.b for adapter in folded]), stack([adapter.a.t() for adapter in folded])
     return (left, right) if config.method is BasisMethod.paper else balance(left, right)[:2]
@@ -146,7 +148,7 @@ def canonical_factors(adapters: Sequence[LowRank], config: ShareConfig) -> tuple
 def choose_coefficients(
     left: Tensor, right: Tensor, norms: Tensor, ranks: Sequence[int], config: ShareConfig
 ) -> tuple[list[Coefficients], Tensor]:
-    """Coefficients of adapters that have ``left [N, k_B, R]``, ``right [N, k_A, R]`` in a basis, and their errors.
+    """Choose coefficients of adapters with ``left [N, k_B, R]``, ``right [N, k_A, R]`` in a basis; and errors.
 
     ``share``: the core ``C = left right^T`` truncated to rank ``p`` by its SVD, ``sqrt(S)`` on either side.
     ``paper``: the first ``p`` columns of the projections. The error has two parts that are orthogonal to each
@@ -172,4 +174,5 @@ def choose_coefficients(
 
 
 def stored(tensor: Tensor) -> Tensor:
+    """Return a tensor in the type that bases are kept in."""
     return tensor.float().contiguous()

@@ -20,7 +20,7 @@ from varshare_rl.transfer.share.posterior import plain_prior, prior_from_tasks
 
 @dataclass
 class LearnConfig:
-    """How tasks are learnt in a basis."""
+    """Learning of tasks in a basis."""
 
     p: int | None = bounded(None, least=1)
     "Columns of the coefficients; null: the largest rank among the basis's tasks."
@@ -84,24 +84,23 @@ def attach(
         if config.phi is not None:
             layer.learn_temporarily(0, min(config.phi, max(1, basis.k // 4)), p)
         layer.train(module.training)
-        parent, _, child = name.rpartition(".")
-        setattr(module.get_submodule(parent), child, layer)
+        module.set_submodule(name, layer)
         layers[name] = layer
     return layers
 
 
 def take_coefficients(module: nn.Module, task_id: int) -> dict[str, Coefficients]:
-    """A task's coefficients of all layers, for :func:`~varshare_rl.transfer.share.model.put_coefficients`."""
+    """Return a task's coefficients by layer, for :func:`~varshare_rl.transfer.share.model.put_coefficients`."""
     return {name: layer.coefficients.take(task_id) for name, layer in share_layers(module)}
 
 
 def take_adapter(module: nn.Module, task_id: int) -> Adapter:
-    """A task's corrections as an adapter, temporary directions included, for a merge."""
+    """Return a task's corrections as an adapter, temporary directions included, for a merge."""
     return {name: layer.correction(task_id) for name, layer in share_layers(module)}
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """What the layers of a basis train: coefficients, or temporary directions with theirs."""
+    """Return the trained parameters of a basis's layers: coefficients, or temporary directions with theirs."""
     return [
         parameter
         for _, layer in share_layers(module)
@@ -122,7 +121,7 @@ def fine_tune(
     losses = []
     for _ in range(updates):
         value = loss()
-        grads = torch.autograd.grad(value, parameters, allow_unused=True)  # spreads are unused in eval mode
+        grads = torch.autograd.grad(value, parameters, allow_unused=True)  # rhos are unused in eval mode
         for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad = grad
         optimizer.step()
@@ -141,7 +140,7 @@ def _bases(share: Share) -> dict[str, LayerBasis]:
 
 
 def _linear(module: nn.Module, name: str, basis: LayerBasis) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the module that a basis is for."""
+    """Return weight and bias of the module that a basis is for."""
     found = {
         path: weight
         for path, child in module.named_modules()

@@ -2,17 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
-from varshare_rl.adapters.adapter import Adapter, LowRank
+from varshare_rl.adapters.adapter import Adapter
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig
 from varshare_rl.transfer.share.delta_basis import DeltaBasis, fit_delta
 from varshare_rl.transfer.share.fit import fit
 from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
-from varshare_rl.transfer.share.storage import BYTES_PER_NUMBER, Storage
+
+#: Everything is float32, LoRA's factors included.
+BYTES_PER_NUMBER = 4
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes of a basis with the coefficients of ``tasks`` tasks, and of as many LoRA adapters.
+
+    Attributes:
+        tasks: number of tasks.
+        shared_bytes: of the bases, needed once.
+        task_bytes: of the coefficients of one task, mean over tasks.
+        originals_bytes: of the adapters that are kept beside them; 0 unless asked for.
+        lora_task_bytes: of one task's LoRA adapter, mean over tasks.
+        trained_numbers: what a new task trains that learns coefficients alone, at the largest rank among the tasks.
+    """
+
+    tasks: int
+    shared_bytes: int
+    task_bytes: float
+    originals_bytes: int
+    lora_task_bytes: float
+    trained_numbers: int
+
+    @property
+    def lora_trained_numbers(self) -> float:
+        """Numbers that a new LoRA adapter trains."""
+        return self.lora_task_bytes / BYTES_PER_NUMBER
+
+    @property
+    def total_bytes(self) -> float:
+        """Everything that is stored: basis, all coefficients, kept originals."""
+        return self.shared_bytes + self.tasks * self.task_bytes + self.originals_bytes
+
+    @property
+    def lora_bytes(self) -> float:
+        """One adapter per task."""
+        return self.tasks * self.lora_task_bytes
+
+    @property
+    def saving(self) -> float:
+        """Factor by which everything is smaller than the adapters, the basis included."""
+        return self.lora_bytes / self.total_bytes
+
+    @property
+    def saving_without_basis(self) -> float:
+        """The same without the shared basis, as it is often published: a task's adapter over its coefficients."""
+        return self.lora_task_bytes / self.task_bytes
+
+    @property
+    def break_even_tasks(self) -> int | None:
+        """Number of tasks from which on basis and coefficients take less than the adapters; None: never.
+
+        The least ``N`` with ``shared + N * task < N * lora``. Kept originals are left out: with them it is never.
+        """
+        gain = self.lora_task_bytes - self.task_bytes
+        return math.floor(self.shared_bytes / gain) + 1 if gain > 0 else None
+
+    def as_dict(self) -> dict[str, float | int | None]:
+        """Return all of it by name."""
+        derived = [name for name, value in vars(Storage).items() if isinstance(value, property)]
+        return {**asdict(self), **{name: getattr(self, name) for name in derived}}
 
 
 @dataclass(frozen=True)
@@ -36,7 +100,7 @@ class Share:
     merges: int = 1
 
     def index(self, task: str) -> int:
-        """The position of a task.
+        """Return the position of a task.
 
         Raises:
             UserError: there is none of this name.
@@ -47,16 +111,16 @@ class Share:
         return self.tasks.index(task)
 
     def rebuild(self, task: str) -> Adapter:
-        """A task's adapter, from its coefficients."""
+        """Return a task's adapter, from its coefficients."""
         index = self.index(task)
         return {name: layer.rebuild(index) for name, layer in self.layers.items()}
 
     def errors(self) -> dict[str, dict[str, float]]:
-        """Relative error ``||dW - rebuilt|| / ||dW||``, or its bound (:class:`LayerBasis`), by layer and task."""
+        """Return errors ``||dW - rebuilt|| / ||dW||``, or bounds (:class:`LayerBasis`), by layer and task."""
         return {name: dict(zip(self.tasks, layer.errors, strict=True)) for name, layer in self.layers.items()}
 
     def storage(self) -> Storage:
-        """What is stored, beside what one adapter per task takes."""
+        """Return the bytes that are stored, beside those of one adapter per task."""
         count = len(self.tasks)
         own = sum(layer.task_numbers(index) for layer in self.layers.values() for index in range(count))
         kept = sum(adapter_numbers(adapter) for adapter in self.originals.values())
@@ -130,11 +194,7 @@ def project(share: Share, adapters: Mapping[str, Adapter]) -> Share:
     layers = dict(share.layers)
     for adapter in adapters.values():
         for name, layer in layers.items():
-            layers[name] = (
-                layer.with_projected(adapter[name])
-                if isinstance(layer, DeltaBasis)
-                else layer.with_task(*layer.project(adapter[name], share.config))
-            )
+            layers[name] = layer.with_projected(adapter[name], share.config)
     return replace(
         share,
         tasks=(*share.tasks, *adapters),
@@ -177,7 +237,7 @@ def put_coefficients(share: Share, task: str, own: Mapping[str, Coefficients]) -
 
 
 def adapter_numbers(adapter: Adapter) -> int:
-    """How many numbers an adapter's factors have, ``sum of r (in + out)``."""
+    """Count the numbers of an adapter's factors, ``sum of r (in + out)``."""
     return sum(factors.a.numel() + factors.b.numel() for factors in adapter.values())
 
 
@@ -189,12 +249,12 @@ def _kept(adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:
 
 def _merged(past: Share | None, adapters: Mapping[str, Adapter], config: ShareConfig) -> Share:
     tasks = (*(past.tasks if past else ()), *adapters)
-    names = next(iter(adapters.values())) if past is None else past.layers
+    fit_layer: Any = fit_delta if config.method is BasisMethod.delta else fit
     layers: dict[str, LayerBasis | DeltaBasis] = {}
-    for name in names:
+    for name in next(iter(adapters.values())) if past is None else past.layers:
         new = [adapter[name] for adapter in adapters.values()]
         try:
-            layers[name] = _fit_layer(None if past is None else past.layers[name], new, config, tasks)
+            layers[name] = fit_layer(None if past is None else past.layers[name], new, config, tasks)
         except UserError as error:
             raise UserError(f"layer {name}: {error}") from error
     return Share(
@@ -205,16 +265,6 @@ def _merged(past: Share | None, adapters: Mapping[str, Adapter], config: ShareCo
         _kept(adapters) if config.keep_originals else {},
         1 if past is None else past.merges + 1,
     )
-
-
-def _fit_layer(
-    past: LayerBasis | DeltaBasis | None, new: Sequence[LowRank], config: ShareConfig, tasks: Sequence[str]
-) -> LayerBasis | DeltaBasis:
-    if config.method is BasisMethod.delta:
-        assert not isinstance(past, LayerBasis)
-        return fit_delta(past, new, config, tasks)
-    assert not isinstance(past, DeltaBasis)
-    return fit(past, new, config, tasks)
 
 
 Shapes = dict[str, tuple[int, int]]

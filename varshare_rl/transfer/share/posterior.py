@@ -30,13 +30,13 @@ class Gaussian:
 
 
 def plain_prior(k_B: int, k_A: int, p: int, scale: float) -> Gaussian:
-    """``N(0, scale^2)`` for every coefficient: the prior of the first task."""
+    """Return ``N(0, scale^2)`` for every coefficient: the prior of the first task."""
     parts = [part for k in (k_B, k_A) for part in (torch.zeros(k, p), torch.full((k, p), scale))]
     return Gaussian(*parts)
 
 
 def prior_from_tasks(tasks: Sequence[Coefficients], p: int, scale: float, weight: float) -> Gaussian:
-    """The prior for the next task: the Gaussian closest to the earlier tasks' posteriors.
+    """Return the prior for the next task: the Gaussian closest to the earlier tasks' posteriors.
 
     It minimises ``sum_i KL(q_i || prior) + weight * KL(N(0, scale^2) || prior)``, whose solution entry by entry is
 
@@ -64,7 +64,7 @@ def prior_from_tasks(tasks: Sequence[Coefficients], p: int, scale: float, weight
 
 
 def align(tasks: Sequence[Coefficients], p: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All tasks' coefficients in one gauge: ``mus_B [t, k_B, p]``, variances, ``mus_A [t, k_A, p]``, variances.
+    """Turn all coefficients to one gauge: ``mus_B [t, k_B, p]``, variances, ``mus_A [t, k_A, p]``, variances.
 
     ``(eps_B Q, eps_A Q)`` is the same correction for every orthogonal ``Q``, so means over tasks say something only
     after each task is turned to agree with the others. ``Q_i = U V^T`` of ``U S V^T = eps_B_i^T R_B + eps_A_i^T

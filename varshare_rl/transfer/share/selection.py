@@ -1,4 +1,4 @@
-"""Which task is it? For a network that is not told.
+"""Selection of a task, for a network that is not told which it is.
 
 By return, with a bandit over the tasks' coefficients; or by TD error, from transitions alone. The mean of all
 tasks' corrections is a baseline to compare with, not a way to choose.
@@ -43,7 +43,7 @@ class ReturnBandit:
         self._least, self._most = math.inf, -math.inf
 
     def choose(self) -> int:
-        """The task whose coefficients the next episode should use."""
+        """Return the task whose coefficients the next episode should use."""
         if 0 in self.episodes:
             return self.episodes.index(0)
         played = sum(self.episodes)
@@ -88,14 +88,14 @@ class ReturnBandit:
 
 
 def for_all_tasks(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, num_tasks: int) -> Tensor:
-    """What a network gives for the same rows with every task's weights: ``[N, F]`` to ``[T, N, G]``."""
+    """Return a network's outputs for the same rows with every task's weights: ``[N, F]`` to ``[T, N, G]``."""
     return network(x.expand(num_tasks, *x.shape), torch.arange(num_tasks))
 
 
 def task_by_td_error(
     reward: Tensor, terminated: Tensor, values: Tensor, next_values: Tensor, discount: float
 ) -> tuple[int, Tensor]:
-    """The task whose critic is least surprised by transitions, and all tasks' mean squared TD errors ``[T]``.
+    """Return the task whose critic is least surprised by transitions, and all mean squared TD errors ``[T]``.
 
     ``delta = r + discount * (1 - terminated) * V_i(s') - V_i(s)`` (Sutton and Barto 2018, section 6.1). Critics of
     different reward scales are not comparable: use it where tasks share one, or divide by it before.
@@ -117,7 +117,7 @@ def task_by_td_error(
 
 
 def average(share: Share) -> Adapter:
-    """The mean of all tasks' corrections, as a baseline.
+    """Return the mean of all tasks' corrections, as a baseline.
 
     The mean is taken over cores ``eps_B_i eps_A_i^T``, which are what they are in any gauge; a mean of the
     coefficients themselves would depend on each task's arbitrary signs.

@@ -1,0 +1,364 @@
+"""A sequence of tasks: learnt by the loop, evaluated after each, stopped and resumed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command
+from helpers import SEQUENCE, TINY, TINY_ALGORITHM
+from omegaconf import OmegaConf
+
+from varshare_rl.continual.sequence import SequenceRun
+from varshare_rl.registry import registered
+from varshare_rl.run import loop
+from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.evaluation import Evaluation
+from varshare_rl.run.loop import Interrupted, Run
+from varshare_rl.transfer.share.selection import ReturnBandit
+
+PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
+SAC = (*TINY, *TINY_ALGORITHM["sac"], *SEQUENCE)
+
+
+def without_clock(document: Any) -> Any:
+    """The document without what the clock decides."""
+    if isinstance(document, dict):
+        return {key: without_clock(value) for key, value in document.items() if "second" not in key}
+    return [without_clock(item) for item in document] if isinstance(document, list) else document
+
+
+def results(run: str) -> Any:
+    return without_clock(json.loads((Path(run) / "summary.json").read_text()))
+
+
+@pytest.mark.parametrize("method", registered("method"))
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_every_method_learns_a_sequence(command: Command, method: str, algorithm: str) -> None:
+    overrides = PPO if algorithm == "ppo" else SAC
+    outcome = command("continual", *overrides, f"method={method}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    document = results("run")
+    assert document["tasks"] == ["normal_left", "normal_right", "swapped_left"]
+    assert [len(row) for row in document["success"]] == [3, 3, 3, 3]
+    assert len(document["curves"]) == len(document["per_task"]) == 3
+    assert document["per_task"][0]["trained_parameters"] > 0
+    assert document["per_task"][0]["transitions"] == 160
+    assert document["curves"][0]["transitions"] == [0.0, 80.0, 160.0]
+    assert all(sum(cost["stored_bytes"].values()) > 0 for cost in document["per_task"])
+    assert not list(Path("run/tasks").rglob("state.json"))  # what is needed is in the sequence's own checkpoint
+
+
+@pytest.mark.parametrize("method", registered("method"))
+@pytest.mark.parametrize("at", ["within", "between"])
+def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
+    command: Command, monkeypatch: pytest.MonkeyPatch, method: str, at: str
+) -> None:
+    """Stopped in the middle of the second task, or after the first one."""
+    assert command("continual", *PPO, f"method={method}", "run_dir=whole").code == 0
+    calls = {"train": 0}
+    train, step = Run.train, Run._after_step
+
+    def interrupted(run: Run) -> None:
+        step(run)
+        if calls["train"] == 2 and run.transitions == 80:
+            run.save("last")
+            raise Interrupted(15)
+
+    def counted(run: Run) -> Any:
+        calls["train"] += 1
+        if at == "between" and calls["train"] == 2:
+            raise KeyboardInterrupt
+        return train(run)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_after_step", interrupted)
+        patched.setattr(Run, "train", counted)
+        outcome = command("continual", *PPO, f"method={method}", "run_dir=halves")
+    if method == "frozen":  # nothing is trained in the second task
+        assert outcome.code == 0
+        return
+    assert outcome.code == (130 if at == "between" else 143)
+    if at == "within":
+        assert "python -m varshare_rl.continual resume=halves" in outcome.out
+    outcome = command("continual", "resume=halves")
+    assert outcome.code == 0, outcome.err
+    assert results("halves") == results("whole")
+    states = [load_checkpoint(find_checkpoint(Path(run))) for run in ("whole", "halves")]
+    assert str(without_clock(states[0]["governor"])) == str(without_clock(states[1]["governor"]))
+
+
+def test_share_reports_its_errors_after_every_merge(command: Command) -> None:
+    outcome = command("continual", *PPO, "method=share", "method.initial_tasks=1", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    report = json.loads(Path("run/tasks/02_swapped_left/report.json").read_text())
+    assert {row["task"] for row in report["rows"]} == {1, 2}
+    assert all(0 <= row["error"] <= 0.02 for row in report["rows"])
+    assert "largest error" in outcome.out
+
+
+def test_hidden_task_ids_are_found_by_return(command: Command) -> None:
+    outcome = command("continual", *PPO, "method=copies", "task_ids=hidden", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    document = results("run")
+    assert document["task_ids"] == "hidden"
+    assert all(task in (0.0, 1.0, 2.0) for task in document["acted_as"][-1])
+
+
+def test_what_is_carried_over(command: Command) -> None:
+    carried = ("carry.critic=method", "carry.optimizer=true", "carry.replay=true")
+    assert command("continual", *SAC, "method=finetune", *carried, "run_dir=run").code == 0
+    assert results("run")["carried"] == {"critic": "method", "optimizer": True, "replay": True}
+    assert command("continual", *PPO, "method=finetune", "carry.critic=fresh", "run_dir=fresh").code == 0
+
+
+def test_tasks_that_come_round_again_have_names_of_their_own(command: Command) -> None:
+    assert command("continual", *PPO, "method=finetune", "repeats=2", "run_dir=run").code == 0
+    document = results("run")
+    assert document["tasks"][3:] == ["normal_left (2)", "normal_right (2)", "swapped_left (2)"]
+    assert len(document["success"]) == 7
+    assert document["per_task"][0]["transitions"] == 80
+
+
+@pytest.mark.parametrize("env", ["cartpole", "lunarlander"])
+def test_other_suites(command: Command, env: str) -> None:
+    options = (
+        *TINY, *TINY_ALGORITHM["ppo"], f"env={env}", "env.horizon=20", "total_transitions=160",
+        "memory_transitions=8", "method=ewc", "run_dir=run",
+    )  # fmt: skip
+    outcome = command("continual", *options)
+    assert outcome.code == 0, outcome.err
+
+
+ADAPTING = ("lora", "share", "varshare", "frozen", "copies", "pnn", "shared_private")
+
+
+@pytest.fixture
+def trained(command: Command) -> str:
+    """A run of two tasks with normalised observations."""
+    options = (*TINY, *TINY_ALGORITHM["ppo"], "env.tasks=[normal_left,flipped_up]", "env.envs_per_task=4")
+    normal = ("algorithm.normalize_observations=true", "network.layer_norm=true", "elbo.draw.acting=per_update")
+    assert command("train", *options, *normal, "total_transitions=640", "run_dir=trained").code == 0
+    return "trained"
+
+
+@pytest.mark.parametrize("method", registered("method"))
+def test_a_sequence_goes_on_from_a_multi_task_agent(command: Command, trained: str, method: str) -> None:
+    """The old tasks do as well as their agent in evaluation, and as ever after by methods that promise it."""
+    options = (*PPO, "env.tasks=[normal_right,swapped_left]", "algorithm.normalize_observations=true")
+    outcome = command("continual", *options, f"method={method}", f"from={trained}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    document = results("run")
+    assert document["old_tasks"] == 2
+    assert document["tasks"] == ["normal_left", "flipped_up", "normal_right", "swapped_left"]
+    before = [row[:2] for row in document["return"]]
+    if method in ADAPTING:
+        assert before[0] == before[1] == before[2]
+    if method in ("lora", "share", "varshare", "copies", "pnn"):
+        summary = json.loads(Path("trained/summary.json").read_text())
+        returns = [summary["tasks"][task]["return"] for task in document["tasks"][:2]]
+        assert before[0] == pytest.approx(returns, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["lora", "varshare"])
+def test_adapters_start_from_the_most_similar_task(command: Command, trained: str, method: str) -> None:
+    options = (*PPO, "env.tasks=[normal_right]", f"method={method}", "method.start=similar", f"from={trained}")
+    outcome = command("continual", *options, "algorithm.normalize_observations=true", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_network_without_corrections_cannot_be_gone_on_from(command: Command) -> None:
+    options = (*TINY, *TINY_ALGORITHM["ppo"], "network=soft_modularization", "total_transitions=160")
+    assert command("train", *options, "run_dir=trained").code == 0
+    outcome = command("continual", *PPO, "from=trained", "run_dir=run")
+    assert outcome.code == 2
+    assert "networks that a sequence can go on from" in outcome.err
+
+
+WRONG = {
+    "network": (("network=varshare_lora",), "network=varshare_lora is for many tasks"),
+    "resets": (("algorithm.resets=1",), "algorithm.resets is 1"),
+    "combiner": (("gradient=pcgrad",), "gradient.actor=pcgrad combines tasks"),
+    "estimator": (("elbo.estimator=local",), "elbo.estimator is given"),
+    "weight_samples": (("elbo.weight_samples=2", "method=varshare"), "elbo.weight_samples is given"),
+    "absorption": (("elbo.absorb.every=2",), "elbo.absorb"),
+    "no_replay": (("carry.replay=true",), "carry.replay=true, and algorithm=ppo has no replay memory"),
+    "no_moments": (("carry.optimizer=true", "method=lora"), "trains other parameters in every task"),
+    "no_moments_of_packnet": (("carry.optimizer=true", "method=packnet"), "trains other parameters in every task"),
+    "run_dir": (("run_dir=/proc/run",), "cannot make the run folder /proc/run"),
+    "repeats": (("repeats=0",), "repeats is 0; it must be at least 1"),
+    "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
+    "method": (("method=nothing",), "nothing"),
+    "origin": (("from=nowhere",), "nowhere"),
+    "resume": (("resume=nowhere",), "no run folder nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_line(command: Command, folder: Path, name: str) -> None:
+    overrides, said = WRONG[name]
+    base = () if name == "resume" else (*PPO, "run_dir=run")
+    outcome = command("continual", *base, *overrides)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not any(folder.iterdir())
+
+
+def test_hidden_ids_are_not_in_the_statistics_of_observations(command: Command) -> None:
+    """A method without task ids has one policy, and that is one with the same statistics everywhere."""
+    options = (*PPO, "algorithm.normalize_observations=true", "method=finetune")
+    assert command("continual", *options, "task_ids=hidden", "run_dir=hidden").code == 0
+    assert command("continual", *options, "run_dir=known").code == 0
+    hidden, known = results("hidden"), results("known")
+    assert hidden["acted_as"] == [[None] * 3, [0.0] * 3, [1.0] * 3, [2.0] * 3]
+    assert hidden["return"][3][2] == known["return"][3][2]
+    assert hidden["return"][3][:2] != known["return"][3][:2]
+
+
+def test_target_critics_begin_in_the_units_that_critics_take_over(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[bool] = []
+    start = Run.start
+
+    def compared(run: Run, evaluate: bool) -> None:
+        agent: Any = run.algorithm
+        theirs = agent.target_critic.state_dict()
+        started.append(all(torch.equal(value, theirs[name]) for name, value in agent.critic.state_dict().items()))
+        start(run, evaluate)
+
+    monkeypatch.setattr(Run, "start", compared)
+    outcome = command("continual", *SAC, "method=finetune", "critic.popart=true", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert started == [True] * 3
+
+
+def test_the_agent_says_whether_observations_are_normalised(command: Command, trained: str) -> None:
+    """What its policies see is theirs to say, whatever is configured."""
+    options = (*PPO, "env.tasks=[normal_right]", "algorithm.normalize_observations=false", "method=lora")
+    outcome = command("continual", *options, "algorithm.initial_log_std=-1", f"from={trained}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    kept = OmegaConf.load("run/config.yaml").algorithm
+    theirs = OmegaConf.load("trained/config.yaml").algorithm
+    for name in ("normalize_observations", "initial_log_std"):
+        assert kept[name] == theirs[name]
+    summary = json.loads(Path("trained/summary.json").read_text())
+    returns = [task["return"] for task in summary["tasks"].values()]
+    assert results("run")["return"][0][:2] == pytest.approx(returns, rel=1e-5)
+
+
+def test_a_task_of_the_agent_comes_round_again(command: Command, trained: str) -> None:
+    outcome = command("continual", *PPO, "env.tasks=[normal_left]", "method=lora", f"from={trained}", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert results("run")["tasks"] == ["normal_left", "flipped_up", "normal_left (2)"]
+
+
+def test_an_agent_of_other_actions_is_refused(command: Command, folder: Path) -> None:
+    options = (*TINY, *TINY_ALGORITHM["ppo"], "network=varshare_lora", "env=cartpole", "total_transitions=480")
+    assert command("train", *options, "run_dir=trained").code == 0
+    outcome = command("continual", *PPO, "method=lora", "from=trained", "run_dir=run")
+    assert outcome.code == 2
+    assert "from=trained does other things than env=pointmass" in outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not (folder / "run").exists()
+
+
+def test_seconds_before_an_interruption_count(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = Run._after_step
+
+    def interrupted(run: Run) -> None:
+        step(run)
+        run.tracker._started -= 1000.0
+        run.save("last")
+        raise Interrupted(15)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_after_step", interrupted)
+        assert command("continual", *PPO, "method=finetune", "run_dir=run").code == 143
+    assert command("continual", "resume=run").code == 0
+    document = json.loads(Path("run/summary.json").read_text())
+    assert document["seconds"] > 1000
+    assert document["per_task"][0]["seconds"] > 1000
+    assert document["per_task"][1]["seconds"] < 500
+
+
+def test_a_task_is_not_lost_while_all_tasks_are_evaluated(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its training need not be done again."""
+    assert command("continual", *PPO, "method=ewc", "run_dir=whole").code == 0
+    rows: list[None] = []
+    evaluate, start = SequenceRun._evaluate, Run.start
+
+    def killed(sequence: SequenceRun) -> None:
+        evaluate(sequence)
+        rows.append(None)
+        if len(rows) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(SequenceRun, "_evaluate", killed)
+        assert command("continual", *PPO, "method=ewc", "run_dir=halves").code == 130
+    started: list[Run] = []
+
+    def noted(run: Run, evaluate: bool) -> None:
+        started.append(run)
+        start(run, evaluate)
+
+    monkeypatch.setattr(Run, "start", noted)
+    assert command("continual", "resume=halves").code == 0
+    assert len(started) == 2  # of three tasks
+    assert results("halves") == results("whole")
+    assert not list(Path("halves/tasks").rglob("state.json"))
+
+
+def test_every_round_of_selection_has_further_episodes(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    earned: dict[tuple[ReturnBandit, int], list[float]] = {}
+    update = ReturnBandit.update
+
+    def noted(bandit: ReturnBandit, task: int, value: float) -> None:
+        earned.setdefault((bandit, task), []).append(value)
+        update(bandit, task, value)
+
+    monkeypatch.setattr(ReturnBandit, "update", noted)
+    hidden = ("method=copies", "task_ids=hidden", "selection_episodes=24", "run_dir=run")
+    assert command("continual", *PPO, *hidden).code == 0
+    assert any(len(values) > 1 for values in earned.values())
+    assert all(len(set(values)) == len(values) for values in earned.values())
+
+
+def test_a_curve_begins_with_the_network_that_learns(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the last task's policy: who learns from scratch does not begin with what that does."""
+    numbers = iter(range(9))
+    evaluate = loop.evaluate
+
+    def numbered(*arguments: Any) -> Evaluation:
+        tasks = evaluate(*arguments).tasks
+        number = next(numbers) / 10
+        return Evaluation({task: {**row, "success": number} for task, row in tasks.items()})
+
+    monkeypatch.setattr(loop, "evaluate", numbered)
+    assert command("continual", *PPO, "method=copies", "method.start=scratch", "run_dir=run").code == 0
+    curves = results("run")["curves"]
+    assert [curve["transitions"] for curve in curves] == [[0.0, 80.0, 160.0]] * 3
+    assert [curve["success"] for curve in curves] == [[0.0, 0.1, 0.2], [0.3, 0.4, 0.5], [0.6, 0.7, 0.8]]
+
+
+def test_commands_for_training_runs_say_what_a_sequence_is(command: Command) -> None:
+    outcome = command("continual", *PPO, "env.tasks=[normal_left]", "method=finetune", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    for name, *given in (
+        ("train", "resume=run"),
+        ("continual", *PPO, "from=run"),
+        ("report", "sharing", "run=run"),
+        ("prune", "run=run"),
+        ("calibrate", "run=run"),
+    ):
+        outcome = command(name, *given)
+        assert outcome.code == 2
+        assert outcome.err.startswith("error: run is a sequence of tasks, which `evaluate`, `export`")
+        assert outcome.err.count("\n") == 1

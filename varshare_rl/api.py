@@ -1,0 +1,251 @@
+"""The Python door: :func:`train`, :func:`load`, and the :class:`Agent` that both return.
+
+Everything here calls what the commands call: the same options, run folders, numbers and errors.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from varshare_rl.adapters.policy import TaskPolicy
+from varshare_rl.algorithms.actor_critic import ActorCritic
+from varshare_rl.assemble import TrainedAgent, load_agent
+from varshare_rl.cli import compose
+from varshare_rl.commands.evaluate import EvaluateConfig, evaluate_agent
+from varshare_rl.commands.export import Format, agent_policy, check_format, export, task_index
+from varshare_rl.commands.report_sharing import agent_sharing
+from varshare_rl.commands.train import run_config
+from varshare_rl.config import Device, TrainConfig, load_config
+from varshare_rl.envs.objects import Maker, ObjectsConfig
+from varshare_rl.envs.spaces import to_native_action, to_policy_observation
+from varshare_rl.errors import UserError
+from varshare_rl.fields import check_bounds
+from varshare_rl.nn.stochastic import posterior_mean
+from varshare_rl.run.evaluation import layer_kl
+from varshare_rl.run.loop import Interrupted
+
+#: Options that choose a component; a word for one of them is a choice, a mapping has options of what is chosen.
+GROUPS = {
+    "env", "algorithm", "network", "critic", "gradient", "elbo/schedule", "elbo/prior", "experiment", "tuned",
+}  # fmt: skip
+
+
+def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: Any) -> Agent:
+    """Train one agent on many tasks, as ``python -m varshare_rl.train`` does, and return it.
+
+    ``train("mt10", "elbo.kl_weight=0.1", algorithm="sac", network={"hidden": [400, 400]})``
+
+    Args:
+        arguments: the name of an environment, and overrides as on the command line.
+        envs: environments of your own in place of a name: by task, what makes a new ``gymnasium.Env``.
+        options: overrides by keyword, a mapping for those below. A component is chosen by its name, or by
+            ``name`` in a mapping with its options: ``elbo={"schedule": {"name": "ramp", "late": 0.1}}``.
+
+    Raises:
+        UserError: the line that the command would print.
+        KeyboardInterrupt: training was interrupted; all is saved, and ``resume=<folder>`` goes on.
+    """
+    overrides = [item if "=" in item else f"env={item}" for item in arguments] + to_overrides(options)
+    if envs is not None and "resume" not in options:
+        named = [item for item in overrides if item.startswith("env=")]
+        if named:
+            raise UserError(f"{named[0]} and envs are both given; give the name of environments, or your own")
+        overrides.insert(0, f"env={ObjectsConfig.name}")
+    config = compose("train", overrides)
+    try:
+        run_dir = run_config(config, overrides, envs)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(str(stop)) from None
+    return load(run_dir, envs=envs, device=config.device)
+
+
+def load(
+    run_dir: str | PathLike[str],
+    *,
+    envs: Mapping[str, Maker] | None = None,
+    checkpoint: str = "last",
+    device: str | Device = Device.auto,
+) -> Agent:
+    """Load the agent of a run folder; like a run, this seeds the process and chooses its precision.
+
+    Args:
+        run_dir: of a training run.
+        envs: its environments by task where they are Python objects; predictions do without them.
+        checkpoint: ``last`` or ``best``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: there is no such run or checkpoint, or this version cannot read it.
+    """
+    folder = Path(run_dir)
+    chosen = choice(Device, "device", device)
+    if envs is not None and not isinstance(load_config(folder / "config.yaml").env, ObjectsConfig):
+        raise UserError(f"{folder} was trained in environments that have a name; leave envs out")
+    return Agent(load_agent(folder, checkpoint, chosen, envs), folder)
+
+
+class Agent:
+    """A trained agent: acts, is evaluated and exported, and says what its tasks share."""
+
+    def __init__(self, trained: TrainedAgent, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self._trained = trained
+        self._suite = trained.suite
+
+    def __repr__(self) -> str:
+        config = self.config
+        name = f"{self._suite.name} {config.algorithm.name} {config.network.name}"
+        return f"<Agent {name}, {len(self.tasks)} tasks, {self.run_dir}>"
+
+    @property
+    def config(self) -> TrainConfig:
+        """The whole configuration of the run."""
+        return self._trained.config
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks, in order."""
+        return tuple(self._suite.task_names)
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The content of ``summary.json``. Raises UserError where the run has not ended."""
+        path = self.run_dir / "summary.json"
+        if not path.is_file():
+            raise UserError(f"{self.run_dir} has no summary.json yet; go on with resume={self.run_dir}")
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+
+    @torch.no_grad()
+    def predict(self, obs: Any, task: str, deterministic: bool = True) -> Any:
+        """Choose actions for a task from its own observations, on the posterior mean of the weights.
+
+        Args:
+            obs: as the task's environment gives them, one ``[F]`` or a batch ``[N, F]``.
+            task: its name.
+            deterministic: take the most likely action, instead of drawing one.
+
+        Returns:
+            Actions as the environment takes them: ``[A]`` within its bounds, or an int; of a batch ``[N, A]`` or
+            ``[N]``.
+        """
+        index = task_index(task, self.tasks)
+        algorithm = self._actor_critic()
+        spaces = self._suite.native_spaces(index)
+        padded = to_policy_observation(obs, spaces)
+        if padded.ndim > 2:
+            raise UserError(f"observations have shape {padded.shape}; give one [F], or a batch [N, F]")
+        batch = torch.from_numpy(np.atleast_2d(padded)).to(self._trained.device).unsqueeze(0)
+        normalize = TaskPolicy(algorithm.actor, index, algorithm.normalizer, {}).normalize()
+        if normalize is not None:
+            batch = normalize(batch)
+        mask = torch.from_numpy(self._suite.action_mask[index : index + 1])
+        actor = algorithm.actor.with_network(algorithm.actor.network, mask).to(self._trained.device)
+        with posterior_mean(actor):
+            distribution = actor(batch, torch.tensor([index]))
+            action = distribution.mode() if deterministic else distribution.sample().action
+        found = action[0].cpu().numpy()
+        return to_native_action(found[0] if padded.ndim == 1 else found, spaces)
+
+    def evaluate(self, episodes: int = 50, seed: int | None = None) -> dict[str, Any]:
+        """Play episodes of every task; returns what is written as ``evaluation.json``: means by task in ``tasks``.
+
+        Raises:
+            UserError: an impossible number of episodes, or the environments are objects and were not given.
+        """
+        check_bounds(EvaluateConfig(str(self.run_dir), episodes, seed=seed))
+        return evaluate_agent(self._trained, self.run_dir, episodes, seed)[0]
+
+    def export(self, task: str, path: str | PathLike[str], format: str | None = None) -> Path:
+        """Write the policy of a task into a new folder, or a file that ends with ``.onnx``.
+
+        Args:
+            task: its name.
+            path: the folder, or the file.
+            format: ``torch``, ``onnx`` or ``peft``; None: ``onnx`` for such a file, otherwise ``torch``.
+
+        Raises:
+            UserError: the policy has no such form, or there is something at the path.
+        """
+        out = Path(path)
+        guessed = Format.onnx if out.suffix == ".onnx" else Format.torch
+        chosen = guessed if format is None else choice(Format, "format", format)
+        check_format(chosen)
+        export(agent_policy(self._trained, task, chosen), task, chosen, out)
+        return out
+
+    def kl(self) -> dict[str, float]:
+        """Return the divergence of every task's posterior from its prior over all networks, in nats.
+
+        Raises:
+            UserError: the network has no posterior and no other penalty.
+        """
+        layers = layer_kl(self._trained.algorithm.trained_modules())
+        if not layers:
+            raise UserError(
+                f"network={self.config.network.name} has no posterior, and so no nats; use varshare_lora"
+            )
+        return {task: float(sum(nats[i] for nats in layers.values())) for i, task in enumerate(self.tasks)}
+
+    def sharing(self) -> dict[str, Any]:
+        """Measure what the tasks share; returns what ``report sharing`` writes as ``sharing.json``.
+
+        Raises:
+            UserError: the network's weights are the same for all tasks.
+        """
+        return agent_sharing(self._trained, self.run_dir)
+
+    def _actor_critic(self) -> ActorCritic:
+        algorithm = self._trained.algorithm
+        if not isinstance(algorithm, ActorCritic):
+            raise UserError(f"algorithm={self.config.algorithm.name} has no policy that can be asked for actions")
+        return algorithm
+
+
+def to_overrides(options: Mapping[str, Any], above: str = "") -> list[str]:
+    """Return keyword options as overrides of the command line."""
+    overrides = []
+    for name, value in options.items():
+        key = f"{above}{name}"
+        group = key.replace(".", "/")
+        if group in GROUPS:
+            chosen = value.get("name") if isinstance(value, Mapping) else value
+            if chosen is not None or not isinstance(value, Mapping):
+                overrides.append(f"{'+' * (group == 'experiment')}{group}={'null' if chosen is None else chosen}")
+            value = {k: v for k, v in value.items() if k != "name"} if isinstance(value, Mapping) else {}
+        overrides += to_overrides(value, f"{key}.") if isinstance(value, Mapping) else [f"{key}={literal(value)}"]
+    return overrides
+
+
+def literal(value: Any) -> str:
+    """Return a value as the command line has it: Hydra's words for Python's."""
+    if value is None:
+        return "null"
+    if isinstance(value, Enum):
+        return literal(value.value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{literal(entry)}" for name, entry in value.items()) + "}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "[" + ",".join(literal(entry) for entry in value) + "]"
+    # In quotes a quote has a backslash, and so have backslashes before one.
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value)) + "'"
+
+
+def choice(kind: type[Any], name: str, value: Any) -> Any:
+    """Return the member of an enum that a value names. Raises UserError where there is none."""
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise UserError(f"{name} is {value!r}; choose {', '.join(str(member.value) for member in kind)}") from error

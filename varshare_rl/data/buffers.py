@@ -1,0 +1,145 @@
+"""Transitions to learn from: the rollout of PPO, and the replay buffer of SAC."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from varshare_rl.state import Stateful
+from varshare_rl.types import Transition
+
+
+@dataclass(frozen=True)
+class RolloutStep:
+    """One vector step as PPO keeps it."""
+
+    obs: Tensor  # [T, E, F] as the policy saw it
+    raw_action: Tensor  # [T, E, A] before squashing, or [T, E] int64
+    log_prob: Tensor  # [T, E]
+    reward: Tensor  # [T, E]
+    terminated: Tensor  # [T, E] bool
+    truncated: Tensor  # [T, E] bool
+    next_obs: Tensor  # [T, E, F]
+    draws: Tensor | None = None  # what it takes to replay the policy's draws of weights, [T, E, ...]
+
+
+class Rollout(Stateful):
+    """Preallocated ``[T, S, E, ...]`` storage of ``S`` vector steps, by the names of :class:`RolloutStep`."""
+
+    state_fields = ("position", "steps")
+
+    def __init__(self, vector_steps: int, device: torch.device | str = "cpu") -> None:
+        self.vector_steps, self.device = vector_steps, device
+        self.position = 0
+        self.fields: dict[str, Tensor] = {}
+
+    def add(self, step: RolloutStep) -> None:
+        """Append one vector step."""
+        for name, value in vars(step).items():
+            if value is None:
+                continue
+            if name not in self.fields:
+                self.fields[name] = self._storage(value.unsqueeze(1))
+            self.fields[name][:, self.position] = value
+        self.position += 1
+
+    @property
+    def full(self) -> bool:
+        """True when all vector steps are there."""
+        return self.position == self.vector_steps
+
+    @property
+    def steps(self) -> dict[str, Tensor]:
+        """The steps so far, ``[T, position, E, ...]``."""
+        return {name: value[:, : self.position] for name, value in self.fields.items()}
+
+    @steps.setter
+    def steps(self, steps: dict[str, Tensor]) -> None:
+        self.fields = {name: self._storage(value) for name, value in steps.items()}
+        for name, value in steps.items():
+            self.fields[name][:, : self.position] = value.to(self.device)
+
+    def _storage(self, like: Tensor) -> Tensor:
+        """Zeros for all vector steps of what is ``[T, steps, E, ...]``."""
+        shape = (like.shape[0], self.vector_steps, *like.shape[2:])
+        return torch.zeros(shape, dtype=like.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class ReplayBatch:
+    """A batch of transitions, ``B`` of every task. All float32 views of one gathered tensor."""
+
+    obs: Tensor  # [T, B, F]
+    action: Tensor  # [T, B, A]
+    reward: Tensor  # [T, B]
+    terminated: Tensor  # [T, B] 0 or 1
+    next_obs: Tensor  # [T, B, F]
+
+
+class ReplayBuffer(Stateful):
+    """A ring buffer per task, ``[T, capacity, row]``, all tasks equally full; one gather makes a batch.
+
+    A row is ``obs | action | reward | terminated | next_obs``. Truncation is not stored: ``next_obs`` is the
+    true successor, so a time limit needs no special case.
+
+    Args:
+        num_tasks: ``T``.
+        capacity_per_task: transitions kept per task.
+        obs_size: ``F``.
+        action_size: ``A``.
+        device: where the memory lives.
+    """
+
+    state_fields = ("position", "filled", "rows=filled_rows")
+
+    def __init__(
+        self, num_tasks: int, capacity_per_task: int, obs_size: int, action_size: int, device: torch.device
+    ) -> None:
+        self.num_tasks, self.capacity = num_tasks, capacity_per_task
+        self.sizes = [obs_size, action_size, 1, 1, obs_size]
+        self.rows = torch.zeros(num_tasks, capacity_per_task, sum(self.sizes), device=device)
+        self.offsets = (torch.arange(num_tasks, device=device) * capacity_per_task).unsqueeze(1)
+        self.position = 0
+        self.filled = 0
+
+    def __len__(self) -> int:
+        """Return the number of transitions held per task."""
+        return self.filled
+
+    @property
+    def filled_rows(self) -> Tensor:
+        """The filled part of the memory, ``[T, filled, row]``."""
+        return self.rows[:, : self.filled]
+
+    @filled_rows.setter
+    def filled_rows(self, rows: Tensor) -> None:
+        self.rows[:, : self.filled] = rows
+
+    def add(self, transition: Transition) -> None:
+        """Append one vector step: ``E`` transitions of every task."""
+        parts = (
+            transition.obs,
+            transition.action,
+            transition.reward.unsqueeze(-1),
+            transition.terminated.unsqueeze(-1).float(),
+            transition.next_obs,
+        )
+        new = torch.cat(parts, dim=-1)  # [T, E, row]
+        count = new.shape[1]
+        first = min(count, self.capacity - self.position)
+        self.rows[:, self.position : self.position + first] = new[:, :first]
+        if first < count:
+            self.rows[:, : count - first] = new[:, first:]
+        self.position = (self.position + count) % self.capacity
+        self.filled = min(self.filled + count, self.capacity)
+
+    def sample(self, batch_per_task: int, task_ids: Tensor | None = None) -> ReplayBatch:
+        """Draw transitions of every task, or of ``task_ids [K]``, uniformly and with replacement."""
+        offsets = self.offsets if task_ids is None else self.offsets[task_ids.to(self.offsets.device)]
+        shape = (len(offsets), batch_per_task)
+        index = torch.randint(self.filled, shape, device=self.rows.device) + offsets
+        rows = self.rows.view(-1, self.rows.shape[-1]).index_select(0, index.view(-1)).view(*shape, -1)
+        obs, action, reward, terminated, next_obs = torch.split(rows, self.sizes, dim=-1)
+        return ReplayBatch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)

@@ -1,0 +1,74 @@
+"""Start of every command, and their help: the docstrings of their files, read without importing torch."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+#: The file of every command; its function ``command`` reads ``sys.argv``.
+COMMANDS: Mapping[str, str] = {
+    "train": "varshare_rl.commands.train",
+    "continual": "varshare_rl.continual.command",
+    "evaluate": "varshare_rl.commands.evaluate",
+    "report": "varshare_rl.commands.report",
+    "export": "varshare_rl.commands.export",
+    "prune": "varshare_rl.commands.prune",
+    "calibrate": "varshare_rl.commands.calibrate",
+    "share": "varshare_rl.commands.share",
+}
+#: Commands whose first word names what they do; they have a help for each.
+WITH_WORDS = ("report", "share")
+
+
+def start(name: str) -> None:
+    """Run a command on ``sys.argv``, or print its help."""
+    arguments = sys.argv[1:]
+    asks_for_word = name in WITH_WORDS and bool(arguments) and not arguments[0].startswith("-")
+    if wants_help(arguments) and not asks_for_word:
+        print(help_text(COMMANDS[name]))
+    else:
+        import_module(COMMANDS[name]).command()
+
+
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Return True if help is asked for, rather than Hydra's own ``--hydra-help``."""
+    return "--help" in arguments or "-h" in arguments
+
+
+def help_text(module: str) -> str:
+    """Return the docstring of a module without importing it."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+
+
+def overview() -> str:
+    """Return a line for every command."""
+    lines = [f"  {name:<10} {help_text(module).splitlines()[0]}" for name, module in COMMANDS.items()]
+    return "\n".join(
+        [
+            "varshare <command> ..., or python -m varshare_rl.<command> ...",
+            "",
+            *lines,
+            "",
+            "varshare <command> --help says more.",
+        ]
+    )
+
+
+def main() -> None:
+    """Run the command that the first argument names; without one, list them."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("--help", "-h"):
+        print(overview())
+    elif name not in COMMANDS:
+        print(f"error: unknown command {name!r}; there is {', '.join(COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    else:
+        sys.argv[:2] = [f"{sys.argv[0]} {name}"]
+        start(name)
