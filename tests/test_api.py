@@ -51,7 +51,7 @@ class Line(gymnasium.Env[Any, Any]):
 
 
 class Choices(Line):
-    """The same with choices whose numbers begin at 5."""
+    """A line with choices whose numbers begin at 5."""
 
     def __init__(self, goal: float, choices: int) -> None:
         super().__init__(goal)
@@ -127,6 +127,8 @@ def test_a_run_gets_a_name_and_goes_on(folder: Path) -> None:
     assert (more.run_dir, more.results["transitions"]) == (agent.run_dir, 320)
     with pytest.raises(vs.UserError, match=r"seed=1 cannot be changed when a run is resumed"):
         vs.train(resume=agent.run_dir, total_transitions=480, seed=1)
+    with pytest.raises(vs.UserError, match=r"soon"):
+        vs.train(resume=agent.run_dir, total_transitions="soon")
 
 
 def test_a_run_that_is_interrupted_can_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,28 +145,33 @@ def test_a_run_that_is_interrupted_can_go_on(folder: Path, monkeypatch: pytest.M
     assert vs.train(resume="run", device="cpu").results["transitions"] == 160
 
 
-@pytest.mark.parametrize("name", [name for name in WITHOUT_RUN if "resume" not in name])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "unknown_key", "wrong_type", "not_an_override", "broken_syntax", "unknown_env", "unknown_schedule",
+        "group_by_a_switch", "no_budget", "unknown_pointmass_task", "unknown_activation", "empty_run_dir",
+    ],
+)  # fmt: skip
 def test_errors_are_those_of_the_command(command: Command, folder: Path, name: str) -> None:
     arguments, named = WITHOUT_RUN[name]
-    device = () if "device" in name else ("device=cpu",)
     with pytest.raises(vs.UserError) as error:
-        vs.train(*device, *arguments) if "=" not in "".join(arguments) else vs.train(*arguments, *device)
-    outcome = command("train", *arguments, *device)
+        vs.train(*arguments, device="cpu")
+    outcome = command("train", *arguments, "device=cpu")
     assert_one_line(outcome.code, outcome.err, named)
     assert outcome.err == f"error: {' '.join(str(error.value).split())}\n"
     assert list(folder.rglob("*")) == []
 
 
 def test_hydra_is_left_as_it_was(folder: Path) -> None:
-    mine = object()
-    instance: Any = GlobalHydra.instance()
-    before, instance.hydra = instance.hydra, mine
+    theirs: Any = GlobalHydra.instance()
+    theirs.hydra = mine = object()
     try:
         with pytest.raises(vs.UserError):
             vs.train("nowhere")
-        assert instance.hydra is mine
+        assert GlobalHydra.instance() is theirs
+        assert theirs.hydra is mine
     finally:
-        instance.hydra = before
+        theirs.clear()
 
 
 def test_options_are_overrides() -> None:
@@ -174,14 +181,16 @@ def test_options_are_overrides() -> None:
     assert to_overrides(nested) == [
         "elbo.kl_weight=1e-05", "elbo/schedule=ramp", "elbo.schedule.late=0.1", "elbo/prior=learned",
     ]  # fmt: skip
-    assert to_overrides({"optimizer": {"schedule": "cosine"}}) == ["optimizer.schedule='cosine'"]
+    assert to_overrides({"optimizer": {"schedule": "cosine"}}) == ["optimizer.schedule=cosine"]
     assert to_overrides({"experiment": "toppo_mt10", "tuned": None}) == ["+experiment=toppo_mt10", "tuned=null"]
-    assert to_overrides({"env": {"ids": ("A-v1", "B-v1")}}) == ["env.ids=['A-v1','B-v1']"]
+    assert to_overrides({"env": {"ids": ("A-v1", "B-v1")}}) == ["env.ids=[A-v1,B-v1]"]
     assert literal(True) == "true"
     assert literal({"a": [1, None]}) == "{a:[1,null]}"
 
 
-@pytest.mark.parametrize("text", ["plain", "it's", "a\\", "a\\'b", "x=1,y", "10", "null", "", "a b/ü"])
+@pytest.mark.parametrize(
+    "text", ["plain", "it's", "a\\", "a\\'b", "x=1,y", "10", "null", "Off", "", "runs/a_b-1", "a b/ü"]
+)
 def test_words_come_through_the_command_line_as_they_are(text: str) -> None:
     from varshare_rl.api import compose
 

@@ -19,7 +19,7 @@ def train(command: Command, *overrides: str) -> None:
 
 
 def test_the_report_of_the_end_is_the_observation_at_the_end(command: Command, folder: Path) -> None:
-    """The same document from the same function: the last update is that of the last transition here."""
+    """One function makes both documents: the last update is that of the last transition here."""
     train(command, "observe.every=320")
     outcome = command("report", "sharing", "run=run")
     assert outcome.code == 0, outcome.err

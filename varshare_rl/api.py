@@ -37,6 +37,8 @@ from varshare_rl.run.loop import Interrupted
 GROUPS = {
     "env", "algorithm", "network", "critic", "gradient", "elbo/schedule", "elbo/prior", "experiment", "tuned",
 }  # fmt: skip
+#: Words that mean something else where they are not in quotes.
+NOT_WORDS = {"true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
 
 
 def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: Any) -> Agent:
@@ -45,7 +47,7 @@ def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: A
     ``train("mt10", "elbo.kl_weight=0.1", algorithm="sac", network={"hidden": [400, 400]})``
 
     Args:
-        arguments: the name of an environment, and overrides as on the command line.
+        arguments: the name of an environment first, if any, and overrides as on the command line.
         envs: environments of your own in place of a name: by task, what makes a new ``gymnasium.Env``.
         options: overrides by keyword, a mapping for those below. A component is chosen by its name, or by
             ``name`` in a mapping with its options: ``elbo={"schedule": {"name": "ramp", "late": 0.1}}``.
@@ -54,7 +56,9 @@ def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: A
         UserError: the line that the command would print.
         KeyboardInterrupt: training was interrupted; all is saved, and ``resume=<folder>`` goes on.
     """
-    overrides = [item if "=" in item else f"env={item}" for item in arguments] + to_overrides(options)
+    overrides = [*arguments, *to_overrides(options)]
+    if arguments and "=" not in arguments[0]:
+        overrides[0] = f"env={arguments[0]}"
     if envs is not None and "resume" not in options:
         named = [item for item in overrides if item.startswith("env=")]
         if named:
@@ -88,7 +92,7 @@ def load(
     """
     folder = Path(run_dir)
     chosen = choice(Device, "device", device)
-    if envs is not None and not isinstance(load_config(folder / "config.yaml").env, ObjectsConfig):
+    if envs is not None and load_config(folder / "config.yaml").env.name != ObjectsConfig.name:
         raise UserError(f"{folder} was trained in environments that have a name; leave envs out")
     return Agent(load_agent(folder, checkpoint, chosen, envs), folder)
 
@@ -239,8 +243,11 @@ def literal(value: Any) -> str:
         return "{" + ",".join(f"{name}:{literal(entry)}" for name, entry in value.items()) + "}"
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(literal(entry) for entry in value) + "]"
+    text = str(value)
+    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text.lower() not in NOT_WORDS:
+        return text
     # In quotes a quote has a backslash, and so have backslashes before one.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value)) + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def choice(kind: type[Any], name: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What several commands do: reading their options, and episodes of a trained agent."""
+"""Steps of several commands: reading their options, and episodes of a trained agent."""
 
 from __future__ import annotations
 

@@ -35,8 +35,7 @@ from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.files import whole_folder, write_atomically, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
-from varshare_rl.nn.onnx_graph import write_onnx
-from varshare_rl.nn.plain import write_network
+from varshare_rl.nn.plain import write_network, write_onnx
 from varshare_rl.nn.progressive import Columns
 from varshare_rl.nn.varshare_lora import VarShareLoRAConfig
 from varshare_rl.ops.gaussian import inverse_softplus

@@ -36,7 +36,7 @@ from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import new_run_dir, run_command
 from varshare_rl.config import TrainConfig, load_config
 from varshare_rl.config_checks import check_config
-from varshare_rl.envs.objects import Maker
+from varshare_rl.envs.objects import Maker, ObjectsConfig
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -94,6 +94,11 @@ def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] 
     merged = OmegaConf.merge(stored, OmegaConf.from_dotlist(overrides))
     config = cast(TrainConfig, OmegaConf.to_object(merged))
     check_config(config)
+    if makers is None and config.env.name == ObjectsConfig.name:
+        raise UserError(
+            f"the environments of {run_dir} are Python objects; give them: "
+            f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
+        )
     state = load_checkpoint(find_checkpoint(run_dir))
     if state["transitions"] >= config.total_transitions and (run_dir / "summary.json").exists():
         raise UserError(

@@ -61,7 +61,8 @@ class SolvedReturn(gymnasium.Wrapper[Any, Any, Any, Any]):
         obs, reward, terminated, truncated, info = self.env.step(action)
         self._return += float(reward)
         success = (terminated or truncated) and self._return >= SOLVED_RETURN
-        return obs, reward, terminated, truncated, info | {"success": success}
+        info["success"] = success
+        return obs, reward, terminated, truncated, info
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ class Critic(nn.Module):
 
     Args:
         num_tasks: ``T``.
-        networks: how many networks there are.
+        networks: their number.
         config: see :class:`CriticConfig`.
     """
 

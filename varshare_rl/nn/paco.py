@@ -61,7 +61,7 @@ class PaCoConfig(NetworkConfig):
 
     Parameters are combined, not outputs: a task runs one network whose weights and biases are its combination of
     ``parameter_sets`` shared ones. Rows of ``compositions`` start on the unit sphere and sets start
-    independently, so composed weights start with the spread of ``torch.nn.Linear``; afterwards nothing holds them
+    independently, so composed weights start at the scale of ``torch.nn.Linear``; afterwards nothing holds them
     there.
 
     Deviations: actor and critics have compositions of their own (one for all in the paper); a task whose loss

@@ -22,7 +22,7 @@ from varshare_rl.nn.layer import (
 )
 from varshare_rl.nn.task_rows import TaskRows
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import drawn_low_rank, prior_nats, random_signs, rho_of, softplus_sigma
+from varshare_rl.ops.gaussian import drawn_low_rank, prior_nats, random_signs, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear, low_rank_linear
 from varshare_rl.ops.low_rank import LowRank, aligned, balanced, decompose, shared_part
@@ -155,10 +155,9 @@ class VarShareLoRALayer(VariationalLayer):
         return (mean_a * mean_b / noise).sqrt()
 
     def set_to_prior(self, kept: Tensor) -> None:
-        rho = rho_of(self.prior_scale).view(-1, 1, 1)
         for (mus, rhos), keep in zip(self.posteriors(), (kept.unsqueeze(2), kept.unsqueeze(1)), strict=True):
             mus.copy_(torch.where(keep, mus, 0.0))
-            rhos.copy_(torch.where(keep, rhos, rho))
+            rhos.copy_(torch.where(keep, rhos, self.prior_rho))
 
     def absorption(self, rate: float) -> AbsorptionMove:
         """The move of rank ``r``; the gradient of a factor scales with the other factor, which changes."""
