@@ -15,8 +15,8 @@ from torchjd import aggregation
 
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
-from varshare_rl.optim.aggregators import GradientAggregator
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, gradient_schema
+from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.optim.step import LossStep
 from varshare_rl.optim.torchjd_aggregators import (
     AlignedMTLConfig,
