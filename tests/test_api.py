@@ -127,6 +127,8 @@ def test_a_run_gets_a_name_and_goes_on(folder: Path) -> None:
     assert (more.run_dir, more.results["transitions"]) == (agent.run_dir, 320)
     with pytest.raises(vs.UserError, match=r"seed=1 cannot be changed when a run is resumed"):
         vs.train(resume=agent.run_dir, total_transitions=480, seed=1)
+    with pytest.raises(vs.UserError, match=r"soon"):
+        vs.train(resume=agent.run_dir, total_transitions="soon")
 
 
 def test_a_run_that_is_interrupted_can_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from varshare_rl.nn.sharing import measure_sharing
 from varshare_rl.nn.stochastic import GaussianFactors
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.nn.uncertainty import layer_moments, linearised, sample_outputs
-from varshare_rl.ops.gaussian import prior_nats, rho_of, softplus_sigma
+from varshare_rl.ops.gaussian import inverse_softplus, prior_nats, softplus_sigma
 from varshare_rl.ops.low_rank import LowRank
 
 TASKS, IN, OUT = 3, 4, 2
@@ -71,7 +71,7 @@ class GainLayer(GaussianFactors, TaskLayer):
     def set_to_prior(self, kept: Tensor) -> None:
         keep = kept.view(-1, 1, 1)
         self.mus.copy_(torch.where(keep, self.mus, 0.0))
-        self.rhos.copy_(torch.where(keep, self.rhos, rho_of(torch.ones_like(self.v[0]))))
+        self.rhos.copy_(torch.where(keep, self.rhos, inverse_softplus(torch.ones_like(self.v[0]))))
 
     def absorption(self, rate: float) -> AbsorptionMove:
         mus = self.mus.double()

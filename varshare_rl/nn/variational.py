@@ -98,9 +98,13 @@ class VariationalLayer(GaussianFactors, TaskLayer):
     @torch.no_grad()
     def start_at_prior(self) -> None:
         """Give all posteriors the standard deviations of their priors."""
-        rho = inverse_softplus(self.prior_scale)
         for _, rhos in self.posteriors():
-            rhos.copy_(rho.view(-1, *[1] * (rhos.dim() - 1)).expand_as(rhos))
+            rhos.copy_(self.prior_rho.expand_as(rhos))
+
+    @property
+    def prior_rho(self) -> Tensor:
+        """``rho`` of the prior, ``[T, 1, 1]``."""
+        return inverse_softplus(self.prior_scale.double()).to(self.prior_scale.dtype).view(-1, 1, 1)
 
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """Apply each row's own task's weights.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Posterior, PosteriorStart, PriorUnits
 from varshare_rl.nn.layer import TaskModule, penalized_layers
@@ -45,26 +47,54 @@ class DrawConfig:
     """Options of ``elbo.draw``: the weights that acting, targets and evaluation use."""
 
     acting: Resample = Resample.per_update
+    "Weights of the policy while it collects experience."
     targets: TargetDraw = TargetDraw.mean
+    "Weights of targets (SAC) and advantages (PPO)."
     evaluation: Resample = Resample.mean
+    "Weights of the policy in evaluation."
 
 
 @dataclass
 class ElboConfig:
     """Options of ``elbo``: the weight of the divergence and how it moves, the posteriors and how they are drawn."""
 
-    kl_weight: float = 0.01
+    kl_weight: float = bounded(0.01, least=0)
+    "Weight of the divergence."
     normalization: KLNormalization = KLNormalization.seen
-    prior_scale: float = 0.1
+    """Divisor `n_i` of a task's divergence: its transitions so far (`seen`), with which a weight of 1 is the plain ELBO;
+    those of PPO's rollout or SAC's replay; those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
+    prior_scale: float = bounded(0.1, above=0)
+    "Scale of the prior, in units of theta: of a residual's entries over those of theta at the start."
     prior_units: PriorUnits = PriorUnits.theta
+    "Units of `prior_scale`: those of theta, or the standard deviation of every Gaussian itself (`absolute`)."
     start: PosteriorStart = PosteriorStart.narrow
-    temperature: float = 1.0
-    estimator: Estimator | None = None  # of training passes; null: the architecture's own
-    weight_samples: int = 1  # draws per task and training pass of the estimators weight and flipout
+    "Standard deviation that posteriors start with: 0.0067 (`narrow`), or that of their prior."
+    temperature: float = bounded(1.0, least=0)
+    "Factor on the noise of draws."
+    estimator: Estimator | None = None
+    "Estimator of training passes; null: the network's own."
+    weight_samples: int = bounded(1, least=1)
+    "Draws per task and training pass, of the estimators `weight` and `flipout`."
     draw: DrawConfig = field(default_factory=DrawConfig)
-    schedule: Any = field(default_factory=ConstantConfig)  # options of the chosen elbo/schedule
-    prior: Any = field(default_factory=FixedPriorConfig)  # options of the chosen elbo/prior
+    "Draws of the weights."
+    schedule: Any = field(default_factory=ConstantConfig)
+    "Schedule of the weight: `elbo/schedule=<name>`, with options of its own."
+    prior: Any = field(default_factory=FixedPriorConfig)
+    "Schedule of the prior's scale: `elbo/prior=<name>`, with options of its own."
     absorb: AbsorbConfig = field(default_factory=AbsorbConfig)
+    "Absorption of the residuals' common part."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for a schedule or prior chosen with a dot, and a weight that no schedule can move."""
+        for part in ("schedule", "prior"):
+            given = getattr(self, part)
+            if not is_dataclass(given):
+                raise UserError(f"{prefix}{part} is {given}; choose one with a slash: elbo/{part}={given}")
+        if self.kl_weight == 0 and not isinstance(self.schedule, ConstantConfig):
+            raise UserError(
+                f"{prefix}kl_weight is 0, from which elbo/schedule={self.schedule.name} cannot start; "
+                "give a positive weight"
+            )
 
     def posterior(self) -> Posterior:
         """Return the part that the layers are built from."""
