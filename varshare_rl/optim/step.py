@@ -8,11 +8,13 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.errors import UserError
 from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, AggregateScale, GradientConfig
 from varshare_rl.optim.jacobian import GradientAggregator, TaskGradients, gradient_gram
 from varshare_rl.optim.optimizer import OptimizerConfig, ScheduledAdam, roles
 from varshare_rl.state import Stateful
+from varshare_rl.types import Tree
 
 #: A softmax weight below this is taken for it when a task's own gradient is scaled back.
 _LEAST = 1e-12
@@ -113,13 +115,13 @@ class LossStep(Stateful):
         own = [parameter.grad for parameter in self.own if parameter.grad is not None]
         if not own:
             return norm
-        by_task = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(grad.view(len(grad), -1), dim=1) for grad in own]), dim=0
-        )
+        norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in own]
+        by_task: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)  # [T]
         factors = (bound / (by_task + 1e-6)).clamp_max(1.0)
         for grad in own:
             grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))
-        return (norm.square() + by_task.square().mean()).sqrt()
+        total: Tensor = (norm.square() + by_task.square().mean()).sqrt()
+        return total
 
     def step(self, norm: Tensor) -> None:
         """Step Adam unless the guard forbids it for a gradient of this norm; on a device, the device decides."""
@@ -128,6 +130,14 @@ class LossStep(Stateful):
             return
         self.optimizer.found_inf = None if self.on_cpu else drop  # type: ignore[attr-defined]  # fused Adam obeys it
         self.optimizer.step()
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave. Raises UserError for a checkpoint whose optimiser had other groups."""
+        if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
+            raise UserError(
+                "this checkpoint is of an earlier version, whose steps were others; evaluate it, or train anew"
+            )
+        super().load_state(state)
 
     def measure_gram(self, parameters: Sequence[nn.Parameter]) -> None:
         """Have the next call leave :func:`gradient_gram` of its losses by ``parameters`` in :attr:`gram`.
