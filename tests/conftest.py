@@ -7,14 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from hydra.core.config_store import ConfigStore
 
-from varshare_rl.cli import run_command
 from varshare_rl.commands import calibrate, evaluate, export, prune, report, train
-from varshare_rl.config import register_schemas
 from varshare_rl.continual import command as continual
 
 # Small matrices: a second thread costs more than it brings, and tests run side by side.
@@ -37,13 +35,16 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 
-COMMANDS = {
-    "train": train.main,
-    "evaluate": evaluate.main,
-    "export": export.main,
-    "prune": prune.main,
-    "calibrate": calibrate.main,
+COMMANDS: dict[str, ModuleType] = {
+    "train": train,
+    "continual": continual,
+    "evaluate": evaluate,
+    "report": report,
+    "export": export,
+    "prune": prune,
+    "calibrate": calibrate,
 }
+#: Options of those that choose no components.
 OPTIONS: dict[str, type] = {
     "evaluate": evaluate.EvaluateConfig,
     "export": export.ExportConfig,
@@ -67,20 +68,9 @@ def command(
 
     def call(name: str, *arguments: str) -> Outcome:
         monkeypatch.setattr(sys, "argv", [f"varshare_rl.{name}", *arguments])
-        if name == "report":
-            return ended(report.main)
-        if name == "continual":
-            return ended(continual.command)
-        if name == "train":
-            register_schemas()
-        else:
-            ConfigStore.instance().store(name=f"{name}_schema", node=OPTIONS[name])
-        return ended(lambda: run_command(name, COMMANDS[name]))
-
-    def ended(entry: Callable[[], None]) -> Outcome:
         code: int | str | None = 0
         try:
-            entry()
+            COMMANDS[name].command()
         except SystemExit as stop:
             code = stop.code
         captured = capsys.readouterr()

@@ -18,8 +18,8 @@ from varshare_rl.nn import VarShareLoRAConfig
 from varshare_rl.nn.critic import CriticConfig
 from varshare_rl.nn.stochastic import WeightNoise
 from varshare_rl.nn.variational import stochastic_layers
-from varshare_rl.optim.aggregators import GradientConfig
 from varshare_rl.optim.elbo import ElboConfig
+from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.types import Transition
 
 #: Overrides that make a run on the toy suite take a fraction of a second.

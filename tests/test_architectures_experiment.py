@@ -18,7 +18,7 @@ from experiments.architectures.results import interval, read_times
 from experiments.architectures.timing import CONTENDERS
 from experiments.bench.contenders import Setting
 from varshare_rl.assemble import build_algorithm, build_suite, parameter_count
-from varshare_rl.config import COMPONENTS
+from varshare_rl.registry import registered
 
 
 def finished(folder: Path, network: str, seed: int, tasks: Mapping[str, float], transitions: int = 100) -> None:
@@ -115,7 +115,7 @@ def test_no_times_where_none_were_measured(tmp_path: Path) -> None:
 
 
 def test_the_grid_has_every_architecture() -> None:
-    assert sorted(NETWORKS) == sorted(COMPONENTS["network"])
+    assert sorted(NETWORKS) == sorted(registered("network"))
 
 
 @pytest.mark.parametrize("network", NETWORKS)

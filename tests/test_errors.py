@@ -121,7 +121,7 @@ WITHOUT_RUN = {
     "unknown_reward_scale": (("env=pointmass", "algorithm.reward_scale=big"), "big"),
     "one_bin": (("env=pointmass", "critic.bins=1"), "critic.bins is 1"),
     "crossed_values": (("env=pointmass", "critic.value_min=3", "critic.value_max=3"), "value_min is 3.0"),
-    "endless_values": (("env=pointmass", "critic.value_max=inf"), "value_max inf"),
+    "endless_values": (("env=pointmass", "critic.value_max=inf"), "critic.value_max is inf"),
     "no_popart_rate": (("env=pointmass", "critic.popart_rate=0"), "popart_rate is 0.0"),
     "negative_critic_hidden": (("env=pointmass", "critic.hidden=[8,0]"), "critic.hidden[1] is 0"),
     "band_without_spread": (("env=pointmass", "network=l2_soft", "elbo/schedule=band"), "network=l2_soft"),
@@ -234,7 +234,7 @@ def test_evaluate_explains_in_one_line(
     [
         ((), "sharing"),
         (("run=runs/nowhere",), "unknown report 'run=runs/nowhere'"),
-        (("winners", "run=."), "unknown report 'winners'; there is sharing"),
+        (("winners", "run=."), "unknown report 'winners'; there is continual, sharing"),
         (("sharing",), "run="),
         (("sharing", "run=runs/nowhere"), "runs/nowhere"),
         (("sharing", "run=."), "config.yaml"),

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 
 from varshare_rl.adapters import apply_lora, read_adapter
 from varshare_rl.config import Device
-from varshare_rl.continual.config import METHODS
 from varshare_rl.continual.sequence import SequenceRun, load_sequence
 from varshare_rl.nn.merge import merged
 from varshare_rl.nn.plain import read_network
+from varshare_rl.registry import registered
 from varshare_rl.run.loop import Run
 from varshare_rl.transfer.methods.varshare import VarShareMethod
 
@@ -48,7 +48,7 @@ def acted(sequence: SequenceRun, task: int, obs: Tensor) -> Tensor:
     return torch.tanh(outputs[0, :, :2])
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "pnn"])
+@pytest.mark.parametrize("method", [name for name in registered("method") if name != "pnn"])
 def test_every_learnt_task_of_a_sequence_is_exported_as_it_is_acted(command: Command, method: str) -> None:
     settings = ("method.initial_tasks=1",) if method == "share" else ()
     sequence = learn(command, f"method={method}", *settings)

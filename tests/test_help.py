@@ -15,10 +15,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from varshare_rl import entry
-from varshare_rl.cli import config_folder
+from varshare_rl.cli import prepare
 from varshare_rl.commands import report_continual, report_sharing, share
-from varshare_rl.config import register_schemas
-from varshare_rl.continual.config import register_continual_schemas
+from varshare_rl.config import config_folder
 
 PLAIN = {
     "train": "all the keys of a training run", "continual": "the same of a sequence",
@@ -59,7 +58,7 @@ def test_every_command_has_a_short_help_of_ours(
 def test_the_keys_and_defaults_of_a_help_are_there(name: str) -> None:
     text = entry.help_text(entry.COMMANDS[name])
     if name in ("train", "continual"):
-        (register_schemas if name == "train" else register_continual_schemas)()
+        prepare(name, ())
         with initialize_config_dir(str(config_folder()), version_base="1.3"):
             composed: Any = compose(name)
     else:

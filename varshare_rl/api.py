@@ -7,32 +7,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from copy import copy
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import hydra
 import numpy as np
 import torch
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from varshare_rl.adapters.policy import TaskPolicy
 from varshare_rl.algorithms.actor_critic import ActorCritic
-from varshare_rl.assemble import OWN_ENVIRONMENTS, Makers, TrainedAgent, load_agent
-from varshare_rl.cli import _explain, config_folder
+from varshare_rl.assemble import TrainedAgent, load_agent
+from varshare_rl.cli import compose
 from varshare_rl.commands.evaluate import EvaluateConfig, evaluate_agent
 from varshare_rl.commands.export import Format, agent_policy, check_format, export, task_index
 from varshare_rl.commands.report_sharing import agent_sharing
 from varshare_rl.commands.train import run_config
-from varshare_rl.config import COMPONENTS, Device, TrainConfig, load_config, register_schemas
+from varshare_rl.config import Device, TrainConfig, load_config
+from varshare_rl.envs.objects import Maker, ObjectsConfig
 from varshare_rl.envs.spaces import to_native_action, to_policy_observation
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
@@ -48,7 +41,7 @@ GROUPS = {
 NOT_WORDS = {"true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
 
 
-def train(*arguments: str, envs: Makers | None = None, **options: Any) -> Agent:
+def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: Any) -> Agent:
     """Train one agent on many tasks, as ``python -m varshare_rl.train`` does, and return it.
 
     ``train("mt10", "elbo.kl_weight=0.1", algorithm="sac", network={"hidden": [400, 400]})``
@@ -70,21 +63,19 @@ def train(*arguments: str, envs: Makers | None = None, **options: Any) -> Agent:
         named = [item for item in overrides if item.startswith("env=")]
         if named:
             raise UserError(f"{named[0]} and envs are both given; give the name of environments, or your own")
-        overrides.insert(0, f"env={OWN_ENVIRONMENTS}")
-    with one_line_errors():
-        with hydra_of_our_own():
-            config = cast(TrainConfig, OmegaConf.to_object(compose("train", overrides)))
-        try:
-            run_dir = run_config(config, overrides, envs)
-        except Interrupted as stop:
-            raise KeyboardInterrupt(str(stop)) from None
+        overrides.insert(0, f"env={ObjectsConfig.name}")
+    config = compose("train", overrides)
+    try:
+        run_dir = run_config(config, overrides, envs)
+    except Interrupted as stop:
+        raise KeyboardInterrupt(str(stop)) from None
     return load(run_dir, envs=envs, device=config.device)
 
 
 def load(
     run_dir: str | PathLike[str],
     *,
-    envs: Makers | None = None,
+    envs: Mapping[str, Maker] | None = None,
     checkpoint: str = "last",
     device: str | Device = Device.auto,
 ) -> Agent:
@@ -101,7 +92,7 @@ def load(
     """
     folder = Path(run_dir)
     chosen = choice(Device, "device", device)
-    if envs is not None and load_config(folder / "config.yaml").env.name != OWN_ENVIRONMENTS:
+    if envs is not None and load_config(folder / "config.yaml").env.name != ObjectsConfig.name:
         raise UserError(f"{folder} was trained in environments that have a name; leave envs out")
     return Agent(load_agent(folder, checkpoint, chosen, envs), folder)
 
@@ -265,38 +256,3 @@ def choice(kind: type[Any], name: str, value: Any) -> Any:
         return kind(value)
     except ValueError as error:
         raise UserError(f"{name} is {value!r}; choose {', '.join(str(member.value) for member in kind)}") from error
-
-
-def compose(command: str, overrides: Sequence[str]) -> DictConfig:
-    """Compose the configuration of a command."""
-    register_schemas()
-    ConfigStore.instance().store(
-        group="env", name=OWN_ENVIRONMENTS, node=COMPONENTS["env"][OWN_ENVIRONMENTS], package="env"
-    )
-    try:
-        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            return hydra.compose(command, overrides=list(overrides))
-    except ValueError as error:  # a group chosen by what is not a name, such as env=true
-        raise UserError(f"{error}; a group such as env or gradient takes a name") from error
-
-
-@contextmanager
-def hydra_of_our_own() -> Iterator[None]:
-    """Put the Hydra of the caller aside inside: there is one in a process."""
-    theirs = GlobalHydra.instance()
-    ours = copy(theirs)
-    ours.clear()
-    GlobalHydra.set_instance(ours)
-    try:
-        yield
-    finally:
-        GlobalHydra.set_instance(theirs)
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Raise what the user got wrong in the configuration as UserError."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error)) from error

@@ -1,4 +1,4 @@
-"""Assembles a run from its configuration: it and ``config`` alone know which component is which."""
+"""Assemble a run from its configuration."""
 
 from __future__ import annotations
 
@@ -14,15 +14,8 @@ import torch
 from torch import nn
 
 from varshare_rl.algorithms.base import AgentContext, Algorithm, NetworkFactory, Regularizer, TaskSpec
-from varshare_rl.algorithms.ppo import PPO, PPOConfig
-from varshare_rl.algorithms.sac import SAC, SACConfig
 from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
-from varshare_rl.envs.cartpole import CartPoleConfig, CartPoleSuite
-from varshare_rl.envs.gymnasium_suite import GymnasiumConfig, GymnasiumSuite
-from varshare_rl.envs.lunarlander import LunarLanderConfig, LunarLanderSuite
-from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
-from varshare_rl.envs.objects import Maker, ObjectsConfig, ObjectSuite
-from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
+from varshare_rl.envs.objects import Maker
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.files import make_run_dir
@@ -42,21 +35,6 @@ from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.types import Tree
 
-#: What makes the environments that are Python objects, by task.
-Makers = Mapping[str, Maker]
-#: The suite of these.
-OWN_ENVIRONMENTS = ObjectsConfig.name
-
-SUITES: dict[type, Callable[[Any], Suite]] = {
-    PointMassConfig: PointMassSuite,
-    CartPoleConfig: CartPoleSuite,
-    LunarLanderConfig: LunarLanderSuite,
-    GymnasiumConfig: GymnasiumSuite,
-    MetaWorldConfig: MetaWorldSuite,
-    ObjectsConfig: ObjectSuite,
-}
-ALGORITHMS: dict[type, Callable[[Any, AgentContext], Algorithm]] = {PPOConfig: PPO, SACConfig: SAC}
-
 
 def choose_device(device: Device) -> torch.device:
     """The device asked for; ``auto`` is CUDA if there is any. Raises UserError if it is not there."""
@@ -74,15 +52,14 @@ def prepare_process(seed: int, precision: MatmulPrecision) -> None:
     backend.matmul.fp32_precision = "bf16" if precision is MatmulPrecision.bf16 else "ieee"
 
 
-def build_suite(config: TrainConfig, makers: Makers | None = None) -> Suite:
+def build_suite(config: TrainConfig, makers: Mapping[str, Maker] | None = None) -> Suite:
     """Build the suite of ``config.env``; ``makers`` make its environments where these are Python objects.
 
     Raises:
         UserError: an impossible choice.
     """
-    if makers is not None:
-        return ObjectSuite(config.env, makers)
-    return SUITES[type(config.env)](config.env)
+    suite: Suite = config.env.build() if makers is None else config.env.build(makers)
+    return suite
 
 
 class NetworkSource(Regularizer, Protocol):
@@ -119,7 +96,7 @@ def build_algorithm(
         spec, actor, Elbo(config.elbo, spec.num_tasks), config.critic, critic,
         config.gradient, config.optimizer, config.divergence_guard, source,
     )  # fmt: skip
-    algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, context)
+    algorithm: Algorithm = config.algorithm.build(context)
     if config.elbo.absorb.every and not any(any(posterior_layers(m)) for m in algorithm.trained_modules().values()):
         raise UserError(
             f"network={architecture.name} has no residuals for elbo.absorb.every={config.elbo.absorb.every} "
@@ -178,7 +155,7 @@ def matched_hidden(config: TrainConfig, architecture: NetworkConfig, spec: TaskS
             config.critic,
             record(config.critic.architecture),
         )
-        algorithm = ALGORITHMS[type(config.algorithm)](config.algorithm, context)
+        algorithm: Algorithm = config.algorithm.build(context)
     trained = {module for root in algorithm.trained_modules().values() for module in root.modules()}
     makers = [make for network, make in made if network in trained]
     return match_width(architecture, lambda candidate: [make(candidate) for make in makers], spec.num_tasks)
@@ -212,7 +189,7 @@ class TrainedAgent:
     state: Tree  # of the checkpoint: counters, and the algorithm's own
 
 
-def load_agent(run_dir: Path, kind: str, device: Device, makers: Makers | None = None) -> TrainedAgent:
+def load_agent(run_dir: Path, kind: str, device: Device, makers: Mapping[str, Maker] | None = None) -> TrainedAgent:
     """Load the policy in the newest checkpoint of a ``kind`` (last or best) of a run; see :func:`build_suite`.
 
     Raises:

@@ -6,56 +6,147 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
 import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from varshare_rl.config import TrainConfig, config_folder, register_schemas
+from varshare_rl.config_checks import check_config
 from varshare_rl.errors import UserError
+from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
+
+#: Hydra without logs and folders of its own.
+_SILENT = [{f"override hydra/{log}": "disabled"} for log in ("job_logging", "hydra_logging")]
+_NO_FOLDERS = {"hydra": {"output_subdir": None, "run": {"dir": "."}}}
 
 
-def config_folder() -> Path:
-    """Where the YAML files are: inside the package when installed from a wheel, beside it in a clone."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "train.yaml").is_file():
-            return folder
-    raise UserError(f"the configs folder is missing beside {package}; install the package again")
+def run_command(name: str, main: Callable[[DictConfig], None], schema: type | None = None) -> None:
+    """Compose the configuration of a command with the command line and call ``main`` with it.
 
-
-def run_command(name: str, main: Callable[[DictConfig], None], aliases: Mapping[str, str] | None = None) -> None:
-    """Compose ``configs/<name>.yaml`` with the command line and call ``main`` with it.
-
-    What the user got wrong is one line on stderr and exit code 2. ``aliases`` are further names of options, which
-    Python would not allow as names.
+    It is ``configs/<name>.yaml``, or the ``schema`` alone. User errors are one line on stderr and exit code 2.
     """
-    for alias, option in (aliases or {}).items():
-        sys.argv[1:] = [re.sub(rf"^{alias}=", f"{option}=", item) for item in sys.argv[1:]]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
-
     composing = True
+    given: list[str] = []
 
     def job(composed: DictConfig) -> None:
         nonlocal composing
         composing = False
         with errors_in_one_line():  # inside the job, or Hydra adds lines of its own
+            _put_plugins(composed, given)
             main(composed)
 
     with errors_in_one_line():
+        given = take_plugins()
+        sys.argv[1:] = prepare(name, sys.argv[1:], schema)
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
         try:
             hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
-        except ValueError as error:  # Hydra's word for a group chosen by what is not a name, such as env=true
-            if not composing:
+        except ValueError as error:
+            if not composing or isinstance(error, UserError):
                 raise
-            raise UserError(f"{error}; a group such as env or gradient takes a name") from error
+            raise _group_error(error) from error
+
+
+def compose(command: str, overrides: Sequence[str], plugins: Sequence[str] = ()) -> Any:
+    """The checked configuration of a command (``train``, ``continual``) as its command line would make it.
+
+    Raises:
+        UserError: what the user got wrong, in the words of the command line.
+    """
+    load_installed_plugins()
+    given, overrides = split_plugins(overrides)
+    given = list(dict.fromkeys([*plugins, *given]))
+    load_plugins(given)
+    overrides = prepare(command, overrides)
+    before = GlobalHydra.instance().hydra  # of a job that calls this
+    GlobalHydra.instance().clear()
+    try:
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+            composed = hydra.compose(command, overrides=overrides)
+        _put_plugins(composed, given)
+        config = OmegaConf.to_object(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise _group_error(error) from error
+    finally:
+        GlobalHydra.instance().hydra = before
+    if getattr(config, "resume", None) is None:
+        check_config(cast(TrainConfig, config))
+    return config
+
+
+def prepare(command: str, overrides: Sequence[str], schema: type | None = None) -> list[str]:
+    """Make what a command is composed of known to Hydra; returns the overrides with options in their Python names.
+
+    A command with a ``schema`` of its own has nothing to choose and no file in ``configs``.
+    """
+    if schema is not None:
+        store = ConfigStore.instance()
+        store.store(name=f"{command}_schema", node=schema)
+        store.store(name=command, node={"defaults": [f"{command}_schema", "_self_", *_SILENT], **_NO_FOLDERS})
+        return list(overrides)
+    register_schemas(command)
+    aliases = lookup("command", command).aliases
+    names = [item.partition("=") for item in overrides]
+    return [aliases.get(name, name) + equals + value for name, equals, value in names]
+
+
+def take_plugins() -> list[str]:
+    """Import the plugins of installed packages and of the command line, and take the latter out of it.
+
+    Raises:
+        UserError: one is missing, or fails.
+    """
+    load_installed_plugins()
+    names, sys.argv[1:] = split_plugins(sys.argv[1:])
+    load_plugins(names)
+    return names
+
+
+def split_plugins(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The modules named by ``plugins=[...]``, and all other overrides.
+
+    Raises:
+        UserError: it is not a list of names.
+    """
+    names: list[str] = []
+    others: list[str] = []
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key != "plugins":
+            others.append(item)
+            continue
+        found = [name.strip() for name in value.removeprefix("[").removesuffix("]").split(",") if name.strip()]
+        if not all(part.isidentifier() for name in found for part in name.split(".")):
+            raise UserError(f"plugins is {value}; give a list of modules: plugins=[my_package]")
+        names += found
+    return names, others
+
+
+def _put_plugins(composed: DictConfig, given: Sequence[str]) -> None:
+    """Have a configuration that is stored name the plugins that it was made with."""
+    if "plugins" in composed:
+        require_plugins(list(composed.plugins), "this configuration")
+        composed.plugins = list(dict.fromkeys([*composed.plugins, *given]))
+
+
+def _group_error(error: ValueError) -> UserError:
+    """Hydra's word for a group chosen by what is not a name, such as ``env=true``."""
+    return UserError(f"{error}; a group such as env or gradient takes a name")
 
 
 def new_run_dir(run_dir: str | None, parts: Sequence[str]) -> Path:

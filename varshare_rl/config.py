@@ -2,59 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from varshare_rl.algorithms.ppo import PPOConfig
-from varshare_rl.algorithms.sac import SACConfig
-from varshare_rl.envs.cartpole import CartPoleConfig
-from varshare_rl.envs.gymnasium_suite import GymnasiumConfig
-from varshare_rl.envs.lunarlander import LunarLanderConfig
-from varshare_rl.envs.metaworld import MetaWorldConfig
-from varshare_rl.envs.objects import ObjectsConfig
-from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.errors import UserError
-from varshare_rl.nn import (
-    CAREConfig,
-    FiLMConfig,
-    IndependentConfig,
-    L2SoftConfig,
-    LoRAConfig,
-    MOOREConfig,
-    MultiHeadConfig,
-    PaCoConfig,
-    SharedConfig,
-    SoftModularizationConfig,
-    TaskEmbeddingConfig,
-    VarShareConfig,
-    VarShareLoRAConfig,
-)
+from varshare_rl.fields import bounded
 from varshare_rl.nn.critic import CriticConfig
-from varshare_rl.optim.aggregators import GradientConfig
 from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.elbo import ElboConfig
-from varshare_rl.optim.kl_schedules import BandConfig, ConstantConfig, DualConfig, FreeBitsConfig, RampConfig
+from varshare_rl.optim.gradient import GradientConfig, gradient_schema
 from varshare_rl.optim.optimizer import OptimizerConfig
-from varshare_rl.optim.priors import AdaptivePriorConfig, FixedPriorConfig, LearnedPriorConfig
+from varshare_rl.registry import lookup, register, registered, require_plugins
+
+#: Keys of stored configurations by their names of today.
+FORMER_KEYS = {
+    "elbo.particles": "elbo.weight_samples",
+    "optimizer.mean_rate": "optimizer.mu_lr_scale",
+    "optimizer.spread_rate": "optimizer.rho_lr_scale",
+    "guard": "divergence_guard",
+    "origin": "pretrained",
+    "method.exact_origin": "method.exact_pretrained",
+}
+
+
+_stored: dict[tuple[str, str], Any] = {}
 
 
 class MatmulPrecision(Enum):
-    """Of large matrix products on a CPU: float32, or factors rounded to bfloat16 and sums in float32."""
+    """Large matrix products on a CPU: float32, or factors rounded to bfloat16 and sums in float32."""
 
     highest = "highest"
     bf16 = "bf16"
 
 
 class Device(Enum):
-    """Where to compute; ``auto`` takes CUDA if there is any."""
+    """Device to compute on; ``auto`` takes CUDA if there is any."""
 
     auto = "auto"
     cpu = "cpu"
@@ -63,113 +54,131 @@ class Device(Enum):
 
 @dataclass
 class EvaluationConfig:
-    """``every`` so many transitions (all tasks; 0: only at the end), ``episodes`` of every task."""
+    """Options of ``evaluate``: evaluation in the course of training."""
 
-    every: int = 200_000
-    episodes: int = 5
+    every: int = bounded(200_000, least=0)
+    "Transitions between evaluations; 0: only at the end."
+    episodes: int = bounded(5, least=1)
+    "Episodes of every task."
 
 
 @dataclass
 class CheckpointConfig:
-    """``every`` so many transitions (all tasks; 0: only at the end)."""
+    """Options of ``checkpoint``."""
 
-    every: int = 500_000
+    every: int = bounded(500_000, least=0)
+    "Transitions between checkpoints; 0: only at the end."
 
 
 @dataclass
 class LogConfig:
-    """``every`` so many transitions (all tasks) a line of metrics; ``quiet``: nothing on screen."""
+    """Options of ``log``."""
 
-    every: int = 10_000
+    every: int = bounded(10_000, least=0)
+    "Transitions between lines of metrics."
     quiet: bool = False
+    "Nothing on screen."
 
 
 @dataclass
 class ObserveConfig:
-    """``every`` so many transitions (all tasks; 0: never) measure and show what the tasks share."""
+    """Options of ``observe``."""
 
-    every: int = 200_000
+    every: int = bounded(200_000, least=0)
+    "Transitions between observations of what the tasks share; 0: never."
 
 
+@register("command", "train")
 @dataclass
 class TrainConfig:
-    """One training run. ``env``, ``algorithm`` and ``network`` hold the options of the chosen component."""
+    """One training run. Transitions without "per task" are those of all tasks together."""
+
+    #: Groups of components that are chosen for it.
+    groups: ClassVar[tuple[str, ...]] = ("env", "algorithm", "network", "elbo/schedule", "elbo/prior")
+    #: Further names of options, which Python would not allow as names.
+    aliases: ClassVar[dict[str, str]] = {}
 
     env: Any = MISSING
+    "The suite of tasks: `env=<name>`, with options of its own."
     algorithm: Any = MISSING
+    "The algorithm: `algorithm=<name>`, with options of its own."
     network: Any = MISSING
+    "The layers of the networks: `network=<name>`, with options of its own."
     elbo: ElboConfig = field(default_factory=ElboConfig)
+    "The posteriors' divergence, priors and draws."
     critic: CriticConfig = field(default_factory=CriticConfig)
-    gradient: GradientConfig = field(default_factory=GradientConfig)
+    "Critics: `critic=<name>` chooses settings together."
+    gradient: GradientConfig = field(default_factory=lambda: gradient_schema()())
+    "Aggregation of the losses per task to one gradient: `gradient=<name>`."
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    "Rates, decay and schedule of the optimisers."
     divergence_guard: DivergenceGuardConfig = field(default_factory=DivergenceGuardConfig)
-    total_transitions: int = 1_000_000  # all tasks together
-    seed: int = 0
+    "Tasks that are left out of a step."
+    total_transitions: int = bounded(1_000_000, least=1)
+    "Budget in transitions of all tasks together."
+    seed: int = bounded(0, least=0, most=2**32 - 1)
+    "Seed of everything random."
     device: Device = Device.auto
-    run_dir: str | None = None  # default: runs/<suite>_<algorithm>_<network>_s<seed>_<time>
-    resume: str | None = None  # a run folder to go on with
+    "Device to compute on; `auto` takes CUDA if there is any."
+    run_dir: str | None = None
+    "The run folder; null: `runs/<suite>_<algorithm>_<network>_s<seed>_<time>`."
+    resume: str | None = None
+    "A run folder to go on with."
+    plugins: list[str] = field(default_factory=list)
+    "Modules of yours that are imported first and register components."
     matmul_precision: MatmulPrecision = MatmulPrecision.highest
-    overlap: bool = False  # act for half of the environments while the workers step the other half
+    "`bf16` rounds the factors of large products (SAC on a CPU)."
+    overlap: bool = False
+    "Act for half of the environments while the workers step the other half."
     evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
+    "Evaluation in the course of training."
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    "Checkpoints."
     log: LogConfig = field(default_factory=LogConfig)
+    "Metrics."
     observe: ObserveConfig = field(default_factory=ObserveConfig)
+    "Observations of the sharing among tasks."
 
 
-#: The options of every component that can be chosen, by config group and name.
-COMPONENTS: dict[str, dict[str, type]] = {
-    "env": {
-        "pointmass": PointMassConfig,
-        "cartpole": CartPoleConfig,
-        "lunarlander": LunarLanderConfig,
-        "gymnasium": GymnasiumConfig,
-        "metaworld": MetaWorldConfig,
-        "objects": ObjectsConfig,
-    },
-    "algorithm": {"ppo": PPOConfig, "sac": SACConfig},
-    "network": {
-        "varshare_lora": VarShareLoRAConfig,
-        "varshare": VarShareConfig,
-        "shared": SharedConfig,
-        "independent": IndependentConfig,
-        "task_embedding": TaskEmbeddingConfig,
-        "multi_head": MultiHeadConfig,
-        "soft_modularization": SoftModularizationConfig,
-        "paco": PaCoConfig,
-        "moore": MOOREConfig,
-        "care": CAREConfig,
-        "film": FiLMConfig,
-        "lora": LoRAConfig,
-        "l2_soft": L2SoftConfig,
-    },
-    "elbo/schedule": {
-        "constant": ConstantConfig,
-        "ramp": RampConfig,
-        "band": BandConfig,
-        "dual": DualConfig,
-        "free_bits": FreeBitsConfig,
-    },
-    "elbo/prior": {"fixed": FixedPriorConfig, "learned": LearnedPriorConfig, "adaptive": AdaptivePriorConfig},
-}
+AnyConfig = TypeVar("AnyConfig", bound=TrainConfig)
 
 
-def blank_config() -> TrainConfig:
-    """The configuration with nothing chosen yet: what Hydra and :func:`load_config` put the choices into."""
-    return TrainConfig(elbo=ElboConfig(schedule=MISSING, prior=MISSING))
+def blank_config(schema: type[AnyConfig]) -> AnyConfig:
+    """A configuration with nothing chosen yet: what Hydra and :func:`read_config` put the choices into."""
+    return schema(elbo=ElboConfig(schedule=MISSING, prior=MISSING))
 
 
-def register_schemas() -> None:
-    """Make the typed options known to Hydra, as ``<group>/<name>_schema``."""
-    ConfigStore.instance().store(name="train_schema", node=blank_config())
-    register_components(COMPONENTS)
+def config_folder() -> Path:
+    """Where the YAML files are: inside the package when installed from a wheel, beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise UserError(f"the configs folder is missing beside {package}; install the package again")
 
 
-def register_components(components: Mapping[str, Mapping[str, type]]) -> None:
-    """Make the options of components known to Hydra, by group and name."""
+def register_schemas(command: str) -> None:
+    """Make the components of a command known to Hydra, as ``<group>/<name>`` and, to extend, ``<name>_schema``."""
+    schema: type[TrainConfig] = lookup("command", command)
+    ConfigStore.instance().store(name=f"{command}_schema", node=blank_config(schema))
+    for group in schema.groups:
+        for name, node in registered(group).items():
+            _store(group, name, node)
+    _store("critic", "default", CriticConfig)
     store = ConfigStore.instance()
-    for group, options in components.items():
-        for name, node in options.items():
-            store.store(group=group, name=f"{name}_schema", node=node, package=group.replace("/", "."))
+    for name in registered("gradient"):
+        store.store(group="gradient", name=name, node={"actor": name, "critic": name}, package="gradient")
+
+
+def _store(group: str, name: str, node: Any) -> None:
+    """Make a component known to Hydra, unless it is."""
+    if _stored.get((group, name)) is node:
+        return
+    store, package = ConfigStore.instance(), group.replace("/", ".")
+    store.store(group=group, name=f"{name}_schema", node=node, package=package)
+    if not (config_folder() / group / f"{name}.yaml").is_file():  # which extends it under its name
+        store.store(group=group, name=name, node=node, package=package)
+    _stored[group, name] = node
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -183,33 +192,52 @@ def load_config(path: Path) -> TrainConfig:
             f"{path.parent} is a sequence of tasks, which `evaluate`, `export`, `report continual` and "
             "`continual resume=` take; here give the folder of a training run"
         )
-    return cast(TrainConfig, read_config(path, blank_config(), COMPONENTS))
+    return read_config(path, TrainConfig)
 
 
 def is_sequence(run_dir: Path) -> bool:
-    """Whether a folder is that of a sequence of tasks; no where there is no configuration that can be read."""
+    """Return True for the folder of a sequence of tasks; False where no configuration can be read."""
     try:
         return "method" in OmegaConf.load(run_dir / "config.yaml")
     except (OSError, YAMLError, OmegaConfBaseException, ValueError):
         return False
 
 
-def read_config(path: Path, blank: Any, components: Mapping[str, Mapping[str, type]]) -> Any:
-    """Read a file into a configuration with nothing chosen yet.
+def read_config(path: Path, schema: type[AnyConfig]) -> AnyConfig:
+    """Read a stored configuration, with keys as they are or were.
 
     Raises:
-        UserError: the file is missing or is not a configuration of this version.
+        UserError: the file is missing, is not a configuration of this version, or needs a plugin.
     """
     if not path.is_file():
         raise UserError(f"no config.yaml in {path.parent}; give the folder of a run (runs/<name>)")
-    try:
+    with _readable(path):
         stored: Any = OmegaConf.load(path)
-        config = OmegaConf.structured(blank)
-        for group, options in components.items():
+        plugins = list(OmegaConf.select(stored, "plugins", default=[]))
+    require_plugins(plugins, path.parent)
+    with _readable(path):
+        _rename(stored)
+        config = OmegaConf.structured(blank_config(schema))
+        for group in schema.groups:
             key = group.replace("/", ".")
-            chosen = options[OmegaConf.select(stored, f"{key}.name", throw_on_missing=True)]
+            chosen = lookup(group, OmegaConf.select(stored, f"{key}.name", throw_on_missing=True))
             OmegaConf.update(config, key, OmegaConf.structured(chosen), merge=False)
-        return OmegaConf.to_object(OmegaConf.merge(config, stored))
+        return cast(AnyConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error
+
+
+def _rename(stored: Any) -> None:
+    """Give former keys their names of today."""
+    for former, name in FORMER_KEYS.items():
+        parent, _, key = former.rpartition(".")
+        options = OmegaConf.select(stored, parent) if parent else stored
+        if options is not None and key in options:
+            options[name.rpartition(".")[2]] = options.pop(key)

@@ -1,4 +1,4 @@
-"""Fields of config classes with their bounds, and the check of them. Knows nothing else of the package, and no torch."""
+"""Fields of config classes with bounds, and the check of them. Knows no more of the package than its error."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def bounded(
     """A field of a dataclass whose number, or every number of whose list, is within bounds; None always is."""
     metadata = {"bounds": Bounds(least, most, above, below)}
     if isinstance(default, list):
-        return cast(T, field(default_factory=lambda: list(default), metadata=metadata))  # type: ignore[arg-type]
-    return cast(T, field(default=default, metadata=metadata))
+        return cast(T, field(default_factory=lambda: list(default), metadata=metadata))
+    return field(default=default, metadata=metadata)
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
     """Refuse numbers outside the bounds of their fields, and infinity and NaN anywhere.
 
-    Dataclasses inside are checked too; one with a method ``check(prefix)`` says there what of its own options cannot
-    be together. ``prefix`` comes before the names, such as ``elbo.``.
+    Dataclasses inside are checked too. A method ``check(prefix)`` of one refuses relations among its own options.
+    ``prefix`` comes before the names, such as ``elbo.``.
 
     Raises:
         UserError: names the first such option, its value, and what is allowed.

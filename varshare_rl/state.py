@@ -33,7 +33,7 @@ class Stateful:
         self.load_declared_state(state, "state_fields")
 
     def declared_state(self, declared: str) -> Tree:
-        """Return the entries that the class attribute ``declared`` lists: of components that are also kept in part."""
+        """Return the entries that the class attribute ``declared`` lists, for components also kept in part."""
         return {key: _taken(getattr(self, name)) for key, name, _ in self._entries(declared)}
 
     def load_declared_state(self, state: Tree, declared: str) -> None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import cast
 
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-
-from varshare_rl.cli import config_folder
-from varshare_rl.config import TrainConfig, register_schemas
-from varshare_rl.config_checks import check_config
+from varshare_rl.cli import compose
+from varshare_rl.config import TrainConfig
 
 #: In the order of docs/architectures.md; the first is what times are relative to.
 NETWORKS = (
@@ -45,9 +41,4 @@ def settings(suite: str, network: str) -> list[str]:
 
 def configuration(suite: str, network: str, *more: str) -> TrainConfig:
     """What ``python -m varshare_rl.train`` makes of :func:`settings` and ``more``."""
-    register_schemas()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        composed = compose("train", overrides=[*settings(suite, network), *more])
-    config = cast(TrainConfig, OmegaConf.to_object(composed))
-    check_config(config)
-    return config
+    return cast(TrainConfig, compose("train", [*settings(suite, network), *more]))

@@ -19,13 +19,12 @@ from experiments.bench.update import (
     hidden_sizes,
     rounds_of,
 )
-from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
+from varshare_rl.optim.gradient import TEMPERATURE, GradientConfig
 from varshare_rl.optim.jacobian import TaskGradients
+from varshare_rl.registry import registered
 
 SIZES = {"2 x 128": NARROW, "3 x 400": WIDE}
-METHODS = [
-    method for method in AggregatorName if method is not AggregatorName.softmax_temperature
-]  # which is SAC's
+METHODS = [name for name in registered("gradient") if name != TEMPERATURE]  # which is SAC's
 NAMES = ["shared", "varshare_lora"]
 #: PCGrad with a backward pass per task: what a network without recording layers costs.
 SLOW = "pcgrad, a pass per task"
@@ -42,7 +41,7 @@ class _OneByOne(TaskGradients):
 
 def _ppo(network: str, size: str, method: str, setting: Setting) -> Round:
     architecture = ARCHITECTURES[network](hidden_sizes(SIZES[size], setting), "tanh")
-    aggregator = AggregatorName.pcgrad if method == SLOW else AggregatorName[method]
+    aggregator = "pcgrad" if method == SLOW else method
     gradient = GradientConfig(aggregator, aggregator)
     algorithm = filled_ppo(architecture, TASKS, setting.pick(ROLLOUT, 8), MINIBATCHES, gradient=gradient)
     for step in (algorithm.actor_step, algorithm.critic_step) if method == SLOW else ():
@@ -60,7 +59,7 @@ CONTENDERS: dict[str, Contender] = {
     f"{network} {size}, {method}": partial(_ppo, network, size, method)
     for network in NAMES
     for size in SIZES
-    for method in [*(method.value for method in METHODS), SLOW]
+    for method in [*METHODS, SLOW]
 }
 
 

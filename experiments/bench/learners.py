@@ -9,8 +9,8 @@ from varshare_rl.algorithms.base import AgentContext, Algorithm, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.algorithms.sac import SAC, SACConfig
 from varshare_rl.nn import NetworkConfig
-from varshare_rl.optim.aggregators import GradientConfig
 from varshare_rl.optim.elbo import Elbo, ElboConfig
+from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.run.process import keep_freed_memory
 from varshare_rl.types import Transition
 

@@ -14,8 +14,8 @@ from experiments.bench.learners import ACTION_SIZE, OBS_SIZE, filled_ppo, filled
 from experiments.bench.reference import PlainSAC
 from experiments.bench.report import Goal, Ratio, Section
 from varshare_rl.algorithms.ppo import PPOConfig
-from varshare_rl.config import COMPONENTS
 from varshare_rl.nn import NetworkConfig
+from varshare_rl.registry import registered
 
 TASKS, BATCH = 10, 128
 WIDE, NARROW = [400, 400, 400], [128, 128]
@@ -23,7 +23,7 @@ WIDE, NARROW = [400, 400, 400], [128, 128]
 ROLLOUT, MINIBATCHES, EPOCHS = 500, 2, PPOConfig().epochs
 
 #: All of them at the same hidden sizes, with their own defaults (rank 8 of what has one).
-ARCHITECTURES: Mapping[str, Callable[..., NetworkConfig]] = COMPONENTS["network"]
+ARCHITECTURES: Mapping[str, Callable[..., NetworkConfig]] = registered("network")
 
 
 def rounds_of(update: Callable[[], object], repeats: int) -> Round:

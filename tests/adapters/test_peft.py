@@ -165,7 +165,7 @@ def test_convolutions_and_other_methods_are_refused(tmp_path: Path) -> None:
 
 
 def follow_instructions() -> dict[str, Any]:
-    """What the code in the README.md of the current folder makes."""
+    """Run the code in the README.md of the current folder and return what it makes."""
     code = re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     assert code is not None
     names: dict[str, Any] = {}

@@ -20,8 +20,8 @@ from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.variational import stochastic_layers
-from varshare_rl.optim.aggregators import AggregatorName, GradientConfig
 from varshare_rl.optim.elbo import DrawConfig
+from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.types import Transition
 
 ENVS = 4
@@ -252,7 +252,7 @@ def held_draws(learner: PPO) -> int:
 def test_the_predicted_memory_has_draws_per_episode_and_gradients_per_task(horizon: int) -> None:
     elbo = {"draw": DrawConfig(acting=Resample.per_episode)}
     options = PPOConfig(rollout_transitions_per_task=10 * ENVS, epochs=1, minibatches=1)
-    gradient = GradientConfig(AggregatorName.pcgrad, AggregatorName.pcgrad)
+    gradient = GradientConfig("pcgrad", "pcgrad")
     env = PointMassConfig(envs_per_task=ENVS, horizon=horizon)
     _, engine, learner = build(env, options, gradient=gradient, **elbo)
     predicted, most = learner.memory_bytes(), 0

@@ -12,8 +12,8 @@ from conftest import Command
 from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
-from varshare_rl.continual.config import METHODS
 from varshare_rl.continual.sequence import SequenceRun
+from varshare_rl.registry import registered
 from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
@@ -35,7 +35,7 @@ def results(run: str) -> Any:
     return without_clock(json.loads((Path(run) / "summary.json").read_text()))
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", registered("method"))
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_every_method_learns_a_sequence(command: Command, method: str, algorithm: str) -> None:
     overrides = PPO if algorithm == "ppo" else SAC
@@ -52,7 +52,7 @@ def test_every_method_learns_a_sequence(command: Command, method: str, algorithm
     assert not list(Path("run/tasks").rglob("state.json"))  # what is needed is in the sequence's own checkpoint
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", registered("method"))
 @pytest.mark.parametrize("at", ["within", "between"])
 def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
     command: Command, monkeypatch: pytest.MonkeyPatch, method: str, at: str
@@ -145,7 +145,7 @@ def trained(command: Command) -> str:
     return "trained"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", registered("method"))
 def test_a_sequence_goes_on_from_a_multi_task_agent(command: Command, trained: str, method: str) -> None:
     """The old tasks do as well as their agent in evaluation, and as ever after by methods that promise it."""
     options = (*PPO, "env.tasks=[normal_right,swapped_left]", "algorithm.normalize_observations=true")

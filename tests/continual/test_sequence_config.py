@@ -5,35 +5,25 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 
-from varshare_rl.cli import config_folder
+from varshare_rl.cli import compose
 from varshare_rl.continual.config import (
-    METHODS,
     ContinualConfig,
-    check_continual_config,
     one_task,
-    register_continual_schemas,
     with_task_list,
 )
 from varshare_rl.continual.evaluation import tables
 from varshare_rl.continual.tasks import new_tasks
+from varshare_rl.registry import lookup, registered
 
 
 def composed(*overrides: str) -> ContinualConfig:
-    register_continual_schemas()
-    with initialize_config_dir(str(config_folder()), version_base="1.3"):
-        config = cast(ContinualConfig, OmegaConf.to_object(compose("continual", overrides=list(overrides))))
-    check_continual_config(config)
-    return config
+    return cast(ContinualConfig, compose("continual", overrides))
 
 
-def test_every_method_has_a_file_and_is_made_from_it() -> None:
-    files = {path.stem for path in (config_folder() / "method").glob("*.yaml")}
-    assert files == set(METHODS)
-    for name, (options, _) in METHODS.items():
-        assert type(composed(f"method={name}").method) is options
+@pytest.mark.parametrize("method", registered("method"))
+def test_every_method_is_chosen_by_its_name(method: str) -> None:
+    assert type(composed(f"method={method}").method) is lookup("method", method)
 
 
 @pytest.mark.parametrize(("env", "count", "per_task"), [("cw10", 10, 1_000_000), ("cw20", 20, 1_000_000)])

@@ -16,7 +16,7 @@ from varshare_rl.nn.soft_modularization import SoftModularizationNetwork
 
 
 def naive_network(network: nn.Module, x: Tensor, task: int) -> Tensor:
-    """What ``network``, whose activation is tanh, makes of the rows ``x [B, F]`` of one task, ``[B, G]``."""
+    """Outputs of ``network``, whose activation is tanh, for the rows ``x [B, F]`` of one task, ``[B, G]``."""
     if isinstance(network, TaskMLP):
         return mlp(network, x, task)
     if isinstance(network, FiLMNetwork):

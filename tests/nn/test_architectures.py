@@ -50,7 +50,7 @@ class Case:
 
     @property
     def charged(self) -> bool:
-        """Whether tasks pay for departing from what is shared."""
+        """Tasks pay for departing from what is shared."""
         return self.stochastic or self.penalized
 
 

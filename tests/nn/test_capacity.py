@@ -10,13 +10,14 @@ import torch
 from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.assemble import build_algorithm, build_suite, parameter_count
-from varshare_rl.config import COMPONENTS, TrainConfig
+from varshare_rl.config import TrainConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import CAREConfig, MOOREConfig, NetworkConfig, Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.nn.parameters import match_width
+from varshare_rl.registry import registered
 
-NETWORKS = sorted(COMPONENTS["network"])
+NETWORKS = sorted(registered("network"))
 ALGORITHMS: dict[str, type] = {"ppo": PPOConfig, "sac": SACConfig}
 
 
@@ -32,7 +33,7 @@ def build(network: Any, algorithm: str) -> tuple[TrainConfig, int]:
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("target", [100_000, 400_000])
 def test_agents_match_within_two_percent(name: str, algorithm: str, target: int) -> None:
-    config, active = build(COMPONENTS["network"][name](active_parameters=target), algorithm)
+    config, active = build(registered("network")[name](active_parameters=target), algorithm)
     assert abs(active - target) <= 0.02 * target
     assert len(config.network.hidden) == 2
     assert len(set(config.network.hidden)) == 1

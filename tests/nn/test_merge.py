@@ -7,17 +7,17 @@ import torch
 from naive import scramble
 from torch import nn
 
-from varshare_rl.config import COMPONENTS
 from varshare_rl.errors import UserError
 from varshare_rl.nn import L2SoftConfig, NetworkConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.merge import Normalize, merged, merged_policy
 from varshare_rl.nn.mlp import ACTIVATIONS
+from varshare_rl.registry import registered
 
 NAMES = (
     "shared", "independent", "varshare", "varshare_lora", "lora", "l2_soft", "task_embedding", "multi_head",
 )  # fmt: skip
-ARCHITECTURES = {name: COMPONENTS["network"][name] for name in NAMES}
+ARCHITECTURES = {name: registered("network")[name] for name in NAMES}
 IN, OUT, TASKS = 5, 6, 4
 
 

@@ -15,47 +15,52 @@ from torchjd import aggregation
 
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
-from varshare_rl.optim.aggregators import (
-    AggregatorName,
+from varshare_rl.optim.gradient import MEAN, TEMPERATURE, gradient_schema
+from varshare_rl.optim.jacobian import GradientAggregator
+from varshare_rl.optim.step import LossStep
+from varshare_rl.optim.torchjd_aggregators import (
+    AlignedMTLConfig,
     AlignedScale,
     CAGradConfig,
     FairGradConfig,
-    GradientConfig,
     NashMTLConfig,
-    build_aggregator,
 )
-from varshare_rl.optim.step import LossStep
+from varshare_rl.registry import registered
 
-COMBINERS = [m for m in AggregatorName if m not in (AggregatorName.mean, AggregatorName.softmax_temperature)]
-THROUGH_TORCHJD = [m for m in COMBINERS if m is not AggregatorName.gradnorm]
+COMBINERS = [name for name in registered("gradient") if name not in (MEAN, TEMPERATURE)]
+THROUGH_TORCHJD = [m for m in COMBINERS if m != "gradnorm"]
 #: Gradients of two tasks that conflict: their product is -1.
 CONFLICT = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)
 
 
-def combine(method: AggregatorName, jacobian: Tensor, kept: Tensor | None = None, **options: Any) -> Tensor:
-    aggregator = build_aggregator(method, GradientConfig(**options), len(jacobian))
+def build_aggregator(method: str, tasks: int, **options: Any) -> GradientAggregator:
+    aggregator = gradient_schema()(**options).build(method, tasks)
+    assert aggregator is not None
+    return aggregator
+
+
+def combine(method: str, jacobian: Tensor, kept: Tensor | None = None, **options: Any) -> Tensor:
+    aggregator = build_aggregator(method, len(jacobian), **options)
     return aggregator(jacobian / len(jacobian), torch.ones(len(jacobian), dtype=jacobian.dtype), kept)
 
 
 def test_pcgrad_by_hand() -> None:
     # (1, 0) loses its part along (-1, 1) and becomes (1/2, 1/2); (-1, 1) becomes (0, 1); their mean
-    torch.testing.assert_close(
-        combine(AggregatorName.pcgrad, CONFLICT), torch.tensor([0.25, 0.75], dtype=torch.float64)
-    )
+    torch.testing.assert_close(combine("pcgrad", CONFLICT), torch.tensor([0.25, 0.75], dtype=torch.float64))
 
 
 def test_pcgrad_without_conflict_is_the_mean() -> None:
     jacobian = torch.tensor([[1.0, 0.0], [0.5, 2.0]], dtype=torch.float64)
-    torch.testing.assert_close(combine(AggregatorName.pcgrad, jacobian), jacobian.mean(0))
+    torch.testing.assert_close(combine("pcgrad", jacobian), jacobian.mean(0))
 
 
 def test_cagrad_by_hand() -> None:
     # g_0 = (0, 1/2); the objective falls in w_1 throughout, so g_w = (1, 0): g_0 + c |g_0| g_w / |g_w|
-    found = combine(AggregatorName.cagrad, CONFLICT, cagrad=CAGradConfig(c=0.4))
+    found = combine("cagrad", CONFLICT, cagrad=CAGradConfig(c=0.4))
     torch.testing.assert_close(found, torch.tensor([0.2, 0.5], dtype=torch.float64), rtol=0, atol=2e-3)
     # by symmetry w = (1/2, 1/2), g_w = g_0 = (0, 1)
     mirrored = torch.tensor([[1.0, 1.0], [-1.0, 1.0]], dtype=torch.float64)
-    found = combine(AggregatorName.cagrad, mirrored, cagrad=CAGradConfig(c=0.4))
+    found = combine("cagrad", mirrored, cagrad=CAGradConfig(c=0.4))
     torch.testing.assert_close(found, torch.tensor([0.0, 1.4], dtype=torch.float64), rtol=0, atol=2e-3)
 
 
@@ -64,42 +69,42 @@ def test_fairgrad_by_hand() -> None:
     first = math.sqrt(2.0 + math.sqrt(2.0))
     second = first - 1.0 / first
     expected = torch.tensor([first - second, second], dtype=torch.float64)
-    torch.testing.assert_close(combine(AggregatorName.fairgrad, CONFLICT), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(combine("fairgrad", CONFLICT), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
 def test_fairgrad_solves_its_equation_at_any_scale(alpha: float, scale: float) -> None:
     jacobian = torch.randn(5, 40, dtype=torch.float64) * scale
-    combined = combine(AggregatorName.fairgrad, jacobian, fairgrad=FairGradConfig(alpha))
+    combined = combine("fairgrad", jacobian, fairgrad=FairGradConfig(alpha))
     gains = jacobian @ combined  # G w
     weights = torch.linalg.lstsq(jacobian.t(), combined).solution
     torch.testing.assert_close(gains, weights.pow(-1.0 / alpha), rtol=1e-4, atol=0.0)
 
 
-def torchjd_aggregator(method: AggregatorName, tasks: int) -> Callable[[Tensor], Tensor]:
+def torchjd_aggregator(method: str, tasks: int) -> Callable[[Tensor], Tensor]:
     """TorchJD's own on the Jacobian of the losses; of ``losses / T`` for what replaces the sum of gradients."""
-    plain: dict[AggregatorName, Callable[[], Any]] = {
-        AggregatorName.pcgrad: aggregation.PCGrad,
-        AggregatorName.cagrad: lambda: aggregation.CAGrad(c=0.4),
-        AggregatorName.fairgrad: lambda: aggregation.FairGrad(alpha=1.0),
-        AggregatorName.nashmtl: lambda: aggregation.NashMTL(tasks),
-        AggregatorName.upgrad: aggregation.UPGrad,
-        AggregatorName.mgda: aggregation.MGDA,
-        AggregatorName.imtlg: aggregation.IMTLG,
-        AggregatorName.aligned_mtl: aggregation.AlignedMTL,
-        AggregatorName.gradvac: lambda: aggregation.GradVac(beta=0.01),
-        AggregatorName.graddrop: aggregation.GradDrop,
+    plain: dict[str, Callable[[], Any]] = {
+        "pcgrad": aggregation.PCGrad,
+        "cagrad": lambda: aggregation.CAGrad(c=0.4),
+        "fairgrad": lambda: aggregation.FairGrad(alpha=1.0),
+        "nashmtl": lambda: aggregation.NashMTL(tasks),
+        "upgrad": aggregation.UPGrad,
+        "mgda": aggregation.MGDA,
+        "imtlg": aggregation.IMTLG,
+        "aligned_mtl": aggregation.AlignedMTL,
+        "gradvac": lambda: aggregation.GradVac(beta=0.01),
+        "graddrop": aggregation.GradDrop,
     }
     aggregator = plain[method]()
-    of_sum = method in (AggregatorName.pcgrad, AggregatorName.gradvac, AggregatorName.graddrop)
+    of_sum = method in ("pcgrad", "gradvac", "graddrop")
     return lambda jacobian: aggregator(jacobian / len(jacobian) if of_sum else jacobian)
 
 
 @pytest.mark.parametrize("method", THROUGH_TORCHJD)
-def test_equals_torchjd_on_the_jacobian(method: AggregatorName) -> None:
+def test_equals_torchjd_on_the_jacobian(method: str) -> None:
     """Three steps, so that what a method remembers is compared, too."""
-    aggregator, reference = build_aggregator(method, GradientConfig(), 4), torchjd_aggregator(method, 4)
+    aggregator, reference = build_aggregator(method, 4), torchjd_aggregator(method, 4)
     for step in range(3):
         jacobian = torch.randn(4, 30, dtype=torch.float64) + 0.3 * torch.randn(30, dtype=torch.float64)
         torch.manual_seed(step)
@@ -113,13 +118,9 @@ def test_equals_torchjd_on_the_jacobian(method: AggregatorName) -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [
-        m
-        for m in THROUGH_TORCHJD
-        if m not in (AggregatorName.nashmtl, AggregatorName.fairgrad, AggregatorName.graddrop)
-    ],
+    [m for m in THROUGH_TORCHJD if m not in ("nashmtl", "fairgrad", "graddrop")],
 )
-def test_the_scale_of_the_losses_scales_the_gradient(method: AggregatorName) -> None:
+def test_the_scale_of_the_losses_scales_the_gradient(method: str) -> None:
     """TorchJD's tolerances alone would make CAGrad stop and UPGrad give in where gradients are small."""
     jacobian = torch.randn(3, 20, dtype=torch.float64)
     torch.manual_seed(0)
@@ -129,25 +130,25 @@ def test_the_scale_of_the_losses_scales_the_gradient(method: AggregatorName) -> 
 
 
 @pytest.mark.parametrize("method", COMBINERS)
-def test_a_task_that_is_left_out_does_not_count(method: AggregatorName) -> None:
+def test_a_task_that_is_left_out_does_not_count(method: str) -> None:
     jacobian = torch.randn(4, 30, dtype=torch.float64)
     jacobian[2] = 0.0
     kept = torch.tensor([True, True, False, True])
     torch.manual_seed(0)
     found = combine(method, jacobian, kept)
     assert torch.isfinite(found).all()
-    if method in (AggregatorName.nashmtl, AggregatorName.gradvac, AggregatorName.gradnorm):
+    if method in ("nashmtl", "gradvac", "gradnorm"):
         expected = jacobian.sum(0) / 4
     else:
         torch.manual_seed(0)
         others = combine(method, jacobian[kept])
         # FairGrad's weights are no shares: they depend on the others in conflict alone, not on how many there are
-        expected = others * (1 if method is AggregatorName.fairgrad else 3 / 4)
+        expected = others * (1 if method == "fairgrad" else 3 / 4)
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("method", [m for m in COMBINERS if m is not AggregatorName.nashmtl])
-def test_a_task_that_is_left_out_changes_nothing_for_those_it_does_not_meet(method: AggregatorName) -> None:
+@pytest.mark.parametrize("method", [m for m in COMBINERS if m != "nashmtl"])
+def test_a_task_that_is_left_out_changes_nothing_for_those_it_does_not_meet(method: str) -> None:
     found = []
     for bad in (1.0, float("nan")):
         shared = nn.Parameter(torch.zeros(4))  # a part for each of four tasks
@@ -160,27 +161,23 @@ def test_a_task_that_is_left_out_changes_nothing_for_those_it_does_not_meet(meth
 
 
 @pytest.mark.parametrize("method", COMBINERS)
-def test_no_gradient_at_all_and_gradients_that_are_not_finite(method: AggregatorName) -> None:
+def test_no_gradient_at_all_and_gradients_that_are_not_finite(method: str) -> None:
     assert torch.equal(combine(method, torch.zeros(3, 5)), torch.zeros(5))
     broken = torch.randn(3, 5)
     broken[1] = float("nan")
-    if method is not AggregatorName.graddrop:
+    if method != "graddrop":
         assert not torch.isfinite(combine(method, broken)).all()  # the step then sees it by the norm
 
 
 def test_options_reach_torchjd() -> None:
     jacobian = torch.randn(3, 20, dtype=torch.float64)
-    one, other = (combine(AggregatorName.cagrad, jacobian, cagrad=CAGradConfig(c)) for c in (0.1, 0.9))
+    one, other = (combine("cagrad", jacobian, cagrad=CAGradConfig(c)) for c in (0.1, 0.9))
     assert not torch.allclose(one, other)
-    long, short = (combine(AggregatorName.nashmtl, jacobian, nashmtl=NashMTLConfig(max_norm=n)) for n in (1.0, 0.1))
+    long, short = (combine("nashmtl", jacobian, nashmtl=NashMTLConfig(max_norm=n)) for n in (1.0, 0.1))
     assert (long.norm().item(), short.norm().item()) == pytest.approx((1.0, 0.1), rel=1e-4)
     found = {}
     for scale in AlignedScale:
-        options = GradientConfig()
-        options.aligned_mtl.scale = scale
-        found[scale] = build_aggregator(AggregatorName.aligned_mtl, options, 3)(
-            jacobian / 3, torch.ones(3), None
-        ).norm()
+        found[scale] = combine("aligned_mtl", jacobian, aligned_mtl=AlignedMTLConfig(scale)).norm()
     assert found[AlignedScale.min] < found[AlignedScale.median]
     assert found[AlignedScale.min] < found[AlignedScale.rmse]
 
@@ -201,7 +198,7 @@ class Pair(nn.Module):
 
 def test_the_step_follows_the_combination_and_clips_the_whole() -> None:
     pair = Pair()
-    step = LossStep(pair, 0.1, 1.0, aggregator=AggregatorName.pcgrad, num_tasks=2)
+    step = LossStep(pair, 0.1, 1.0, aggregator="pcgrad", num_tasks=2)
     norm = step(pair.losses())
     # PCGrad's (1/4, 3/4), and of the tasks' own 3/2 and 5/2 as under the mean
     whole = math.sqrt(0.25**2 + 0.75**2 + 1.5**2 + 2.5**2)
@@ -213,10 +210,10 @@ def test_the_step_follows_the_combination_and_clips_the_whole() -> None:
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("method", [m for m in AggregatorName if m is not AggregatorName.mean])
-def test_combiners_never_touch_adapters(method: AggregatorName, layer_norm: bool) -> None:
+@pytest.mark.parametrize("method", [name for name in registered("gradient") if name != MEAN])
+def test_combiners_never_touch_adapters(method: str, layer_norm: bool) -> None:
     gradients = []
-    for chosen in (AggregatorName.mean, method):
+    for chosen in (MEAN, method):
         torch.manual_seed(0)
         network = VarShareLoRAConfig(hidden=[7, 6], layer_norm=layer_norm).build(5, 3, 4, Posterior())
         temperature = torch.tensor([-4.0, 0.0, 2.0, 1.0])
@@ -229,21 +226,17 @@ def test_combiners_never_touch_adapters(method: AggregatorName, layer_norm: bool
         assert mean is not None
         assert combined is not None
         if own:
-            exact = (
-                {"rtol": 1e-5, "atol": 1e-8}
-                if method is AggregatorName.softmax_temperature
-                else {"rtol": 0, "atol": 0}
-            )
+            exact = {"rtol": 1e-5, "atol": 1e-8} if method == TEMPERATURE else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(combined, mean, **exact)
         else:
             changed |= not torch.allclose(combined, mean)
-    assert changed or method is AggregatorName.gradnorm  # whose first weights are 1
+    assert changed or method == "gradnorm"  # whose first weights are 1
 
 
 def test_softmax_temperature_by_hand() -> None:
     pair = Pair()
     temperature = torch.tensor([0.0, math.log(3.0)])  # weights 3/4 and 1/4
-    step = LossStep(pair, 0.1, 0.0, aggregator=AggregatorName.softmax_temperature, log_temperature=temperature)
+    step = LossStep(pair, 0.1, 0.0, aggregator=TEMPERATURE, log_temperature=temperature)
     step(pair.losses())
     assert pair.shared.grad is not None
     assert pair.own.grad is not None
@@ -252,7 +245,7 @@ def test_softmax_temperature_by_hand() -> None:
 
 
 @pytest.mark.parametrize("method", COMBINERS)
-def test_one_task_and_nothing_shared_are_the_mean(method: AggregatorName) -> None:
+def test_one_task_and_nothing_shared_are_the_mean(method: str) -> None:
     network = SharedConfig(hidden=[4]).build(3, 2, 1, Posterior())
     step = LossStep(network, 0.1, 0.0, aggregator=method)
     loss = network(torch.randn(1, 5, 3), torch.arange(1)).square().mean((1, 2))
@@ -263,10 +256,8 @@ def test_one_task_and_nothing_shared_are_the_mean(method: AggregatorName) -> Non
         torch.testing.assert_close(parameter.grad, grad)
 
 
-@pytest.mark.parametrize(
-    "method", [AggregatorName.gradvac, AggregatorName.nashmtl, AggregatorName.gradnorm, AggregatorName.pcgrad]
-)
-def test_what_is_remembered_survives(method: AggregatorName) -> None:
+@pytest.mark.parametrize("method", ["gradvac", "nashmtl", "gradnorm", "pcgrad"])
+def test_what_is_remembered_survives(method: str) -> None:
     jacobians = torch.randn(6, 3, 20)
     losses = torch.rand(6, 3)
 
@@ -274,20 +265,20 @@ def test_what_is_remembered_survives(method: AggregatorName) -> None:
         torch.manual_seed(which.start)
         return [aggregator(jacobians[step], losses[step], None) for step in which]
 
-    whole = build_aggregator(method, GradientConfig(), 3)
+    whole = build_aggregator(method, 3)
     steps(whole, range(3))
-    half = build_aggregator(method, GradientConfig(), 3)
+    half = build_aggregator(method, 3)
     steps(half, range(3))
-    again = build_aggregator(method, GradientConfig(), 3)
+    again = build_aggregator(method, 3)
     again.load_state(half.state())
     for one, other in zip(steps(whole, range(3, 6)), steps(again, range(3, 6)), strict=True):
         assert torch.equal(one, other)
-    fresh = build_aggregator(method, GradientConfig(), 3)
+    fresh = build_aggregator(method, 3)
     fresh.load_state(fresh.state())  # before the first step
 
 
 def test_without_torchjd_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchjd", None)
     with pytest.raises(UserError, match=r"gradient=pcgrad needs TorchJD .*pip install 'varshare_rl\[gradient\]'"):
-        build_aggregator(AggregatorName.pcgrad, GradientConfig(), 2)
-    build_aggregator(AggregatorName.gradnorm, GradientConfig(), 2)  # this one is ours
+        build_aggregator("pcgrad", 2)
+    build_aggregator("gradnorm", 2)  # this one is ours

@@ -10,11 +10,11 @@ import torch
 from helpers import hold_noise
 from torch import Tensor, nn
 
-from varshare_rl.config import COMPONENTS
 from varshare_rl.nn import IndependentConfig, Posterior, VarShareLoRAConfig
-from varshare_rl.optim.aggregators import AggregatorName
 from varshare_rl.optim.divergence_guard import TRUSTED_AFTER, DivergenceGuardConfig
+from varshare_rl.optim.gradient import MEAN, TEMPERATURE
 from varshare_rl.optim.step import LossStep
+from varshare_rl.registry import registered
 
 TASKS, BAD = 4, 2
 IDS = torch.arange(TASKS)
@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 def build(name: str, hidden: list[int], rows: int) -> tuple[nn.Module, Tensor, Tensor]:
     """A network with its weights held, a batch and its targets, always the same."""
     torch.manual_seed(0)
-    network = COMPONENTS["network"][name](hidden=hidden, layer_norm=True).build(5, 3, TASKS, Posterior())
+    network = registered("network")[name](hidden=hidden, layer_norm=True).build(5, 3, TASKS, Posterior())
     hold_noise(network)
     return network, torch.randn(TASKS, rows, 5), torch.randn(TASKS, rows, 3)
 
@@ -55,7 +55,7 @@ def overflow(network: nn.Module, x: Tensor, target: Tensor) -> None:
 def one_step(
     name: str,
     damage: Callable[[nn.Module, Tensor, Tensor], None] | None,
-    method: AggregatorName = AggregatorName.mean,
+    method: str = MEAN,
     hidden: tuple[int, ...] = (7, 6),
     rows: int = 6,
 ) -> tuple[nn.Module, LossStep]:
@@ -89,7 +89,7 @@ def assert_same_but_for_the_bad(one: nn.Module, other: nn.Module) -> None:
 @pytest.mark.parametrize(
     "damage", [in_target, in_one_observation, in_all_observations, in_own_parameters, overflow]
 )
-@pytest.mark.parametrize("name", COMPONENTS["network"])
+@pytest.mark.parametrize("name", registered("network"))
 def test_the_others_learn_as_if_it_were_not_there(
     name: str, damage: Callable[[nn.Module, Tensor, Tensor], None]
 ) -> None:
@@ -108,10 +108,8 @@ def test_large_float32_layers(name: str) -> None:
     assert_same_but_for_the_bad(network, one_step(name, None, hidden=(160, 130), rows=70)[0])
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in AggregatorName if m not in (AggregatorName.mean, AggregatorName.softmax_temperature)]
-)
-def test_combiners_leave_it_out(method: AggregatorName) -> None:
+@pytest.mark.parametrize("method", [name for name in registered("gradient") if name not in (MEAN, TEMPERATURE)])
+def test_combiners_leave_it_out(method: str) -> None:
     network, step = one_step("varshare_lora", in_all_observations, method)
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
     assert step.divergence_guard.masked is not None

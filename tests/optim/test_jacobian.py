@@ -10,12 +10,12 @@ import torch
 from helpers import hold_noise
 from torch import Tensor, nn
 
-from varshare_rl.config import COMPONENTS
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.nn.config import Blocks
 from varshare_rl.nn.critic import CriticConfig, TwinQ
 from varshare_rl.optim.jacobian import TaskGradients
 from varshare_rl.optim.optimizer import roles
+from varshare_rl.registry import registered
 
 IN, OUT, TASKS, BATCH = 5, 3, 4, 6
 IDS = torch.arange(TASKS)
@@ -34,7 +34,7 @@ def scrambled(network: nn.Module, dtype: torch.dtype = torch.float64) -> nn.Modu
 
 
 def build(name: str, layer_norm: bool) -> nn.Module:
-    options = COMPONENTS["network"][name](hidden=[7, 6], layer_norm=layer_norm)
+    options = registered("network")[name](hidden=[7, 6], layer_norm=layer_norm)
     return scrambled(options.build(IN, OUT, TASKS, Posterior()))
 
 
@@ -89,7 +89,7 @@ def assert_equal_to_one_by_one(network: nn.Module, make: Callable[[], Tensor]) -
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("name", [name for name in COMPONENTS["network"] if name != "independent"])
+@pytest.mark.parametrize("name", [name for name in registered("network") if name != "independent"])
 def test_rows_are_the_tasks_gradients(name: str, layer_norm: bool) -> None:
     network = build(name, layer_norm)
     gradients = assert_equal_to_one_by_one(network, lambda: losses_of(network))
@@ -107,7 +107,7 @@ def test_residual_blocks_need_one_pass() -> None:
 @pytest.mark.parametrize("name", sorted(RECORDED))
 def test_rows_of_large_float32_layers(name: str) -> None:
     """The oneDNN products."""
-    options = COMPONENTS["network"][name](hidden=[160, 130])
+    options = registered("network")[name](hidden=[160, 130])
     network = scrambled(options.build(IN, OUT, TASKS, Posterior()), torch.float32)
     shared, _ = split(network)
     gradients = Watched(network, shared)
@@ -258,7 +258,7 @@ def test_a_copy_of_a_recorded_network_shares_the_recorder_and_records_nothing() 
 
 
 def test_without_anyone_listening_a_recorded_network_is_the_plain_one() -> None:
-    for name in COMPONENTS["network"]:
+    for name in registered("network"):
         network = build(name, True)
         plain = copy.deepcopy(network)
         torch.autograd.backward(losses_of(plain).mean())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn import Posterior, VarShareLoRAConfig
+from varshare_rl.nn.layer import TaskModule
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.variational import noise_to_weight
 from varshare_rl.optim.elbo import Elbo, ElboConfig, KLNormalization
@@ -63,8 +64,10 @@ def test_ramp_without_its_ends_is_constant() -> None:
         assert schedule.metrics()["kl_weight"] == 0.5
 
 
-class Costly(nn.Module):
+class Costly(TaskModule):
     """A layer whose weights cost the given nats."""
+
+    penalized = True
 
     def __init__(self, nats: Tensor) -> None:
         super().__init__()

@@ -5,9 +5,9 @@ import torch
 from helpers import hold_noise
 from torch import nn
 
-from varshare_rl.config import COMPONENTS
 from varshare_rl.nn import Posterior
 from varshare_rl.optim.step import LossStep
+from varshare_rl.registry import registered
 
 
 def losses(parameter: nn.Parameter) -> torch.Tensor:
@@ -42,12 +42,12 @@ def test_unused_parameters_stay() -> None:
     assert not torch.equal(used, torch.ones(2))
 
 
-@pytest.mark.parametrize("name", COMPONENTS["network"])
+@pytest.mark.parametrize("name", registered("network"))
 def test_the_mean_is_plain_backward_to_the_bit(name: str) -> None:
     networks = []
     for _ in range(2):
         torch.manual_seed(0)
-        network = COMPONENTS["network"][name](hidden=[160, 130], layer_norm=True).build(5, 3, 4, Posterior())
+        network = registered("network")[name](hidden=[160, 130], layer_norm=True).build(5, 3, 4, Posterior())
         hold_noise(network)
         networks.append(network)
     mine, plain = networks

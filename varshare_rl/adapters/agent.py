@@ -33,7 +33,7 @@ def task_adapter(network: nn.Module, task: int) -> Adapter:
 
 
 def task_rho(network: nn.Module, task: int) -> dict[str, Tensor]:
-    """What a LoRA adapter has no room for: ``rho`` of both factors and the prior's scale, by path and name.
+    """Part of the posteriors that a LoRA adapter has no room for: ``rho`` and the prior's scale, by path and name.
 
     Empty without posteriors.
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.actor import Actor, CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.critic import CriticConfig, TwinQ, ValueNetwork
-from varshare_rl.optim.aggregators import GradientConfig
 from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.elbo import Elbo
+from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.optim.optimizer import OptimizerConfig
 from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics, Scalars, Transition, Tree

@@ -14,36 +14,69 @@ from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import AgentContext, build_actor
 from varshare_rl.data.buffers import Rollout, RolloutStep
 from varshare_rl.data.normalizers import RewardScale
+from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.actor import Sample
 from varshare_rl.nn.critic import ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
 from varshare_rl.ops.rl import finite_mean, gae, normalize_per_task, ppo_policy_loss
 from varshare_rl.optim.elbo import TargetDraw
+from varshare_rl.registry import register
 from varshare_rl.types import Scalars, Transition
 
 
+@register("algorithm", "ppo")
 @dataclass
 class PPOConfig:
-    """Options of ``algorithm=ppo``. Sizes are per task."""
+    """``algorithm=ppo``: proximal policy optimisation (Schulman et al. 2017). Sizes are per task."""
 
     name: str = "ppo"
-    rollout_transitions_per_task: int = 2000
-    epochs: int = 10
-    minibatches: int = 8
-    learning_rate: float = 3e-4
-    critic_learning_rate: float = 3e-4
-    discount: float = 0.99
-    gae_lambda: float = 0.95
-    clip: float = 0.2
-    entropy_weight: float = 0.005
-    target_kl: float | None = 0.05  # stop the rollout's updates when the mean policy KL passes it
-    max_grad_norm: float = 0.5
+    rollout_transitions_per_task: int = bounded(2000, least=2)
+    "Transitions of every task between updates."
+    epochs: int = bounded(10, least=1)
+    "Passes over a rollout."
+    minibatches: int = bounded(8, least=1)
+    "Gradient steps of an epoch, each on its share of the rollout."
+    learning_rate: float = bounded(3e-4, least=0)
+    "Learning rate of the actor."
+    critic_learning_rate: float = bounded(3e-4, least=0)
+    "Learning rate of the critic."
+    discount: float = bounded(0.99, least=0, most=1)
+    "Factor on the value of the next step."
+    gae_lambda: float = bounded(0.95, least=0, most=1)
+    "Lambda of the generalised advantage estimate."
+    clip: float = bounded(0.2, least=0)
+    "Bound on how far the policy's ratio moves from 1."
+    entropy_weight: float = bounded(0.005, least=0)
+    "Weight of the policy's entropy in the objective."
+    target_kl: float | None = bounded(0.05, least=0)
+    "Nats; a rollout's updates stop when the policy's mean KL passes it. Null: never."
+    max_grad_norm: float = bounded(0.5, least=0)
+    "Bound on the norm of the combined gradient; 0: none."
     initial_log_std: float = 0.0
+    "Log standard deviation that Box actions start with."
     min_log_std: float = -5.0
+    "Least log standard deviation of Box actions."
     max_log_std: float = 1.0
+    "Largest log standard deviation of Box actions."
     normalize_observations: bool = True
+    "Normalise observations by running statistics of each task."
     reward_scale: RewardScale = RewardScale.return_std
-    resets: int = 0  # times that networks start anew, spread evenly over the budget
+    """Divisor of rewards: none; the deviation of the task's return (`return_std`); or the task's mean reward over
+    the largest one of a task (`ars`)."""
+    resets: int = bounded(0, least=0)
+    "Times that networks start anew, spread evenly over the budget."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for bounds of the log standard deviation that are crossed."""
+        if self.min_log_std > self.max_log_std:
+            raise UserError(
+                f"{prefix}min_log_std is {self.min_log_std}; it must not be above max_log_std, {self.max_log_std}"
+            )
+
+    def build(self, context: AgentContext) -> PPO:
+        """Make the algorithm."""
+        return PPO(self, context)
 
 
 class PPO(ActorCritic):

@@ -13,6 +13,7 @@ from varshare_rl.algorithms.base import AgentContext, build_actor
 from varshare_rl.data.buffers import ReplayBatch, ReplayBuffer
 from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.actor import drawn_once
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen, rho_parameters
@@ -21,30 +22,53 @@ from varshare_rl.ops.rl import td_target
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
 from varshare_rl.optim.task_subset import TaskSubset
+from varshare_rl.registry import register
 from varshare_rl.types import Scalars, Transition, Tree
 
 
+@register("algorithm", "sac")
 @dataclass
 class SACConfig:
-    """Options of ``algorithm=sac``. Sizes are per task."""
+    """``algorithm=sac``: soft actor-critic (Haarnoja et al. 2018). Sizes are per task."""
 
     name: str = "sac"
-    replay_capacity_per_task: int = 100_000
-    batch_per_task: int = 128
-    tasks_per_update: int | None = None  # that take turns; null: every update is of all tasks
-    start_transitions_per_task: int = 1_000  # uniformly random actions before learning starts
-    updates_per_transition_per_task: float = 0.5
-    learning_rate: float = 1e-3
-    critic_learning_rate: float = 1e-3
-    entropy_learning_rate: float = 1e-3
-    discount: float = 0.99
-    target_rate: float = 0.005
-    initial_entropy_coefficient: float = 1.0
+    replay_capacity_per_task: int = bounded(100_000, least=1)
+    "Transitions of every task that the replay holds."
+    batch_per_task: int = bounded(128, least=1)
+    "Transitions of every task in an update."
+    tasks_per_update: int | None = bounded(None, least=1)
+    "Tasks that an update is of, in turn; null: all."
+    start_transitions_per_task: int = bounded(1_000, least=1)
+    "Transitions of every task with uniformly random actions, before learning starts."
+    updates_per_transition_per_task: float = bounded(0.5, least=0)
+    "Gradient updates for each transition of a task."
+    learning_rate: float = bounded(1e-3, least=0)
+    "Learning rate of the actor."
+    critic_learning_rate: float = bounded(1e-3, least=0)
+    "Learning rate of the critics."
+    entropy_learning_rate: float = bounded(1e-3, least=0)
+    "Learning rate of every task's entropy coefficient."
+    discount: float = bounded(0.99, least=0, most=1)
+    "Factor on the value of the next step."
+    target_rate: float = bounded(0.005, least=0, most=1)
+    "Share by which the target critics follow at every update."
+    initial_entropy_coefficient: float = bounded(1.0, least=0)
+    "Entropy coefficient that every task starts with."
     target_entropy_per_dimension: float = -1.0
-    max_grad_norm: float = 1.0
+    "Entropy that a task's coefficient holds its policy at, for each dimension of its actions."
+    max_grad_norm: float = bounded(1.0, least=0)
+    "Bound on the norm of the combined gradient; 0: none."
     normalize_observations: bool = False
+    "Normalise observations by running statistics of each task."
     reward_scale: RewardScale = RewardScale.none
-    resets: int = 0  # times that networks start anew, spread evenly over the budget; the replay stays
+    """Divisor of rewards: none; the deviation of the task's return (`return_std`); or the task's mean reward over
+    the largest one of a task (`ars`)."""
+    resets: int = bounded(0, least=0)
+    "Times that networks start anew, spread evenly over the budget; the replay stays."
+
+    def build(self, context: AgentContext) -> SAC:
+        """Make the algorithm. Raises UserError if the actions are discrete."""
+        return SAC(self, context)
 
 
 class SAC(ActorCritic):

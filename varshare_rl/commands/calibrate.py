@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
@@ -41,16 +40,16 @@ class CalibrateConfig:
     """Options of ``calibrate``."""
 
     run: str = MISSING
-    "The run folder."
+    "Folder of the run."
     checkpoint: str = "last"
-    "Its newest checkpoint, or `best`."
+    "Checkpoint of the run: `last` or `best`."
     episodes: int = bounded(10, least=1)
     "Episodes of every task."
     draws: int = bounded(32, least=2)
     "Draws of the critic's weights."
     device: Device = Device.auto
-    "Where to compute; `auto` takes CUDA if there is any."
-    seed: int | None = None
+    "Device to compute on; `auto` takes CUDA if there is any."
+    seed: int | None = bounded(None, least=0)
     "Seed of the episodes' starts; null: the run's own."
 
 
@@ -116,5 +115,4 @@ def _with_value_units(agent: TrainedAgent, run_dir: Path) -> ActorCritic:
 
 def command() -> None:
     """Run the command line."""
-    ConfigStore.instance().store(name="calibrate_schema", node=CalibrateConfig)
-    run_command("calibrate", main)
+    run_command("calibrate", main, CalibrateConfig)

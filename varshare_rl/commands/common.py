@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import ClassVar, TypeVar, cast
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -32,6 +33,19 @@ def read_options(composed: DictConfig, kind: type[Options], needed: Mapping[str,
     options = cast(Options, OmegaConf.to_object(composed))
     check_bounds(options)
     return options
+
+
+class ReportConfig(ABC):
+    """Options of a report, in a file whose docstring is its help."""
+
+    #: Options that must be given, with an example.
+    needed: ClassVar[Mapping[str, str]] = NEEDS_RUN
+    #: True if folders among the arguments are what the report is about.
+    takes_folders: ClassVar[bool] = False
+
+    @abstractmethod
+    def build(self, folders: Sequence[str]) -> None:
+        """Write the report; ``folders`` are empty unless it takes them."""
 
 
 @contextmanager

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 
 from varshare_rl.assemble import TrainedAgent, load_agent, parameter_count, run_provenance
@@ -42,14 +41,14 @@ class EvaluateConfig:
     """Options of ``evaluate``."""
 
     run: str = MISSING
-    "The run folder."
+    "Folder of the run, also that of a sequence of tasks."
     episodes: int = bounded(50, least=1)
     "Episodes of every task."
     checkpoint: str = "last"
-    "Its newest checkpoint, or `best`."
+    "Checkpoint of the run: `last` or `best`."
     device: Device = Device.auto
-    "Where to compute; `auto` takes CUDA if there is any."
-    seed: int | None = None
+    "Device to compute on; `auto` takes CUDA if there is any."
+    seed: int | None = bounded(None, least=0)
     "Seed of the episodes' starts; null: the run's own."
 
 
@@ -111,5 +110,4 @@ def _of_evaluation(episodes: int, seed: int, checkpoint: Path) -> dict[str, Any]
 
 def command() -> None:
     """Run the command line."""
-    ConfigStore.instance().store(name="evaluate_schema", node=EvaluateConfig)
-    run_command("evaluate", main)
+    run_command("evaluate", main, EvaluateConfig)

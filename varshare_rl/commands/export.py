@@ -21,7 +21,6 @@ from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 from torch import nn
 
@@ -32,16 +31,15 @@ from varshare_rl.assemble import TrainedAgent, load_agent, run_provenance
 from varshare_rl.cli import run_command
 from varshare_rl.commands.common import NEEDS_RUN, make_folder, output_folder, read_options
 from varshare_rl.config import Device, is_sequence
-from varshare_rl.continual.config import METHODS
 from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.errors import UserError
 from varshare_rl.files import whole_folder, write_atomically, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
-from varshare_rl.nn.onnx_graph import write_onnx
-from varshare_rl.nn.plain import write_network
+from varshare_rl.nn.plain import write_network, write_onnx
 from varshare_rl.nn.progressive import Columns
 from varshare_rl.nn.varshare_lora import VarShareLoRAConfig
 from varshare_rl.ops.gaussian import inverse_softplus
+from varshare_rl.registry import registered
 
 ONNX_FILE = "policy.onnx"
 #: Options that must be given, with examples.
@@ -61,17 +59,17 @@ class ExportConfig:
     """Options of ``export``."""
 
     run: str = MISSING
-    "The run folder."
+    "Folder of the run, also that of a sequence of tasks."
     task: str = MISSING
-    "One of its tasks."
+    "Name of one of its tasks."
     format: Format = MISSING
-    "`torch`, `onnx` or `peft`."
+    "Form of the policy: a PyTorch module, an ONNX graph, or a LoRA adapter and its base."
     out: str | None = None
-    "The new folder, or file with `format=onnx`; null: `<run>/export/<task>_<format>`."
+    "The new folder, or file.onnx; null: `<run>/export/<task>_<format>`."
     checkpoint: str = "last"
-    "Its newest checkpoint, or `best`."
+    "Checkpoint of the run: `last` or `best`."
     critics: bool = False  # `critic` is a config group and cannot be a key
-    "With `format=peft` the critics' adapters too."
+    "The critics' adapters too, with `format=peft`."
 
 
 def main(composed: DictConfig) -> None:
@@ -151,8 +149,8 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
         raise UserError(f"a column of method={name} looks at those before it, and has no plain form to export")
     rhos = {}
     if options.format is Format.peft:
-        if not method.low_rank:
-            able = ", ".join(known for known, (_, made) in METHODS.items() if made.low_rank)
+        if not sequence.config.method.low_rank:
+            able = ", ".join(known for known, config in registered("method").items() if config.low_rank)
             raise UserError(f"method={name} has no adapters, which are in {able}; use format=torch or onnx")
         if not task_adapter(actor.network, 0):
             raise UserError(
@@ -219,5 +217,4 @@ def critic_networks(critic: nn.Module) -> dict[str, nn.Module]:
 
 def command() -> None:
     """Run the command line."""
-    ConfigStore.instance().store(name="export_schema", node=ExportConfig)
-    run_command("export", main)
+    run_command("export", main, ExportConfig)

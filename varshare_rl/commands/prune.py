@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig
 from torch import Tensor
 
@@ -48,19 +47,19 @@ class PruneConfig:
     """Options of ``prune``."""
 
     run: str = MISSING
-    "The run folder."
+    "Folder of the run."
     threshold: float = bounded(0.01, least=0)
-    "Units with less than this are dropped: nats per Gaussian, or a ratio with `criterion=snr`."
+    "Least value of a unit that is kept: nats per Gaussian, or a ratio with `criterion=snr`."
     criterion: Criterion = Criterion.nats
-    "What units are measured by: `nats`, or `snr`."
+    "Value of a unit: its nats, or its signal-to-noise ratio."
     checkpoint: str = "last"
-    "Its newest checkpoint, or `best`."
+    "Checkpoint of the run: `last` or `best`."
     out: str | None = None
     "The new run folder; null: `<run>_pruned`."
     episodes: int = bounded(1, least=1)
     "Episodes of every task, on whose states the change of the outputs is measured."
     device: Device = Device.auto
-    "Where to compute; `auto` takes CUDA if there is any."
+    "Device to compute on; `auto` takes CUDA if there is any."
 
 
 def main(composed: DictConfig) -> None:
@@ -155,5 +154,4 @@ def _largest(result: dict[str, Any]) -> float:
 
 def command() -> None:
     """Run the command line."""
-    ConfigStore.instance().store(name="prune_schema", node=PruneConfig)
-    run_command("prune", main)
+    run_command("prune", main, PruneConfig)

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from omegaconf import DictConfig
 from rich.console import Console
 
-from varshare_rl.commands.common import make_folder, output_folder, read_options
+from varshare_rl.commands.common import ReportConfig, make_folder, output_folder
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
+from varshare_rl.registry import register
 from varshare_rl.reporting.continual_measures import measures
 from varshare_rl.reporting.continual_runs import (
     ContinualRun,
@@ -35,19 +35,26 @@ from varshare_rl.reporting.continual_runs import (
 from varshare_rl.run.console import PLAIN_WIDTH
 
 
+@register("report", "continual")
 @dataclass
-class ContinualReportConfig:
-    """Options of ``report continual``, besides the folders of runs."""
+class ContinualReportConfig(ReportConfig):
+    """Options of ``report continual``; runs are plain arguments."""
+
+    needed: ClassVar[Mapping[str, str]] = {}
+    takes_folders: ClassVar[bool] = True
 
     reference: Any = None
-    "A folder, or a list of folders, of single tasks learnt from scratch."
+    "Folder, or list of folders, of single tasks learnt from scratch."
     out: str | None = None
-    "The folder for the report; null: `<run>/report_continual` for one run, else `report_continual`."
+    "Folder for the report; null: `<run>/report_continual` for one run, else `report_continual`."
+
+    def build(self, folders: Sequence[str]) -> None:
+        """Compare methods over seeds: ``continual.json``, ``continual.csv`` and figures."""
+        report_continual(self, folders)
 
 
-def report_continual(composed: DictConfig, folders: Sequence[str]) -> None:
+def report_continual(options: ContinualReportConfig, folders: Sequence[str]) -> None:
     """Compare methods over seeds: ``continual.json``, ``continual.csv`` and figures, and figures of every run."""
-    options = read_options(composed, ContinualReportConfig, needed={})
     if not folders:
         raise UserError("no runs to report; give their folders: report continual runs/<a> runs/<b>")
     reference = reference_folders(options.reference)

@@ -11,41 +11,42 @@ What the measures mean: docs/sharing.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING
 
 from varshare_rl.assemble import TrainedAgent, load_agent
-from varshare_rl.commands.common import make_folder, output_folder, read_options
+from varshare_rl.commands.common import ReportConfig, make_folder, output_folder
 from varshare_rl.config import Device
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
+from varshare_rl.registry import register
 from varshare_rl.run.sharing import sharing_document
 from varshare_rl.run.sharing_monitor import latest_observation
 
 
+@register("report", "sharing")
 @dataclass
-class SharingReportConfig:
+class SharingReportConfig(ReportConfig):
     """Options of ``report sharing``."""
 
     run: str = MISSING
-    "The run folder."
+    "Folder of the run."
     checkpoint: str = "last"
-    "Its newest checkpoint, or `best`."
+    "Checkpoint of the run: `last` or `best`."
     out: str | None = None
-    "The folder for the report; null: `<run>/report_sharing`."
+    "Folder for the report; null: `<run>/report_sharing`."
 
-
-def report_sharing(composed: DictConfig) -> None:
-    """Write ``sharing.json`` and its figures for a checkpoint."""
-    options = read_options(composed, SharingReportConfig)
-    run_dir = Path(options.run)
-    out = output_folder(options.out, run_dir / "report_sharing")
-    document = agent_sharing(load_agent(run_dir, options.checkpoint, Device.cpu), run_dir)
-    write_figures(out, document)
-    print(f"written: {out}")
+    def build(self, folders: Sequence[str]) -> None:
+        """Write ``sharing.json`` and its figures for a checkpoint."""
+        run_dir = Path(self.run)
+        out = output_folder(self.out, run_dir / "report_sharing")
+        document = agent_sharing(load_agent(run_dir, self.checkpoint, Device.cpu), run_dir)
+        write_figures(out, document)
+        print(f"written: {out}")
 
 
 def agent_sharing(agent: TrainedAgent, run_dir: Path) -> dict[str, Any]:

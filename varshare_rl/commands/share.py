@@ -29,7 +29,8 @@ from varshare_rl.adapters import Adapter, read_adapter, write_adapter
 from varshare_rl.cli import errors_in_one_line
 from varshare_rl.entry import wants_help
 from varshare_rl.errors import UserError
-from varshare_rl.transfer.share.config import Merge, ShareConfig, check_options
+from varshare_rl.fields import check_bounds
+from varshare_rl.transfer.share.config import Merge, ShareConfig
 from varshare_rl.transfer.share.folder import BASIS_FILE, check_target, read_basis, write_basis
 from varshare_rl.transfer.share.model import Share, add, consolidate
 
@@ -53,6 +54,7 @@ class ConsolidateConfig(ShareConfig):
     """
 
     out: str = MISSING
+    "Folder of the new basis."
 
 
 @dataclass
@@ -70,9 +72,13 @@ class AddConfig:
     """
 
     basis: str = MISSING
+    "Folder of the basis; it is replaced."
     adapter: str = MISSING
-    name: str | None = None  # of the task; the folder's name unless given
+    "Folder of the adapter, in the format of the peft library."
+    name: str | None = None
+    "Name of the task; null: the folder's name."
     merge: Merge = Merge.needed
+    "Occasion on which the basis is decomposed again."
 
 
 @dataclass
@@ -89,15 +95,18 @@ class ReconstructConfig:
     """
 
     basis: str = MISSING
+    "Folder of the basis."
     task: str = MISSING
+    "Name of one of its tasks."
     out: str = MISSING
+    "Folder of the adapter."
 
 
 def run_consolidate(composed: DictConfig, folders: Sequence[str]) -> None:
     """Read the adapters, make a basis, write it, and say what it costs."""
     given = cast(ConsolidateConfig, OmegaConf.to_object(composed))
     config = ShareConfig(**{option.name: getattr(given, option.name) for option in fields(ShareConfig)})
-    check_options(config)
+    check_bounds(config)
     out = Path(given.out)
     if (out / BASIS_FILE).exists():
         raise UserError(f"{out} holds a basis already; add to it, or give another out")

@@ -24,7 +24,7 @@ All keys: docs/configuration.md; --cfg job shows them with their values.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
@@ -32,10 +32,11 @@ from typing import Any, cast
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from varshare_rl.assemble import OWN_ENVIRONMENTS, Makers, build_run, build_suite, parameter_count
+from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.config import TrainConfig, load_config, register_schemas
+from varshare_rl.config import TrainConfig, load_config
 from varshare_rl.config_checks import check_config
+from varshare_rl.envs.objects import Maker, ObjectsConfig
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -56,7 +57,9 @@ def main(composed: DictConfig) -> None:
         raise SystemExit(stop.exit_code) from None
 
 
-def run_config(config: TrainConfig, overrides: Sequence[str] = (), makers: Makers | None = None) -> Path:
+def run_config(
+    config: TrainConfig, overrides: Sequence[str] = (), makers: Mapping[str, Maker] | None = None
+) -> Path:
     """Train a new agent, or go on with ``config.resume``, and return the run folder.
 
     Args:
@@ -78,11 +81,11 @@ def run_config(config: TrainConfig, overrides: Sequence[str] = (), makers: Maker
     return run.run_dir
 
 
-def resume(run_dir: Path, overrides: Sequence[str], makers: Makers | None = None) -> Path:
+def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] | None = None) -> Path:
     """Go on with the run in ``run_dir``; ``overrides`` may change what :data:`RESUMABLE` names."""
     if not run_dir.is_dir():
         raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
-    overrides = [item for item in overrides if not item.startswith("resume=")]
+    overrides = [item for item in overrides if not item.startswith(("resume=", "plugins="))]
     refused = [item for item in overrides if not item.startswith(RESUMABLE)]
     if refused:
         allowed = ", ".join(name.rstrip(".") for name in RESUMABLE)
@@ -91,7 +94,7 @@ def resume(run_dir: Path, overrides: Sequence[str], makers: Makers | None = None
     merged = OmegaConf.merge(stored, OmegaConf.from_dotlist(overrides))
     config = cast(TrainConfig, OmegaConf.to_object(merged))
     check_config(config)
-    if makers is None and config.env.name == OWN_ENVIRONMENTS:
+    if makers is None and config.env.name == ObjectsConfig.name:
         raise UserError(
             f"the environments of {run_dir} are Python objects; give them: "
             f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
@@ -166,7 +169,7 @@ def describe(config: TrainConfig, run: Run) -> None:
             "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
             f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}",
             "weight draws": run.algorithm.weight_draws(),
-            "gradient": f"actor {config.gradient.actor.value}, critic {config.gradient.critic.value}",
+            "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
         },
@@ -197,5 +200,4 @@ def final_metrics(result: dict[str, Any]) -> dict[str, float]:
 
 def command() -> None:
     """Run the command line."""
-    register_schemas()
     run_command("train", main)

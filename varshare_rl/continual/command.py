@@ -29,12 +29,8 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.continual.config import (
-    ContinualConfig,
-    check_continual_config,
-    load_continual_config,
-    register_continual_schemas,
-)
+from varshare_rl.config_checks import check_config
+from varshare_rl.continual.config import ContinualConfig, load_continual_config
 from varshare_rl.continual.sequence import build_sequence
 from varshare_rl.continual.tasks import new_tasks
 from varshare_rl.errors import UserError
@@ -63,7 +59,7 @@ def run_config(config: ContinualConfig, overrides: Sequence[str] = ()) -> Path:
         run_dir = Path(config.resume)
         config = stored_config(run_dir, overrides)
     else:
-        check_continual_config(config)
+        check_config(config)
         suite = new_tasks(config)[0].suite.name
         run_dir = new_run_dir(config.run_dir, (suite, config.algorithm.name, config.method.name, f"s{config.seed}"))
     sequence = build_sequence(config, run_dir)
@@ -98,5 +94,4 @@ def stored_config(run_dir: Path, overrides: Sequence[str]) -> ContinualConfig:
 
 def command() -> None:
     """Run the command line."""
-    register_continual_schemas()
-    run_command("continual", main, aliases={"from": "pretrained"})
+    run_command("continual", main)

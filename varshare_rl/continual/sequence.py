@@ -27,7 +27,6 @@ from varshare_rl.continual.config import (
     ContinualConfig,
     TaskIds,
     load_continual_config,
-    method_maker,
     train_config,
 )
 from varshare_rl.continual.evaluation import SEED_STEP, Evaluator, visited
@@ -100,7 +99,7 @@ class SequenceRun:
             check_spaces(config, agent, first.suite)
         self.actor, specs = probe(train_config(config, env=first.env), first.alone, self.device)
         self.networks = AgentNetworks(
-            specs, method_maker(config), config.carry.critic, all_pretrained(agent, config.carry.critic)
+            specs, config.method.build, config.carry.critic, all_pretrained(agent, config.carry.critic)
         )
         self.progress = Progress(normalizers=pretrained_normalizers(agent))
         self.evaluator = Evaluator(

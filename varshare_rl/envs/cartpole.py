@@ -21,6 +21,8 @@ from gymnasium.spaces import Box, Discrete
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
 from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 TIME_STEP = 0.02  # seconds
 MASS_CART = 1.0
@@ -53,15 +55,20 @@ _SETS: dict[str, dict[str, _Variant]] = {
 TASK_NAMES = {name: tuple(variants) for name, variants in _SETS.items()}
 
 
+@register("env", "cartpole")
 @dataclass
 class CartPoleConfig:
-    """Options of the cart-pole suite."""
+    """``env=cartpole``: poles to balance, in variants of length, force and gravity."""
 
     name: str = "cartpole"
-    variant_set: str = "variants"  # or identical
-    tasks: list[str] = field(default_factory=list)  # names in the set; empty: all of it
-    horizon: int = 500  # steps of 0.02 s
-    envs_per_task: int = 16
+    variant_set: str = "variants"
+    "Set of tasks: `variants`, or `identical` for four that are the same."
+    tasks: list[str] = field(default_factory=list)
+    "Names of tasks in the set; empty: all of it."
+    horizon: int = bounded(500, least=1)
+    "Steps of 0.02 s until an episode is truncated."
+    envs_per_task: int = bounded(16, least=1)
+    "Environments of every task."
 
     def build(self) -> CartPoleSuite:
         """Make the suite."""

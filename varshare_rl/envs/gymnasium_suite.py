@@ -19,33 +19,37 @@ from varshare_rl.envs.batched import require_at_least_one
 from varshare_rl.envs.objects import MakerSuite, one_line
 from varshare_rl.envs.suite import Provenance
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 
+@register("env", "gymnasium")
 @dataclass
 class GymnasiumConfig:
-    """Options of the gymnasium suite."""
+    """``env=gymnasium``: any registered Gymnasium environments; unequal spaces are padded and masked."""
 
     name: str = "gymnasium"
-    #: Registered ids such as ``Hopper-v5``, or ``module:Id-v0`` to import a module first.
     ids: list[str] = field(default_factory=list)
-    envs_per_task: int = 1
-    #: Processes: 0 automatic, 1 in this process.
-    workers: int = 0
-    #: Steps after which an episode is truncated; None takes each environment's registered limit.
-    horizon: int | None = None
+    "Registered ids such as `Hopper-v5`, or `module:Id-v0` to import a module first."
+    envs_per_task: int = bounded(1, least=1)
+    "Environments of every task."
+    workers: int = bounded(0, least=0)
+    "Processes that step the environments; 0: as many as pay, 1: this one."
+    horizon: int | None = bounded(None, least=1)
+    "Steps until an episode is truncated; null: each environment's registered limit."
     names: list[str] = field(default_factory=list)
-    """Task names, one for every id; empty: the ids, the second of the same id with ``#2``."""
+    "Task names, one for every id; empty: the ids, the second of the same id with `#2`."
     kwargs: Any = None  # a dict; typed so, Hydra would refuse keys that it does not know
-    """Dict of arguments of ``gymnasium.make`` for all ids; under an id or a task's name, a dict for it alone."""
+    "Dict of arguments of `gymnasium.make` for all ids; under an id or a task's name, a dict for it alone."
     wrappers: list[str] = field(default_factory=list)
-    """Wrappers around every environment, innermost first, as ``module:Class``; the module is imported, so a
+    """Wrappers around every environment, innermost first, as `module:Class`; the module is imported, so a
     configuration from a folder that names one runs code of that module. A reset must make them forget the episodes
     before, or a resumed run goes on in another way."""
     success: bool | None = None
-    """Environments report ``info["success"]`` or ``info["is_success"]``; None looks at the first step."""
+    "Environments report `info[success]` or `info[is_success]`; null looks at the first step."
 
     def build(self) -> GymnasiumSuite:
-        """Make the suite."""
+        """Make the suite. Raises UserError for impossible options."""
         return GymnasiumSuite(self)
 
 

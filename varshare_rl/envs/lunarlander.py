@@ -15,6 +15,8 @@ from varshare_rl.envs.gymnasium_suite import GymnasiumMaker
 from varshare_rl.envs.objects import MakerSuite
 from varshare_rl.envs.suite import Provenance
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 SOLVED_RETURN = 200.0
 
@@ -26,20 +28,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@register("env", "lunarlander")
 @dataclass
 class LunarLanderConfig:
-    """Options of the LunarLander suite."""
+    """``env=lunarlander``: Gymnasium's LunarLander-v3 as it is, windy, and heavy."""
 
     name: str = "lunarlander"
-    #: Any of standard, windy, heavy.
     tasks: list[str] = field(default_factory=lambda: list(VARIANTS))
-    #: Throttle (Box) instead of on and off (Discrete).
+    "Any of `standard`, `windy`, `heavy`."
     continuous: bool = False
-    envs_per_task: int = 1
-    #: Processes: 0 automatic, 1 in this process.
-    workers: int = 0
-    #: Steps after which an episode is truncated.
-    horizon: int = 1000
+    "Throttle (Box) in place of on and off (Discrete)."
+    envs_per_task: int = bounded(1, least=1)
+    "Environments of every task."
+    workers: int = bounded(0, least=0)
+    "Processes that step the environments; 0: as many as pay, 1: this one."
+    horizon: int = bounded(1000, least=1)
+    "Steps until an episode is truncated."
 
     def build(self) -> LunarLanderSuite:
         """Make the suite."""
@@ -57,7 +61,8 @@ class SolvedReturn(gymnasium.Wrapper[Any, Any, Any, Any]):
         obs, reward, terminated, truncated, info = self.env.step(action)
         self._return += float(reward)
         success = (terminated or truncated) and self._return >= SOLVED_RETURN
-        return obs, reward, terminated, truncated, info | {"success": success}
+        info["success"] = success
+        return obs, reward, terminated, truncated, info
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from varshare_rl.envs.slots import Array, Episode, TaskEnv
 from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 _OBSERVATION_SIZE = 39
 _ACTION_SIZE = 4
@@ -61,30 +63,33 @@ STEP_MICROSECONDS: dict[str, int] = {
 # fmt: on
 
 
+@register("env", "metaworld")
 @dataclass
 class MetaWorldConfig:
-    """Options of the Meta-World suite."""
+    """``env=metaworld``: Meta-World v3, its benchmarks or any list of its tasks."""
 
     name: str = "metaworld"
-    #: mt1 (with one name in ``tasks``), mt3, mt10, mt25 or mt50; None takes ``tasks``.
     benchmark: str | None = None
-    #: Names such as ``reach-v3``.
+    "`mt1` (with one of `env.tasks`), `mt3`, `mt10`, `mt25` or `mt50`; null: the list in `env.tasks`."
     tasks: list[str] = field(default_factory=list)
-    envs_per_task: int = 4
-    #: Processes: 0 automatic, 1 in this process.
-    workers: int = 0
-    #: v2 is the usual reward; v1 the older one.
+    "Names of tasks such as `reach-v3`."
+    envs_per_task: int = bounded(4, least=1)
+    "Environments of every task."
+    workers: int = bounded(0, least=0)
+    "Processes that step the environments; 0: as many as pay, 1: this one."
     reward_function_version: str = "v2"
-    #: Steps after which an episode is truncated.
-    horizon: int = 500
-    goals_per_task: int = 50
-    #: Seed of the fixed goals; the same as ``seed`` of the package's benchmarks.
+    "Rewards: `v2`, the usual ones, or the older `v1`."
+    horizon: int = bounded(500, least=1)
+    "Steps until an episode is truncated."
+    goals_per_task: int = bounded(50, least=1)
+    "Fixed goals of every task."
     goal_seed: int = 0
-    #: Quicker environments with the same results, bit for bit (v2 rewards only); see ``envs.metaworld_fast``.
+    "Seed of the fixed goals; the same as `seed` of Meta-World's own benchmarks."
     fast: bool = True
+    "The quicker environments with the same results to the bit (v2 rewards only)."
 
     def build(self) -> MetaWorldSuite:
-        """Make the suite."""
+        """Make the suite. Raises UserError for impossible options."""
         return MetaWorldSuite(self)
 
 

@@ -23,29 +23,31 @@ from varshare_rl.envs.spaces import TaskSpaces, to_native_action, to_policy_obse
 from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 #: A function without arguments that makes a new environment each time.
 Maker = Callable[[], gymnasium.Env[Any, Any]]
 
 
+@register("env", "objects")
 @dataclass
 class ObjectsConfig:
-    """Options of a suite of environments that are Python objects; the functions that make them come beside it."""
+    """``env=objects``: environments that are Python objects; the functions that make them come beside it."""
 
     name: str = "objects"
-    """Name of the suite in folders and results."""
     tasks: list[str] = field(default_factory=list)
-    """Task names in order; empty: all environments that are given."""
-    envs_per_task: int = 1
-    """Environments of every task that are stepped side by side."""
-    workers: int = 1
-    """Processes: 0 automatic, 1 in this process; more need functions that other processes can import."""
-    horizon: int | None = None
-    """Steps after which an episode is truncated; None takes each environment's own limit."""
+    "Task names in order; empty: all environments that are given."
+    envs_per_task: int = bounded(1, least=1)
+    "Environments of every task that are stepped side by side."
+    workers: int = bounded(1, least=0)
+    "Processes; 0: as many as pay, 1: this one; more need functions that other processes can import."
+    horizon: int | None = bounded(None, least=1)
+    "Steps until an episode is truncated; null: each environment's own limit."
     success: bool | None = None
-    """Environments report success in their info; None looks at the first step."""
+    "Environments report success in their info; null looks at the first step."
     spaces: list[dict[str, Any]] = field(default_factory=list)
-    """Spaces of each task, written when the environments are first made: an agent acts without them by these."""
+    "Spaces of each task, written when the environments are first made: an agent acts without them by these."
 
     def build(self, makers: Mapping[str, Maker] | None = None) -> ObjectSuite:
         """Make the suite. Without ``makers`` it has the spaces that were written, and no engines."""
@@ -263,7 +265,10 @@ class ObjectSuite(MakerSuite):
         config.spaces = [task.to_dict() for task in self.descriptions]
 
 
-_NO_MAKERS = "the environments of this suite are Python objects: give them, vs.load(folder, envs={task: make, ...})"
+_NO_MAKERS = (
+    "the environments of this suite are Python objects; give what makes them in Python: "
+    "vs.train(envs={task: make, ...}) or vs.load(folder, envs={...})"
+)
 
 
 def _no_maker() -> gymnasium.Env[Any, Any]:

@@ -29,6 +29,8 @@ from gymnasium.spaces import Box
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
 from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 
 TIME_STEP = 0.1  # seconds
 FORCE = 2.0  # newtons for an action of 1
@@ -68,15 +70,20 @@ _TASKS: dict[str, tuple[str, tuple[float, float]]] = {
 TASK_NAMES = tuple(_TASKS)
 
 
+@register("env", "pointmass")
 @dataclass
 class PointMassConfig:
-    """Options of the point-mass suite."""
+    """``env=pointmass``: eight point masses on a plane that conflict in pairs."""
 
     name: str = "pointmass"
-    tasks: list[str] = field(default_factory=list)  # names (normal_left_2: another normal_left); empty: all eight
-    reward_scales: list[float] = field(default_factory=list)  # a factor for every task; empty: 1
-    horizon: int = 40  # steps of 0.1 s
-    envs_per_task: int = 16
+    tasks: list[str] = field(default_factory=list)
+    "Names of tasks; empty: all eight. `normal_left_2` is another `normal_left`."
+    reward_scales: list[float] = field(default_factory=list)
+    "Factors on the rewards of the tasks; empty: 1."
+    horizon: int = bounded(40, least=1)
+    "Steps of 0.1 s until an episode is truncated."
+    envs_per_task: int = bounded(16, least=1)
+    "Environments of every task."
 
     def build(self) -> PointMassSuite:
         """Make the suite."""

@@ -60,6 +60,11 @@ class TaskSpaces:
         return self.choices or len(self.low)
 
     @cached_property
+    def action_dtype(self) -> np.dtype[Any]:
+        """Type of a Box's numbers."""
+        return np.dtype(self.dtype)
+
+    @cached_property
     def centre(self) -> Array:
         """Middle of the bounds, ``[A]``."""
         centre: Array = (np.array(self.high, self.dtype) + np.array(self.low, self.dtype)) / 2
@@ -75,12 +80,13 @@ class TaskSpaces:
 def to_policy_observation(obs: Any, spaces: TaskSpaces, out: Array | None = None) -> Array:
     """Pad native observations with zeros: ``[..., obs_size]`` to float32 ``[..., policy_obs_size]``.
 
-    ``out`` is written and returned if given; its padding must be zero already. Raises UserError for another size.
+    ``out`` (one row, its padding zero already) is written and returned if given: engines step with it.
+    Raises UserError for another size.
     """
-    obs = np.asarray(obs)
-    if obs.shape[-1:] != (spaces.obs_size,):
-        raise UserError(f"an observation has shape {obs.shape}; this task observes {spaces.obs_size} numbers")
     if out is None:
+        obs = np.asarray(obs)
+        if obs.shape[-1:] != (spaces.obs_size,):
+            raise UserError(f"an observation has shape {obs.shape}; this task observes {spaces.obs_size} numbers")
         out = np.zeros((*obs.shape[:-1], spaces.policy_obs_size), np.float32)
     out[..., : spaces.obs_size] = obs
     return out
@@ -92,10 +98,10 @@ def to_native_action(action: Any, spaces: TaskSpaces) -> Any:
     A Box takes the first dimensions of ``[..., A]``, clipped to [-1, 1] and scaled to its bounds. A Discrete takes
     one choice (and gives an int) or an array of choices. Raises ValueError for a choice that does not exist.
     """
-    if not spaces.discrete:
+    if not spaces.choices:
         own = np.clip(action[..., : len(spaces.low)], -1.0, 1.0)
-        return (spaces.centre + spaces.half * own).astype(spaces.dtype)
-    if np.ndim(action):
+        return (spaces.centre + spaces.half * own).astype(spaces.action_dtype)
+    if isinstance(action, np.ndarray) and action.ndim:
         return np.array([to_native_action(choice, spaces) for choice in action])
     if not 0 <= action < spaces.choices:
         raise ValueError(f"action {action} does not exist here: this task has actions 0 to {spaces.choices - 1}")

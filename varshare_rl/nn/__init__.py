@@ -4,6 +4,7 @@ from varshare_rl.nn.care import CAREConfig
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.film import FiLMConfig
 from varshare_rl.nn.independent import IndependentConfig, IndependentLayer, MultiHeadConfig
+from varshare_rl.nn.layer import TaskLayer
 from varshare_rl.nn.lora import L2SoftConfig, L2SoftLayer, LoRAConfig, ResidualLayer
 from varshare_rl.nn.moore import MOOREConfig
 from varshare_rl.nn.paco import PaCoConfig
@@ -32,6 +33,7 @@ __all__ = [
     "SoftModularizationConfig",
     "TaskEmbeddingConfig",
     "TaskEmbeddingLayer",
+    "TaskLayer",
     "VarShareConfig",
     "VarShareLayer",
     "VarShareLoRAConfig",

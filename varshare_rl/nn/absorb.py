@@ -36,7 +36,7 @@ _WORTH = 1e-6
 
 @dataclass(frozen=True)
 class Absorption:
-    """What absorbing did to a layer, or would have done.
+    """Outcome of absorbing in a layer, also where nothing was changed.
 
     Attributes:
         error: change of each task's mean weight, ``[T]``, relative to the larger residual of before and after.

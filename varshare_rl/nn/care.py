@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.layer import check_positive
 from varshare_rl.nn.mlp import StackedMLP, TaskMLP
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.registry import register
 
 
 class CARENetwork(nn.Module):
@@ -66,6 +68,7 @@ class CARENetwork(nn.Module):
         return rows.restore(self.trunk(torch.cat([encoding, beside], dim=-1), task_ids))
 
 
+@register("network", "care")
 @dataclass
 class CAREConfig(NetworkConfig):
     """``network=care``: contextual attention-based representations (Sodhani et al. 2021).
@@ -83,9 +86,12 @@ class CAREConfig(NetworkConfig):
     """
 
     name: str = "care"
-    experts: int = 6
-    encoder_width: int = 50
-    context: int = 50
+    experts: int = bounded(6, least=1)
+    "Encoders that are mixed."
+    encoder_width: int = bounded(50, least=1)
+    "Width of the encoders' two layers."
+    context: int = bounded(50, least=1)
+    "Size of every task's context."
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> CARENetwork:
         """A mixture of encoders with a trunk for ``num_tasks`` tasks."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
 from torch import nn
 
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.mlp import BroNet, TaskMLP
 
 
@@ -42,11 +43,16 @@ class NetworkConfig(ABC):
     #: Name of the estimator of training passes unless told otherwise; None without a posterior.
     default_estimator: ClassVar[str | None] = None
     name: str = "???"
-    hidden: list[int] = field(default_factory=lambda: [64, 64])
+    hidden: list[int] = bounded([64, 64], least=1)
+    "Sizes of the hidden layers."
     activation: str = "tanh"
+    "Activation of the hidden layers: `tanh`, `relu` and others; a wrong name lists them."
     layer_norm: bool = False
-    active_parameters: int | None = None
+    "LayerNorm before every activation."
+    active_parameters: int | None = bounded(None, least=1)
+    "One width for all hidden layers that gives the agent about so many active parameters per task; null: `hidden`."
     blocks: Blocks = Blocks.mlp
+    "Blocks of the hidden layers: a plain stack, or residual ones with LayerNorm."
 
     @abstractmethod
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:

@@ -15,6 +15,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded, check_below
 from varshare_rl.nn.config import Blocks, NetworkConfig
 from varshare_rl.nn.task_rows import TaskIds, in_order
 from varshare_rl.ops.rl import categorical_cross_entropy, categorical_value, squared_error, support
@@ -34,16 +35,30 @@ class ValueLoss(Enum):
 class CriticConfig:
     """Options of ``critic``: its networks where they differ from the policy's, its loss, and its units."""
 
-    hidden: list[int] | None = None  # null: as network.hidden
-    activation: str | None = None  # null: as network.activation
-    layer_norm: bool | None = None  # null: as network.layer_norm
-    blocks: Blocks | None = None  # null: as network.blocks
+    hidden: list[int] | None = bounded(None, least=1)
+    "Sizes of the critics' hidden layers; null: as `network.hidden`."
+    activation: str | None = None
+    "Activation of the critics; null: as `network.activation`."
+    layer_norm: bool | None = None
+    "LayerNorm in the critics; null: as `network.layer_norm`."
+    blocks: Blocks | None = None
+    "Blocks of the critics' hidden layers; null: as `network.blocks`."
     loss: ValueLoss = ValueLoss.squared
-    bins: int = 101  # of the categorical loss: atoms from value_min to value_max,
-    value_min: float = -10.0  # in units of the return, or with popart in standard deviations of the task's targets
+    "Loss of the critics: the squared error of a value, or the cross-entropy of a distribution of values."
+    bins: int = bounded(101, least=2)
+    "Atoms of the categorical loss, from `value_min` to `value_max`."
+    value_min: float = -10.0
+    "Least atom, in units of the return; with PopArt in standard deviations of the task's targets."
     value_max: float = 10.0
+    "Largest atom, in the same units."
     popart: bool = False
-    popart_rate: float = 0.01  # weight of one gradient step's targets in their running mean and standard deviation
+    "PopArt: values in each task's own units."
+    popart_rate: float = bounded(0.01, above=0, most=1)
+    "Weight of a gradient step's targets in their running mean and standard deviation."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for atoms in no order."""
+        check_below(self, prefix, "value_min", "value_max")
 
     @property
     def outputs(self) -> int:
@@ -208,7 +223,7 @@ class Critic(nn.Module):
 
     Args:
         num_tasks: ``T``.
-        networks: how many networks there are.
+        networks: their number.
         config: see :class:`CriticConfig`.
     """
 

@@ -12,6 +12,7 @@ from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.mlp import ACTIVATIONS, hidden_norms
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
+from varshare_rl.registry import register
 
 
 class FeatureModulation(nn.Module):
@@ -54,6 +55,7 @@ class FiLMNetwork(nn.Module):
         return rows.restore(self.layers[-1](h, task_ids))
 
 
+@register("network", "film")
 @dataclass
 class FiLMConfig(NetworkConfig):
     """``network=film``: feature-wise linear modulation (Perez et al. 2018) of every hidden layer by the task.

@@ -13,6 +13,7 @@ from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.task_weights import FullRankWeights
+from varshare_rl.registry import register
 
 
 class IndependentLayer(TaskLayer):
@@ -40,6 +41,7 @@ class IndependentLayer(TaskLayer):
         return FullRankWeights(None, self.weights)
 
 
+@register("network", "independent")
 @dataclass
 class IndependentConfig(NetworkConfig):
     """``network=independent``: one network per task."""
@@ -55,6 +57,7 @@ class IndependentConfig(NetworkConfig):
         return self.stack(in_features, out_features, layer)
 
 
+@register("network", "multi_head")
 @dataclass
 class MultiHeadConfig(NetworkConfig):
     """``network=multi_head``: shared hidden layers, a head per task (Caruana 1997; MTMHSAC in Yu et al. 2020).

@@ -90,7 +90,7 @@ class TaskLayer(TaskModule):
 
     Attributes:
         theta: shared weight ``[G, F]``, where there is one; bias: ``[G]`` or None.
-        recorder: who wants the gradients of ``theta`` and ``bias`` per task.
+        recorder: takes the gradients of ``theta`` and ``bias`` per task; None: nobody wants them.
     """
 
     theta: Tensor
@@ -146,7 +146,7 @@ class TaskLayer(TaskModule):
         return None
 
     def task_rho(self, task: int) -> dict[str, Tensor]:
-        """What a correction has no room for: ``rho_A``, ``rho_B`` and ``prior_scale``; empty without posteriors."""
+        """``rho_A``, ``rho_B`` and ``prior_scale``, which a correction has no room for; else empty."""
         return {}
 
     def task_weights(self) -> TaskWeights | None:
@@ -193,7 +193,7 @@ def task_layers(module: nn.Module) -> Iterator[tuple[str, TaskLayer]]:
 
 
 def posterior_layers(module: nn.Module) -> Iterator[tuple[str, TaskLayer]]:
-    """Those among them with posteriors over their own weights."""
+    """Task layers inside ``module`` with posteriors over their own weights, as :func:`task_layers`."""
     return ((name, layer) for name, layer in task_layers(module) if layer.rho_parameters)
 
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.layer import INITIAL_MU_STD, TaskLayer, check_positive, linear_parameters, plain_linear
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear, low_rank_linear
 from varshare_rl.ops.low_rank import LowRank
 from varshare_rl.ops.task_weights import FullRankWeights, LowRankWeights, TaskWeights
+from varshare_rl.registry import register
 
 
 class ResidualLayer(TaskLayer):
@@ -127,6 +130,7 @@ class L2SoftLayer(ResidualLayer):
         return f"{super().extra_repr()}, prior_scale={self.prior_scale:g}"
 
 
+@register("network", "l2_soft")
 @dataclass
 class L2SoftConfig(NetworkConfig):
     """``network=l2_soft``: every linear layer an :class:`L2SoftLayer`, the ablation of VarShare's noise.
@@ -138,8 +142,18 @@ class L2SoftConfig(NetworkConfig):
     """
 
     name: str = "l2_soft"
-    rank: int | None = 8  # null: full rank
-    alpha: float | None = None
+    rank: int | None = bounded(8, least=1)
+    "Rank of the residuals; null: full rank."
+    alpha: float | None = bounded(None, above=0)
+    "Numerator of the residuals' scale `alpha / rank`; null: the rank, so that the scale is 1."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for a scale without a rank."""
+        if self.alpha is not None and self.rank is None:
+            raise UserError(
+                f"{prefix}alpha is {self.alpha} and scales a low-rank residual, but {prefix}rank is null; "
+                "leave one of them out"
+            )
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network of penalised residual layers for ``num_tasks`` tasks."""
@@ -150,6 +164,7 @@ class L2SoftConfig(NetworkConfig):
         return self.stack(in_features, out_features, layer)
 
 
+@register("network", "lora")
 @dataclass
 class LoRAConfig(NetworkConfig):
     """``network=lora``: every linear layer ``W_i = theta + (alpha / rank) B_i A_i`` (Hu et al. 2021).
@@ -160,8 +175,10 @@ class LoRAConfig(NetworkConfig):
     """
 
     name: str = "lora"
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = bounded(8, least=1)
+    "Rank of the residuals."
+    alpha: float | None = bounded(None, above=0)
+    "Numerator of the residuals' scale `alpha / rank`; null: the rank, so that the scale is 1."
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network of low-rank residual layers for ``num_tasks`` tasks."""

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.independent import IndependentLayer
 from varshare_rl.nn.mlp import StackedMLP, hidden_norms
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.registry import register
 
 
 def orthonormalize(vectors: Tensor) -> Tensor:
@@ -65,6 +67,7 @@ class MOORENetwork(nn.Module):
         return y
 
 
+@register("network", "moore")
 @dataclass
 class MOOREConfig(NetworkConfig):
     """``network=moore``: mixture of orthogonal experts (Hendawy et al. 2024).
@@ -82,8 +85,10 @@ class MOOREConfig(NetworkConfig):
     """
 
     name: str = "moore"
-    experts: int = 4
+    experts: int = bounded(4, least=1)
+    "Experts whose outputs are made orthogonal."
     multi_head: bool = True
+    "A head for every task; otherwise one for all."
 
     def least_width(self) -> int:
         """As many features as experts: in fewer dimensions they cannot be orthogonal."""

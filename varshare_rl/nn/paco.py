@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.layer import check_positive
 from varshare_rl.nn.mlp import ACTIVATIONS, StackedLinear, hidden_norms
 from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.registry import register
 
 
 class PaCoNetwork(nn.Module):
@@ -52,13 +54,14 @@ def _composed(layer: nn.Module, composition: Tensor, x: Tensor) -> Tensor:
     return torch.baddbmm((composition @ layer.biases).unsqueeze(1), x, weights.transpose(1, 2))
 
 
+@register("network", "paco")
 @dataclass
 class PaCoConfig(NetworkConfig):
     """``network=paco``: parameter-compositional multi-task RL (Sun et al. 2022).
 
     Parameters are combined, not outputs: a task runs one network whose weights and biases are its combination of
     ``parameter_sets`` shared ones. Rows of ``compositions`` start on the unit sphere and sets start
-    independently, so composed weights start with the spread of ``torch.nn.Linear``; afterwards nothing holds them
+    independently, so composed weights start at the scale of ``torch.nn.Linear``; afterwards nothing holds them
     there.
 
     Deviations: actor and critics have compositions of their own (one for all in the paper); a task whose loss
@@ -67,7 +70,8 @@ class PaCoConfig(NetworkConfig):
     """
 
     name: str = "paco"
-    parameter_sets: int = 5
+    parameter_sets: int = bounded(5, least=1)
+    "Sets of parameters that every task combines."
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> PaCoNetwork:
         """A compositional MLP for ``num_tasks`` tasks."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.nn.config import NetworkConfig
-from varshare_rl.nn.layer import TaskModule, penalized_layers
-from varshare_rl.nn.variational import VariationalLayer, summed_posterior_kl
+from varshare_rl.nn.layer import penalized_layers
+from varshare_rl.nn.variational import summed_kl
 
 #: Largest distance of an agent from the number that was asked for, as a fraction of it.
 TOLERANCE = 0.02
@@ -98,7 +98,7 @@ def shared_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def rho_parameters(module: nn.Module) -> list[nn.Parameter]:
-    """The ``rho`` of all posteriors in ``module``: what their means do without."""
+    """The ``rho`` of all posteriors in ``module``, which their means do without."""
     return [
         layer.get_parameter(name) for layer in module.modules() for name in getattr(layer, "rho_parameters", ())
     ]
@@ -115,15 +115,6 @@ def frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
-
-
-def summed_kl(layers: Sequence[TaskModule]) -> Tensor:
-    """Sum of what the weights per task of ``layers``, at least one, cost: ``[T]`` nats."""
-    together = [layer for layer in layers if isinstance(layer, VariationalLayer) and not layer.has_given_prior]
-    costs = [layer.kl() for layer in layers if layer not in together]
-    if together:
-        costs.append(summed_posterior_kl(together))
-    return costs[0] if len(costs) == 1 else torch.stack(costs).sum(0)
 
 
 def total_kl(module: nn.Module, num_tasks: int) -> Tensor:

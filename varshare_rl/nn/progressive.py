@@ -29,7 +29,7 @@ class LateralLayer(TaskLayer):
     Args:
         in_features, out_features: sizes of input and output.
         place: number of the layer in its column.
-        earlier: how many columns stand before this one.
+        earlier: number of columns before this one.
         width: size of the adapter's hidden layer.
         taps: where the columns leave their layers' inputs, in order.
     """
@@ -65,7 +65,7 @@ class Columns(nn.Module):
 
     Args:
         stack: puts the layers that a maker makes together into a column.
-        columns: how many there are.
+        columns: their number.
         width: size of the adapters' hidden layers.
     """
 

@@ -11,6 +11,7 @@ from varshare_rl.nn.layer import TaskLayer, linear_parameters, plain_linear
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, all_tasks, task_rows
 from varshare_rl.ops.gradient_record import GradientRecord, Recorder, per_task_offset
 from varshare_rl.ops.linear import linear
+from varshare_rl.registry import register
 
 
 class SharedLayer(TaskLayer):
@@ -59,6 +60,7 @@ class SharedLayer(TaskLayer):
         return super().shared_linear() if self.one_hot_tasks else plain_linear(self.theta, self.bias)
 
 
+@register("network", "shared")
 @dataclass
 class SharedConfig(NetworkConfig):
     """``network=shared``: all weights shared, the task given as a one-hot input."""

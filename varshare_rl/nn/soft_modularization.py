@@ -8,11 +8,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.layer import check_positive
 from varshare_rl.nn.mlp import ACTIVATIONS, StackedLinear, TaskMLP, stacked_norms
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.registry import register
 
 
 class SoftModularizationNetwork(nn.Module):
@@ -71,6 +73,7 @@ class SoftModularizationNetwork(nn.Module):
         return found
 
 
+@register("network", "soft_modularization")
 @dataclass
 class SoftModularizationConfig(NetworkConfig):
     """``network=soft_modularization``: soft modularization (Yang et al. 2020).
@@ -90,8 +93,10 @@ class SoftModularizationConfig(NetworkConfig):
     """
 
     name: str = "soft_modularization"
-    modules: int = 2
-    embedding: int | None = None  # null: as wide as the first hidden layer
+    modules: int = bounded(2, least=1)
+    "Modules of every layer."
+    embedding: int | None = bounded(None, least=1)
+    "Size of the state features and of every task's embedding; null: as wide as the first hidden layer."
 
     def build(
         self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior

@@ -51,7 +51,7 @@ class GaussianFactors(TaskModule, ABC):
     A subclass names the parameters in ``factors`` and gives their values for fresh tasks and their prior.
 
     Attributes:
-        estimator, weight_samples: how training passes draw when no noise is held, and draws per task and pass.
+        estimator, weight_samples: way of drawing when no noise is held, and draws per task and training pass.
         noise: the noise that training passes use, or None for fresh noise.
         theta_only: the factors are left out of the forward pass altogether.
     """

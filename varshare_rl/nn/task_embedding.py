@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.layer import TaskLayer, check_positive, linear_parameters, plain_linear
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear
+from varshare_rl.registry import register
 
 
 class TaskEmbeddingLayer(TaskLayer):
@@ -51,6 +53,7 @@ class TaskEmbeddingLayer(TaskLayer):
         return plain_linear(self.theta[:, :size], self.bias + self.theta[:, size:] @ own)
 
 
+@register("network", "task_embedding")
 @dataclass
 class TaskEmbeddingConfig(NetworkConfig):
     """``network=task_embedding``: all weights shared, the task given as a learned embedding of unit norm.
@@ -61,7 +64,8 @@ class TaskEmbeddingConfig(NetworkConfig):
     """
 
     name: str = "task_embedding"
-    embedding: int = 32
+    embedding: int = bounded(32, least=1)
+    "Size of every task's embedding."
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network of shared layers, the first of which sees the embedding."""

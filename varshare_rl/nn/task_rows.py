@@ -107,7 +107,7 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int, stacked: bool = True
         x: ``[T, B, F]`` with ids ``[T]``; ``[N, F]`` with ids ``[N]``, each row with its own task; or any
             ``[..., F]`` with one id.
         task_ids: an int, or an integer tensor (best on the CPU: a CUDA tensor is copied to check it).
-        num_tasks: how many tasks there are.
+        num_tasks: number of tasks.
         stacked: the rows are for stacked tensors, which hold a subset's tasks alone where one is open.
 
     Raises:

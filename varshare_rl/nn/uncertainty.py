@@ -98,7 +98,7 @@ def sample_outputs(
     Args:
         module: called as ``module(*inputs, task_ids)``.
         inputs: each ``[T, B, F]``, all tasks in order.
-        draws: how many, ``P``, at least 2.
+        draws: their number, ``P``, at least 2.
         temperature: factor on every sigma.
         read: turns the module's output into a tensor ``[K, B, ...]``.
         at_once: draws in one forward pass; bounds the memory.

@@ -10,10 +10,10 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.layer import TaskLayer, check_positive
+from varshare_rl.nn.layer import TaskLayer, TaskModule, check_positive
 from varshare_rl.nn.stochastic import GaussianFactors, RowNoise, WeightNoise
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
-from varshare_rl.ops.gaussian import posterior_kl, softplus_sigma
+from varshare_rl.ops.gaussian import inverse_softplus, posterior_kl, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.task_weights import TaskWeights
 
@@ -84,6 +84,11 @@ class VariationalLayer(GaussianFactors, TaskLayer):
     def prior_scale(self) -> Tensor:
         """Standard deviation of each task's prior, ``[T]``."""
         return self.log_prior_scale.exp()
+
+    @property
+    def prior_rho(self) -> Tensor:
+        """``rho`` of the prior, ``[T, 1, 1]``."""
+        return inverse_softplus(self.prior_scale.double()).to(self.prior_scale.dtype).view(-1, 1, 1)
 
     def forward(self, x: Tensor, task_id: TaskIds, temperature: float = 1.0) -> Tensor:
         """Apply each row's own task's weights.
@@ -217,6 +222,15 @@ def summed_posterior_kl(layers: Sequence[VariationalLayer]) -> Tensor:
     """Sum over ``layers`` (at least one, none with a given prior) of their divergence: ``[T]`` nats."""
     posteriors = [(layer.log_prior_scale, posterior) for layer in layers for posterior in layer.posteriors()]
     return posterior_kl([posterior for _, posterior in posteriors], [scale for scale, _ in posteriors])
+
+
+def summed_kl(layers: Sequence[TaskModule]) -> Tensor:
+    """Sum of what the weights per task of ``layers``, at least one, cost: ``[T]`` nats."""
+    together = [layer for layer in layers if isinstance(layer, VariationalLayer) and not layer.has_given_prior]
+    costs = [layer.kl() for layer in layers if layer not in together]
+    if together:
+        costs.append(summed_posterior_kl(together))
+    return costs[0] if len(costs) == 1 else torch.stack(costs).sum(0)
 
 
 @torch.no_grad()

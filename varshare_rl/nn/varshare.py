@@ -13,10 +13,11 @@ from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.layer import INITIAL_RHO, AbsorptionMove, linear_parameters, plain_linear
 from varshare_rl.nn.task_rows import TaskRows
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import prior_nats, product_sigma, random_signs, rho_of, softplus_sigma
+from varshare_rl.ops.gaussian import prior_nats, product_sigma, random_signs, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear
 from varshare_rl.ops.task_weights import FullRankWeights
+from varshare_rl.registry import register
 
 
 class VarShareLayer(VariationalLayer):
@@ -106,7 +107,7 @@ class VarShareLayer(VariationalLayer):
     def set_to_prior(self, kept: Tensor) -> None:
         kept = kept.view(len(kept), *(kept.shape[1:] or (1, 1)))
         self.mus.copy_(torch.where(kept, self.mus, 0.0))
-        self.rhos.copy_(torch.where(kept, self.rhos, rho_of(self.prior_scale).view(-1, 1, 1)))
+        self.rhos.copy_(torch.where(kept, self.rhos, self.prior_rho))
 
     def absorption(self, rate: float) -> AbsorptionMove:
         """The move of the mean, which is exact."""
@@ -126,6 +127,7 @@ class VarShareLayer(VariationalLayer):
         return (variance * x.square()).sum(-1)
 
 
+@register("network", "varshare")
 @dataclass
 class VarShareConfig(NetworkConfig):
     """``network=varshare``: every linear layer a :class:`VarShareLayer`."""

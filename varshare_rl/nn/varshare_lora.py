@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.layer import (
     INITIAL_MU_STD,
@@ -21,11 +22,12 @@ from varshare_rl.nn.layer import (
 )
 from varshare_rl.nn.task_rows import TaskRows
 from varshare_rl.nn.variational import VariationalLayer
-from varshare_rl.ops.gaussian import drawn_low_rank, prior_nats, random_signs, rho_of, softplus_sigma
+from varshare_rl.ops.gaussian import drawn_low_rank, prior_nats, random_signs, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
 from varshare_rl.ops.linear import linear, low_rank_linear
 from varshare_rl.ops.low_rank import LowRank, aligned, balanced, decompose, shared_part
 from varshare_rl.ops.task_weights import LowRankWeights
+from varshare_rl.registry import register
 
 #: Singular values below this share of the residual are rounding.
 _NOTHING = 1e-7
@@ -153,10 +155,9 @@ class VarShareLoRALayer(VariationalLayer):
         return (mean_a * mean_b / noise).sqrt()
 
     def set_to_prior(self, kept: Tensor) -> None:
-        rho = rho_of(self.prior_scale).view(-1, 1, 1)
         for (mus, rhos), keep in zip(self.posteriors(), (kept.unsqueeze(2), kept.unsqueeze(1)), strict=True):
             mus.copy_(torch.where(keep, mus, 0.0))
-            rhos.copy_(torch.where(keep, rhos, rho))
+            rhos.copy_(torch.where(keep, rhos, self.prior_rho))
 
     def absorption(self, rate: float) -> AbsorptionMove:
         """The move of rank ``r``; the gradient of a factor scales with the other factor, which changes."""
@@ -208,14 +209,17 @@ def _flipped(x: Tensor, mean: Tensor, delta: Tensor) -> Tensor:
     return torch.addcmul(torch.bmm(x, mean.transpose(1, 2)), perturbed, random_signs(perturbed))
 
 
+@register("network", "varshare_lora")
 @dataclass
 class VarShareLoRAConfig(NetworkConfig):
     """``network=varshare_lora``: every linear layer a :class:`VarShareLoRALayer`."""
 
     default_estimator: ClassVar[str | None] = "weight"
     name: str = "varshare_lora"
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = bounded(8, least=1)
+    "Rank of the residuals."
+    alpha: float | None = bounded(None, above=0)
+    "Numerator of the residuals' scale `alpha / rank`; null: the rank, so that the scale is 1."
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network of VarShare-LoRA layers for ``num_tasks`` tasks."""

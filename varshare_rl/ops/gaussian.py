@@ -29,11 +29,6 @@ def inverse_softplus(sigma: Tensor) -> Tensor:
     return sigma + torch.log(-torch.expm1(-sigma))
 
 
-def rho_of(sigma: Tensor) -> Tensor:
-    """``rho`` with ``softplus(rho) = sigma``, worked out in float64, for values that are not next to 0."""
-    return torch.log(torch.expm1(sigma.double())).to(sigma.dtype)
-
-
 def posterior_kl(posteriors: Sequence[tuple[Tensor, Tensor]], log_prior_scales: Sequence[Tensor]) -> Tensor:
     """Sum over each task's Gaussian matrices of ``KL(N(mu, sigma^2) || N(0, p^2))``, ``sigma = softplus(rho)``.
 

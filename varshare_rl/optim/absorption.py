@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.absorb import Absorption, absorb
 from varshare_rl.types import Metrics
 
@@ -16,9 +18,17 @@ from varshare_rl.types import Metrics
 class AbsorbConfig:
     """Options of ``elbo.absorb``: the mean of the residuals moves into the shared weights."""
 
-    every: int = 0  # gradient updates; 0: never
-    rate: float = 0.1  # share of the mean that moves
-    max_error: float = 0.05  # a layer is left alone when a task's residual would change by more than this share
+    every: int = bounded(0, least=0)
+    "Gradient updates between moves of the residuals' common part into the shared weights; 0: never."
+    rate: float = bounded(0.1, least=0, most=1)
+    "Share of the common part that moves."
+    max_error: float = bounded(0.05, least=0)
+    "A layer is left alone when a task's residual would change by more than this share."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for moves that move nothing."""
+        if self.every and self.rate == 0:
+            raise UserError(f"{prefix}rate is 0, which moves nothing; give up to 1, or {prefix}every=0")
 
     def due(self, updates_before: int, updates: int) -> bool:
         """Return True when the count of gradient updates has passed a multiple of ``every``."""

@@ -1,97 +1,16 @@
-"""Ways to combine the tasks' gradients of the shared parameters, through TorchJD, and their options."""
+"""Aggregate the tasks' gradients of the shared parameters to one."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from varshare_rl.errors import UserError
-from varshare_rl.optim.gradnorm import GradNorm, GradNormConfig
 from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.types import Tree
-
-
-class AggregatorName(Enum):
-    """Ways from losses per task to one gradient; the comments give the papers."""
-
-    mean = "mean"  # of the losses
-    pcgrad = "pcgrad"  # Yu et al. 2020, Gradient Surgery for Multi-Task Learning
-    cagrad = "cagrad"  # Liu et al. 2021, Conflict-Averse Gradient Descent for Multi-task Learning
-    fairgrad = "fairgrad"  # Ban and Ji 2024, Fair Resource Allocation in Multi-Task Learning
-    nashmtl = "nashmtl"  # Navon et al. 2022, Multi-Task Learning as a Bargaining Game
-    upgrad = "upgrad"  # Quinton and Rey 2024, Jacobian Descent for Multi-Objective Optimization
-    mgda = "mgda"  # Desideri 2012; Sener and Koltun 2018, Multi-Task Learning as Multi-Objective Optimization
-    imtlg = "imtlg"  # Liu et al. 2021, Towards Impartial Multi-task Learning
-    aligned_mtl = "aligned_mtl"  # Senushkin et al. 2023, Independent Component Alignment
-    gradvac = "gradvac"  # Wang et al. 2021, Gradient Vaccine
-    graddrop = "graddrop"  # Chen et al. 2020, Just Pick a Sign
-    gradnorm = "gradnorm"  # Chen et al. 2018, GradNorm
-    softmax_temperature = "softmax_temperature"  # Yang et al. 2020, Multi-Task RL with Soft Modularization
-
-
-class AlignedScale(Enum):
-    """The eigenvalue of the Gramian that AlignedMTL gives to all of its components."""
-
-    min = "min"
-    median = "median"
-    rmse = "rmse"
-
-
-@dataclass
-class CAGradConfig:
-    """Options of ``cagrad``."""
-
-    c: float = 0.4  # radius of the ball around the mean gradient, as a share of its norm
-
-
-@dataclass
-class FairGradConfig:
-    """Options of ``fairgrad``."""
-
-    alpha: float = 1.0  # fairness: 1 proportional, large max-min
-
-
-@dataclass
-class NashMTLConfig:
-    """Options of ``nashmtl``."""
-
-    max_norm: float = 1.0  # of the combined gradient; 0: none
-    solve_every: int = 1  # steps
-    iterations: int = 20
-
-
-@dataclass
-class AlignedMTLConfig:
-    """Options of ``aligned_mtl``."""
-
-    scale: AlignedScale = AlignedScale.min
-
-
-@dataclass
-class GradVacConfig:
-    """Options of ``gradvac``."""
-
-    decay: float = 0.01  # how quickly the targets of the cosine similarities follow them
-
-
-@dataclass
-class GradientConfig:
-    """Options of ``gradient``: the methods of actor and critic, and their settings."""
-
-    actor: AggregatorName = AggregatorName.mean
-    critic: AggregatorName = AggregatorName.mean
-    cagrad: CAGradConfig = field(default_factory=CAGradConfig)
-    fairgrad: FairGradConfig = field(default_factory=FairGradConfig)
-    nashmtl: NashMTLConfig = field(default_factory=NashMTLConfig)
-    aligned_mtl: AlignedMTLConfig = field(default_factory=AlignedMTLConfig)
-    gradvac: GradVacConfig = field(default_factory=GradVacConfig)
-    gradnorm: GradNormConfig = field(default_factory=GradNormConfig)
 
 
 class GramianAggregator(GradientAggregator):
@@ -211,50 +130,3 @@ class NashMTLAggregator(GramianAggregator):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.bargaining._init_optim_problem()
-
-
-def build_aggregator(method: AggregatorName, config: GradientConfig, num_tasks: int) -> GradientAggregator:
-    """Return the aggregator of a method that needs the gradients per task.
-
-    Raises:
-        UserError: TorchJD or what a method of it needs is not installed.
-    """
-    if method is AggregatorName.gradnorm:
-        return GradNorm(config.gradnorm, num_tasks)
-    try:
-        from torchjd import aggregation
-
-        return _from_torchjd(aggregation, method, config, num_tasks)
-    except ImportError as error:
-        raise UserError(
-            f"gradient={method.value} needs TorchJD ({error.msg}); give another gradient, or install it with "
-            "pip install 'varshare_rl[gradient]'"
-        ) from error
-
-
-def _from_torchjd(
-    torchjd: Any, method: AggregatorName, config: GradientConfig, num_tasks: int
-) -> GradientAggregator:
-    if method is AggregatorName.graddrop:
-        return GradDropAggregator(torchjd.GradDrop())
-    if method is AggregatorName.pcgrad:
-        return GramianAggregator(torchjd.PCGradWeighting(), of_sum=True)
-    if method is AggregatorName.gradvac:
-        return GradVacAggregator(torchjd.GradVacWeighting(beta=config.gradvac.decay))
-    if method is AggregatorName.nashmtl:
-        chosen = config.nashmtl
-        aggregator = torchjd.NashMTL(num_tasks, chosen.max_norm, chosen.solve_every, chosen.iterations)
-        return NashMTLAggregator(aggregator.weighting)
-    if method is AggregatorName.fairgrad:
-        alpha = config.fairgrad.alpha  # G w = w^(-1 / alpha)
-        return GramianAggregator(torchjd.FairGradWeighting(alpha), degree=alpha / (1.0 + alpha))
-    if method is AggregatorName.cagrad:
-        return GramianAggregator(torchjd.CAGradWeighting(config.cagrad.c))
-    if method is AggregatorName.aligned_mtl:
-        return GramianAggregator(torchjd.AlignedMTLWeighting(scale_mode=config.aligned_mtl.scale.value))
-    stateless = {
-        AggregatorName.upgrad: torchjd.UPGradWeighting,
-        AggregatorName.mgda: torchjd.MGDAWeighting,
-        AggregatorName.imtlg: torchjd.IMTLGWeighting,
-    }
-    return GramianAggregator(stateless[method]())

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.task_rows import active_tasks
 from varshare_rl.state import Stateful
 from varshare_rl.types import Tree
@@ -25,8 +27,16 @@ _FOLLOW = 2.0**0.01
 class DivergenceGuardConfig:
     """Options of ``divergence_guard``: which tasks are left out of a step."""
 
-    non_finite: bool = True  # those whose loss is NaN or infinite; and no step on a gradient that is
-    explosion: float = 0.0  # those whose loss exceeds so many times its running average (0: none)
+    non_finite: bool = True
+    "Leave out a task whose loss is NaN or infinite, and take no step on a gradient that is."
+    explosion: float = bounded(0.0, least=0)
+    """Leave out a task whose loss is this many times its running average, until that has followed; above 1, or 0:
+    never."""
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for a factor that every loss passes."""
+        if 0 < self.explosion <= 1:
+            raise UserError(f"{prefix}explosion is {self.explosion}; it must be above 1, or 0 to switch it off")
 
 
 class DivergenceGuard(Stateful):

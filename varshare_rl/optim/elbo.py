@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from enum import Enum
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -11,11 +11,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Posterior
 from varshare_rl.nn.layer import TaskModule, penalized_layers
-from varshare_rl.nn.parameters import summed_kl
-from varshare_rl.nn.variational import Estimator
+from varshare_rl.nn.variational import Estimator, summed_kl
 from varshare_rl.optim.absorption import AbsorbConfig
 from varshare_rl.optim.kl_schedules import ConstantConfig, KLSchedule
 from varshare_rl.optim.priors import FixedPriorConfig, LossGap, Prior
@@ -43,24 +44,50 @@ class DrawConfig:
     """Options of ``elbo.draw``: the weights that acting, targets and evaluation use."""
 
     acting: Resample = Resample.per_update
+    "Weights of the policy while it collects experience."
     targets: TargetDraw = TargetDraw.mean
+    "Weights of targets (SAC) and advantages (PPO)."
     evaluation: Resample = Resample.mean
+    "Weights of the policy in evaluation."
 
 
 @dataclass
 class ElboConfig:
     """Options of ``elbo``: the weight of the divergence and how it moves, the posteriors and how they are drawn."""
 
-    kl_weight: float = 0.01
+    kl_weight: float = bounded(0.01, least=0)
+    "Weight of the divergence."
     normalization: KLNormalization = KLNormalization.data
-    prior_scale: float = 1.0
-    temperature: float = 1.0
-    estimator: Estimator | None = None  # of training passes; null: the architecture's own
-    weight_samples: int = 1  # draws per task and training pass of the estimators weight and flipout
+    """Divisor of a task's divergence: the transitions that its loss averages over, so that a weight of 1 is the
+    plain ELBO (`data`); the parameters of its posterior; or none."""
+    prior_scale: float = bounded(1.0, above=0)
+    "Standard deviation of the prior."
+    temperature: float = bounded(1.0, least=0)
+    "Factor on the noise of draws."
+    estimator: Estimator | None = None
+    "Estimator of training passes; null: the network's own."
+    weight_samples: int = bounded(1, least=1)
+    "Draws per task and training pass, of the estimators `weight` and `flipout`."
     draw: DrawConfig = field(default_factory=DrawConfig)
-    schedule: Any = field(default_factory=ConstantConfig)  # options of the chosen elbo/schedule
-    prior: Any = field(default_factory=FixedPriorConfig)  # options of the chosen elbo/prior
+    "Draws of the weights."
+    schedule: Any = field(default_factory=ConstantConfig)
+    "Schedule of the weight: `elbo/schedule=<name>`, with options of its own."
+    prior: Any = field(default_factory=FixedPriorConfig)
+    "Schedule of the prior's scale: `elbo/prior=<name>`, with options of its own."
     absorb: AbsorbConfig = field(default_factory=AbsorbConfig)
+    "Absorption of the residuals' common part."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for a schedule or prior chosen with a dot, and a weight that no schedule can move."""
+        for part in ("schedule", "prior"):
+            given = getattr(self, part)
+            if not is_dataclass(given):
+                raise UserError(f"{prefix}{part} is {given}; choose one with a slash: elbo/{part}={given}")
+        if self.kl_weight == 0 and not isinstance(self.schedule, ConstantConfig):
+            raise UserError(
+                f"{prefix}kl_weight is 0, from which elbo/schedule={self.schedule.name} cannot start; "
+                "give a positive weight"
+            )
 
     def posterior(self) -> Posterior:
         """Return the part that the layers are built from."""

@@ -7,17 +7,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
+from varshare_rl.optim.gradient import AggregatorConfig
 from varshare_rl.optim.jacobian import GradientAggregator
+from varshare_rl.registry import register
 
 _LEAST = 1e-3
 
 
+@register("gradient", "gradnorm")
 @dataclass
-class GradNormConfig:
-    """Options of ``gradnorm``."""
+class GradNormConfig(AggregatorConfig):
+    """``gradient=gradnorm``: learned weights that make the gradients' norms alike (Chen et al. 2018)."""
 
-    asymmetry: float = 0.0  # the paper's alpha: how much more a task that lags behind is to get
-    learning_rate: float = 0.025  # of the weights, by Adam
+    asymmetry: float = bounded(0.0, least=0)
+    "Pull on tasks that train slowly, the paper's alpha."
+    learning_rate: float = bounded(0.025, least=0)
+    "Learning rate of the weights, by Adam."
+
+    def build(self, num_tasks: int) -> GradNorm:
+        """Make the aggregator."""
+        return GradNorm(self, num_tasks)
 
 
 class GradNorm(GradientAggregator):

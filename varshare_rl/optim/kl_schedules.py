@@ -14,7 +14,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded, check_below
 from varshare_rl.nn.variational import noise_to_weight
+from varshare_rl.registry import register
 from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics
 
@@ -40,6 +43,7 @@ class KLSchedule(Stateful):
         return {"kl_weight": float(self.weight.mean() if isinstance(self.weight, Tensor) else self.weight)}
 
 
+@register("elbo/schedule", "constant")
 @dataclass
 class ConstantConfig:
     """``elbo/schedule=constant``: ``elbo.kl_weight`` throughout."""
@@ -51,6 +55,7 @@ class ConstantConfig:
         return KLSchedule(kl_weight)
 
 
+@register("elbo/schedule", "ramp")
 @dataclass
 class RampConfig:
     """``elbo/schedule=ramp``: up from 0 to ``kl_weight``, hold, then up to ``late_factor * kl_weight``.
@@ -59,9 +64,17 @@ class RampConfig:
     """
 
     name: str = "ramp"
-    warmup: float = 0.1
-    late: float = 0.2
-    late_factor: float = 2.0
+    warmup: float = bounded(0.1, least=0, most=1)
+    "Share of the budget for the first rise."
+    late: float = bounded(0.2, least=0, most=1)
+    "Share of the budget for the second rise, at its end."
+    late_factor: float = bounded(2.0, least=0)
+    "End of the second rise, times `elbo.kl_weight`."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for rises that overlap."""
+        if self.warmup + self.late > 1:
+            raise UserError(f"{prefix}warmup + late is {self.warmup + self.late:g}; it must be at most 1")
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
         """Return the schedule."""
@@ -81,6 +94,7 @@ class _Ramp(KLSchedule):
         self.weight = self.full * (rise + (top - 1.0) * min(end, 1.0))
 
 
+@register("elbo/schedule", "band")
 @dataclass
 class BandConfig:
     """``elbo/schedule=band``: keep the residuals' sigma within a band relative to the shared weights.
@@ -93,13 +107,25 @@ class BandConfig:
     """
 
     name: str = "band"
-    low: float = 0.05
+    low: float = bounded(0.05, least=0)
+    "Least noise-to-weight ratio."
     high: float = 0.2
-    factor: float = 1.1
-    interval: int = 20
-    smoothing: float = 0.05  # weight of the newest ratio in its moving average
-    least: float = 1e-6
+    "Largest noise-to-weight ratio."
+    factor: float = bounded(1.1, least=1)
+    "Factor on the weight when the ratio is outside."
+    interval: int = bounded(20, least=1)
+    "Updates between looks at the ratio."
+    smoothing: float = bounded(0.05, least=0, most=1)
+    "Weight of the newest ratio in its moving average."
+    least: float = bounded(1e-6, above=0)
+    "Least weight."
     most: float = 1e3
+    "Largest weight."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for bounds of the ratio or of the weight that are crossed."""
+        check_below(self, prefix, "low", "high")
+        check_below(self, prefix, "least", "most")
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
         """Return the schedule."""
@@ -135,6 +161,7 @@ class _Band(KLSchedule):
         return super().metrics() | {"noise_to_weight": self.ratio, "prior_noise_to_weight": self.prior_ratio}
 
 
+@register("elbo/schedule", "dual")
 @dataclass
 class DualConfig:
     """``elbo/schedule=dual``: hold the nats per task, of all networks together, at a budget.
@@ -147,12 +174,22 @@ class DualConfig:
     """
 
     name: str = "dual"
-    budget_nats: float = 1000.0
-    per_task: bool = False  # a weight for every task; otherwise the mean over tasks is held
-    rate: float = 0.02
-    gain: float = 3.0
-    least: float = 1e-6
+    budget_nats: float = bounded(1000.0, above=0)
+    "Nats per task, of all networks together, that the divergence is held at."
+    per_task: bool = False
+    "Hold every task, with a weight of its own, instead of the mean over tasks."
+    rate: float = bounded(0.02, least=0)
+    "Step of the multiplier's logarithm."
+    gain: float = bounded(3.0, least=0)
+    "Exponent of the factor that acts at once."
+    least: float = bounded(1e-6, above=0)
+    "Least weight."
     most: float = 1e3
+    "Largest weight."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for bounds of the weight that are crossed."""
+        check_below(self, prefix, "least", "most")
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
         """Return the schedule."""
@@ -181,6 +218,7 @@ class _Dual(KLSchedule):
         self.weight = weight.clamp(config.least, config.most)
 
 
+@register("elbo/schedule", "free_bits")
 @dataclass
 class FreeBitsConfig:
     """``elbo/schedule=free_bits``: the first ``free_nats`` of every task and network cost nothing.
@@ -189,7 +227,8 @@ class FreeBitsConfig:
     """
 
     name: str = "free_bits"
-    free_nats: float = 500.0
+    free_nats: float = bounded(500.0, least=0)
+    "Nats of every task and network that cost nothing."
 
     def build(self, kl_weight: float, num_tasks: int) -> KLSchedule:
         """Return the schedule."""

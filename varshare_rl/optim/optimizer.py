@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from varshare_rl.fields import bounded
+
 
 class Schedule(Enum):
     """Ways for learning rates to fall, once warm, with the share of ``total_transitions`` that is done."""
@@ -24,12 +26,18 @@ class Schedule(Enum):
 class OptimizerConfig:
     """Options of ``optimizer``, for actor and critic. Rates are factors on their learning rates."""
 
-    mu_lr_scale: float = 1.0  # of the adapters' means
-    rho_lr_scale: float = 1.0  # of the adapters' rhos
-    weight_decay: float = 0.0  # on weights that are no adapters, no biases and no norms
+    mu_lr_scale: float = bounded(1.0, least=0)
+    "Factor on the learning rate for the means of the tasks' posteriors."
+    rho_lr_scale: float = bounded(1.0, least=0)
+    "Factor on the learning rate for the standard deviations of the tasks' posteriors."
+    weight_decay: float = bounded(0.0, least=0)
+    "Decoupled weight decay (AdamW) on shared weights; not on biases and norms."
     schedule: Schedule = Schedule.constant
-    warmup: float = 0.0  # share of the run in which rates rise from 0
-    final_rate: float = 0.0  # what linear and cosine end at
+    "Fall of the learning rates in the course of the budget, once warm."
+    warmup: float = bounded(0.0, least=0, below=1)
+    "Share of the budget in which learning rates rise from 0."
+    final_rate: float = bounded(0.0, least=0, most=1)
+    "End of `linear` and `cosine`, as a share of the learning rate."
 
 
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:

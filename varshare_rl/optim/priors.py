@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded, check_below
 from varshare_rl.nn.variational import VariationalLayer, stochastic_layers
+from varshare_rl.registry import register
 from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics
 
@@ -34,6 +36,7 @@ def _layers(modules: Iterable[nn.Module]) -> list[VariationalLayer]:
     return [layer for module in modules for _, layer in stochastic_layers(module)]
 
 
+@register("elbo/prior", "fixed")
 @dataclass
 class FixedPriorConfig:
     """``elbo/prior=fixed``: ``elbo.prior_scale`` throughout."""
@@ -45,6 +48,7 @@ class FixedPriorConfig:
         return Prior()
 
 
+@register("elbo/prior", "learned")
 @dataclass
 class LearnedPriorConfig:
     """``elbo/prior=learned``: one scale ``p`` per layer, by empirical Bayes.
@@ -59,9 +63,12 @@ class LearnedPriorConfig:
     """
 
     name: str = "learned"
-    rate: float = 0.01
-    spring: float = 0.01
-    interval: int = 10
+    rate: float = bounded(0.01, least=0)
+    "Largest step in the logarithm of the scale."
+    spring: float = bounded(0.01, least=0)
+    "Strength of the pull to `elbo.prior_scale`."
+    interval: int = bounded(10, least=1)
+    "Updates between steps."
 
     def build(self, prior_scale: float, num_tasks: int) -> Prior:
         """Return the prior."""
@@ -98,6 +105,7 @@ class _Learned(Prior):
         }
 
 
+@register("elbo/prior", "adaptive")
 @dataclass
 class AdaptivePriorConfig:
     """``elbo/prior=adaptive``: one scale per task, wide where the residuals help the critic.
@@ -109,10 +117,18 @@ class AdaptivePriorConfig:
     """
 
     name: str = "adaptive"
-    least: float = 0.01
+    least: float = bounded(0.01, above=0)
+    "Least scale."
     most: float = 0.3
-    smoothing: float = 0.05  # weight of the newest gap in its moving average
-    interval: int = 20
+    "Largest scale."
+    smoothing: float = bounded(0.05, least=0, most=1)
+    "Weight of the newest gap in its moving average."
+    interval: int = bounded(20, least=1)
+    "Updates between looks at the gap."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for bounds of the scale that are crossed."""
+        check_below(self, prefix, "least", "most")
 
     def build(self, prior_scale: float, num_tasks: int) -> Prior:
         """Return the prior."""

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.optim.aggregators import AggregatorName, GradientConfig, build_aggregator
 from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
+from varshare_rl.optim.gradient import MEAN, TEMPERATURE, GradientConfig
 from varshare_rl.optim.jacobian import GradientAggregator, TaskGradients, gradient_gram
 from varshare_rl.optim.optimizer import OptimizerConfig, ScheduledAdam, roles
 from varshare_rl.state import Stateful
@@ -30,7 +30,7 @@ class LossStep(Stateful):
         epsilon: Adam's epsilon.
         optimizer: rates, decay and schedule.
         divergence_guard: which tasks are left out of a step.
-        aggregator: how the gradients of what the tasks share become one; ``gradient`` has its settings.
+        aggregator: name of what makes one of the gradients of what the tasks share; ``gradient`` has its settings.
         num_tasks: ``T``, for aggregators that are told.
         log_temperature: ``[T]``, of the aggregator ``softmax_temperature``.
 
@@ -48,7 +48,7 @@ class LossStep(Stateful):
         epsilon: float = 1e-8,
         optimizer: OptimizerConfig | None = None,
         divergence_guard: DivergenceGuardConfig | None = None,
-        aggregator: AggregatorName = AggregatorName.mean,
+        aggregator: str = MEAN,
         gradient: GradientConfig | None = None,
         num_tasks: int = 1,
         log_temperature: Tensor | None = None,
@@ -64,11 +64,10 @@ class LossStep(Stateful):
         self.divergence_guard = DivergenceGuard(divergence_guard or DivergenceGuardConfig(), self.on_cpu)
         self.aggregation = Aggregation()
         shared = [role.parameter for role in self.roles if not role.own]
-        if aggregator is AggregatorName.softmax_temperature and log_temperature is not None:
+        if aggregator == TEMPERATURE and log_temperature is not None:
             own = [role.parameter for role in self.roles if role.own]
             self.aggregation = TemperatureAggregation(own, log_temperature)
-        elif aggregator is not AggregatorName.mean and shared:
-            chosen = build_aggregator(aggregator, gradient or GradientConfig(), num_tasks)
+        elif shared and (chosen := (gradient or GradientConfig()).build(aggregator, num_tasks)) is not None:
             recorded = trained if isinstance(trained, nn.Module) else None
             self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen)
         self.gram: Tensor | None = None  # of the tasks' gradients, when it was last asked for

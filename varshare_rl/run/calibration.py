@@ -72,7 +72,7 @@ def observed_returns(
 
 
 def episode_ends(terminated: Tensor, truncated: Tensor, discount: float) -> tuple[Tensor, Tensor]:
-    """Return the step that ends each step's episode, and ``discount^n`` if time runs out (else 0), ``[S, T, E]``."""
+    """Return the last step of the episode by step, and ``discount^n`` if time runs out (else 0), ``[S, T, E]``."""
     end = torch.zeros_like(terminated, dtype=torch.int64)
     weight = torch.zeros_like(terminated, dtype=torch.float64)
     last, tail = torch.full_like(end[0], len(end) - 1), torch.zeros_like(weight[0])

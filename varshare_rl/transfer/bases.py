@@ -31,7 +31,6 @@ class OneNetwork(ContinualMethod):
     """One network, trained on each task in turn, that acts in all of them."""
 
     task_free = True
-    keeps_parameters = True
     state_fields: ClassVar[tuple[str, ...]] = ("weights",)
 
     def __init__(self, config: Any, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
@@ -95,8 +94,6 @@ class LowRankMethod(ContinualMethod):
         base: the frozen weights.
         adapters: corrections of the tasks learnt so far.
     """
-
-    low_rank = True
 
     def __init__(self, config: Any, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
         super().__init__(config, spec, pretrained)

@@ -97,10 +97,19 @@ class StorageCost:
 
 
 @dataclass
-class ContinualMethodConfig:
-    """Options that every method has."""
+class ContinualMethodConfig(ABC):
+    """Options that every method has, and what is known of it before it is built."""
+
+    #: True if every task trains the same parameters, so that an optimiser's moments can go on.
+    keeps_parameters: ClassVar[bool] = False
+    #: True if a policy is a base that all tasks share with a low-rank correction of it.
+    low_rank: ClassVar[bool] = False
 
     name: str = "???"
+
+    @abstractmethod
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> ContinualMethod:
+        """Make the method for networks of a kind, after a pretrained agent if there is one."""
 
 
 class ContinualMethod(Stateful, ABC):
@@ -127,10 +136,6 @@ class ContinualMethod(Stateful, ABC):
 
     #: True if :meth:`policy` is the same network for all tasks, so that a policy needs no task id.
     task_free: ClassVar[bool] = False
-    #: True if every task trains the same parameters, so that an optimiser's moments can go on.
-    keeps_parameters: ClassVar[bool] = False
-    #: True if :meth:`policy` is a base that all tasks share with a low-rank correction of it.
-    low_rank: ClassVar[bool] = False
 
     def __init__(self, config: Any, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
         self.config, self.spec, self.pretrained = config, spec, pretrained

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from torch import Tensor, nn
 
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import OwnParameters
 from varshare_rl.transfer.method import (
     ContinualMethodConfig,
@@ -27,12 +29,19 @@ class Start(Enum):
     scratch = "scratch"  # fresh weights
 
 
+@register("method", "copies")
 @dataclass
 class CopiesConfig(ContinualMethodConfig):
     """``method=copies``."""
 
+    keeps_parameters: ClassVar[bool] = True
     name: str = "copies"
     start: Start = Start.previous
+    "Start of a task's network: that of the task before it, the base, or fresh weights."
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> Copies:
+        """Make the method."""
+        return Copies(self, spec, pretrained)
 
 
 class Copies(OwnParameters):
@@ -42,7 +51,6 @@ class Copies(OwnParameters):
     it is fine-tuning that keeps every task's end.
     """
 
-    keeps_parameters = True
     state_fields = ("copies=own", "initial")
 
     def __init__(self, config: CopiesConfig, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:

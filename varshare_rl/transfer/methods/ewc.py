@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import OneNetwork
 from varshare_rl.transfer.method import (
     ContinualMethodConfig,
@@ -20,15 +23,25 @@ from varshare_rl.transfer.method import (
 from varshare_rl.types import Tree
 
 
+@register("method", "ewc")
 @dataclass
 class EWCConfig(ContinualMethodConfig):
     """``method=ewc``."""
 
+    keeps_parameters: ClassVar[bool] = True
     name: str = "ewc"
-    weight: float = 1e4  # lambda
-    fisher_samples: int = 500  # inputs that the Fisher information is averaged over
-    online: bool = False  # one running importance around the latest weights, instead of a quadratic per task
-    decay: float = 0.95  # of the running importance when a task is added; online only
+    weight: float = bounded(1e4, least=0)
+    "Weight of the penalty, the paper's lambda."
+    fisher_samples: int = bounded(500, least=1)
+    "Observations that a task's Fisher information is averaged over."
+    online: bool = False
+    "One running importance around the latest weights, instead of one per task."
+    decay: float = bounded(0.95, least=0, most=1)
+    "Factor on the running importance when a task is added, with `online`."
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> EWC:
+        """Make the method."""
+        return EWC(self, spec, pretrained)
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import OneNetwork
-from varshare_rl.transfer.method import ContinualMethodConfig
+from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained
 
 
+@register("method", "finetune")
 @dataclass
 class FinetuneConfig(ContinualMethodConfig):
     """``method=finetune``."""
 
+    keeps_parameters: ClassVar[bool] = True
     name: str = "finetune"
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> Finetune:
+        """Make the method."""
+        return Finetune(self, spec, pretrained)
 
 
 class Finetune(OneNetwork):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 from torch import nn
 
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import LowRankMethod
 from varshare_rl.transfer.low_rank import adapter_bytes, mean_of
-from varshare_rl.transfer.method import ContinualMethodConfig, StorageCost
+from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost
 
 
 class AdapterStart(Enum):
@@ -20,21 +23,25 @@ class AdapterStart(Enum):
     similar = "similar"  # the adapter of the most similar earlier task; fresh without one
 
 
+@register("method", "lora")
 @dataclass
 class LoRAMethodConfig(ContinualMethodConfig):
-    """``method=lora``.
+    """``method=lora``."""
 
-    Attributes:
-        rank: of the adapters; alpha: numerator of their scale, ``rank`` unless given, which makes it 1.
-        rslora: scale ``alpha / sqrt(rank)`` (Kalajdzievski 2023) instead of ``alpha / rank``.
-        start: see :class:`AdapterStart`.
-    """
-
+    low_rank: ClassVar[bool] = True
     name: str = "lora"
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = bounded(8, least=1)
+    "Rank of the adapters."
+    alpha: float | None = bounded(None, above=0)
+    "Numerator of the adapters' scale; null: the rank."
     rslora: bool = False
+    "Scale `alpha / sqrt(rank)` (Kalajdzievski 2023) instead of `alpha / rank`."
     start: AdapterStart = AdapterStart.fresh
+    "Start of a task's adapter: nothing, the mean of the earlier ones, or the one whose policy does best on it."
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> LoRAMethod:
+        """Make the method."""
+        return LoRAMethod(self, spec, pretrained)
 
 
 class LoRAMethod(LowRankMethod):

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.packnet import PackedLayer
 from varshare_rl.nn.shared import SharedLayer
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import OwnParameters, head_path, split_head
 from varshare_rl.transfer.method import (
     ContinualMethodConfig,
@@ -25,13 +27,20 @@ from varshare_rl.transfer.pretrained import pretrained_storage
 FREE = -1  # owner of an entry that no task owns
 
 
+@register("method", "packnet")
 @dataclass
 class PackNetConfig(ContinualMethodConfig):
     """``method=packnet``."""
 
     name: str = "packnet"
-    share_per_task: float = 0.25  # of the weights still free in each layer: what a task keeps
-    prune_at: float = 0.5  # share of the task's transitions after which it gives up the rest
+    share_per_task: float = bounded(0.25, above=0, most=1)
+    "Share that a task keeps of the weights still free in each layer."
+    prune_at: float = bounded(0.5, least=0, most=1)
+    "Share of the task's budget after which it gives up the rest."
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> PackNet:
+        """Make the method."""
+        return PackNet(self, spec, pretrained)
 
 
 class PackNet(OwnParameters):

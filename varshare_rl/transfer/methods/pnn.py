@@ -6,18 +6,33 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
 from varshare_rl.nn.progressive import Columns
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import OwnParameters
-from varshare_rl.transfer.method import ContinualMethodConfig, StorageCost, state_bytes, state_copy
+from varshare_rl.transfer.method import (
+    ContinualMethodConfig,
+    NetworkSpec,
+    Pretrained,
+    StorageCost,
+    state_bytes,
+    state_copy,
+)
 from varshare_rl.transfer.pretrained import pretrained_storage
 
 
+@register("method", "pnn")
 @dataclass
 class PNNConfig(ContinualMethodConfig):
     """``method=pnn``."""
 
     name: str = "pnn"
-    lateral: int = 16  # size of the hidden layer of each layer's adapter
+    lateral: int = bounded(16, least=1)
+    "Width of the adapters between columns."
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> PNN:
+        """Make the method."""
+        return PNN(self, spec, pretrained)
 
 
 class PNN(OwnParameters):

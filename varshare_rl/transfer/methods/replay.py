@@ -3,22 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.fields import bounded
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import OneNetwork
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost, tensor_bytes
 
 
+@register("method", "replay")
 @dataclass
 class ExperienceReplayConfig(ContinualMethodConfig):
     """``method=replay``."""
 
+    keeps_parameters: ClassVar[bool] = True
     name: str = "replay"
-    weight: float = 1.0
-    samples_per_task: int = 1000  # inputs kept of every task, with the network's outputs
-    batch: int = 128  # of them in every penalty, drawn with replacement
+    weight: float = bounded(1.0, least=0)
+    "Weight of the penalty."
+    samples_per_task: int = bounded(1000, least=1)
+    "Observations kept of every task, with the network's outputs."
+    batch: int = bounded(128, least=1)
+    "Observations drawn for every penalty, with replacement."
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> ExperienceReplay:
+        """Make the method."""
+        return ExperienceReplay(self, spec, pretrained)
 
 
 class ExperienceReplay(OneNetwork):

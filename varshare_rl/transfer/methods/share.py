@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded, check_bounds
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import LowRankMethod, weighted_kl
 from varshare_rl.transfer.low_rank import adapter_bytes, adapter_of, adapter_state
 from varshare_rl.transfer.low_rank import take_adapter as take_lora
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients
-from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig, check_options
+from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig
 from varshare_rl.transfer.share.folder import share_of, share_state
 from varshare_rl.transfer.share.learn import (
     LearnConfig,
     attach,
-    check_learn_options,
     take_adapter,
     take_coefficients,
 )
@@ -45,41 +46,80 @@ class Learn(Enum):
     coefficients = "coefficients"  # coefficients in the basis, which stays as it is
 
 
+@register("method", "share")
 @dataclass
 class ShareMethodConfig(ContinualMethodConfig):
-    """``method=share``.
+    """``method=share``. Without a rule for ``k`` it is ``k.max_error=0.01``; ``basis.method=paper`` has its own."""
 
-    Attributes:
-        rank, alpha, rslora: of the LoRA adapters of the first tasks, as of ``method=lora``.
-        initial_tasks: tasks with a correction that come before the basis is learnt in; a pretrained agent's count.
-        learn: see :class:`Learn`.
-        basis: how corrections are merged. Without a rule for ``k`` it is ``k.max_error=0.01``, but for
-            ``method=paper``, which keeps its own.
-        merge: when ``directions`` make the basis decompose again.
-        phi: number of temporary directions, a quarter of a layer's ``k`` at most, which is what null stands for.
-        p: columns of the coefficients that are learnt; null: the largest rank among the earlier tasks.
-        variational: coefficients have Gaussian posteriors, whose prior comes from earlier tasks.
-        prior_scale, prior_tasks: see :class:`~varshare_rl.transfer.share.learn.LearnConfig`.
-        kl_weight: factor on the divergence from that prior; 1 is the plain ELBO.
-        exact_pretrained: act in the pretrained agent's tasks with the adapters that it came with, which are stored
-            beside the basis; otherwise with what the basis rebuilds.
-    """
-
+    low_rank: ClassVar[bool] = True
     name: str = "share"
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = bounded(8, least=1)
+    "Rank of the adapters."
+    alpha: float | None = bounded(None, above=0)
+    "Numerator of the adapters' scale; null: the rank."
     rslora: bool = False
-    initial_tasks: int = 4
+    "Scale `alpha / sqrt(rank)` (Kalajdzievski 2023) instead of `alpha / rank`."
+    initial_tasks: int = bounded(4, least=0)
+    "Tasks with an adapter that come before the basis is learnt in; those of `from=` count."
     learn: Learn = Learn.directions
+    "Training of a task in the basis: temporary directions too, merged afterwards, or coefficients alone."
     basis: ShareConfig = field(default_factory=ShareConfig)
+    "Merging of the adapters."
     merge: Merge = Merge.needed
-    phi: int | None = None
-    p: int | None = None
+    "Occasion on which new directions make the basis decompose again."
+    phi: int | None = bounded(None, least=1)
+    "Temporary directions, at most a quarter of a layer's `k`, which is what null stands for."
+    p: int | None = bounded(None, least=1)
+    "Columns of the coefficients that are learnt; null: the largest rank among the earlier tasks."
     variational: bool = False
-    prior_scale: float = 1.0
-    prior_tasks: float = 1.0
-    kl_weight: float = 0.01
+    "Coefficients with a Gaussian posterior, whose prior comes from earlier tasks."
+    prior_scale: float = bounded(1.0, above=0)
+    "Standard deviation of the prior without earlier tasks."
+    prior_tasks: float = bounded(1.0, above=0)
+    "Tasks that this prior counts for beside the earlier ones."
+    kl_weight: float = bounded(0.01, least=0)
+    "Weight of the divergence from the prior; 1 is the plain ELBO."
     exact_pretrained: bool = True
+    "Old tasks are acted with the adapters that they came with; otherwise with what the basis rebuilds."
+
+    def basis_options(self) -> ShareConfig:
+        """How adapters are merged, with the rule for ``k`` of this method in place of none."""
+        k = self.basis.k
+        if self.basis.method is BasisMethod.paper or (k.max_error, k.explained, k.fixed) != (None, None, None):
+            return self.basis
+        return replace(self.basis, k=SizeConfig(max_error=DEFAULT_MAX_ERROR))
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for options that cannot be, or might turn out to be impossible after hours only."""
+        basis = self.basis_options()
+        if basis.method is BasisMethod.delta:
+            raise UserError(
+                f"{prefix}basis.method is delta, in whose basis no task can be learnt; choose share or paper"
+            )
+        if self.variational and self.learn is Learn.directions:
+            raise UserError(
+                f"{prefix}variational=true needs {prefix}learn=coefficients: temporary directions have no posterior"
+            )
+        if self.variational and basis.keep_originals:
+            raise UserError(
+                f"{prefix}variational=true and {prefix}basis.keep_originals=true are both given, but posteriors "
+                "are not kept through merges from originals; leave one out"
+            )
+        if self.variational and self.p is not None and self.p < self.rank:
+            raise UserError(
+                f"{prefix}p is {self.p}, and the prior comes from tasks of rank up to {self.rank}; leave p out"
+            )
+        by_error = basis.size().max_error is not None
+        if by_error and (basis.method is BasisMethod.paper or (basis.p is not None and basis.p < self.rank)):
+            cause = "method=paper" if basis.method is BasisMethod.paper else f"p={basis.p}"
+            raise UserError(
+                f"{prefix}basis.{cause} cannot promise a max_error; give {prefix}basis.k.explained or k.fixed "
+                "instead"
+            )
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> ShareMethod:
+        """Make the method."""
+        return ShareMethod(self, spec, pretrained)
 
 
 class ShareMethod(LowRankMethod):
@@ -105,8 +145,8 @@ class ShareMethod(LowRankMethod):
 
     def __init__(self, config: ShareMethodConfig, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
         super().__init__(config, spec, pretrained)
-        self.basis_options = _basis_options(config)
-        _check(config, self.basis_options)
+        check_bounds(config, "method.")
+        self.basis_options = config.basis_options()
         self.waiting: dict[int, Adapter] = {}
         self.share: Share | None = None
         corrected = {task: adapter for task, adapter in enumerate(self.adapters) if adapter}
@@ -234,39 +274,3 @@ class ShareMethod(LowRankMethod):
 
 def _named(adapters: dict[int, Adapter]) -> dict[str, Adapter]:
     return {str(task): adapter for task, adapter in adapters.items()}
-
-
-def _basis_options(config: ShareMethodConfig) -> ShareConfig:
-    """Return the options of the basis with this method's rule for ``k`` in place of none."""
-    k = config.basis.k
-    if config.basis.method is BasisMethod.paper or (k.max_error, k.explained, k.fixed) != (None, None, None):
-        return config.basis
-    return replace(config.basis, k=SizeConfig(max_error=DEFAULT_MAX_ERROR))
-
-
-def _check(config: ShareMethodConfig, basis: ShareConfig) -> None:
-    check_options(basis)
-    check_learn_options(LearnConfig(config.p, config.phi, False, config.prior_scale, config.prior_tasks))
-    if config.initial_tasks < 1:
-        raise UserError(f"method.initial_tasks is {config.initial_tasks}; it must be at least 1")
-    if basis.method is BasisMethod.delta:
-        raise UserError("method.basis.method is delta, in whose basis no task can be learnt; choose share or paper")
-    if config.variational and config.learn is Learn.directions:
-        raise UserError(
-            "method.variational=true needs method.learn=coefficients: temporary directions have no posterior"
-        )
-    if config.variational and basis.keep_originals:
-        raise UserError(
-            "method.variational=true and method.basis.keep_originals=true are both given, but posteriors are not "
-            "kept through merges from originals; leave one out"
-        )
-    if config.variational and config.p is not None and config.p < config.rank:
-        raise UserError(
-            f"method.p is {config.p}, and the prior comes from tasks of rank up to {config.rank}; leave p out"
-        )
-    bounded = basis.size().max_error is not None
-    if bounded and (basis.method is BasisMethod.paper or (basis.p is not None and basis.p < config.rank)):
-        cause = "method=paper" if basis.method is BasisMethod.paper else f"p={basis.p}"
-        raise UserError(
-            f"method.basis.{cause} cannot promise a max_error; give method.basis.k.explained or k.fixed instead"
-        )

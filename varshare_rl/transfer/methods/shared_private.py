@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import OwnParameters, head_path, split_head
 from varshare_rl.transfer.method import (
     ContinualMethodConfig,
@@ -18,11 +19,16 @@ from varshare_rl.transfer.method import (
 from varshare_rl.transfer.pretrained import pretrained_storage
 
 
+@register("method", "shared_private")
 @dataclass
 class SharedPrivateConfig(ContinualMethodConfig):
     """``method=shared_private``."""
 
     name: str = "shared_private"
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> SharedPrivate:
+        """Make the method."""
+        return SharedPrivate(self, spec, pretrained)
 
 
 class SharedPrivate(OwnParameters):

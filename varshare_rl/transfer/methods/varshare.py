@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import adapter_scale
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 from varshare_rl.nn.layer import INITIAL_RHO, check_positive
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.ops.gaussian import inverse_softplus, softplus_sigma
+from varshare_rl.registry import register
 from varshare_rl.transfer.bases import LowRankMethod, weighted_kl
 from varshare_rl.transfer.low_rank import Sigmas, adapter_bytes, correct, sigma_bytes, take_sigma
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost
@@ -41,27 +44,31 @@ class PosteriorStart(Enum):
     similar = "similar"  # the posterior of the most similar earlier task; fresh without one
 
 
+@register("method", "varshare")
 @dataclass
 class VarShareMethodConfig(ContinualMethodConfig):
-    """``method=varshare``.
+    """``method=varshare``. Earlier posteriors are narrow priors, and under ``previous`` they hold a little tighter
+    with every task, so the weight of the divergence is less than ``elbo.kl_weight``."""
 
-    Attributes:
-        rank: of the residuals; alpha: numerator of their scale, ``rank`` unless given, which makes it 1.
-        prior: see :class:`PriorFrom`; ``standard`` as long as there is no earlier posterior.
-        start: see :class:`PosteriorStart`.
-        prior_scale: standard deviation of the standard prior.
-        kl_weight: factor on the divergence from the prior; 1 is the plain ELBO. Earlier posteriors are narrow
-            priors, and under ``previous`` they hold a little tighter with every task, so it is less than
-            ``elbo.kl_weight``.
-    """
-
+    low_rank: ClassVar[bool] = True
     name: str = "varshare"
-    rank: int = 8
-    alpha: float | None = None
+    rank: int = bounded(8, least=1)
+    "Rank of the adapters."
+    alpha: float | None = bounded(None, above=0)
+    "Numerator of the adapters' scale; null: the rank."
     prior: PriorFrom = PriorFrom.previous
+    "Prior of a new task: the posterior of the task before, `pooled` over all, or `standard` as for the first one."
     start: PosteriorStart = PosteriorStart.prior
-    prior_scale: float = 1.0
-    kl_weight: float = 0.001
+    """Start of a task's posterior: the base with little noise, the mean of the prior, or the posterior whose policy
+    does best on it."""
+    prior_scale: float = bounded(1.0, above=0)
+    "Standard deviation of the standard prior."
+    kl_weight: float = bounded(0.001, least=0)
+    "Weight of the divergence from the prior; 1 is the plain ELBO."
+
+    def build(self, spec: NetworkSpec, pretrained: Pretrained | None = None) -> VarShareMethod:
+        """Make the method."""
+        return VarShareMethod(self, spec, pretrained)
 
 
 @dataclass(frozen=True)

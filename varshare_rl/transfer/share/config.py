@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum
 
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded
 
 #: The bound on a task's relative error in any layer that holds unless something else is asked for.
 DEFAULT_MAX_ERROR = 0.05
@@ -33,32 +34,35 @@ class Merge(Enum):
 class SizeConfig:
     """The number of directions ``k`` of every layer, by one of three rules.
 
-    ``max_error``: the least ``k`` with which no task's relative error in the layer exceeds it; ``explained``: the
-    least ``k`` that explains this share of the variance; ``fixed``: this many. None given: the method's own rule,
-    ``max_error=0.05``, or ``explained=0.6`` for ``paper``.
+    None given: the method's own rule, ``max_error=0.05``, or ``explained=0.6`` for ``paper``.
     """
 
-    max_error: float | None = None
-    explained: float | None = None
-    fixed: int | None = None
+    max_error: float | None = bounded(None, least=0, below=1)
+    "The least `k` with which no task's relative error in the layer exceeds this."
+    explained: float | None = bounded(None, above=0, most=1)
+    "The least `k` that explains this share of the variance."
+    fixed: int | None = bounded(None, least=1)
+    "This many directions."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for more than one rule."""
+        given = [rule.name for rule in fields(self) if getattr(self, rule.name) is not None]
+        if len(given) > 1:
+            raise UserError(f"{prefix}{given[0]} and {prefix}{given[1]} are both given; choose one rule for k")
 
 
 @dataclass
 class ShareConfig:
-    """How adapters are merged into a basis.
-
-    Attributes:
-        method: see :class:`BasisMethod`.
-        k: number of directions, see :class:`SizeConfig`.
-        p: columns of the coefficients, the rank of what is rebuilt; None: the adapter's own.
-        keep_originals: keep the adapters, so that every merge starts from them and nothing drifts; they are
-            counted as stored.
-    """
+    """Merging of adapters into a basis."""
 
     method: BasisMethod = BasisMethod.share
+    "Decomposition of the adapters: `share`, as published (`paper`), or of the flattened corrections (`delta`)."
     k: SizeConfig = field(default_factory=SizeConfig)
-    p: int | None = None
+    "Number of directions of every layer, by one rule."
+    p: int | None = bounded(None, least=1)
+    "Columns of the coefficients, the rank of what is rebuilt; null: each adapter's own."
     keep_originals: bool = False
+    "Keep the adapters, so that every merge starts from them and nothing drifts; they count as stored."
 
     def size(self) -> SizeConfig:
         """The rule for ``k`` with the method's own in place of none."""
@@ -68,24 +72,9 @@ class ShareConfig:
             return SizeConfig(explained=PAPER_EXPLAINED)
         return SizeConfig(max_error=DEFAULT_MAX_ERROR)
 
-
-def check_options(config: ShareConfig) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        UserError: names the option, its value, and what is allowed.
-    """
-    k = config.k
-    given = [name for name in ("max_error", "explained", "fixed") if getattr(k, name) is not None]
-    if len(given) > 1:
-        raise UserError(f"k.{given[0]} and k.{given[1]} are both given; choose one rule for k")
-    if k.max_error is not None and not 0 <= k.max_error < 1:
-        raise UserError(f"k.max_error is {k.max_error}; it must be at least 0 and below 1")
-    if k.explained is not None and not 0 < k.explained <= 1:
-        raise UserError(f"k.explained is {k.explained}; it must be above 0 and at most 1")
-    if k.fixed is not None and k.fixed < 1:
-        raise UserError(f"k.fixed is {k.fixed}; it must be at least 1")
-    if config.p is not None and config.p < 1:
-        raise UserError(f"p is {config.p}; it must be at least 1, or null for each adapter's own rank")
-    if config.p is not None and config.method is BasisMethod.delta:
-        raise UserError(f"p is {config.p}, but method=delta has no columns of coefficients; leave p out")
+    def check(self, prefix: str) -> None:
+        """Raise UserError for columns of coefficients where there are none."""
+        if self.p is not None and self.method is BasisMethod.delta:
+            raise UserError(
+                f"{prefix}p is {self.p}, but method=delta has no columns of coefficients; leave {prefix}p out"
+            )

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter
 from varshare_rl.errors import UserError
+from varshare_rl.fields import bounded, check_bounds
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients, PointCoefficients
 from varshare_rl.transfer.share.layer import ShareLinear, share_layers
 from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
@@ -19,41 +20,26 @@ from varshare_rl.transfer.share.posterior import plain_prior, prior_from_tasks
 
 @dataclass
 class LearnConfig:
-    """How tasks are learnt in a basis.
+    """Learning of tasks in a basis."""
 
-    Attributes:
-        p: columns of the coefficients; None: the largest rank among the basis's tasks.
-        phi: number of temporary directions, at most a quarter of ``k``; None: coefficients only. A layer with a
-        small
-            ``k`` takes a quarter of its own, and one at least.
-        variational: coefficients have Gaussian posteriors, whose prior comes from the basis's tasks.
-        prior_scale: standard deviation of the prior without earlier tasks.
-        prior_tasks: how many tasks that prior counts for beside the earlier ones.
-    """
-
-    p: int | None = None
-    phi: int | None = None
+    p: int | None = bounded(None, least=1)
+    "Columns of the coefficients; null: the largest rank among the basis's tasks."
+    phi: int | None = bounded(None, least=1)
+    """Temporary directions, at most a quarter of `k`; null: coefficients only. A layer with a small `k` takes a
+    quarter of its own, and one at least."""
     variational: bool = False
-    prior_scale: float = 1.0
-    prior_tasks: float = 1.0
+    "Coefficients with Gaussian posteriors, whose prior comes from the basis's tasks."
+    prior_scale: float = bounded(1.0, above=0)
+    "Standard deviation of the prior without earlier tasks."
+    prior_tasks: float = bounded(1.0, above=0)
+    "Tasks that this prior counts for beside the earlier ones."
 
-
-def check_learn_options(config: LearnConfig) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        UserError: names the option, its value, and what is allowed.
-    """
-    for name in ("p", "phi"):
-        value = getattr(config, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}; it must be at least 1, or null")
-    if config.phi is not None and config.variational:
-        raise UserError("phi and variational=true are both given; temporary directions have no posterior")
-    if not config.prior_scale > 0:
-        raise UserError(f"prior_scale is {config.prior_scale}; it must be positive")
-    if not config.prior_tasks > 0:
-        raise UserError(f"prior_tasks is {config.prior_tasks}; it must be positive")
+    def check(self, prefix: str) -> None:
+        """Raise UserError for temporary directions with a posterior."""
+        if self.phi is not None and self.variational:
+            raise UserError(
+                f"{prefix}phi and {prefix}variational=true are both given; temporary directions have no posterior"
+            )
 
 
 def attach(
@@ -78,7 +64,7 @@ def attach(
     Raises:
         UserError: the model does not have the modules, or the options cannot be.
     """
-    check_learn_options(config)
+    check_bounds(config)
     if len(tasks) + fresh == 0:
         raise UserError("no tasks to attach; name some of the basis's, or give a number of fresh ones")
     if config.phi is not None and (tasks or fresh != 1):

@@ -9,7 +9,8 @@ from typing import Any
 
 from varshare_rl.adapters.adapter import Adapter
 from varshare_rl.errors import UserError
-from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, check_options
+from varshare_rl.fields import check_bounds
+from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig
 from varshare_rl.transfer.share.delta_basis import DeltaBasis, fit_delta
 from varshare_rl.transfer.share.fit import fit
 from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
@@ -143,7 +144,7 @@ def consolidate(adapters: Mapping[str, Adapter], config: ShareConfig) -> Share:
     Raises:
         UserError: there is no adapter, they do not fit each other, or the options cannot be.
     """
-    check_options(config)
+    check_bounds(config)
     if not adapters:
         raise UserError("there are no adapters to consolidate; give at least one")
     _check_fit(_shapes(next(iter(adapters.values()))), adapters)
