@@ -377,7 +377,7 @@ def test_updates_of_a_few_tasks_have_their_outputs_and_gradients(network: nn.Mod
     with torch.no_grad():
         outputs = network(x, everything)
     seen = []
-    for _ in range(window.windows):
+    for _ in range(window.turns):
         with window.turn() as ids:
             assert ids is not None
             seen += ids.tolist()
