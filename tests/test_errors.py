@@ -438,7 +438,7 @@ def test_an_error_of_ours_is_not_hidden(command: Command, monkeypatch: pytest.Mo
     """Only what the user got wrong becomes one line; a bug keeps its traceback."""
     from varshare_rl.commands import train
 
-    def broken(config: object) -> None:
+    def broken(*arguments: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(train, "build_suite", broken)

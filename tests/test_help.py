@@ -134,7 +134,7 @@ def test_from_the_shell_help_needs_no_torch(tmp_path: Path) -> None:
     [
         (("train", "env=pointmass", "--cfg", "job"), "total_transitions: 500000"),
         (("evaluate", "run=there", "--cfg", "job"), "episodes: 50"),
-        (("train", "env=pointmass", "--info", "defaults"), "pointmass"),
+        (("train", "env=pointmass", "--cfg", "hydra"), "runs/sweep_"),
     ],
 )
 def test_flags_of_hydra_keep_working(

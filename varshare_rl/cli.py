@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -69,8 +70,10 @@ def compose(command: str, overrides: Sequence[str], plugins: Sequence[str] = ())
     given = list(dict.fromkeys([*plugins, *given]))
     load_plugins(given)
     overrides = prepare(command, overrides)
-    before = GlobalHydra.instance().hydra  # of a job that calls this
-    GlobalHydra.instance().clear()
+    theirs = GlobalHydra.instance()  # of a job that calls this; Hydra itself would put a copy in its place
+    ours = copy(theirs)
+    ours.clear()
+    GlobalHydra.set_instance(ours)
     try:
         with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
             composed = hydra.compose(command, overrides=overrides)
@@ -83,7 +86,7 @@ def compose(command: str, overrides: Sequence[str], plugins: Sequence[str] = ())
     except ValueError as error:
         raise _group_error(error) from error
     finally:
-        GlobalHydra.instance().hydra = before
+        GlobalHydra.set_instance(theirs)
     if getattr(config, "resume", None) is None:
         check_config(cast(TrainConfig, config))
     return config

@@ -199,20 +199,19 @@ def test_target_critics_start_as_copies_and_use_their_means() -> None:
 def test_the_actors_loss_leaves_the_critics_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     learner = make()
     seen: list[Any] = []
-    plain = learner.actor_step
+    plain = learner.actor_step.aggregate
 
-    def watched(losses: Tensor) -> Tensor:
+    def watched(losses: Tensor) -> None:
         gradients = [parameter.grad for parameter in learner.critic.parameters()]
         seen.append([None if grad is None else grad.clone() for grad in gradients])
         critics = clone(learner.critic.parameters())
-        norm = plain(losses)
+        plain(losses)
         after = [parameter.grad for parameter in learner.critic.parameters()]
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(seen[-1], after, strict=True))
         assert all(torch.equal(a, b) for a, b in zip(critics, learner.critic.parameters(), strict=True))
-        return norm
 
     actor = clone(learner.actor.parameters())
-    monkeypatch.setattr(learner, "actor_step", watched)
+    monkeypatch.setattr(learner.actor_step, "aggregate", watched)
     learner.update()
     assert len(seen) == 1
     assert all(parameter.requires_grad for parameter in learner.critic.parameters())

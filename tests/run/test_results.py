@@ -26,7 +26,7 @@ def make_summary(tasks: Mapping[str, Mapping[str, float | None]], **changes: Any
         "updates": 30,
         "seconds": 4.0,
         "parameters": PARAMETERS,
-        "conditions": {"suite": "pointmass", "seed": 3},
+        "provenance": {"suite": "pointmass", "seed": 3},
     }
     return summary(**(arguments | changes))
 
