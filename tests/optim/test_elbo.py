@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from varshare_rl.nn import IndependentConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
+from varshare_rl.nn.config import PosteriorStart, PriorUnits
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.optim.elbo import Elbo, ElboConfig, Estimator, KLNormalization, posterior_size
 
@@ -20,15 +21,18 @@ def network() -> torch.nn.Module:
 @pytest.mark.parametrize(
     ("normalization", "divisor"),
     [
-        (KLNormalization.data, 500.0),
+        (KLNormalization.seen, 2000.0),
+        (KLNormalization.rollout, 500.0),
+        (KLNormalization.replay, 500.0),
+        (KLNormalization.budget, 10_000.0),
         (KLNormalization.parameters, 2 * (4 + 6) + 2 * (6 + 2)),  # Gaussians of one task
         (KLNormalization.none, 1.0),
     ],
 )
 def test_penalty_is_the_weighted_kl_over_n(normalization: KLNormalization, divisor: float) -> None:
     made = network()
-    elbo = Elbo(ElboConfig(kl_weight=0.2, normalization=normalization), TASKS)
-    penalty = elbo.penalty(made, 500)
+    elbo = Elbo(ElboConfig(kl_weight=0.2, normalization=normalization), TASKS, budget_per_task=10_000)
+    penalty = elbo.penalty(made, 500, 2000)
     assert isinstance(penalty, torch.Tensor)
     assert penalty.shape == (TASKS,)
     torch.testing.assert_close(penalty, 0.2 * total_kl(made, TASKS) / divisor)
@@ -82,4 +86,30 @@ def test_posterior_size_counts_gaussians_of_one_task() -> None:
 
 def test_options_become_posterior_settings() -> None:
     options = ElboConfig(prior_scale=0.3, temperature=0.5, estimator=Estimator.flipout, weight_samples=3)
-    assert options.posterior() == Posterior(0.3, "flipout", 0.5, 3)
+    assert options.posterior() == Posterior(
+        0.3, PriorUnits.theta, PosteriorStart.narrow, estimator="flipout", temperature=0.5, weight_samples=3
+    )
+
+
+@pytest.mark.parametrize(("width", "rank", "alpha"), [(8, 2, None), (64, 8, None), (64, 8, 32.0), (256, 4, 1.0)])
+def test_the_prior_is_as_wide_in_units_of_theta_at_every_size(width: int, rank: int, alpha: float | None) -> None:
+    """Residuals drawn from the prior, entry by entry, against the standard deviation of theta."""
+    options = VarShareLoRAConfig(hidden=[], rank=rank, alpha=alpha)
+    layer = options.build(width, 50, 20, Posterior(0.25, PriorUnits.theta)).layers[0]
+    a, b = (torch.randn(200, *mu.shape[1:]) * layer.prior_scale[0] for mu, _ in layer.posteriors())
+    assert (layer.scale * (b @ a)).std() == pytest.approx(0.25 * layer.theta.std(), rel=0.05)
+
+
+def test_full_rank_priors_have_the_same_units() -> None:
+    layer = VarShareConfig(hidden=[]).build(64, 50, 2, Posterior(0.25, PriorUnits.theta)).layers[0]
+    assert layer.prior_scale[0] == pytest.approx(0.25 * float(layer.theta.std()), rel=0.05)
+
+
+@pytest.mark.parametrize("options", [VarShareConfig(hidden=[8]), VarShareLoRAConfig(hidden=[8])])
+def test_a_posterior_that_starts_at_its_prior_costs_next_to_nothing(options: VarShareConfig) -> None:
+    narrow, wide = (
+        total_kl(options.build(16, 4, TASKS, Posterior(0.1, PriorUnits.theta, start)), TASKS)
+        for start in PosteriorStart
+    )
+    assert narrow.min() > 50 * wide.max()
+    assert wide.max() < 0.05 * posterior_size(options.build(16, 4, TASKS, Posterior()))

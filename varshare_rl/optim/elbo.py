@@ -122,10 +122,10 @@ class Elbo(Stateful):
         self._nats: dict[int, Tensor] = {}  # of each network at its latest penalty
         self._layers: WeakKeyDictionary[nn.Module, list[TaskModule]] = WeakKeyDictionary()
 
-    def penalty(self, module: nn.Module, held: int, seen: int) -> Tensor | float:
+    def penalty(self, module: nn.Module, held: int, seen: int | None = None) -> Tensor | float:
         """Return the weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or layers with a divergence.
 
-        ``held`` and ``seen`` are a task's transitions that rollout or replay hold, and those it has made so far.
+        ``held`` and ``seen`` are a task's transitions that rollout or replay hold, and those so far (None: as many).
         Layers with ``paid_apart`` are not in it: somebody else adds their divergence to the loss.
         """
         if self.config.kl_weight == 0.0:
@@ -142,7 +142,7 @@ class Elbo(Stateful):
             weight = weight.to(nats.device)
         if free_nats is not None:
             nats = (nats - free_nats).clamp_min(0.0)
-        return weight * nats / self._divisor(module, held, seen)
+        return weight * nats / self._divisor(module, held, held if seen is None else seen)
 
     def _divisor(self, module: nn.Module, held: int, seen: int) -> float:
         """Return ``n_i``."""
