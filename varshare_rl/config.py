@@ -32,8 +32,7 @@ FORMER_KEYS = {
     "origin": "pretrained",
     "method.exact_origin": "method.exact_pretrained",
 }
-#: Values that options have in stored configurations of before there were such options.
-FORMER_VALUES = {"elbo.prior_units": "absolute", "gradient.scale": "paper"}
+
 
 _stored: dict[tuple[str, str], Any] = {}
 
@@ -236,16 +235,9 @@ def _readable(path: Path) -> Iterator[None]:
 
 
 def _rename(stored: Any) -> None:
-    """Give former keys their names of today, and former meanings their words."""
+    """Give former keys their names of today."""
     for former, name in FORMER_KEYS.items():
         parent, _, key = former.rpartition(".")
         options = OmegaConf.select(stored, parent) if parent else stored
         if options is not None and key in options:
             options[name.rpartition(".")[2]] = options.pop(key)
-    for name, value in FORMER_VALUES.items():
-        parent, _, key = name.rpartition(".")
-        options = OmegaConf.select(stored, parent)
-        if options is not None and key not in options:
-            options[key] = value
-    if OmegaConf.select(stored, "elbo.normalization") == "data":  # transitions that the loss averages over
-        stored.elbo.normalization = "replay" if OmegaConf.select(stored, "algorithm.name") == "sac" else "rollout"

@@ -50,9 +50,9 @@ class PPOConfig:
     entropy_weight: float = bounded(0.005, least=0)
     "Weight of the policy's entropy in the objective."
     target_kl: float | None = bounded(0.05, least=0)
-    "Nats; a rollout makes no further step once the policy's mean KL has passed it. Null: never."
+    "Nats; a rollout's updates stop when the policy's mean KL passes it. Null: never."
     max_grad_norm: float = bounded(0.5, least=0)
-    "Bound on the norm of the shared gradient, and apart from it on each task's own; 0: none."
+    "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
     initial_log_std: float = 0.0
     "Log standard deviation that Box actions start with."
     min_log_std: float = -5.0
@@ -158,9 +158,6 @@ class PPO(ActorCritic):
                 distribution = self.policy(batch["obs"])
             log_prob, entropy = distribution.log_prob(batch["raw_action"]), distribution.entropy().mean(-1)
             policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], config.clip)
-            moved = finite_mean(policy.approximate_kl)  # a task that has diverged stops nobody
-            if done and config.target_kl is not None and float(moved) > config.target_kl:
-                break
             actor_losses = policy.loss - config.entropy_weight * entropy
             self.actor_step.aggregate(actor_losses + self.penalty("actor", held))
             actor_norm = self.actor_step.clip()
@@ -178,11 +175,13 @@ class PPO(ActorCritic):
                 "policy": policy.loss.detach().mean(),
                 "value": critic_losses.detach().mean(),
                 "entropy": entropy.detach().mean(),
-                "approximate_kl": moved,
+                "approximate_kl": finite_mean(policy.approximate_kl),  # a task that has diverged stops nobody
                 "clip_fraction": policy.clip_fraction.mean(),
                 "actor_grad_norm": actor_norm,
                 "critic_grad_norm": critic_norm,
             })  # fmt: skip
+            if config.target_kl is not None and float(done[-1]["approximate_kl"]) > config.target_kl:
+                break
         self.rollout.position = 0
         self.finish_update(updates_before)
         self.weight_sampler.resample()

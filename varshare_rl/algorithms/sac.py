@@ -57,7 +57,7 @@ class SACConfig:
     target_entropy_per_dimension: float = -1.0
     "Entropy that a task's coefficient holds its policy at, for each dimension of its actions."
     max_grad_norm: float = bounded(1.0, least=0)
-    "Bound on the norm of the shared gradient, and apart from it on each task's own; 0: none."
+    "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
     normalize_observations: bool = False
     "Normalise observations by running statistics of each task."
     reward_scale: RewardScale = RewardScale.none

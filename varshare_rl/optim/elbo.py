@@ -27,9 +27,8 @@ from varshare_rl.types import Metrics
 class KLNormalization(Enum):
     """Choices of ``n_i``, the divisor of a task's divergence."""
 
-    seen = "seen"  # transitions of this task so far, each counted once
-    rollout = "rollout"  # PPO: those of one rollout
-    replay = "replay"  # SAC: those that its replay holds
+    data = "data"  # transitions of this task that the loss averages over: of PPO's rollout, of SAC's replay
+    seen = "seen"  # those so far, each counted once
     budget = "budget"  # those of the whole run
     parameters = "parameters"  # parameters of this task's posterior
     none = "none"  # 1
@@ -60,13 +59,14 @@ class ElboConfig:
 
     kl_weight: float = bounded(0.01, least=0)
     "Weight of the divergence."
-    normalization: KLNormalization = KLNormalization.seen
-    """Divisor `n_i` of a task's divergence: its transitions so far (`seen`), with which a weight of 1 is the plain ELBO;
-    those of PPO's rollout or SAC's replay; those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
-    prior_scale: float = bounded(0.1, above=0)
-    "Scale of the prior, in units of theta: of a residual's entries over those of theta at the start."
-    prior_units: PriorUnits = PriorUnits.theta
-    "Units of `prior_scale`: those of theta, or the standard deviation of every Gaussian itself (`absolute`)."
+    normalization: KLNormalization = KLNormalization.data
+    """Divisor `n_i` of a task's divergence: transitions of PPO's rollout or SAC's replay (`data`); those so far (`seen`);
+    those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
+    prior_scale: float = bounded(1.0, above=0)
+    "Scale of the prior, in `prior_units`."
+    prior_units: PriorUnits = PriorUnits.absolute
+    """Units of `prior_scale`: the standard deviation of every Gaussian itself (`absolute`), or that of a residual's
+    entries over that of theta's at the start (`theta`), which means the same at every width, rank and alpha."""
     start: PosteriorStart = PosteriorStart.narrow
     "Standard deviation that posteriors start with: 0.0067 (`narrow`), or that of their prior."
     temperature: float = bounded(1.0, least=0)

@@ -22,6 +22,13 @@ class Schedule(Enum):
     cosine = "cosine"
 
 
+class OwnGradients(Enum):
+    """Sizes of the gradients of what one task owns."""
+
+    averaged = "averaged"
+    apart = "apart"
+
+
 @dataclass
 class OptimizerConfig:
     """Options of ``optimizer``, for actor and critic. Rates are factors on their learning rates."""
@@ -40,8 +47,12 @@ class OptimizerConfig:
     "End of `linear` and `cosine`, as a share of the learning rate."
     epsilon: float | None = bounded(None, above=0)
     "Adam's epsilon of what the tasks share and of heads; null: the algorithm's own."
-    adapter_epsilon: float = bounded(1e-15, above=0)
-    "Adam's epsilon of adapters, whose gradients may be as small as `kl_weight / n_i`."
+    adapter_epsilon: float | None = bounded(None, above=0)
+    """Adam's epsilon of adapters; null: as of the rest. Gradients of their rhos are as small as `kl_weight / n_i`, which
+    PPO's own 1e-5 swallows: 1e-15 lets them move."""
+    own_gradients: OwnGradients = OwnGradients.averaged
+    """Gradients of a task's own parameters: divided by the number of tasks and clipped with the shared ones
+    (`averaged`); or those of its own loss, clipped apart task by task (`apart`)."""
 
 
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:
@@ -81,7 +92,7 @@ class ScheduledAdam:
         self.config = config
         rates = {Kind.mu: config.mu_lr_scale, Kind.rho: config.rho_lr_scale}
         epsilon = epsilon if config.epsilon is None else config.epsilon
-        epsilons = dict.fromkeys(rates, config.adapter_epsilon)
+        epsilons = dict.fromkeys(rates, epsilon if config.adapter_epsilon is None else config.adapter_epsilon)
         groups: dict[tuple[float, float, float], list[torch.nn.Parameter]] = {}
         for role in trained:
             decay = config.weight_decay if role.decays else 0.0

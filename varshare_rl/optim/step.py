@@ -8,13 +8,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.errors import UserError
 from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, AggregateScale, GradientConfig
 from varshare_rl.optim.jacobian import GradientAggregator, TaskGradients, gradient_gram
-from varshare_rl.optim.optimizer import OptimizerConfig, ScheduledAdam, roles
+from varshare_rl.optim.optimizer import OptimizerConfig, OwnGradients, ScheduledAdam, roles
 from varshare_rl.state import Stateful
-from varshare_rl.types import Tree
 
 #: A softmax weight below this is taken for it when a task's own gradient is scaled back.
 _LEAST = 1e-12
@@ -28,8 +26,8 @@ class LossStep(Stateful):
     Args:
         trained: a module, or bare parameters; layers list stacked ones in ``per_task_parameters``.
         learning_rate: of Adam, before the factors of ``optimizer``.
-        max_grad_norm: bound on the norm of the aggregated gradient of what the tasks share, and of each task's
-            gradient of its own parameters; 0 switches clipping off.
+        max_grad_norm: bound on the norm of the whole aggregated gradient, shared and own parameters together, or apart
+            from it on each task's own, as ``optimizer.own_gradients`` says; 0 switches clipping off.
         epsilon: Adam's epsilon.
         optimizer: rates, decay and schedule.
         divergence_guard: which tasks are left out of a step.
@@ -59,21 +57,24 @@ class LossStep(Stateful):
         self.roles = roles(trained)
         self.parameters = [role.parameter for role in self.roles]
         self.max_grad_norm = max_grad_norm
-        self.scheduled = ScheduledAdam(self.roles, learning_rate, epsilon, optimizer or OptimizerConfig())
+        optimizer = optimizer or OptimizerConfig()
+        self.scheduled = ScheduledAdam(self.roles, learning_rate, epsilon, optimizer)
         self.optimizer = self.scheduled.adam
         self.on_cpu = all(
             parameter.is_cpu for parameter in self.parameters
         )  # looking at a number waits for nothing
         self.divergence_guard = DivergenceGuard(divergence_guard or DivergenceGuardConfig(), self.on_cpu)
-        self.own = [role.parameter for role in self.roles if role.own]
-        self.shared = shared = [role.parameter for role in self.roles if not role.own]
+        apart = optimizer.own_gradients is OwnGradients.apart
+        self.own = [role.parameter for role in self.roles if role.own and apart]  # what is clipped by itself
         self.aggregation = Aggregation()
-        settings = gradient or GradientConfig()
+        shared = [role.parameter for role in self.roles if not role.own]
         if aggregator == TEMPERATURE and log_temperature is not None:
-            self.aggregation = TemperatureAggregation(log_temperature)
-        elif shared and (chosen := settings.build(aggregator, num_tasks)) is not None:
+            own = [role.parameter for role in self.roles if role.own]
+            self.aggregation = TemperatureAggregation(own, log_temperature)
+        elif shared and (chosen := (gradient or GradientConfig()).build(aggregator, num_tasks)) is not None:
             recorded = trained if isinstance(trained, nn.Module) else None
-            self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen, settings.scale)
+            scale = (gradient or GradientConfig()).scale
+            self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen, scale)
         self.gram: Tensor | None = None  # of the tasks' gradients, when it was last asked for
         self._gram_of: list[nn.Parameter] | None = None
 
@@ -96,22 +97,20 @@ class LossStep(Stateful):
         if kept is not None:
             losses = torch.where(kept, losses, 0.0)
         with nullcontext() if kept is None else contained(losses):
-            weights = self.aggregation(losses, kept)
+            self.aggregation(losses, kept)
         own = [parameter.grad for parameter in self.own if parameter.grad is not None]
-        if isinstance(weights, Tensor):
-            for grad in own:
-                grad.div_(weights.view(-1, *[1] * (grad.dim() - 1)))
-        elif own:
-            torch._foreach_div_(own, weights)
+        if own:  # that of its own loss: every aggregation leaves it divided by T
+            torch._foreach_mul_(own, float(len(losses)))
 
     def clip(self) -> Tensor:
-        """Bound the norm of what the tasks share, and apart from it that of each task's own parameters.
+        """Bound the norm of the aggregated gradient, and apart from it that of each task's own parameters.
 
-        Returns the norm before, 0-d: the root of the square of the shared one plus the mean over tasks of the squares
-        of the own ones.
+        Returns the norm before, 0-d: where own ones are apart, the root of the shared square plus the mean own one.
         """
         bound = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        norm = nn.utils.clip_grad_norm_(self.shared, bound, foreach=True).detach()
+        apart = {id(parameter) for parameter in self.own}
+        together = [parameter for parameter in self.parameters if id(parameter) not in apart]
+        norm = nn.utils.clip_grad_norm_(together, bound, foreach=True).detach()
         own = [parameter.grad for parameter in self.own if parameter.grad is not None]
         if not own:
             return norm
@@ -130,14 +129,6 @@ class LossStep(Stateful):
             return
         self.optimizer.found_inf = None if self.on_cpu else drop  # type: ignore[attr-defined]  # fused Adam obeys it
         self.optimizer.step()
-
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`state` gave. Raises UserError for a checkpoint whose optimiser had other groups."""
-        if len(state["optimizer"]["param_groups"]) != len(self.optimizer.param_groups):
-            raise UserError(
-                "this checkpoint is of an earlier version, whose steps were others; evaluate it, or train anew"
-            )
-        super().load_state(state)
 
     def measure_gram(self, parameters: Sequence[nn.Parameter]) -> None:
         """Have the next call leave :func:`gradient_gram` of its losses by ``parameters`` in :attr:`gram`.
@@ -160,17 +151,16 @@ class LossStep(Stateful):
 
 
 class Aggregation(Stateful):
-    """From losses ``[T]`` to gradients of what the tasks share: that of the mean, unless a subclass says otherwise.
+    """From losses ``[T]`` to the gradient of every parameter: that of the mean, unless a subclass says otherwise.
 
-    A task's own parameters get the gradient of its own loss times the factor that is returned, ``[T]`` or one for all.
+    Own parameters of a task get the gradient of the mean, ``1 / T`` times that of its loss, from every aggregation.
     """
 
     waits = False  # True: it reads numbers from the device anyway
 
-    def __call__(self, losses: Tensor, kept: Tensor | None) -> Tensor | float:
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         """Fill ``grad``. ``kept [T]`` bool: the tasks that count; the others' losses are 0, without a gradient."""
         torch.autograd.backward(losses.mean())
-        return 1.0 / len(losses)
 
     def memory_bytes(self, num_tasks: int) -> int:
         """Predict the bytes of its gradients per task; a look for mixing takes as many again for a moment."""
@@ -187,23 +177,27 @@ class TemperatureAggregation(Aggregation):
     counts for less.
 
     Args:
+        own: the parameters whose dim 0 is the task.
         log_temperature: ``log alpha [T]``, the one that learns.
     """
 
-    def __init__(self, log_temperature: Tensor) -> None:
-        self.log_temperature = log_temperature
+    def __init__(self, own: Sequence[nn.Parameter], log_temperature: Tensor) -> None:
+        self.own, self.log_temperature = list(own), log_temperature
 
-    def __call__(self, losses: Tensor, kept: Tensor | None) -> Tensor | float:
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         weights = torch.softmax(-self.log_temperature.detach(), 0).clamp_min(_LEAST)
         torch.autograd.backward(torch.dot(weights, losses))
-        return weights
+        back = 1.0 / (weights * len(losses))
+        for parameter in self.own:
+            if parameter.grad is not None:
+                parameter.grad.mul_(back.view(-1, *[1] * (parameter.dim() - 1)))
 
 
 class JacobianAggregation(Aggregation):
-    """An aggregate of the tasks' gradients for what they share, as long as their mean unless the paper's is chosen.
+    """An aggregate of the tasks' gradients for what they share, of its paper's length or as long as their mean.
 
-    Some aggregators are of another size altogether: FairGrad's norm is ``sqrt(T)`` whatever the losses, MGDA's and
-    IMTL-G's a hundredth of the mean's. Clipping, and Adam's epsilon, would read that as a change of the loss.
+    Lengths of papers are of all kinds: FairGrad's is ``sqrt(T)`` whatever the losses, those of MGDA and IMTL-G are a
+    hundredth of the mean's. Clipping reads that as a change of the losses.
     """
 
     waits = True
@@ -212,9 +206,10 @@ class JacobianAggregation(Aggregation):
     def __init__(self, gradients: TaskGradients, aggregator: GradientAggregator, scale: AggregateScale) -> None:
         self.gradients, self.aggregator, self.scale = gradients, aggregator, scale
 
-    def __call__(self, losses: Tensor, kept: Tensor | None) -> Tensor | float:
+    def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         if len(losses) == 1:
-            return super().__call__(losses, kept)
+            torch.autograd.backward(losses.mean())
+            return
         rows = self.gradients(losses)
         reached = self.gradients.reached
         combined = self.aggregator(rows, losses.detach(), kept)
@@ -224,7 +219,6 @@ class JacobianAggregation(Aggregation):
         for index, gradient in enumerate(self.gradients.views(combined)):
             if index in reached:
                 self.gradients.shared[index].grad = gradient
-        return 1.0 / len(losses)
 
     def memory_bytes(self, num_tasks: int) -> int:
         return 0 if num_tasks == 1 else num_tasks * sum(parameter.nbytes for parameter in self.gradients.shared)
