@@ -34,7 +34,7 @@ NEEDED = {
 DISCRETE = {"cartpole", "lunarlander"}
 ENVIRONMENTS = [
     "cartpole", "cw10", "cw20", "gymnasium", "light8", "lunarlander", "metaworld", "mt1", "mt10", "mt25", "mt3",
-    "mt50", "pointmass",
+    "mt50", "objects", "pointmass",
 ]  # fmt: skip
 NETWORKS = [
     "care", "film", "independent", "l2_soft", "lora", "moore", "multi_head", "paco", "shared",
