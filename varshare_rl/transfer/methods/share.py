@@ -59,7 +59,7 @@ class ShareMethodConfig(ContinualMethodConfig):
     "Numerator of the adapters' scale; null: the rank."
     rslora: bool = False
     "Scale `alpha / sqrt(rank)` (Kalajdzievski 2023) instead of `alpha / rank`."
-    initial_tasks: int = bounded(4, least=0)
+    initial_tasks: int = bounded(4, least=1)
     "Tasks with an adapter that come before the basis is learnt in; those of `from=` count."
     learn: Learn = Learn.directions
     "Training of a task in the basis: temporary directions too, merged afterwards, or coefficients alone."
