@@ -93,7 +93,7 @@ def build_algorithm(
     else:
         actor, critic = partial(source.network, "actor"), partial(source.network, "critic")
     context = AgentContext(
-        spec, actor, Elbo(config.elbo, spec.num_tasks, config.total_transitions / spec.num_tasks), config.critic, critic,
+        spec, actor, build_elbo(config, spec.num_tasks), config.critic, critic,
         config.gradient, config.optimizer, config.divergence_guard, source,
     )  # fmt: skip
     algorithm: Algorithm = config.algorithm.build(context)
@@ -127,6 +127,11 @@ def network_factory(config: TrainConfig, architecture: NetworkConfig, num_tasks:
     return make_network
 
 
+def build_elbo(config: TrainConfig, num_tasks: int) -> Elbo:
+    """Build the ELBO of a run, which knows the budget of a task."""
+    return Elbo(config.elbo, num_tasks, config.total_transitions / num_tasks)
+
+
 def matched_hidden(config: TrainConfig, architecture: NetworkConfig, spec: TaskSpec) -> list[int]:
     """Sizes of the hidden layers that give the whole agent ``network.active_parameters`` per task.
 
@@ -151,7 +156,7 @@ def matched_hidden(config: TrainConfig, architecture: NetworkConfig, spec: TaskS
         context = AgentContext(
             replace(spec, device=torch.device("cpu")),
             record(lambda candidate: candidate),
-            Elbo(config.elbo, spec.num_tasks, config.total_transitions / spec.num_tasks),
+            build_elbo(config, spec.num_tasks),
             config.critic,
             record(config.critic.architecture),
         )

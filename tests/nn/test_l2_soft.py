@@ -55,6 +55,6 @@ def test_one_key_weights_it_like_varshare(rank: int | None, size: int) -> None:
     assert posterior_size(network) == size
     nats = total_kl(network, 3)
     assert nats[1] > nats[0]
-    for normalization, divisor in (("rollout", 500), ("parameters", size), ("none", 1)):
+    for normalization, divisor in (("data", 500), ("parameters", size), ("none", 1)):
         elbo = Elbo(ElboConfig(kl_weight=0.2, normalization=KLNormalization[normalization]), 3)
         torch.testing.assert_close(elbo.penalty(network, 500), 0.2 * nats / divisor)

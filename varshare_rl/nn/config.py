@@ -51,9 +51,9 @@ class Posterior:
     def unit(self, in_features: int, rank: int | None, scale: float = 1.0) -> tuple[float, float]:
         """Return ``u`` and ``k`` of a layer: Gaussians have the prior's standard deviation ``(u prior_scale)^k``.
 
-        In units of theta, with ``f = prior_scale`` and ``std(theta) = 1 / sqrt(3 in_features)`` at the start, a full-rank
-        residual has ``f std(theta)``. Entries of ``scale B A`` have ``scale sqrt(rank) p^2`` for factors of ``p``, hence
-        ``p^2 = f / (scale sqrt(3 rank in_features))``.
+        In units of theta, with ``f = prior_scale`` and ``std(theta) = 1 / sqrt(3 in_features)`` at the start, a
+        full-rank residual has ``f std(theta)``. Entries of ``scale B A`` have ``scale sqrt(rank) p^2`` for factors
+        of ``p``, hence ``p^2 = f / (scale sqrt(3 rank in_features))``.
         """
         if self.prior_units is PriorUnits.absolute:
             return 1.0, 1.0

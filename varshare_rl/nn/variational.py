@@ -91,7 +91,7 @@ class VariationalLayer(GaussianFactors, TaskLayer):
 
     @torch.no_grad()
     def scale_prior(self, scales: Tensor) -> None:
-        """Give the tasks' priors the standard deviations ``(u scales)^k`` for ``scales [T]`` in units of the layer."""
+        """Give the tasks' priors the standard deviations ``(u scales)^k``: ``scales [T]`` in the layer's units."""
         unit, power = self.prior_unit
         self.log_prior_scale.copy_((unit * scales).log() * power)
 

@@ -60,8 +60,8 @@ class ElboConfig:
     kl_weight: float = bounded(0.01, least=0)
     "Weight of the divergence."
     normalization: KLNormalization = KLNormalization.data
-    """Divisor `n_i` of a task's divergence: transitions of PPO's rollout or SAC's replay (`data`); those so far (`seen`);
-    those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
+    """Divisor `n_i` of a task's divergence: transitions of PPO's rollout or SAC's replay (`data`); those so far
+    (`seen`); those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
     prior_scale: float = bounded(1.0, above=0)
     "Scale of the prior, in `prior_units`."
     prior_units: PriorUnits = PriorUnits.absolute
@@ -125,7 +125,7 @@ class Elbo(Stateful):
     def penalty(self, module: nn.Module, held: int, seen: int | None = None) -> Tensor | float:
         """Return the weighted ``KL_i / n_i`` of ``module``, ``[T]``; 0 without weight or layers with a divergence.
 
-        ``held`` and ``seen`` are a task's transitions that rollout or replay hold, and those so far (None: as many).
+        ``held`` are a task's transitions in rollout or replay, ``seen`` those so far (None: as many).
         Layers with ``paid_apart`` are not in it: somebody else adds their divergence to the loss.
         """
         if self.config.kl_weight == 0.0:

@@ -26,8 +26,8 @@ class LossStep(Stateful):
     Args:
         trained: a module, or bare parameters; layers list stacked ones in ``per_task_parameters``.
         learning_rate: of Adam, before the factors of ``optimizer``.
-        max_grad_norm: bound on the norm of the whole aggregated gradient, shared and own parameters together, or apart
-            from it on each task's own, as ``optimizer.own_gradients`` says; 0 switches clipping off.
+        max_grad_norm: bound on the norm of the whole aggregated gradient, shared and own parameters together, or
+            apart from it on each task's own, as ``optimizer.own_gradients`` says; 0 switches clipping off.
         epsilon: Adam's epsilon.
         optimizer: rates, decay and schedule.
         divergence_guard: which tasks are left out of a step.
@@ -196,8 +196,8 @@ class TemperatureAggregation(Aggregation):
 class JacobianAggregation(Aggregation):
     """An aggregate of the tasks' gradients for what they share, of its paper's length or as long as their mean.
 
-    Lengths of papers are of all kinds: FairGrad's is ``sqrt(T)`` whatever the losses, those of MGDA and IMTL-G are a
-    hundredth of the mean's. Clipping reads that as a change of the losses.
+    Lengths of papers are of all kinds: FairGrad's is ``sqrt(T)`` whatever the losses, those of MGDA and IMTL-G are
+    a hundredth of the mean's. Clipping reads that as a change of the losses.
     """
 
     waits = True
