@@ -105,7 +105,7 @@ def build_algorithm(
     modules = algorithm.trained_modules().values()
     if isinstance(config.elbo.schedule, BandConfig) and not any(any(stochastic_layers(m)) for m in modules):
         raise UserError(
-            f"network={architecture.name} has no posterior, whose spread elbo/schedule=band is about; "
+            f"network={architecture.name} has no posterior, whose sigma elbo/schedule=band is about; "
             "use varshare_lora or varshare, or another elbo/schedule"
         )
     return algorithm
@@ -167,7 +167,7 @@ def matched_hidden(config: TrainConfig, architecture: NetworkConfig, spec: TaskS
 
 
 def build_task_spec(suite: Suite, envs_per_task: int, device: torch.device) -> TaskSpec:
-    """What the algorithm has to know of the suite."""
+    """Facts of the suite that the algorithm has to know."""
     actions = suite.action_space
     discrete = isinstance(actions, gymnasium.spaces.Discrete)
     return TaskSpec(
@@ -184,7 +184,7 @@ def build_task_spec(suite: Suite, envs_per_task: int, device: torch.device) -> T
 
 @dataclass(frozen=True)
 class TrainedAgent:
-    """What a run folder holds of an agent, and what it was trained with."""
+    """Contents of a run folder: an agent, and what it was trained with."""
 
     config: TrainConfig
     suite: Suite

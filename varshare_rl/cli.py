@@ -1,4 +1,4 @@
-"""What the commands have in common: composing the configuration, and errors in one line."""
+"""Composition of the configuration, and errors in one line, for every command."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def blank_config(schema: type[AnyConfig]) -> AnyConfig:
 
 
 def config_folder() -> Path:
-    """Where the YAML files are: inside the package when installed from a wheel, beside it in a clone."""
+    """Folder of the YAML files: inside the package when installed from a wheel, beside it in a clone."""
     package = Path(__file__).resolve().parent
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / "train.yaml").is_file():

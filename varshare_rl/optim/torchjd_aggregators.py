@@ -126,7 +126,7 @@ class IMTLGConfig(TorchJDConfig):
 
 
 class AlignedScale(Enum):
-    """Which eigenvalue of the Gramian AlignedMTL gives to all of its components."""
+    """Choice of the Gramian's eigenvalue that AlignedMTL gives to all of its components."""
 
     min = "min"
     median = "median"

@@ -83,7 +83,7 @@ class ShareMethodConfig(ContinualMethodConfig):
     "Old tasks are acted with the adapters that they came with; otherwise with what the basis rebuilds."
 
     def basis_options(self) -> ShareConfig:
-        """How adapters are merged, with the rule for ``k`` of this method in place of none."""
+        """Settings of merging adapters, with the rule for ``k`` of this method in place of none."""
         k = self.basis.k
         if self.basis.method is BasisMethod.paper or (k.max_error, k.explained, k.fixed) != (None, None, None):
             return self.basis

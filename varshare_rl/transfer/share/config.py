@@ -15,7 +15,7 @@ PAPER_EXPLAINED = 0.6
 
 
 class BasisMethod(Enum):
-    """How adapters become a basis."""
+    """Settings by which adapters become a basis."""
 
     share = "share"  # SVD of canonical factors, uncentred; coefficients from the core
     paper = "paper"  # as published: SVD of the factors as they are, centred; coefficients are projections
@@ -23,7 +23,7 @@ class BasisMethod(Enum):
 
 
 class Merge(Enum):
-    """When new adapters make a basis decompose again; otherwise they are projected and it stays as it is."""
+    """Conditions on which new adapters make a basis decompose again; else they are projected onto it."""
 
     needed = "needed"  # if one is projected with more error than k.max_error; always under the other rules for k
     always = "always"  # as published
