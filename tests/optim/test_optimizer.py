@@ -100,18 +100,18 @@ def test_weight_decay_by_hand_and_on_weights_only() -> None:
     [
         (SharedConfig(hidden=[4], layer_norm=True), {"theta": "theta, decays", "bias": "theta", "weight": "theta"}),
         (VarShareConfig(hidden=[4]), {"theta": "theta, decays", "bias": "theta", "mus": "mu", "rhos": "rho"}),
-        (IndependentConfig(hidden=[4]), {"weights": "theta, decays", "biases": "theta"}),
+        (IndependentConfig(hidden=[4]), {"weights": "heads, decays", "biases": "heads"}),
         (
             PaCoConfig(hidden=[4], layer_norm=True),
             {
-                "compositions": "theta", "weights": "theta, decays", "biases": "theta",
+                "compositions": "heads", "weights": "theta, decays", "biases": "theta",
                 "weight": "theta", "bias": "theta",
             },
         ),
         (
             MOOREConfig(hidden=[4, 4], layer_norm=True, experts=2, multi_head=False),
             {
-                "mixtures": "theta", "weights": "theta, decays", "biases": "theta", "scales": "theta",
+                "mixtures": "heads", "weights": "theta, decays", "biases": "theta", "scales": "theta",
                 "offsets": "theta", "weight": "theta", "bias": "theta", "theta": "theta, decays",
             },
         ),
