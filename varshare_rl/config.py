@@ -33,6 +33,14 @@ FORMER_KEYS = {
     "method.exact_origin": "method.exact_pretrained",
 }
 
+#: Options that stored configurations may be without, and what was the rule before there was a choice.
+FORMER_DEFAULTS = {
+    "elbo.prior_units": "absolute",
+    "elbo.start": "narrow",
+    "optimizer.own_gradients": "averaged",
+    "optimizer.adapter_epsilon": None,
+    "gradient.scale": "paper",
+}
 
 _stored: dict[tuple[str, str], Any] = {}
 
@@ -217,6 +225,7 @@ def read_config(path: Path, schema: type[AnyConfig]) -> AnyConfig:
     require_plugins(plugins, path.parent)
     with _readable(path):
         _rename(stored)
+        _complete(stored)
         config = OmegaConf.structured(blank_config(schema))
         for group in schema.groups:
             key = group.replace("/", ".")
@@ -241,3 +250,12 @@ def _rename(stored: Any) -> None:
         options = OmegaConf.select(stored, parent) if parent else stored
         if options is not None and key in options:
             options[name.rpartition(".")[2]] = options.pop(key)
+
+
+def _complete(stored: Any) -> None:
+    """Give options that came later the values that say what was done before."""
+    for name, value in FORMER_DEFAULTS.items():
+        parent, _, key = name.rpartition(".")
+        options = OmegaConf.select(stored, parent)
+        if options is not None and key not in options:
+            options[key] = value

@@ -10,8 +10,8 @@ from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.nn import VarShareLayer
 from varshare_rl.ops.gaussian import softplus_sigma
 from varshare_rl.optim.elbo import Elbo, ElboConfig
-from varshare_rl.optim.gradient import AggregateScale, GradientConfig
-from varshare_rl.optim.optimizer import OptimizerConfig, OwnGradients
+from varshare_rl.optim.gradient import GradientConfig
+from varshare_rl.optim.optimizer import OptimizerConfig
 from varshare_rl.optim.step import LossStep
 
 ROWS, FEATURES, NOISE, PRIOR = 32, 4, 0.2, 0.05
@@ -23,18 +23,18 @@ SETTINGS = {
 }
 
 
+FAST = [(1, "mean", "ppo"), (10, "fairgrad", "sac")]
+CASES = [
+    (tasks, name, algorithm)
+    for tasks in (1, 10, 50)
+    for name in ("mean", "fairgrad", "pcgrad")
+    for algorithm in SETTINGS
+]
+
+
 @pytest.mark.parametrize(
     ("tasks", "aggregator", "algorithm"),
-    [
-        (10, "mean", "sac"),
-        pytest.param(1, "mean", "ppo", marks=pytest.mark.slow),
-        pytest.param(10, "fairgrad", "sac", marks=pytest.mark.slow),
-        pytest.param(10, "mean", "ppo", marks=pytest.mark.slow),
-        pytest.param(10, "pcgrad", "ppo", marks=pytest.mark.slow),
-        pytest.param(50, "mean", "ppo", marks=pytest.mark.slow),
-        pytest.param(50, "fairgrad", "ppo", marks=pytest.mark.slow),
-        pytest.param(50, "pcgrad", "sac", marks=pytest.mark.slow),
-    ],
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES],
 )
 def test_the_posterior_of_a_regression_is_reached(tasks: int, aggregator: str, algorithm: str) -> None:
     """``y = x (theta + phi_i) + noise`` with orthogonal inputs, for which the exact posterior is a product.
@@ -48,11 +48,10 @@ def test_the_posterior_of_a_regression_is_reached(tasks: int, aggregator: str, a
     truth = 0.5 * torch.randn(1, FEATURES, 1) + PRIOR * torch.randn(tasks, FEATURES, 1)
     y = x @ truth + NOISE * torch.randn(tasks, ROWS, 1)
     layer = VarShareLayer(FEATURES, 1, tasks, prior_scale=PRIOR, bias=False)
-    optimizer = OptimizerConfig(own_gradients=OwnGradients.apart, adapter_epsilon=1e-15)
-    gradient = GradientConfig(scale=AggregateScale.mean)
     step = LossStep(
-        layer, rate, bound, epsilon, optimizer, aggregator=aggregator, gradient=gradient, num_tasks=tasks
-    )
+        layer, rate, bound, epsilon, OptimizerConfig(), aggregator=aggregator, gradient=GradientConfig(),
+        num_tasks=tasks,
+    )  # fmt: skip
     elbo, ids = Elbo(ElboConfig(kl_weight=1.0), tasks), torch.arange(tasks)
     steps = round(2.2 / rate)
     kept: list[tuple[torch.Tensor, ...]] = []

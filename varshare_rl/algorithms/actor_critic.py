@@ -16,6 +16,7 @@ from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.stochastic import drawn_layers
 from varshare_rl.optim.absorption import Absorbing, absorb_all
+from varshare_rl.optim.elbo import Penalized
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Metrics, Tree
 
@@ -135,7 +136,8 @@ class ActorCritic(Algorithm):
         ``held``: transitions of a task that the rollout or the replay holds.
         """
         module = self.actor if part == "actor" else self.critic
-        penalty = self.elbo.penalty(module, held, self.transitions_per_task)
+        penalized = self.elbo.config.networks in (Penalized.both, Penalized(part))
+        penalty = self.elbo.penalty(module, held, self.transitions_per_task) if penalized else 0.0
         if self.regularizer is None:
             return penalty
         return penalty + self.regularizer.penalty(part, held)

@@ -41,8 +41,8 @@ class PosteriorStart(Enum):
 class Posterior:
     """Settings of the per-task posteriors; networks without one ignore them."""
 
-    prior_scale: float = 1.0
-    prior_units: PriorUnits = PriorUnits.absolute
+    prior_scale: float = 0.1
+    prior_units: PriorUnits = PriorUnits.theta
     start: PosteriorStart = PosteriorStart.narrow
     estimator: str | None = None  # None: the network's own
     temperature: float = 1.0

@@ -34,6 +34,14 @@ class KLNormalization(Enum):
     none = "none"  # 1
 
 
+class Penalized(Enum):
+    """Networks whose divergence is in the loss."""
+
+    both = "both"
+    actor = "actor"
+    critic = "critic"
+
+
 class TargetDraw(Enum):
     """Weights that targets (SAC) and advantages (PPO) are computed with."""
 
@@ -57,16 +65,18 @@ class DrawConfig:
 class ElboConfig:
     """Options of ``elbo``: the weight of the divergence and how it moves, the posteriors and how they are drawn."""
 
-    kl_weight: float = bounded(0.01, least=0)
-    "Weight of the divergence."
-    normalization: KLNormalization = KLNormalization.data
-    """Divisor `n_i` of a task's divergence: transitions of PPO's rollout or SAC's replay (`data`); those so far
-    (`seen`); those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
-    prior_scale: float = bounded(1.0, above=0)
+    kl_weight: float = bounded(1.0, least=0)
+    "Weight of the divergence; 1 is the plain ELBO of the data met so far."
+    normalization: KLNormalization = KLNormalization.seen
+    """Divisor `n_i` of a task's divergence: its transitions so far (`seen`); those of PPO's rollout or SAC's replay
+    (`data`); those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
+    networks: Penalized = Penalized.both
+    "Networks whose divergence is in the loss; the posteriors of the other are free."
+    prior_scale: float = bounded(0.1, above=0)
     "Scale of the prior, in `prior_units`."
-    prior_units: PriorUnits = PriorUnits.absolute
-    """Units of `prior_scale`: the standard deviation of every Gaussian itself (`absolute`), or that of a residual's
-    entries over that of theta's at the start (`theta`), which means the same at every width, rank and alpha."""
+    prior_units: PriorUnits = PriorUnits.theta
+    """Units of `prior_scale`: the standard deviation of a residual's entries over that of theta's at the start
+    (`theta`), which means the same at every width, rank and alpha; or that of every Gaussian itself (`absolute`)."""
     start: PosteriorStart = PosteriorStart.narrow
     "Standard deviation that posteriors start with: 0.0067 (`narrow`), or that of their prior."
     temperature: float = bounded(1.0, least=0)

@@ -57,7 +57,7 @@ class GradientConfig:
     "Aggregator of the actor's gradients; `gradient=<name>` sets both."
     critic: str = MEAN
     "Aggregator of the critic's gradients."
-    scale: AggregateScale = AggregateScale.paper
+    scale: AggregateScale = AggregateScale.mean
     "Length of an aggregated gradient: that of the mean of the tasks' gradients, or that of the aggregator's paper."
 
     def check(self, prefix: str) -> None:

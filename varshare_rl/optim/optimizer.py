@@ -47,12 +47,12 @@ class OptimizerConfig:
     "End of `linear` and `cosine`, as a share of the learning rate."
     epsilon: float | None = bounded(None, above=0)
     "Adam's epsilon of what the tasks share and of heads; null: the algorithm's own."
-    adapter_epsilon: float | None = bounded(None, above=0)
+    adapter_epsilon: float | None = bounded(1e-15, above=0)
     """Adam's epsilon of adapters; null: as of the rest. Gradients of their rhos are as small as `kl_weight / n_i`,
-    which PPO's own 1e-5 swallows: 1e-15 lets them move."""
-    own_gradients: OwnGradients = OwnGradients.averaged
-    """Gradients of a task's own parameters: divided by the number of tasks and clipped with the shared ones
-    (`averaged`); or those of its own loss, clipped apart task by task (`apart`)."""
+    which an epsilon of 1e-5, PPO's of the rest, swallows."""
+    own_gradients: OwnGradients = OwnGradients.apart
+    """Gradients of a task's own parameters: those of its own loss, clipped apart task by task (`apart`); or divided
+    by the number of tasks and clipped with the shared ones (`averaged`)."""
 
 
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:
