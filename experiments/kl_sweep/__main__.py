@@ -1,53 +1,92 @@
-"""Read the runs of sweeps over ``elbo.kl_weight`` and write ``sweep.csv`` and ``sweep.png``."""
+"""Read the runs of sweeps over ``elbo.kl_weight`` and write ``sweep.csv``, ``sweep.png`` and ``posteriors.png``."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 import matplotlib
+import torch
+from torch import Tensor
 
 from experiments.results import finished_runs, write_csv
 from varshare_rl.assemble import load_agent
-from varshare_rl.config import Device
+from varshare_rl.config import Device, TrainConfig
+from varshare_rl.nn.variational import stochastic_layers
+from varshare_rl.ops.gaussian import softplus_sigma
 from varshare_rl.run.sharing import sharing_document
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+SPREADS = tuple(f"sigma_{round(100 * quantile)}" for quantile in QUANTILES)
 COLUMNS = (
-    "suite", "network", "prior_scale", "kl_weight", "seed", "success", "return", "nats", "sharing", "transitions",
-    "seconds", "git_commit",
+    "suite", "network", "kl_weight", "seed", "success", "return", "nats", "least_nats", "most_nats", "sharing",
+    *SPREADS, "mu_step", "rho_step", "transitions", "seconds", "git_commit",
 )  # fmt: skip
-MEASURES = {"success": "success", "nats": "nats per task", "sharing": "sharing ratio"}
+SUITES = ("pointmass", "cartpole identical", "cartpole variants", "metaworld")
+#: Networks whose penalty has the weight; those of the others are lines.
+DIALLED = {"varshare_lora": "C0", "l2_soft": "C1"}
+LEVEL = {"lora": ("C2", "--"), "shared": ("C3", "-."), "independent": ("C4", ":")}
+MEASURES = {"success": "success", "nats": "nats per task", "sharing": "sharing"}
 
 Row = dict[str, object]
+
+
+def suite_name(config: TrainConfig) -> str:
+    """Name of the suite of a run, with the set of cartpole's tasks."""
+    name: str = config.env.name
+    return f"{name} {config.env.variant_set}" if name == "cartpole" else name
+
+
+def relative_sigmas(modules: Mapping[str, torch.nn.Module]) -> Tensor:
+    """Standard deviations of all posteriors over those of their priors, ``[N]``; empty without posteriors."""
+    ratios = [torch.empty(0)]
+    for module in modules.values():
+        for _, layer in stochastic_layers(module):
+            prior = layer.prior_scale.view(-1, 1, 1)
+            ratios += [(softplus_sigma(rho) / prior).detach().flatten() for _, rho in layer.posteriors()]
+    return torch.cat(ratios)
 
 
 def read(run_dir: Path) -> Row:
     """One row of the CSV from a run folder."""
     summary = json.loads((run_dir / "summary.json").read_text())
+    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     agent = load_agent(run_dir, "last", Device.cpu)
-    document = sharing_document(agent.algorithm.trained_modules(), agent.suite.task_names, 0)
-    tasks = summary["tasks"].values()
-    return {
-        "suite": agent.config.env.name,
+    modules = agent.algorithm.trained_modules()
+    nats = [task["kl"] for task in summary["tasks"].values()]
+    sigmas = relative_sigmas(modules)
+    row: Row = {
+        "suite": suite_name(agent.config),
         "network": agent.config.network.name,
-        "prior_scale": agent.config.elbo.prior_scale,
         "kl_weight": agent.config.elbo.kl_weight,
         "seed": agent.config.seed,
-        "success": round(summary["mean_success"], 4),
+        # cartpole has no goal: the share of the 500 steps that the pole was up
+        "success": round(
+            summary["mean_return"] / 500 if agent.config.env.name == "cartpole" else summary["mean_success"], 4
+        ),
         "return": round(summary["mean_return"], 3),
-        "nats": round(mean(task["kl"] for task in tasks), 3),
-        "sharing": round(document["sharing"], 5),
+        "nats": round(mean(nats), 3),
+        "least_nats": round(min(nats), 3),
+        "most_nats": round(max(nats), 3),
+        "sharing": round(sharing_document(modules, agent.suite.task_names, 0)["sharing"], 6),
         "transitions": summary["transitions"],
         "seconds": round(summary["seconds"]),
         "git_commit": summary["conditions"]["git_commit"],
     }
+    for name in ("mu", "rho"):
+        steps = [line[key] for line in logged if (key := f"optimizer/actor_{name}_step") in line]
+        row[f"{name}_step"] = round(mean(steps), 4) if steps else ""
+    for name, quantile in zip(SPREADS, QUANTILES, strict=True):
+        row[name] = round(float(torch.quantile(sigmas, quantile)), 4) if len(sigmas) else ""
+    return row
 
 
 def number(row: Row, name: str) -> float:
@@ -55,40 +94,99 @@ def number(row: Row, name: str) -> float:
     return float(str(row[name]))
 
 
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]]:
+    """Rows by suite and network, then by weight in order."""
+    groups: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in sorted(rows, key=lambda row: number(row, "kl_weight")):
+        groups[str(row["suite"]), str(row["network"])][number(row, "kl_weight")].append(row)
+    return groups
+
+
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """One column of panels per suite, one row per measure; lines are means over seeds, dots are runs."""
-    suites = sorted({str(row["suite"]) for row in rows}, key=("pointmass", "cartpole", "metaworld").index)
-    figure, axes = plt.subplots(len(MEASURES), len(suites), figsize=(4.6 * len(suites), 8.4), squeeze=False)
+    groups = grouped(rows)
+    suites = [suite for suite in SUITES if any(key[0] == suite for key in groups)]
+    figure, axes = plt.subplots(len(MEASURES), len(suites), figsize=(3.6 * len(suites), 7.6), squeeze=False)
     for column, suite in enumerate(suites):
-        groups: dict[tuple[str, float], list[Row]] = defaultdict(list)
-        for row in rows:
-            if row["suite"] == suite:
-                groups[str(row["network"]), number(row, "prior_scale")].append(row)
         for line, (measure, label) in enumerate(MEASURES.items()):
             axis = axes[line][column]
-            for index, ((network, prior), group) in enumerate(sorted(groups.items())):
-                weights = sorted({number(row, "kl_weight") for row in group})
-                # a logarithmic axis has no place for 0: it stands left of the smallest weight
-                places = {weight: weight or 1e-3 for weight in weights}
-                points = [[number(row, measure) for row in group if number(row, "kl_weight") == w] for w in weights]
-                name = f"{network}, prior {prior:g}"
-                axis.plot([places[w] for w in weights], [mean(p) for p in points], label=name, color=f"C{index}")
-                for weight, values in zip(weights, points, strict=True):
-                    axis.scatter([places[weight]] * len(values), values, s=9, alpha=0.5, color=f"C{index}")
+            for network, color in DIALLED.items():
+                _dial(axis, groups.get((suite, network), {}), measure, network, color)
+            for network, (color, style) in LEVEL.items():
+                runs = [row for found in groups.get((suite, network), {}).values() for row in found]
+                if runs and measure != "nats":
+                    level = mean(number(row, measure) for row in runs)
+                    axis.axhline(level, color=color, linestyle=style, label=network)
             axis.set_xscale("log")
             if measure == "nats":
-                axis.set_yscale("symlog", linthresh=1.0)
-                axis.set_ylim(bottom=0.0)
-            axis.set_ylabel(label)
+                axis.set_yscale("log")
             axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel(label)
             if line == 0:
                 axis.set_title(suite)
-            if line == len(MEASURES) - 1:
-                axis.set_xlabel("kl_weight (0 at 0.001)")
-        axes[0][column].legend(fontsize=7)
+        axes[-1][column].set_xlabel("kl_weight")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _dial(axis: Axes, by_weight: Mapping[float, Sequence[Row]], measure: str, label: str, color: str) -> None:
+    points = {weight: [number(row, measure) for row in found] for weight, found in by_weight.items()}
+    axis.plot([*points], [mean(values) for values in points.values()], color=color, label=label)
+    for weight, values in points.items():
+        axis.scatter([weight] * len(values), values, s=9, alpha=0.5, color=color)
+
+
+def draw_posteriors(path: Path, rows: Sequence[Row]) -> None:
+    """Quantiles of the posteriors' standard deviations over their priors', and the nats of the tasks."""
+    groups = {suite: found for (suite, network), found in grouped(rows).items() if network == "varshare_lora"}
+    suites = [suite for suite in SUITES if suite in groups]
+    figure, axes = plt.subplots(2, len(suites), figsize=(3.6 * len(suites), 5.4), squeeze=False, sharex="col")
+    for column, suite in enumerate(suites):
+        weights, upper, lower = [*groups[suite]], axes[0][column], axes[1][column]
+        sigma = {
+            name: [mean(number(row, name) for row in found) for found in groups[suite].values()] for name in SPREADS
+        }
+        upper.fill_between(weights, sigma[SPREADS[0]], sigma[SPREADS[-1]], alpha=0.2, color="C0", label="5 to 95 %")
+        upper.fill_between(weights, sigma[SPREADS[1]], sigma[SPREADS[-2]], alpha=0.4, color="C0", label="25 to 75 %")
+        upper.plot(weights, sigma[SPREADS[2]], color="C0", label="median")
+        upper.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label="start")
+        for name, style in (("most_nats", "--"), ("nats", "-"), ("least_nats", "-.")):
+            values = [mean(number(row, name) for row in found) for found in groups[suite].values()]
+            label = {"most_nats": "dearest task", "nats": "mean", "least_nats": "cheapest task"}[name]
+            lower.plot(weights, values, color="C0", linestyle=style, label=label)
+        upper.set_title(suite)
+        upper.set_xscale("log")
+        lower.set_yscale("log")
+        lower.set_xlabel("kl_weight")
+        for axis in (upper, lower):
+            axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("sigma over the prior's")
+    axes[1][0].set_ylabel("nats")
+    axes[0][0].legend(fontsize=7)
+    axes[1][0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def print_table(rows: Sequence[Row]) -> None:
+    """Means over seeds as a Markdown table on the screen."""
+    print("| suite | network | kl_weight | seeds | success (least to most) | nats (cheapest to dearest task) | sharing |")
+    print("|---|---|---|---|---|---|---|")
+    for (suite, network), by_weight in sorted(grouped(rows).items()):
+        for weight, found in by_weight.items():
+            success = [number(row, "success") for row in found]
+            nats, least, most, sharing = (
+                mean(number(row, name) for row in found) for name in ("nats", "least_nats", "most_nats", "sharing")
+            )
+            spread = f"{mean(success):.3f} ({min(success):.2f} to {max(success):.2f})"
+            priced = f"{nats:,.0f} ({least:,.0f} to {most:,.0f})" if nats else "none"
+            dial = f"{weight:g}" if network in DIALLED else ""
+            print(f"| {suite} | `{network}` | {dial} | {len(found)} | {spread} | {priced} | {sharing:.4f} |")
 
 
 def main() -> None:
@@ -101,9 +199,11 @@ def main() -> None:
     if not runs:
         raise SystemExit("error: no finished run in these folders; give folders of sweeps")
     rows = [read(run) for run in runs]
-    rows.sort(key=lambda row: (*(str(row[name]) for name in COLUMNS[:3]), *(number(row, n) for n in COLUMNS[3:5])))
+    rows.sort(key=lambda row: (str(row["suite"]), str(row["network"]), number(row, "kl_weight"), number(row, "seed")))
     write_csv(arguments.folder / "sweep.csv", COLUMNS, rows)
     draw(arguments.folder / "sweep.png", rows)
+    draw_posteriors(arguments.folder / "posteriors.png", rows)
+    print_table(rows)
 
 
 if __name__ == "__main__":

@@ -72,13 +72,13 @@ class ElboConfig:
     (`data`); those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
     networks: Penalized = Penalized.both
     "Networks whose divergence is in the loss; the posteriors of the other are free."
-    prior_scale: float = bounded(0.1, above=0)
+    prior_scale: float = bounded(0.03, above=0)
     "Scale of the prior, in `prior_units`."
     prior_units: PriorUnits = PriorUnits.theta
     """Units of `prior_scale`: the standard deviation of a residual's entries over that of theta's at the start
     (`theta`), which means the same at every width, rank and alpha; or that of every Gaussian itself (`absolute`)."""
-    start: PosteriorStart = PosteriorStart.narrow
-    "Standard deviation that posteriors start with: 0.0067 (`narrow`), or that of their prior."
+    start: PosteriorStart = PosteriorStart.prior
+    "Standard deviations that posteriors start with: those of their priors, which cost nothing, or 0.0067 (`narrow`)."
     temperature: float = bounded(1.0, least=0)
     "Factor on the noise of draws."
     estimator: Estimator | None = None
