@@ -16,6 +16,7 @@ from varshare_rl.config_checks import check_config
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.nn import VarShareLoRAConfig
+from varshare_rl.nn.critic import CriticConfig, ValueLoss
 from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, GradientConfig
 from varshare_rl.optim.optimizer import OptimizerConfig, Schedule
@@ -39,12 +40,14 @@ def make(
     actor: str,
     critic: str,
     divergence_guard: DivergenceGuardConfig | None = None,
+    **values: Any,
 ) -> tuple[VectorEngine, Any]:
     torch.manual_seed(0)
     config = TrainConfig(
         PointMassConfig(envs_per_task=4, horizon=10),
         ALGORITHMS[algorithm],
         VarShareLoRAConfig(hidden=[8], layer_norm=True),
+        critic=CriticConfig(**values),
         gradient=GradientConfig(actor, critic),
         optimizer=SCHEDULED,
         divergence_guard=divergence_guard or DivergenceGuardConfig(),
@@ -153,17 +156,21 @@ def test_no_shared_parameter_of_the_networks_needs_a_pass_per_task(monkeypatch: 
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_rest_learns_on_when_one_task_breaks(algorithm: str) -> None:
-    engine, learner = make(algorithm, MEAN, "pcgrad")
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "values", [{}, {"loss": ValueLoss.categorical}, {"loss": ValueLoss.categorical, "popart": True}], ids=str
+)
+def test_the_rest_learns_on_when_one_task_breaks(algorithm: str, reward: float, values: dict[str, Any]) -> None:
+    engine, learner = make(algorithm, MEAN, "pcgrad", **values)
     obs = train(engine, learner, torch.from_numpy(engine.reset()), range(6))
     fields = learner.rollout.fields if algorithm == "ppo" else None
     before = [parameter.detach().clone() for parameter in learner.actor.parameters()]
     for step in range(6, 20):
         obs = collect(engine, learner, obs, 1)
         if fields is None:
-            learner.replay.rows[3] = float("nan")
+            learner.replay.rows[3, :, -learner.replay.sizes[0] - 2] = reward
         elif learner.ready():
-            learner.rollout.fields["reward"][3] = float("nan")
+            learner.rollout.fields["reward"][3] = reward
         learner.advance(step / 30)
         while learner.ready():
             learner.update()
