@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import collect
+from helpers import build, collect
 
 from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.assemble import build_algorithm, build_suite
 from varshare_rl.config import TrainConfig
 from varshare_rl.config_checks import check_config
+from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
-from varshare_rl.nn import VarShareLoRAConfig
+from varshare_rl.nn import IndependentConfig, VarShareLoRAConfig
+from varshare_rl.nn.config import Blocks
 from varshare_rl.nn.critic import CriticConfig, ValueLoss
+from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, GradientConfig
 from varshare_rl.optim.optimizer import OptimizerConfig, Schedule
@@ -180,3 +184,32 @@ def test_the_rest_learns_on_when_one_task_breaks(algorithm: str, reward: float, 
     after = list(learner.actor.parameters())
     assert all(torch.isfinite(parameter).all() for parameter in after)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("network", "critic"),
+    [
+        (IndependentConfig(hidden=[8]), CriticConfig(popart=True)),
+        (IndependentConfig(hidden=[8], layer_norm=True), CriticConfig(loss=ValueLoss.categorical)),
+        (IndependentConfig(hidden=[8, 8], blocks=Blocks.bronet), CriticConfig(blocks=Blocks.mlp, layer_norm=True)),
+        (IndependentConfig(hidden=[8], layer_norm=True), CriticConfig(hidden=[8, 8], blocks=Blocks.bronet)),
+    ],
+)
+def test_independent_networks_learn_nothing_from_other_tasks(
+    algorithm: str, network: IndependentConfig, critic: CriticConfig
+) -> None:
+    """Rewards of task 1 that are a thousand times larger change its networks, and no other's by a bit."""
+    learnt = []
+    for factor in (1.0, 1000.0):
+        options = replace(ALGORITHMS[algorithm], reward_scale=RewardScale.none)
+        env = PointMassConfig(envs_per_task=4, horizon=10, reward_scales=[1.0, factor, *[1.0] * 6])
+        _, engine, learner = build(env, options, network, critic=critic)
+        assert [shared_parameters(module) for module in learner.trained_modules().values()] == [[], []]
+        train(engine, learner, torch.from_numpy(engine.reset()), range(5))
+        assert learner.updates > 1
+        modules = learner.trained_modules()
+        learnt.append({f"{part}.{name}": p for part in modules for name, p in modules[part].named_parameters()})
+    for name, parameter in learnt[0].items():
+        same = (parameter == learnt[1][name]).view(8, -1).all(1)
+        assert same.tolist() == [task != 1 for task in range(8)], name

@@ -182,7 +182,7 @@ def test_a_time_limit_is_bootstrapped_and_an_end_is_not(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("target_kl", "minibatches"), [(None, 12), (1e9, 12), (0.0, 1)])
 def test_updates_stop_at_the_target_kl(target_kl: float | None, minibatches: int) -> None:
-    """The first minibatch's policy has not moved yet; a target of 0 is passed at the second, which makes no step."""
+    """The first minibatch's policy has not moved yet; a target of 0 is passed at the second."""
     engine, learner = make("box", target_kl=target_kl)
     rollout(engine, learner)
     metrics = learner.update()
