@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 from conftest import Command
+from omegaconf import OmegaConf
 
 from varshare_rl.assemble import build_algorithm, build_suite, parameter_count
 from varshare_rl.cli import compose
 from varshare_rl.commands.train import flat_options
 from varshare_rl.config import TrainConfig, config_folder
 from varshare_rl.errors import UserError
+from varshare_rl.registry import registered
 
 FOLDER = config_folder() / "experiment"
 DOCS = config_folder().parent / "docs" / "recipes.md"
@@ -103,6 +108,7 @@ SIZES = {
 }  # fmt: skip
 
 
+@cache
 def composed(*overrides: str) -> TrainConfig:
     return cast(TrainConfig, compose("train", overrides))
 
@@ -173,18 +179,60 @@ def test_makes_an_update(command: Command, folder: Path, name: str) -> None:
     assert json.loads((folder / "run" / "summary.json").read_text())["updates"] >= 1
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *CPU])
-def test_every_choice_on_the_command_line_is_obeyed(name: str) -> None:
-    """A recipe's part that is chosen by name is in a choice of its own, which another one replaces as a whole."""
-    chosen = (
-        "critic=default", "gradient=cagrad", "network=film", "elbo/schedule=ramp", "elbo/prior=adaptive",
-        "env=pointmass",
-    )  # fmt: skip
-    config, usual = composed(f"+experiment={name}", *chosen), composed(*chosen)
+def choices(group: str) -> list[str]:
+    """The names that ``<group>=`` takes on the command line, the defaults first."""
+    names = {path.stem for path in (config_folder() / group).glob("*.yaml")}
+    if group != "critic":
+        names |= {*registered(group)}
+    if group == "env":
+        names -= {"gymnasium", "objects", "cw20"}  # which need more to be chosen, or another command
+    return [DEFAULTS[group], *sorted(names - {DEFAULTS[group]})]
+
+
+DEFAULTS = {
+    "gradient": "mean", "critic": "default", "network": "varshare_lora", "env": "mt10",
+    "elbo/schedule": "constant", "elbo/prior": "fixed",
+}  # fmt: skip
+CHOICES = {group: choices(group) for group in DEFAULTS}
+COMMON = ("hidden", "activation", "layer_norm", "active_parameters", "blocks")  # of every network
+ROUNDS = max(len(names) for names in CHOICES.values())
+
+
+def test_recipes_choose_parts_by_name_alone() -> None:
+    """What a recipe sets by itself, no choice replaces; so it does that for what every choice has."""
+    for path in FOLDER.glob("*.yaml"):
+        body = OmegaConf.load(path)
+        assert not {"gradient", "critic", "elbo"} & body.keys(), path.name
+        assert body.get("network", {}).keys() <= set(COMMON), path.name
+        assert body.get("env", {}).keys() <= {"envs_per_task"}, path.name
+
+
+@pytest.mark.parametrize(
+    ("name", "turn"),
+    [
+        *product([*RECIPES, *CPU], [0]),
+        *product(RECIPES, [1]),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in product([*RECIPES, *CPU], range(2, ROUNDS))),
+    ],
+)
+def test_every_choice_on_the_command_line_is_obeyed(name: str, turn: int) -> None:
+    """The usual choices in the first turn; in the others each recipe has one of every group after another."""
+    at = 0 if turn == 0 else turn + [*RECIPES, *CPU].index(name)
+    chosen = [f"{group}={names[at % len(names)]}" for group, names in CHOICES.items()]
+    algorithm = "ppo" if "ppo" in name else "sac"
+    config, usual = composed(f"+experiment={name}", *chosen), composed(*chosen, f"algorithm={algorithm}")
     assert config.critic == usual.critic
     assert config.gradient == usual.gradient
-    assert (config.network.name, config.env.name) == ("film", "pointmass")
     assert config.elbo == usual.elbo
-    other = "sac" if config.algorithm.name == "ppo" else "ppo"
-    with pytest.raises(UserError, match=r"(PPO|SAC)Config"):  # its settings are those of the one algorithm
+    assert replace(config.env, envs_per_task=1) == replace(usual.env, envs_per_task=1)
+    same = {part: getattr(usual.network, part) for part in COMMON}
+    assert replace(config.network, **same) == usual.network
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_settings_of_an_algorithm_are_for_that_one(name: str) -> None:
+    other = "sac" if "ppo" in name else "ppo"
+    with pytest.raises(
+        UserError, match=rf"^experiment/\w+ sets \w+, which {other.upper()}Config does not have: .*"
+    ):
         composed(f"+experiment={name}", f"algorithm={other}")

@@ -199,8 +199,18 @@ def fail(message: str) -> NoReturn:
 _TECHNICAL = ("full_key:", "object_type=", "reference_type=", "To append to your config", "Set the environment")
 
 
+#: Hydra's word for a file, such as a recipe, whose options are of another choice than the command line's.
+_FOREIGN = re.compile(r"In '(?P<file>[^']+)': .*\bKey '(?P<key>\w+)' not in '(?P<config>\w+)'", re.DOTALL)
+
+
 def _explain(error: Exception) -> str:
     """Hydra's message without its technical lines; a refused value is explained by the innermost error."""
+    foreign = _FOREIGN.match(str(error))
+    if foreign:
+        return (
+            f"{foreign['file']} sets {foreign['key']}, which {foreign['config']} does not have: its options are "
+            "for another choice; leave out the one or the other"
+        )
     lines: list[str] = []
     cause: BaseException | None = error
     while isinstance(cause, HydraException | OmegaConfBaseException):

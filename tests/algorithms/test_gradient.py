@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import collect
+from helpers import build, collect
 
 from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.assemble import build_algorithm, build_suite
 from varshare_rl.config import TrainConfig
 from varshare_rl.config_checks import check_config
+from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
-from varshare_rl.nn import VarShareLoRAConfig
+from varshare_rl.nn import IndependentConfig, VarShareLoRAConfig
+from varshare_rl.nn.config import Blocks
+from varshare_rl.nn.critic import CriticConfig, ValueLoss
+from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, GradientConfig
 from varshare_rl.optim.optimizer import OptimizerConfig, Schedule
@@ -39,12 +44,14 @@ def make(
     actor: str,
     critic: str,
     divergence_guard: DivergenceGuardConfig | None = None,
+    **values: Any,
 ) -> tuple[VectorEngine, Any]:
     torch.manual_seed(0)
     config = TrainConfig(
         PointMassConfig(envs_per_task=4, horizon=10),
         ALGORITHMS[algorithm],
         VarShareLoRAConfig(hidden=[8], layer_norm=True),
+        critic=CriticConfig(**values),
         gradient=GradientConfig(actor, critic),
         optimizer=SCHEDULED,
         divergence_guard=divergence_guard or DivergenceGuardConfig(),
@@ -153,17 +160,21 @@ def test_no_shared_parameter_of_the_networks_needs_a_pass_per_task(monkeypatch: 
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_the_rest_learns_on_when_one_task_breaks(algorithm: str) -> None:
-    engine, learner = make(algorithm, MEAN, "pcgrad")
+@pytest.mark.parametrize("reward", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "values", [{}, {"loss": ValueLoss.categorical}, {"loss": ValueLoss.categorical, "popart": True}], ids=str
+)
+def test_the_rest_learns_on_when_one_task_breaks(algorithm: str, reward: float, values: dict[str, Any]) -> None:
+    engine, learner = make(algorithm, MEAN, "pcgrad", **values)
     obs = train(engine, learner, torch.from_numpy(engine.reset()), range(6))
     fields = learner.rollout.fields if algorithm == "ppo" else None
     before = [parameter.detach().clone() for parameter in learner.actor.parameters()]
     for step in range(6, 20):
         obs = collect(engine, learner, obs, 1)
         if fields is None:
-            learner.replay.rows[3] = float("nan")
+            learner.replay.rows[3, :, -learner.replay.sizes[0] - 2] = reward
         elif learner.ready():
-            learner.rollout.fields["reward"][3] = float("nan")
+            learner.rollout.fields["reward"][3] = reward
         learner.advance(step / 30)
         while learner.ready():
             learner.update()
@@ -173,3 +184,32 @@ def test_the_rest_learns_on_when_one_task_breaks(algorithm: str) -> None:
     after = list(learner.actor.parameters())
     assert all(torch.isfinite(parameter).all() for parameter in after)
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("network", "critic"),
+    [
+        (IndependentConfig(hidden=[8]), CriticConfig(popart=True)),
+        (IndependentConfig(hidden=[8], layer_norm=True), CriticConfig(loss=ValueLoss.categorical)),
+        (IndependentConfig(hidden=[8, 8], blocks=Blocks.bronet), CriticConfig(blocks=Blocks.mlp, layer_norm=True)),
+        (IndependentConfig(hidden=[8], layer_norm=True), CriticConfig(hidden=[8, 8], blocks=Blocks.bronet)),
+    ],
+)
+def test_independent_networks_learn_nothing_from_other_tasks(
+    algorithm: str, network: IndependentConfig, critic: CriticConfig
+) -> None:
+    """Rewards of task 1 that are a thousand times larger change its networks, and no other's by a bit."""
+    learnt = []
+    for factor in (1.0, 1000.0):
+        options = replace(ALGORITHMS[algorithm], reward_scale=RewardScale.none)
+        env = PointMassConfig(envs_per_task=4, horizon=10, reward_scales=[1.0, factor, *[1.0] * 6])
+        _, engine, learner = build(env, options, network, critic=critic)
+        assert [shared_parameters(module) for module in learner.trained_modules().values()] == [[], []]
+        train(engine, learner, torch.from_numpy(engine.reset()), range(5))
+        assert learner.updates > 1
+        modules = learner.trained_modules()
+        learnt.append({f"{part}.{name}": p for part in modules for name, p in modules[part].named_parameters()})
+    for name, parameter in learnt[0].items():
+        same = (parameter == learnt[1][name]).view(8, -1).all(1)
+        assert same.tolist() == [task != 1 for task in range(8)], name

@@ -180,15 +180,38 @@ def test_a_time_limit_is_bootstrapped_and_an_end_is_not(monkeypatch: pytest.Monk
     torch.testing.assert_close(steps[:, :ENVS], torch.full((2, ENVS), 10.0 - 4.0 - 0.35 * 4.0))
 
 
-@pytest.mark.parametrize(("target_kl", "minibatches"), [(None, 12), (1e9, 12), (0.0, 2)])
+@pytest.mark.parametrize(("target_kl", "minibatches"), [(None, 12), (1e9, 12), (0.0, 1)])
 def test_updates_stop_at_the_target_kl(target_kl: float | None, minibatches: int) -> None:
-    """The first minibatch's policy has not moved yet; a target of 0 is passed by the second."""
+    """The first minibatch's policy has not moved yet; a target of 0 is passed at the second."""
     engine, learner = make("box", target_kl=target_kl)
     rollout(engine, learner)
     metrics = learner.update()
     assert metrics["loss/minibatches"] == minibatches
     assert learner.updates == minibatches
     assert not learner.ready()
+
+
+def test_the_step_at_which_the_policy_has_moved_too_far_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, learner = make("box", "shared", target_kl=0.01, learning_rate=3e-3)
+    rollout(engine, learner)
+    networks, plain = (learner.actor, learner.critic), ppo.ppo_policy_loss
+    kls: list[float] = []
+    weights: list[list[Tensor]] = []
+
+    def watched(*arguments: Any) -> Any:
+        loss = plain(*arguments)
+        kls.append(loss.approximate_kl.mean().item())
+        weights.append([parameter.detach().clone() for network in networks for parameter in network.parameters()])
+        return loss
+
+    monkeypatch.setattr(ppo, "ppo_policy_loss", watched)
+    metrics = learner.update()
+    assert max(kls[:-1]) <= 0.01 < kls[-1]
+    assert 2 < metrics["loss/minibatches"] == learner.updates == len(kls) - 1 < 12
+    assert metrics["loss/approximate_kl"] == pytest.approx(sum(kls[:-1]) / (len(kls) - 1), rel=1e-5)
+    after = [parameter for network in networks for parameter in network.parameters()]
+    assert all(torch.equal(now, then) for now, then in zip(after, weights[-1], strict=True))
+    assert not any(torch.equal(then, before) for then, before in zip(weights[-1], weights[-2], strict=True))
 
 
 def test_minibatches_cover_the_rollout_once_an_epoch(log_ratios: list[Tensor]) -> None:

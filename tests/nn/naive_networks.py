@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from varshare_rl.nn.care import CARENetwork
 from varshare_rl.nn.film import FiLMNetwork
-from varshare_rl.nn.mlp import StackedLinear, StackedMLP, StackedNorm, TaskMLP
+from varshare_rl.nn.mlp import BroNet, StackedLinear, StackedMLP, StackedNorm, TaskMLP, TaskNorm
 from varshare_rl.nn.moore import MOORENetwork
 from varshare_rl.nn.paco import PaCoNetwork
 from varshare_rl.nn.soft_modularization import SoftModularizationNetwork
@@ -19,6 +19,8 @@ def naive_network(network: nn.Module, x: Tensor, task: int) -> Tensor:
     """Outputs of ``network``, whose activation is tanh, for the rows ``x [B, F]`` of one task, ``[B, G]``."""
     if isinstance(network, TaskMLP):
         return mlp(network, x, task)
+    if isinstance(network, BroNet):
+        return bronet(network, x, task)
     if isinstance(network, FiLMNetwork):
         return film(network, x, task)
     if isinstance(network, PaCoNetwork):
@@ -36,7 +38,7 @@ def normalized(norm: nn.Module, y: Tensor, copy: int = 0) -> Tensor:
     if isinstance(norm, nn.Identity):
         return y
     standard = (y - y.mean(-1, keepdim=True)) / (y.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
-    if isinstance(norm, StackedNorm):
+    if isinstance(norm, StackedNorm | TaskNorm):
         return standard * norm.scales[copy] + norm.offsets[copy]
     assert isinstance(norm, nn.LayerNorm)
     return standard * norm.weight + norm.bias
@@ -44,8 +46,19 @@ def normalized(norm: nn.Module, y: Tensor, copy: int = 0) -> Tensor:
 
 def mlp(network: nn.Module, x: Tensor, task: int) -> Tensor:
     for layer, norm in zip(network.layers, network.norms, strict=False):
-        x = torch.tanh(normalized(norm, F.linear(x, *weight_of(layer, task))))
+        x = torch.tanh(normalized(norm, F.linear(x, *weight_of(layer, task)), task))
     return F.linear(x, *weight_of(network.layers[-1], task))
+
+
+def bronet(network: BroNet, x: Tensor, task: int) -> Tensor:
+    *hidden, head = [weight_of(layer, task) for layer in network.layers]
+    parts = [(norm, *linear) for norm, linear in zip(network.norms, hidden, strict=True)]
+    first, blocks = parts[0], parts[1:]
+    x = torch.tanh(normalized(first[0], F.linear(x, *first[1:]), task))
+    for (norm, *linear), (norm_2, *linear_2) in zip(blocks[::2], blocks[1::2], strict=True):
+        inner = torch.tanh(normalized(norm, F.linear(x, *linear), task))
+        x = x + normalized(norm_2, F.linear(inner, *linear_2), task)
+    return F.linear(x, *head)
 
 
 def stacked(layer: nn.Module, x: Tensor, copy: int) -> Tensor:

@@ -29,6 +29,7 @@ from varshare_rl.nn import (
     VarShareConfig,
     VarShareLoRAConfig,
 )
+from varshare_rl.nn.config import Blocks
 from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.mlp import ACTIVATIONS
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
@@ -59,6 +60,14 @@ CASES = {
     # one-hot: 4 more columns of 7
     "shared": Case(lambda: SharedConfig(hidden=[7, 6]), False, ParameterCount(139, 139, 139, 0)),
     "independent": Case(lambda: IndependentConfig(hidden=[7, 6]), False, ParameterCount(444, 111, 0, 111)),
+    # norms of 2 * (7 + 6)
+    "independent_layer_norm": Case(
+        lambda: IndependentConfig(hidden=[7, 6], layer_norm=True), False, ParameterCount(548, 137, 0, 137)
+    ),
+    # layers 5 -> 7 -> 7 -> 7 -> 3: weights 154, biases 24, norms 42
+    "independent_bronet": Case(
+        lambda: IndependentConfig(hidden=[7, 7], blocks=Blocks.bronet), False, ParameterCount(880, 220, 0, 220)
+    ),
     # mus and rhos of 95 weights each
     "varshare": Case(
         lambda: VarShareConfig(hidden=[7, 6]),
@@ -142,7 +151,7 @@ def build(name: str, tasks: int = TASKS, **posterior: float) -> nn.Module:
 
 def scrambled(name: str, layer_norm: bool = False) -> nn.Module:
     options = CASES[name].make()
-    options.layer_norm = layer_norm
+    options.layer_norm |= layer_norm
     network = options.build(IN, OUT, TASKS, Posterior()).double()
     scramble(network)
     hold_noise(network)

@@ -73,7 +73,7 @@ def test_shared_is_a_plain_sequential() -> None:
 # weights 35 + 4 * 49 + 21 = 252, biases 5 * 7 + 3 = 38, norms 5 * 14 = 70.
 COUNTS = {
     "shared": ParameterCount(360 + 28, 360 + 28, 360 + 28, 0),  # one-hot: 4 more columns of 7
-    "independent": ParameterCount(70 + 4 * 290, 360, 70, 290),
+    "independent": ParameterCount(4 * 360, 360, 0, 360),
     "varshare": ParameterCount(360 + 4 * 504, 360 + 252, 360, 504),
     # rank 8: factors of 8 * (5 + 7) + 4 * 8 * (7 + 7) + 8 * (7 + 3) = 624
     "varshare_lora": ParameterCount(360 + 4 * 1248, 360 + 624, 360, 1248),

@@ -21,6 +21,14 @@ def test_two_hot_by_hand() -> None:
     torch.testing.assert_close(got, torch.tensor(expected))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_makes_its_own_tasks_loss_so(bad: float) -> None:
+    """And no other's: an infinite target is not the end of the support."""
+    target = torch.tensor([[0.5, 0.0], [bad, 0.0], [0.5, 0.0]])
+    losses = categorical_cross_entropy(torch.zeros(3, 2, 5), target, -2.0, 2.0)
+    torch.testing.assert_close(losses, torch.tensor([5.0, float("nan"), 5.0]).log(), equal_nan=True)
+
+
 @pytest.mark.parametrize(("low", "high", "bins"), [(-10.0, 10.0, 101), (-1.0, 4.0, 7), (0.0, 1.0, 2)])
 def test_the_mean_of_the_two_hot_is_the_number(low: float, high: float, bins: int) -> None:
     x = torch.rand(3, 500, dtype=torch.float64) * (high - low) + low

@@ -142,3 +142,29 @@ def test_frozen_parameters_are_not_trained() -> None:
     network = SharedConfig(hidden=[4]).build(3, 2, 2, Posterior())
     network.layers[0].requires_grad_(False)
     assert len(LossStep(network, 0.1, 0.0).parameters) == 2
+
+
+def test_checkpoints_of_when_independent_networks_shared_their_norms_go_on() -> None:
+    """Every task takes over the norm, and the moments, that all had."""
+    options = IndependentConfig(hidden=[4], layer_norm=True)
+    network, x = options.build(3, 2, 2, Posterior()), torch.randn(2, 5, 3)
+    step = LossStep(network, 0.01, 0.0)
+    step(network(x, torch.arange(2)).square().mean((1, 2)))
+    weights, optimizer = network.state_dict(), step.state()
+    for index, (name, former) in enumerate([("scales", "weight"), ("offsets", "bias")], start=len(weights) - 2):
+        weights[f"norms.0.{former}"] = weights.pop(f"norms.0.{name}")[1]
+        moments = optimizer["optimizer"]["state"][index]
+        optimizer["optimizer"]["state"][index] = moments | {
+            key: moments[key][1] for key in ("exp_avg", "exp_avg_sq")
+        }
+    again = options.build(3, 2, 2, Posterior())
+    again.load_state_dict(weights)
+    resumed = LossStep(again, 0.01, 0.0)
+    resumed.load_state(optimizer)
+    for norm in ("norms.0.scales", "norms.0.offsets"):
+        parameter = again.get_parameter(norm)
+        assert torch.equal(parameter, network.get_parameter(norm)[1].expand(2, 4))
+        moment = resumed.optimizer.state[parameter]["exp_avg"]
+        assert torch.equal(moment, step.optimizer.state[network.get_parameter(norm)]["exp_avg"][1].expand(2, 4))
+    resumed(again(x, torch.arange(2)).square().mean((1, 2)))
+    assert all(torch.isfinite(parameter).all() for parameter in again.parameters())

@@ -5,7 +5,9 @@ import torch
 from helpers import hold_noise
 from torch import nn
 
-from varshare_rl.nn import Posterior
+from varshare_rl.nn import IndependentConfig, Posterior
+from varshare_rl.nn.config import Blocks
+from varshare_rl.optim.optimizer import OptimizerConfig, OwnGradients
 from varshare_rl.optim.step import LossStep
 from varshare_rl.registry import registered
 
@@ -42,7 +44,7 @@ def test_unused_parameters_stay() -> None:
     assert not torch.equal(used, torch.ones(2))
 
 
-@pytest.mark.parametrize("name", registered("network"))
+@pytest.mark.parametrize("name", [name for name in registered("network") if name != "independent"])
 def test_the_mean_is_plain_backward_to_the_bit(name: str) -> None:
     networks = []
     for _ in range(2):
@@ -63,3 +65,26 @@ def test_the_mean_is_plain_backward_to_the_bit(name: str) -> None:
     for one, other in zip(mine.parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
     assert not any(getattr(layer, "recorder", None) for layer in mine.modules())
+
+
+@pytest.mark.parametrize("own_gradients", OwnGradients)
+@pytest.mark.parametrize("blocks", Blocks)
+def test_networks_that_share_nothing_step_as_if_alone(own_gradients: OwnGradients, blocks: Blocks) -> None:
+    """Also where one task's gradient is far above the bound on its norm and the others' are below."""
+    options = IndependentConfig(hidden=[7, 7], layer_norm=True, blocks=blocks)
+    together = options.build(5, 3, 4, Posterior())
+    alone = [options.build(5, 3, 1, Posterior()) for _ in range(4)]
+    for task, network in enumerate(alone):
+        own = {name: rows[task : task + 1] for name, rows in together.state_dict().items()}
+        network.load_state_dict(own)
+    optimizer = OptimizerConfig(own_gradients=own_gradients, weight_decay=0.1)
+    step = LossStep(together, 0.01, 0.5, optimizer=optimizer)
+    steps = [LossStep(network, 0.01, 0.5, optimizer=optimizer) for network in alone]
+    x, weights, ids = torch.randn(4, 60, 5), torch.tensor([0.01, 1e4, 0.1, 1.0]), torch.arange(4)
+    for _ in range(3):
+        step(weights * together(x, ids).square().mean((1, 2)))
+        for task, network in enumerate(alone):
+            steps[task](weights[task] * network(x[task : task + 1], ids[:1]).square().mean((1, 2)))
+    for task, network in enumerate(alone):
+        for mine, theirs in zip(network.parameters(), together.parameters(), strict=True):
+            torch.testing.assert_close(mine[0], theirs[task], rtol=1e-4, atol=1e-6)

@@ -50,7 +50,7 @@ class PPOConfig:
     entropy_weight: float = bounded(0.005, least=0)
     "Weight of the policy's entropy in the objective."
     target_kl: float | None = bounded(0.05, least=0)
-    "Nats; a rollout's updates stop when the policy's mean KL passes it. Null: never."
+    "Nats; a rollout's updates stop before the step at which the policy's mean KL has passed it. Null: never."
     max_grad_norm: float = bounded(0.5, least=0)
     "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
     initial_log_std: float = 0.0
@@ -148,7 +148,11 @@ class PPO(ActorCritic):
         return self.rollout.full
 
     def update(self) -> Scalars:
-        """Go through all epochs on the rollout or until the policy has moved far enough; then draw weights anew."""
+        """Go through all epochs on the rollout or until the policy has moved far enough; then draw weights anew.
+
+        That is asked before each step, of the minibatch at hand, and where it is so neither network makes the step
+        (as in Stable-Baselines3 and, for the policy, Spinning Up, with 1.5 times the bound).
+        """
         config, updates_before = self.config, self.updates
         data, explained_variance = self._training_data()
         held = data["obs"].shape[1]  # transitions of a task in the rollout
@@ -158,6 +162,9 @@ class PPO(ActorCritic):
                 distribution = self.policy(batch["obs"])
             log_prob, entropy = distribution.log_prob(batch["raw_action"]), distribution.entropy().mean(-1)
             policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], config.clip)
+            policy_kl = finite_mean(policy.approximate_kl)  # a task that has diverged stops nobody
+            if done and config.target_kl is not None and float(policy_kl) > config.target_kl:
+                break  # the first step is always made: there the ratio is 1
             actor_losses = policy.loss - config.entropy_weight * entropy
             self.actor_step.aggregate(actor_losses + self.penalty("actor", held))
             actor_norm = self.actor_step.clip()
@@ -175,13 +182,11 @@ class PPO(ActorCritic):
                 "policy": policy.loss.detach().mean(),
                 "value": critic_losses.detach().mean(),
                 "entropy": entropy.detach().mean(),
-                "approximate_kl": finite_mean(policy.approximate_kl),  # a task that has diverged stops nobody
+                "approximate_kl": policy_kl,
                 "clip_fraction": policy.clip_fraction.mean(),
                 "actor_grad_norm": actor_norm,
                 "critic_grad_norm": critic_norm,
             })  # fmt: skip
-            if config.target_kl is not None and float(done[-1]["approximate_kl"]) > config.target_kl:
-                break
         self.rollout.position = 0
         self.finish_update(updates_before)
         self.weight_sampler.resample()

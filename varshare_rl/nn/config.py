@@ -13,7 +13,7 @@ from torch import nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.nn.mlp import BroNet, TaskMLP
+from varshare_rl.nn.mlp import BroNet, NormMaker, SharedLayerNorm, TaskMLP
 
 
 class Blocks(Enum):
@@ -108,9 +108,10 @@ class NetworkConfig(ABC):
         out_features: int,
         layer: Callable[[int, int], nn.Module],
         temperature: float = 1.0,
+        norm: NormMaker = SharedLayerNorm,
     ) -> nn.Module:
-        """The network of the chosen blocks, from a maker of task layers; BroNet has its LayerNorms anyway."""
+        """The network of the chosen blocks, from makers of layers and norms; BroNet has its LayerNorms anyway."""
         sizes = [in_features, *self.hidden, out_features]
         if self.blocks is Blocks.bronet:
-            return BroNet(sizes, layer, self.activation, temperature)
-        return TaskMLP(sizes, layer, self.activation, temperature, self.layer_norm)
+            return BroNet(sizes, layer, self.activation, temperature, norm)
+        return TaskMLP(sizes, layer, self.activation, temperature, self.layer_norm, norm)

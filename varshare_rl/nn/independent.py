@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.config import NetworkConfig, Posterior
 from varshare_rl.nn.layer import TaskLayer, linear_parameters, plain_linear
-from varshare_rl.nn.mlp import TaskMLP
+from varshare_rl.nn.mlp import TaskMLP, TaskNorm
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.task_weights import FullRankWeights
@@ -49,12 +50,12 @@ class IndependentConfig(NetworkConfig):
     name: str = "independent"
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
-        """A network of batched per-task layers."""
+        """A network of batched per-task layers and norms."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
             return IndependentLayer(inputs, outputs, num_tasks)
 
-        return self.stack(in_features, out_features, layer)
+        return self.stack(in_features, out_features, layer, norm=partial(TaskNorm, num_tasks))
 
 
 @register("network", "multi_head")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from varshare_rl.errors import UserError
 from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
 from varshare_rl.nn.layer import TaskLayer, plain_linear
-from varshare_rl.nn.mlp import ACTIVATIONS, LEAKY_SLOPE, TaskMLP
+from varshare_rl.nn.mlp import ACTIVATIONS, LEAKY_SLOPE, SharedLayerNorm, TaskMLP, TaskNorm
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -70,7 +70,7 @@ def merged(network: nn.Module, task: int) -> nn.Sequential:
         layer.check_task(task)
         return layer.mean_linear(task)
 
-    return plain_network(network, linear)
+    return plain_network(network, linear, task)
 
 
 def merged_policy(actor: nn.Module, task: int) -> nn.Sequential:
@@ -98,8 +98,10 @@ def merged_policy(actor: nn.Module, task: int) -> nn.Sequential:
     return nn.Sequential(*list(network)[:-1], last, end).eval()
 
 
-def plain_network(network: nn.Module, linear: Callable[[TaskLayer], nn.Linear]) -> nn.Sequential:
+def plain_network(network: nn.Module, linear: Callable[[TaskLayer], nn.Linear], task: int = 0) -> nn.Sequential:
     """``network`` with what ``linear`` makes of them in place of its task layers, in eval mode.
+
+    Norms are those of ``task``, where tasks have their own.
 
     Raises:
         UserError: the network is not a :class:`~varshare_rl.nn.mlp.TaskMLP` of task layers.
@@ -122,13 +124,7 @@ def plain_network(network: nn.Module, linear: Callable[[TaskLayer], nn.Linear]) 
         layers.append(linear(layer))
     for plain, norm in zip(layers, network.norms, strict=False):
         modules.append(plain)
-        if isinstance(norm, nn.LayerNorm):
-            modules.append(_copy_norm(norm))
+        if isinstance(norm, SharedLayerNorm | TaskNorm):
+            modules.append(norm.task_norm(task))
         modules.append(activation())
     return nn.Sequential(*modules, layers[-1]).eval()
-
-
-def _copy_norm(norm: nn.LayerNorm) -> nn.LayerNorm:
-    copy = nn.LayerNorm(norm.normalized_shape, norm.eps, device=norm.weight.device, dtype=norm.weight.dtype)
-    copy.load_state_dict(norm.state_dict())
-    return copy

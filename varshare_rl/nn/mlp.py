@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from varshare_rl.nn.layer import check_positive, linear_parameters
-from varshare_rl.nn.task_rows import TaskIds
+from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.gradient_record import GradientRecord, Recorder
 from varshare_rl.ops.linear import linear, recorded_layer_norm
 
@@ -64,17 +64,40 @@ class SharedLayerNorm(nn.LayerNorm):
 
     recorder: Recorder | None = None  # who wants them
 
-    def forward(self, input: Tensor) -> Tensor:
-        """``[..., F]`` to ``[..., F]``."""
+    def forward(self, input: Tensor, task_id: TaskIds | None = None) -> Tensor:
+        """``[..., F]`` to ``[..., F]``; the task id is accepted and ignored."""
         if self.recorder is None:
             return super().forward(input)
         record = GradientRecord(self.recorder, self.weight, self.bias)
         return recorded_layer_norm(input, self.weight, self.bias, self.eps, record)
 
+    def task_norm(self, task: int) -> nn.LayerNorm:
+        """Return the norm of one task as a plain one with copies."""
+        return plain_norm(self.weight, self.bias, self.eps)
 
-def hidden_norms(hidden: Sequence[int], layer_norm: bool) -> nn.ModuleList:
+
+class NoNorm(nn.Identity):
+    """Identity in the place of a norm."""
+
+    def forward(self, input: Tensor, task_id: TaskIds | None = None) -> Tensor:
+        """``[..., F]`` to the same tensor; the task id is accepted and ignored."""
+        return input
+
+
+def plain_norm(weight: Tensor, bias: Tensor, eps: float) -> nn.LayerNorm:
+    """LayerNorm with copies of ``weight [F]`` and ``bias [F]``."""
+    norm = nn.LayerNorm(len(weight), eps, device=weight.device, dtype=weight.dtype)
+    norm.load_state_dict({"weight": weight.detach(), "bias": bias.detach()})
+    return norm
+
+
+#: Makes the norm of a hidden layer of some size.
+NormMaker = Callable[[int], nn.Module]
+
+
+def hidden_norms(hidden: Sequence[int], layer_norm: bool, norm: NormMaker = SharedLayerNorm) -> nn.ModuleList:
     """Modules between the hidden layers and their activations: a LayerNorm each (Ba et al. 2016), or nothing."""
-    return nn.ModuleList(SharedLayerNorm(size) if layer_norm else nn.Identity() for size in hidden)
+    return nn.ModuleList(norm(size) if layer_norm else NoNorm() for size in hidden)
 
 
 class TaskMLP(nn.Module):
@@ -85,8 +108,8 @@ class TaskMLP(nn.Module):
         layer: makes a task layer ``layer(x, task_ids, temperature)`` from its input and output size.
         activation: a key of ``ACTIVATIONS``.
         temperature: factor on the sigma of every posterior.
-        layer_norm: normalise each hidden layer's output before its activation (Ba et al. 2016), with a scale and
-            an offset that all tasks share.
+        layer_norm: normalise each hidden layer's output before its activation (Ba et al. 2016).
+        norm: makes such a norm ``norm(x, task_ids)``; unless given, all tasks share its scale and offset.
     """
 
     def __init__(
@@ -96,17 +119,18 @@ class TaskMLP(nn.Module):
         activation: str,
         temperature: float = 1.0,
         layer_norm: bool = False,
+        norm: NormMaker = SharedLayerNorm,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(sizes))
         self.activation = ACTIVATIONS[activation]
         self.temperature = temperature
-        self.norms = hidden_norms(sizes[1:-1], layer_norm)
+        self.norms = hidden_norms(sizes[1:-1], layer_norm, norm)
 
     def forward(self, x: Tensor, task_ids: TaskIds) -> Tensor:
         """``[T, B, F]`` to ``[T, B, G]``, or any layout the layers take."""
         for layer, norm in zip(self.layers, self.norms, strict=False):
-            x = self.activation(norm(layer(x, task_ids, self.temperature)))
+            x = self.activation(norm(layer(x, task_ids, self.temperature), task_ids))
         return self.layers[-1](x, task_ids, self.temperature)  # type: ignore[no-any-return]
 
 
@@ -121,6 +145,7 @@ class BroNet(nn.Module):
         layer: makes a task layer ``layer(x, task_ids, temperature)`` from its input and output size.
         activation: a key of ``ACTIVATIONS``.
         temperature: factor on the sigma of every posterior.
+        norm: makes the norm of a layer, see :class:`TaskMLP`.
 
     Raises:
         ValueError: there is no hidden size, or they differ.
@@ -132,6 +157,7 @@ class BroNet(nn.Module):
         layer: Callable[[int, int], nn.Module],
         activation: str,
         temperature: float = 1.0,
+        norm: NormMaker = SharedLayerNorm,
     ) -> None:
         super().__init__()
         inputs, *hidden, outputs = sizes
@@ -139,7 +165,7 @@ class BroNet(nn.Module):
             raise ValueError(f"hidden sizes are {hidden}; residual blocks need at least one, and all the same")
         widths = [inputs, hidden[0], *[hidden[0]] * (2 * (len(hidden) - 1)), outputs]
         self.layers = nn.ModuleList(layer(a, b) for a, b in pairwise(widths))
-        self.norms = hidden_norms(widths[1:-1], layer_norm=True)
+        self.norms = hidden_norms(widths[1:-1], True, norm)
         self.activation = ACTIVATIONS[activation]
         self.temperature = temperature
 
@@ -152,7 +178,8 @@ class BroNet(nn.Module):
         return self.layers[-1](x, task_ids, self.temperature)  # type: ignore[no-any-return]
 
     def _normed(self, index: int, x: Tensor, task_ids: TaskIds) -> Tensor:
-        return self.norms[index](self.layers[index](x, task_ids, self.temperature))  # type: ignore[no-any-return]
+        y = self.layers[index](x, task_ids, self.temperature)
+        return self.norms[index](y, task_ids)  # type: ignore[no-any-return]
 
 
 class StackedLinear(nn.Module):
@@ -198,6 +225,36 @@ class StackedNorm(nn.Module):
         """``[M, N, H]`` to as much."""
         normal = F.layer_norm(x, x.shape[-1:])
         return torch.addcmul(self.offsets.unsqueeze(1), normal, self.scales.unsqueeze(1))
+
+
+class TaskNorm(nn.Module):
+    """LayerNorm with a scale and an offset of its own for every task, both ``[T, H]``."""
+
+    per_task_parameters = ("scales", "offsets")
+
+    def __init__(self, num_tasks: int, features: int) -> None:
+        super().__init__()
+        self.scales = nn.Parameter(torch.ones(num_tasks, features))
+        self.offsets = nn.Parameter(torch.zeros(num_tasks, features))
+        self.register_load_state_dict_pre_hook(_give_every_task_its_norm)  # type: ignore[no-untyped-call]
+
+    def forward(self, x: Tensor, task_id: TaskIds) -> Tensor:
+        """Normalise by each row's own task; layouts and errors as in ``VarShareLoRALayer.forward``."""
+        rows = task_rows(x, task_id, len(self.scales))
+        normal = F.layer_norm(rows.x, x.shape[-1:])
+        scales, offsets = (rows.select(own).unsqueeze(1) for own in (self.scales, self.offsets))
+        return rows.restore(torch.addcmul(offsets, normal, scales))
+
+    def task_norm(self, task: int) -> nn.LayerNorm:
+        """Return the norm of one task as a plain one with copies."""
+        return plain_norm(self.scales[task], self.offsets[task], 1e-5)
+
+
+def _give_every_task_its_norm(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Take checkpoints of a time when the tasks shared the norm."""
+    for former, name in (("weight", "scales"), ("bias", "offsets")):
+        if prefix + former in state:
+            state[prefix + name] = state.pop(prefix + former).expand_as(module.get_parameter(name))
 
 
 def stacked_norms(copies: int, hidden: Sequence[int], layer_norm: bool) -> nn.ModuleList:

@@ -136,11 +136,12 @@ def two_hot(x: Tensor, low: float, high: float, bins: int) -> Tensor:
 
     With atoms ``z_k = low + k d``, ``d = (high - low) / (bins - 1)``, and ``z_k <= x <= z_{k+1}``, the weights are
     ``(z_{k+1} - x) / d`` and ``(x - z_k) / d``; numbers outside ``[low, high]`` count as the nearest end
-    (Bellemare et al. 2017, equation 7; Schrittwieser et al. 2020, appendix F). ``[...]`` to ``[..., bins]``.
+    (Bellemare et al. 2017, equation 7; Schrittwieser et al. 2020, appendix F). Weights of what is not finite are
+    NaN. ``[...]`` to ``[..., bins]``.
     """
-    position = (x.clamp(low, high) - low) * ((bins - 1) / (high - low))
+    position = (x.nan_to_num().clamp(low, high) - low) * ((bins - 1) / (high - low))
     below = position.floor().clamp(0, bins - 2)
-    weight = (position - below).unsqueeze(-1)
+    weight = (position - below + (x - x)).unsqueeze(-1)  # x - x: 0, or NaN where x is not finite
     index = below.long().unsqueeze(-1)
     weights = x.new_zeros(*x.shape, bins)
     return weights.scatter_(-1, index, 1.0 - weight).scatter_(-1, index + 1, weight)

@@ -52,7 +52,7 @@ class OptimizerConfig:
     which an epsilon of 1e-5, PPO's of the rest, swallows."""
     own_gradients: OwnGradients = OwnGradients.apart
     """Gradients of a task's own parameters: those of its own loss, clipped apart task by task (`apart`); or divided
-    by the number of tasks and clipped with the shared ones (`averaged`)."""
+    by the number of tasks and clipped with the shared ones (`averaged`), unless nothing is shared."""
 
 
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:
@@ -106,6 +106,7 @@ class ScheduledAdam:
         self.roles = trained
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
         self.adam = kind(described, lr=learning_rate, fused=True)
+        self.adam.register_load_state_dict_post_hook(_expand_moments)
 
     def advance(self, fraction: float) -> None:
         """Set the rates for when ``fraction`` of the run is done."""
@@ -131,6 +132,14 @@ class ScheduledAdam:
             total, count = sums.get(role.kind.value, (0.0, 0))
             sums[role.kind.value] = (total + size, count + role.parameter.numel())
         return {name: total / count for name, (total, count) in sums.items()}
+
+
+def _expand_moments(adam: torch.optim.Optimizer) -> None:
+    """Give every task the moments of what the tasks shared when the checkpoint was written."""
+    for parameter, state in adam.state.items():
+        for name, moment in state.items():
+            if moment.dim() == parameter.dim() - 1 > 0:
+                state[name] = moment.expand_as(parameter).contiguous()
 
 
 class Kind(Enum):

@@ -64,10 +64,10 @@ class LossStep(Stateful):
             parameter.is_cpu for parameter in self.parameters
         )  # looking at a number waits for nothing
         self.divergence_guard = DivergenceGuard(divergence_guard or DivergenceGuardConfig(), self.on_cpu)
-        apart = optimizer.own_gradients is OwnGradients.apart
+        shared = [role.parameter for role in self.roles if not role.own]
+        apart = optimizer.own_gradients is OwnGradients.apart or not shared  # strangers do not bound each other
         self.own = [role.parameter for role in self.roles if role.own and apart]  # what is clipped by itself
         self.aggregation = Aggregation()
-        shared = [role.parameter for role in self.roles if not role.own]
         if aggregator == TEMPERATURE and log_temperature is not None:
             own = [role.parameter for role in self.roles if role.own]
             self.aggregation = TemperatureAggregation(own, log_temperature)
