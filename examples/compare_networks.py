@@ -11,7 +11,6 @@ if __name__ == "__main__":
             "pointmass",
             "env.tasks=[normal_left,normal_right,swapped_left,swapped_right]",
             network=network,
-            elbo={"prior_scale": 0.05},
             total_transitions=budget,
             device="cpu",
             log={"quiet": True},

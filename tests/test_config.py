@@ -14,8 +14,10 @@ from omegaconf import OmegaConf
 
 from varshare_rl.assemble import build_suite
 from varshare_rl.cli import compose
-from varshare_rl.config import TrainConfig, config_folder, load_config
-from varshare_rl.optim.gradient import MEAN, TEMPERATURE
+from varshare_rl.config import FORMER_DEFAULTS, TrainConfig, config_folder, load_config
+from varshare_rl.nn.config import PosteriorStart, PriorUnits
+from varshare_rl.optim.gradient import MEAN, TEMPERATURE, AggregateScale
+from varshare_rl.optim.optimizer import OwnGradients
 from varshare_rl.registry import lookup, registered
 
 CONFIGS = config_folder()
@@ -97,6 +99,20 @@ def test_every_gradient_is_for_both_and_can_be_chosen_apart(tmp_path: Path, name
     path = tmp_path / "config.yaml"
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(both)))
     assert load_config(path) == both
+
+
+def test_a_configuration_of_before_the_options_is_read_as_it_was_meant(tmp_path: Path) -> None:
+    config = composed("env=pointmass", "elbo.prior_scale=1", "gradient=pcgrad")
+    stored: Any = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    for name in FORMER_DEFAULTS:
+        parent, _, key = name.rpartition(".")
+        OmegaConf.select(stored, parent).pop(key)
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(stored))
+    read = load_config(path)
+    assert (read.elbo.prior_units, read.elbo.start) == (PriorUnits.absolute, PosteriorStart.narrow)
+    assert (read.optimizer.own_gradients, read.optimizer.adapter_epsilon) == (OwnGradients.averaged, None)
+    assert read.gradient.scale is AggregateScale.paper
 
 
 def test_fixed_keys() -> None:

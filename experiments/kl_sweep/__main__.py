@@ -150,8 +150,9 @@ def draw_posteriors(path: Path, rows: Sequence[Row]) -> None:
         sigma = {
             name: [mean(number(row, name) for row in found) for found in groups[suite].values()] for name in SPREADS
         }
-        upper.fill_between(weights, sigma[SPREADS[0]], sigma[SPREADS[-1]], alpha=0.2, color="C0", label="5 to 95 %")
-        upper.fill_between(weights, sigma[SPREADS[1]], sigma[SPREADS[-2]], alpha=0.4, color="C0", label="25 to 75 %")
+        for inside, alpha, label in ((0, 0.2, "5 to 95 %"), (1, 0.4, "25 to 75 %")):
+            low, high = sigma[SPREADS[inside]], sigma[SPREADS[-1 - inside]]
+            upper.fill_between(weights, low, high, alpha=alpha, color="C0", label=label)
         upper.plot(weights, sigma[SPREADS[2]], color="C0", label="median")
         upper.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label="start")
         for name, style in (("most_nats", "--"), ("nats", "-"), ("least_nats", "-.")):
@@ -175,8 +176,8 @@ def draw_posteriors(path: Path, rows: Sequence[Row]) -> None:
 
 def print_table(rows: Sequence[Row]) -> None:
     """Means over seeds as a Markdown table on the screen."""
-    print("| suite | network | kl_weight | seeds | success (least to most) | nats (cheapest to dearest task) | sharing |")
-    print("|---|---|---|---|---|---|---|")
+    columns = ("suite", "network", "kl_weight", "seeds", "success (least to most)", "nats (by task)", "sharing")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for (suite, network), by_weight in sorted(grouped(rows).items()):
         for weight, found in by_weight.items():
             success = [number(row, "success") for row in found]
@@ -199,7 +200,8 @@ def main() -> None:
     if not runs:
         raise SystemExit("error: no finished run in these folders; give folders of sweeps")
     rows = [read(run) for run in runs]
-    rows.sort(key=lambda row: (str(row["suite"]), str(row["network"]), number(row, "kl_weight"), number(row, "seed")))
+    names = ("suite", "network")
+    rows.sort(key=lambda row: (*(str(row[name]) for name in names), number(row, "kl_weight"), number(row, "seed")))
     write_csv(arguments.folder / "sweep.csv", COLUMNS, rows)
     draw(arguments.folder / "sweep.png", rows)
     draw_posteriors(arguments.folder / "posteriors.png", rows)

@@ -75,10 +75,10 @@ class ElboConfig:
     prior_scale: float = bounded(0.03, above=0)
     "Scale of the prior, in `prior_units`."
     prior_units: PriorUnits = PriorUnits.theta
-    """Units of `prior_scale`: the standard deviation of a residual's entries over that of theta's at the start
-    (`theta`), which means the same at every width, rank and alpha; or that of every Gaussian itself (`absolute`)."""
+    """Units of `prior_scale`: standard deviation of a residual's entries over that of theta's at the start
+    (`theta`), which means the same at every width, rank and alpha; or of every Gaussian itself (`absolute`)."""
     start: PosteriorStart = PosteriorStart.prior
-    "Standard deviations that posteriors start with: those of their priors, which cost nothing, or 0.0067 (`narrow`)."
+    "Standard deviations that posteriors start with: those of their priors, which cost nothing, or 0.0067."
     temperature: float = bounded(1.0, least=0)
     "Factor on the noise of draws."
     estimator: Estimator | None = None

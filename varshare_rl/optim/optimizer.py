@@ -35,8 +35,9 @@ class OptimizerConfig:
 
     mu_lr_scale: float = bounded(1.0, least=0)
     "Factor on the learning rate for the means of the tasks' posteriors."
-    rho_lr_scale: float = bounded(1.0, least=0)
-    "Factor on the learning rate for the standard deviations of the tasks' posteriors."
+    rho_lr_scale: float = bounded(30.0, least=0)
+    """Factor on the learning rate for the standard deviations of the tasks' posteriors. Their gradients are mostly
+    noise around a small pull, and they are on a logarithmic scale."""
     weight_decay: float = bounded(0.0, least=0)
     "Decoupled weight decay (AdamW) on shared weights; not on biases and norms."
     schedule: Schedule = Schedule.constant
