@@ -94,21 +94,22 @@ def test_options_become_posterior_settings() -> None:
 def test_the_prior_is_as_wide_in_units_of_theta_at_every_size(width: int, rank: int, alpha: float | None) -> None:
     """Residuals drawn from the prior, entry by entry, against the standard deviation of theta."""
     options = VarShareLoRAConfig(hidden=[], rank=rank, alpha=alpha)
-    layer = options.build(width, 50, 20, Posterior(0.25)).layers[0]
+    layer = options.build(width, 50, 20, Posterior(0.25, PriorUnits.theta)).layers[0]
     a, b = (torch.randn(200, *mu.shape[1:]) * layer.prior_scale[0] for mu, _ in layer.posteriors())
     measured = float((layer.scale * (b @ a)).std())
     assert measured == pytest.approx(0.25 * float(layer.theta.detach().std()), rel=0.05)
 
 
 def test_full_rank_priors_have_the_same_units() -> None:
-    layer = VarShareConfig(hidden=[]).build(64, 50, 2, Posterior(0.25)).layers[0]
+    layer = VarShareConfig(hidden=[]).build(64, 50, 2, Posterior(0.25, PriorUnits.theta)).layers[0]
     assert float(layer.prior_scale[0]) == pytest.approx(0.25 * float(layer.theta.detach().std()), rel=0.05)
 
 
 @pytest.mark.parametrize("options", [VarShareConfig(hidden=[8]), VarShareLoRAConfig(hidden=[8])])
 def test_a_posterior_that_starts_at_its_prior_costs_next_to_nothing(options: VarShareConfig) -> None:
     narrow, wide = (
-        total_kl(options.build(16, 4, TASKS, Posterior(0.1, start=start)), TASKS) for start in PosteriorStart
+        total_kl(options.build(16, 4, TASKS, Posterior(0.1, PriorUnits.theta, start)), TASKS)
+        for start in PosteriorStart
     )
     assert narrow.min() > 50 * wide.max()
     assert wide.max() < 0.05 * posterior_size(options.build(16, 4, TASKS, Posterior()))

@@ -41,9 +41,9 @@ class PosteriorStart(Enum):
 class Posterior:
     """Settings of the per-task posteriors; networks without one ignore them."""
 
-    prior_scale: float = 0.03
-    prior_units: PriorUnits = PriorUnits.theta
-    start: PosteriorStart = PosteriorStart.prior
+    prior_scale: float = 1.0
+    prior_units: PriorUnits = PriorUnits.absolute
+    start: PosteriorStart = PosteriorStart.narrow
     estimator: str | None = None  # None: the network's own
     temperature: float = 1.0
     weight_samples: int = 1  # draws per task and training pass

@@ -107,9 +107,9 @@ class BandConfig:
     """
 
     name: str = "band"
-    low: float = bounded(0.05, least=0)
-    "Least noise-to-weight ratio."
-    high: float = 0.2
+    low: float = bounded(0.01, least=0)
+    "Least noise-to-weight ratio; at its prior a posterior has `elbo.prior_scale`."
+    high: float = 0.05
     "Largest noise-to-weight ratio."
     factor: float = bounded(1.1, least=1)
     "Factor on the weight when the ratio is outside."
