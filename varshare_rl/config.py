@@ -37,6 +37,7 @@ FORMER_KEYS = {
 FORMER_DEFAULTS = {
     "elbo.prior_units": "absolute",
     "elbo.start": "narrow",
+    "elbo.likelihood": "unit",
     "optimizer.own_gradients": "averaged",
     "optimizer.adapter_epsilon": None,
     "gradient.scale": "paper",

@@ -16,7 +16,7 @@ from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.stochastic import drawn_layers
 from varshare_rl.optim.absorption import Absorbing, absorb_all
-from varshare_rl.optim.elbo import Penalized
+from varshare_rl.optim.elbo import Likelihood, Penalized
 from varshare_rl.optim.step import LossStep
 from varshare_rl.types import Metrics, Tree
 
@@ -130,14 +130,17 @@ class ActorCritic(Algorithm):
         distribution: PolicyDistribution = self.actor(obs, self.task_ids)
         return distribution
 
-    def penalty(self, part: str, held: int) -> Tensor | float:
+    def penalty(self, part: str, held: int, nat: Tensor | float = 1.0) -> Tensor | float:
         """Return what ELBO and regulariser add to the losses of ``actor`` or ``critic``, ``[T]``.
 
-        ``held``: transitions of a task that the rollout or the replay holds.
+        ``held``: transitions of a task that the rollout or the replay holds; ``nat``: what a nat of the likelihood
+        is in the loss, ``[T]``.
         """
         module = self.actor if part == "actor" else self.critic
         penalized = self.elbo.config.networks in (Penalized.both, Penalized(part))
         penalty = self.elbo.penalty(module, held, self.transitions_per_task) if penalized else 0.0
+        if self.elbo.config.likelihood is Likelihood.fitted:
+            penalty = penalty * nat
         if self.regularizer is None:
             return penalty
         return penalty + self.regularizer.penalty(part, held)

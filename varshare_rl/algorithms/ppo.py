@@ -172,7 +172,7 @@ class PPO(ActorCritic):
 
             self.critic.track(batch["target"])
             critic_losses = self.critic.loss(batch["obs"], self.task_ids, batch["target"])
-            self.critic_step.aggregate(critic_losses + self.penalty("critic", held))
+            self.critic_step.aggregate(critic_losses + self.penalty("critic", held, self.critic.nat(critic_losses)))
             critic_norm = self.critic_step.clip()
             self.critic_step.step(critic_norm)
 

@@ -167,12 +167,14 @@ class SAC(ActorCritic):
                 target = self._target(batch)
                 self.critic.track(target, self.target_critic)
                 critic_losses, q = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
-                self.critic_step.aggregate(critic_losses + self.penalty("critic", held))
+                self.critic_step.aggregate(
+                    critic_losses + self.penalty("critic", held, self.critic.nat(critic_losses))
+                )
                 critic_norm = self.critic_step.clip()
                 self.critic_step.step(critic_norm)
 
                 actor_losses, log_prob = self._actor_losses(batch)
-                self.actor_step.aggregate(actor_losses + self.penalty("actor", held))
+                self.actor_step.aggregate(actor_losses + self.penalty("actor", held, self.log_alpha.detach().exp()))
                 actor_norm = self.actor_step.clip()
                 self.actor_step.step(actor_norm)
             target_entropy = self.target_entropy

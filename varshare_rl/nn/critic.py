@@ -246,6 +246,16 @@ class Critic(nn.Module):
                 if head.affine is not None:
                     head.affine.follow(move)  # type: ignore[union-attr, operator]
 
+    def nat(self, losses: Tensor) -> Tensor | float:
+        """Return what a nat of the likelihood is in ``losses [T]``.
+
+        The mean squared error is the likeliest variance ``s^2`` of Gaussian targets, and
+        ``-log p = (y - v)^2 / (2 s^2)`` up to a constant, so a nat is ``2 s^2``; a cross-entropy is in nats.
+        """
+        if self.heads[0].categorical:
+            return 1.0
+        return losses.detach() * (2.0 / len(self.heads))
+
     def value_std(self) -> Tensor:
         """The unit of every task's values, ``[T, 1]``; without PopArt 1 for all, ``[1, 1]``."""
         if self.statistics is None:

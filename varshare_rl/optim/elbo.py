@@ -34,6 +34,13 @@ class KLNormalization(Enum):
     none = "none"  # 1
 
 
+class Likelihood(Enum):
+    """Scales of the likelihoods that the losses stand for."""
+
+    fitted = "fitted"  # Gaussian values of the variance that is left; SAC's policy at its entropy coefficient
+    unit = "unit"  # none: a nat costs as much as 1 of the loss
+
+
 class Penalized(Enum):
     """Networks whose divergence is in the loss."""
 
@@ -70,6 +77,9 @@ class ElboConfig:
     normalization: KLNormalization = KLNormalization.seen
     """Divisor `n_i` of a task's divergence: its transitions so far (`seen`); those of PPO's rollout or SAC's replay
     (`data`); those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
+    likelihood: Likelihood = Likelihood.fitted
+    """Scale of the likelihoods that the losses stand for: `fitted`, values with the variance that the critic leaves
+    and SAC's policy with its entropy coefficient as temperature; or `unit`, a nat costs 1 of the loss."""
     networks: Penalized = Penalized.both
     "Networks whose divergence is in the loss; the posteriors of the other are free."
     prior_scale: float = bounded(0.03, above=0)
