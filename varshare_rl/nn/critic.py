@@ -249,8 +249,8 @@ class Critic(nn.Module):
     def nat(self, losses: Tensor) -> Tensor | float:
         """Return what a nat of the likelihood is in ``losses [T]``.
 
-        The mean squared error is the likeliest variance ``s^2`` of Gaussian targets, and
-        ``-log p = (y - v)^2 / (2 s^2)`` up to a constant, so a nat is ``2 s^2``; a cross-entropy is in nats.
+        Gaussian targets have ``-log p = (y - v)^2 / (2 s^2)`` up to a constant, and the likeliest ``s^2`` is the
+        mean squared error. The loss is half of that, so a nat is ``s^2``, twice it; a cross-entropy is in nats.
         """
         if self.heads[0].categorical:
             return 1.0
