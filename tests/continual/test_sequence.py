@@ -12,12 +12,14 @@ from conftest import Command
 from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
+from varshare_rl.continual.evaluation import Evaluator
 from varshare_rl.continual.sequence import SequenceRun
 from varshare_rl.registry import registered
 from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.loop import Interrupted, Run
+from varshare_rl.run.tracker import Tracker
 from varshare_rl.transfer.share.selection import ReturnBandit
 
 PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
@@ -58,7 +60,8 @@ def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
     command: Command, monkeypatch: pytest.MonkeyPatch, method: str, at: str
 ) -> None:
     """Stopped in the middle of the second task, or after the first one."""
-    assert command("continual", *PPO, f"method={method}", "run_dir=whole").code == 0
+    options = (*PPO, f"method={method}", "averaged_evaluations=2")
+    assert command("continual", *options, "run_dir=whole").code == 0
     calls = {"train": 0}
     train, step = Run.train, Run._after_step
 
@@ -77,7 +80,7 @@ def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
     with monkeypatch.context() as patched:
         patched.setattr(Run, "_after_step", interrupted)
         patched.setattr(Run, "train", counted)
-        outcome = command("continual", *PPO, f"method={method}", "run_dir=halves")
+        outcome = command("continual", *options, "run_dir=halves")
     if method == "frozen":  # nothing is trained in the second task
         assert outcome.code == 0
         return
@@ -190,6 +193,7 @@ WRONG = {
     "no_moments_of_packnet": (("carry.optimizer=true", "method=packnet"), "trains other parameters in every task"),
     "run_dir": (("run_dir=/proc/run",), "cannot make the run folder /proc/run"),
     "repeats": (("repeats=0",), "repeats is 0; it must be at least 1"),
+    "averaged": (("averaged_evaluations=3",), "averaged_evaluations is 3, and a task has 2: 160 transitions"),
     "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
     "method": (("method=nothing",), "nothing"),
     "origin": (("from=nowhere",), "nowhere"),
@@ -362,3 +366,45 @@ def test_commands_for_training_runs_say_what_a_sequence_is(command: Command) -> 
         assert outcome.code == 2
         assert outcome.err.startswith("error: run is a sequence of tasks, which `evaluate`, `export`")
         assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_results_may_average_the_last_evaluations(
+    command: Command, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The matrix against what was played: tasks learnt before and, from its own training, the newest one."""
+    played: list[tuple[bool, list[float]]] = []
+    play, log = Evaluator.play, Tracker.log
+    own: list[float] = []
+
+    def watched(self: Evaluator, *arguments: Any, meanwhile: bool = False, **options: Any) -> Any:
+        found = play(self, *arguments, meanwhile=meanwhile, **options)
+        played.append((meanwhile, [result["return"] for result in found]))
+        if meanwhile and method == "finetune":  # the network that learns acts
+            learning, acting = self.networks.networks["actor"][0], self.networks.policy(0, meanwhile=True)
+            assert all(torch.equal(a, b) for a, b in zip(learning.parameters(), acting.parameters(), strict=True))
+        return found
+
+    def logged(self: Tracker, metrics: Any, transitions: int) -> None:
+        if "eval/mean_return" in metrics:
+            own.append(metrics["eval/mean_return"])
+        log(self, metrics, transitions)
+
+    monkeypatch.setattr(Evaluator, "play", watched)
+    monkeypatch.setattr(Tracker, "log", logged)
+    options = ("evaluate.every=40", "averaged_evaluations=3", "algorithm.learning_rate=0.01")
+    outcome = command("continual", *PPO, f"method={method}", *options, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    matrix = results("run")["return"]
+    assert [meanwhile for meanwhile, _ in played] == [False, False, True, True, False, True, True, False]
+    assert matrix[0] == played[0][1]
+    assert matrix[1] == pytest.approx([(own[2] + own[3] + played[1][1][0]) / 3, *played[1][1][1:]])  # 0, 40 to 160
+    for task, (first, end) in enumerate([(2, 4), (5, 7)], start=1):
+        row = [sum(values[number] for _, values in played[first : end + 1]) / 3 for number in range(task)]
+        newest = (own[5 * task + 2] + own[5 * task + 3] + played[end][1][task]) / 3
+        assert matrix[task + 1] == pytest.approx([*row, newest, *played[end][1][task + 1 :]])
+    forgot = results("run")["measures"]
+    assert results("run")["averaged_evaluations"] == 3
+    assert forgot["performance"] is not None
+    unchanged = [values[0] for _, values in played[1:]]
+    assert (len(set(unchanged)) == 1) == (method == "lora")
