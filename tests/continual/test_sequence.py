@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +39,19 @@ def results(run: str) -> Any:
     return without_clock(json.loads((Path(run) / "summary.json").read_text()))
 
 
-@pytest.mark.parametrize("method", registered("method"))
-@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
-def test_every_method_learns_a_sequence(command: Command, method: str, algorithm: str) -> None:
-    overrides = PPO if algorithm == "ppo" else SAC
-    outcome = command("continual", *overrides, f"method={method}", "run_dir=run")
-    assert outcome.code == 0, outcome.err
-    document = results("run")
+def some_fast(*chosen: str) -> list[Any]:
+    """All methods, of which those not chosen are for the slow tests: they differ in what others do not touch."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in registered("method")]
+
+
+@pytest.mark.parametrize("method", some_fast("replay", "share"))
+def test_every_method_learns_a_sequence_with_sac(command: Command, method: str) -> None:
+    assert command("continual", *SAC, f"method={method}", "run_dir=run").code == 0
+    check_document("run")
+
+
+def check_document(run: str) -> None:
+    document = results(run)
     assert document["tasks"] == ["normal_left", "normal_right", "swapped_left"]
     assert [len(row) for row in document["success"]] == [3, 3, 3, 3]
     assert len(document["curves"]) == len(document["per_task"]) == 3
@@ -51,17 +59,19 @@ def test_every_method_learns_a_sequence(command: Command, method: str, algorithm
     assert document["per_task"][0]["transitions"] == 160
     assert document["curves"][0]["transitions"] == [0.0, 80.0, 160.0]
     assert all(sum(cost["stored_bytes"].values()) > 0 for cost in document["per_task"])
-    assert not list(Path("run/tasks").rglob("state.json"))  # what is needed is in the sequence's own checkpoint
+    assert not list(Path(run, "tasks").rglob("state.json"))  # what is needed is in the sequence's own checkpoint
 
 
-@pytest.mark.parametrize("method", registered("method"))
-@pytest.mark.parametrize("at", ["within", "between"])
+@pytest.mark.parametrize(
+    ("method", "at"), [*product(registered("method"), ["within"]), ("ewc", "between"), ("share", "between")]
+)
 def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
-    command: Command, monkeypatch: pytest.MonkeyPatch, method: str, at: str
+    command: Command, command_once: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str, at: str
 ) -> None:
-    """Stopped in the middle of the second task, or after the first one."""
+    """Stopped in the middle of the second task, or after the first one, where the other way begins, too."""
     options = (*PPO, f"method={method}", "averaged_evaluations=2")
-    assert command("continual", *options, "run_dir=whole").code == 0
+    command_once("continual", *options, "run_dir=whole")
+    check_document("whole")
     calls = {"train": 0}
     train, step = Run.train, Run._after_step
 
@@ -140,12 +150,11 @@ ADAPTING = ("lora", "share", "varshare", "frozen", "copies", "pnn", "shared_priv
 
 
 @pytest.fixture
-def trained(command: Command) -> str:
+def trained(command_once: Callable[..., Path]) -> str:
     """A run of two tasks with normalised observations."""
     options = (*TINY, *TINY_ALGORITHM["ppo"], "env.tasks=[normal_left,flipped_up]", "env.envs_per_task=4")
     normal = ("algorithm.normalize_observations=true", "network.layer_norm=true", "elbo.draw.acting=per_update")
-    assert command("train", *options, *normal, "total_transitions=640", "run_dir=trained").code == 0
-    return "trained"
+    return str(command_once("train", *options, *normal, "total_transitions=640", "run_dir=trained"))
 
 
 @pytest.mark.parametrize("method", registered("method"))
