@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import chdir
@@ -76,5 +78,25 @@ def command(
         captured = capsys.readouterr()
         assert isinstance(code, int)
         return Outcome(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture
+def command_once(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``command_once("train", ..., "run_dir=run")``: the folder of a run, made once and copied from then on."""
+
+    def call(name: str, *arguments: str) -> Path:
+        key = hashlib.sha256(" ".join((name, *arguments)).encode()).hexdigest()
+        kept = tmp_path_factory.getbasetemp() / "kept" / key
+        run_dir = Path(next(item.removeprefix("run_dir=") for item in arguments if item.startswith("run_dir=")))
+        if kept.exists():
+            shutil.copytree(kept, run_dir)
+            return run_dir
+        outcome = command(name, *arguments)
+        assert outcome.code == 0, outcome.err
+        assert outcome.err == ""
+        shutil.copytree(run_dir, kept)
+        return run_dir
 
     return call

@@ -171,14 +171,27 @@ SMALL = (
     "network.hidden=[8]", "log.quiet=true", "log.every=1", "checkpoint.every=0", "evaluate.every=0",
     "evaluate.episodes=1", "device=cpu", "env.envs_per_task=2", "run_dir=run",
 )  # fmt: skip
+
+
+def pairs(algorithm: str, left_out: str) -> list[tuple[str, str, str]]:
+    """Each network that tasks share parts of with an aggregator, and each aggregator with a network."""
+    networks = [name for name in NETWORKS if name != "independent"]
+    gradients = [name for name in registered("gradient") if name != left_out]
+    turns = range(max(len(networks), len(gradients)))
+    return [(algorithm, networks[turn % len(networks)], gradients[turn % len(gradients)]) for turn in turns]
+
+
+#: Every network and every aggregator with both algorithms; the mean also for networks with nothing in common.
+PAIRS = [
+    *pairs("ppo", TEMPERATURE), *pairs("sac", MEAN), ("ppo", "independent", MEAN), ("sac", "independent", MEAN),
+]  # fmt: skip
 TRAINED: dict[str, tuple[str, ...]] = {
     **{
-        f"pointmass_{algorithm}_{network}": (
+        f"pointmass_{algorithm}_{network}_{gradient}": (
             "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"network={network}",
-            "total_transitions=320",
+            f"gradient={gradient}", "total_transitions=320",
         )
-        for algorithm in ("ppo", "sac")
-        for network in NETWORKS
+        for algorithm, network, gradient in PAIRS
     },
     **{
         f"{critic}_{algorithm}": (
@@ -187,15 +200,6 @@ TRAINED: dict[str, tuple[str, ...]] = {
         )
         for algorithm in ("ppo", "sac")
         for critic in ("brc", "popart")
-    },
-    **{
-        f"pointmass_{algorithm}_{name}": (
-            "env=pointmass", "env.horizon=10", f"algorithm={algorithm}", f"gradient={name}",
-            "total_transitions=320",
-        )
-        for algorithm in ("ppo", "sac")
-        for name in registered("gradient")
-        if algorithm == "sac" or name != TEMPERATURE
     },
     "pointmass_apart": (
         "env=pointmass", "env.horizon=10", "gradient.actor=pcgrad", "gradient.critic=fairgrad",

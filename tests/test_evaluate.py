@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,9 @@ def read(path: str) -> dict[str, Any]:
 
 
 @pytest.fixture(params=["ppo", "sac"])
-def run(command: Command, request: pytest.FixtureRequest) -> str:
+def run(command_once: Callable[..., Path], request: pytest.FixtureRequest) -> str:
     settings = (*TINY, *TINY_ALGORITHM[request.param], "evaluate.every=480", "total_transitions=960", "run_dir=run")
-    outcome = command("train", *settings)
-    assert outcome.code == 0, outcome.err
-    return "run"
+    return str(command_once("train", *settings))
 
 
 def test_evaluation_has_the_form_and_the_numbers_of_the_summary(command: Command, run: str) -> None:

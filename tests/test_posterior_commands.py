@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,8 @@ def snapshot(folder: str) -> dict[str, bytes]:
 
 
 @pytest.fixture(params=["ppo", "sac"])
-def run(command: Command, request: pytest.FixtureRequest) -> str:
-    outcome = command("train", *TINY, *TINY_ALGORITHM[request.param], "total_transitions=480", "run_dir=run")
-    assert outcome.code == 0, outcome.err
-    return "run"
+def run(command_once: Callable[..., Path], request: pytest.FixtureRequest) -> str:
+    return str(command_once("train", *TINY, *TINY_ALGORITHM[request.param], "total_transitions=480", "run_dir=run"))
 
 
 def test_a_pruned_copy_can_be_evaluated_and_calibrated(command: Command, run: str) -> None:

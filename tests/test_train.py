@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,11 +35,8 @@ def algorithm(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def run(command: Command, algorithm: str) -> Path:
-    outcome = command("train", *TINY, *TINY_ALGORITHM[algorithm], *RUN)
-    assert outcome.code == 0, outcome.err
-    assert outcome.err == ""
-    return Path("run")
+def run(command_once: Callable[..., Path], algorithm: str) -> Path:
+    return command_once("train", *TINY, *TINY_ALGORITHM[algorithm], *RUN)
 
 
 def read(path: Path) -> dict[str, Any]:

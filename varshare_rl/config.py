@@ -169,14 +169,18 @@ def config_folder() -> Path:
 def register_schemas(command: str) -> None:
     """Make the components of a command known to Hydra, as ``<group>/<name>`` and, to extend, ``<name>_schema``."""
     schema: type[TrainConfig] = lookup("command", command)
-    ConfigStore.instance().store(name=f"{command}_schema", node=blank_config(schema))
+    store, parts = ConfigStore.instance(), (schema, gradient_schema())
+    if _stored.get(("command", command)) != parts:  # plugins bring further ones
+        store.store(name=f"{command}_schema", node=blank_config(schema))
+        _stored["command", command] = parts
     for group in schema.groups:
         for name, node in registered(group).items():
             _store(group, name, node)
     _store("critic", "default", CriticConfig)
-    store = ConfigStore.instance()
     for name in registered("gradient"):
-        store.store(group="gradient", name=name, node={"actor": name, "critic": name}, package="gradient")
+        if ("gradient", name) not in _stored:
+            store.store(group="gradient", name=name, node={"actor": name, "critic": name}, package="gradient")
+            _stored["gradient", name] = name
 
 
 def _store(group: str, name: str, node: Any) -> None:

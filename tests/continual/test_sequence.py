@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from conftest import Command
 from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
+from varshare_rl.continual.evaluation import Evaluator
 from varshare_rl.continual.sequence import SequenceRun
 from varshare_rl.registry import registered
 from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.loop import Interrupted, Run
+from varshare_rl.run.tracker import Tracker
 from varshare_rl.transfer.share.selection import ReturnBandit
 
 PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
@@ -35,13 +39,19 @@ def results(run: str) -> Any:
     return without_clock(json.loads((Path(run) / "summary.json").read_text()))
 
 
-@pytest.mark.parametrize("method", registered("method"))
-@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
-def test_every_method_learns_a_sequence(command: Command, method: str, algorithm: str) -> None:
-    overrides = PPO if algorithm == "ppo" else SAC
-    outcome = command("continual", *overrides, f"method={method}", "run_dir=run")
-    assert outcome.code == 0, outcome.err
-    document = results("run")
+def some_fast(*chosen: str) -> list[Any]:
+    """All methods, of which those not chosen are for the slow tests: they differ in what others do not touch."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.slow) for name in registered("method")]
+
+
+@pytest.mark.parametrize("method", some_fast("replay", "share"))
+def test_every_method_learns_a_sequence_with_sac(command: Command, method: str) -> None:
+    assert command("continual", *SAC, f"method={method}", "run_dir=run").code == 0
+    check_document("run")
+
+
+def check_document(run: str) -> None:
+    document = results(run)
     assert document["tasks"] == ["normal_left", "normal_right", "swapped_left"]
     assert [len(row) for row in document["success"]] == [3, 3, 3, 3]
     assert len(document["curves"]) == len(document["per_task"]) == 3
@@ -49,16 +59,19 @@ def test_every_method_learns_a_sequence(command: Command, method: str, algorithm
     assert document["per_task"][0]["transitions"] == 160
     assert document["curves"][0]["transitions"] == [0.0, 80.0, 160.0]
     assert all(sum(cost["stored_bytes"].values()) > 0 for cost in document["per_task"])
-    assert not list(Path("run/tasks").rglob("state.json"))  # what is needed is in the sequence's own checkpoint
+    assert not list(Path(run, "tasks").rglob("state.json"))  # what is needed is in the sequence's own checkpoint
 
 
-@pytest.mark.parametrize("method", registered("method"))
-@pytest.mark.parametrize("at", ["within", "between"])
+@pytest.mark.parametrize(
+    ("method", "at"), [*product(registered("method"), ["within"]), ("ewc", "between"), ("share", "between")]
+)
 def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
-    command: Command, monkeypatch: pytest.MonkeyPatch, method: str, at: str
+    command: Command, command_once: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, method: str, at: str
 ) -> None:
-    """Stopped in the middle of the second task, or after the first one."""
-    assert command("continual", *PPO, f"method={method}", "run_dir=whole").code == 0
+    """Stopped in the middle of the second task, or after the first one, where the other way begins, too."""
+    options = (*PPO, f"method={method}", "averaged_evaluations=2")
+    command_once("continual", *options, "run_dir=whole")
+    check_document("whole")
     calls = {"train": 0}
     train, step = Run.train, Run._after_step
 
@@ -77,7 +90,7 @@ def test_a_sequence_that_was_stopped_goes_on_to_the_same_end(
     with monkeypatch.context() as patched:
         patched.setattr(Run, "_after_step", interrupted)
         patched.setattr(Run, "train", counted)
-        outcome = command("continual", *PPO, f"method={method}", "run_dir=halves")
+        outcome = command("continual", *options, "run_dir=halves")
     if method == "frozen":  # nothing is trained in the second task
         assert outcome.code == 0
         return
@@ -137,12 +150,11 @@ ADAPTING = ("lora", "share", "varshare", "frozen", "copies", "pnn", "shared_priv
 
 
 @pytest.fixture
-def trained(command: Command) -> str:
+def trained(command_once: Callable[..., Path]) -> str:
     """A run of two tasks with normalised observations."""
     options = (*TINY, *TINY_ALGORITHM["ppo"], "env.tasks=[normal_left,flipped_up]", "env.envs_per_task=4")
     normal = ("algorithm.normalize_observations=true", "network.layer_norm=true", "elbo.draw.acting=per_update")
-    assert command("train", *options, *normal, "total_transitions=640", "run_dir=trained").code == 0
-    return "trained"
+    return str(command_once("train", *options, *normal, "total_transitions=640", "run_dir=trained"))
 
 
 @pytest.mark.parametrize("method", registered("method"))
@@ -190,6 +202,7 @@ WRONG = {
     "no_moments_of_packnet": (("carry.optimizer=true", "method=packnet"), "trains other parameters in every task"),
     "run_dir": (("run_dir=/proc/run",), "cannot make the run folder /proc/run"),
     "repeats": (("repeats=0",), "repeats is 0; it must be at least 1"),
+    "averaged": (("averaged_evaluations=3",), "averaged_evaluations is 3, and a task has 2: 160 transitions"),
     "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
     "method": (("method=nothing",), "nothing"),
     "origin": (("from=nowhere",), "nowhere"),
@@ -362,3 +375,45 @@ def test_commands_for_training_runs_say_what_a_sequence_is(command: Command) -> 
         assert outcome.code == 2
         assert outcome.err.startswith("error: run is a sequence of tasks, which `evaluate`, `export`")
         assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("method", ["finetune", "lora"])
+def test_results_may_average_the_last_evaluations(
+    command: Command, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The matrix against what was played: tasks learnt before and, from its own training, the newest one."""
+    played: list[tuple[bool, list[float]]] = []
+    play, log = Evaluator.play, Tracker.log
+    own: list[float] = []
+
+    def watched(self: Evaluator, *arguments: Any, meanwhile: bool = False, **options: Any) -> Any:
+        found = play(self, *arguments, meanwhile=meanwhile, **options)
+        played.append((meanwhile, [result["return"] for result in found]))
+        if meanwhile and method == "finetune":  # the network that learns acts
+            learning, acting = self.networks.networks["actor"][0], self.networks.policy(0, meanwhile=True)
+            assert all(torch.equal(a, b) for a, b in zip(learning.parameters(), acting.parameters(), strict=True))
+        return found
+
+    def logged(self: Tracker, metrics: Any, transitions: int) -> None:
+        if "eval/mean_return" in metrics:
+            own.append(metrics["eval/mean_return"])
+        log(self, metrics, transitions)
+
+    monkeypatch.setattr(Evaluator, "play", watched)
+    monkeypatch.setattr(Tracker, "log", logged)
+    options = ("evaluate.every=40", "averaged_evaluations=3", "algorithm.learning_rate=0.01")
+    outcome = command("continual", *PPO, f"method={method}", *options, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    matrix = results("run")["return"]
+    assert [meanwhile for meanwhile, _ in played] == [False, False, True, True, False, True, True, False]
+    assert matrix[0] == played[0][1]
+    assert matrix[1] == pytest.approx([(own[2] + own[3] + played[1][1][0]) / 3, *played[1][1][1:]])  # 0, 40 to 160
+    for task, (first, end) in enumerate([(2, 4), (5, 7)], start=1):
+        row = [sum(values[number] for _, values in played[first : end + 1]) / 3 for number in range(task)]
+        newest = (own[5 * task + 2] + own[5 * task + 3] + played[end][1][task]) / 3
+        assert matrix[task + 1] == pytest.approx([*row, newest, *played[end][1][task + 1 :]])
+    forgot = results("run")["measures"]
+    assert results("run")["averaged_evaluations"] == 3
+    assert forgot["performance"] is not None
+    unchanged = [values[0] for _, values in played[1:]]
+    assert (len(set(unchanged)) == 1) == (method == "lora")

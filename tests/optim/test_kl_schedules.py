@@ -141,8 +141,15 @@ def test_band_looks_at_every_nth_update_and_smooths() -> None:
     assert schedule.metrics()["noise_to_weight"] == pytest.approx(first + 0.25 * (now - first))
 
 
-@pytest.mark.parametrize("per_task", [False, True])
-@pytest.mark.parametrize("budget", [20.0, 60.0])
+@pytest.mark.parametrize(
+    ("per_task", "budget"),
+    [
+        (False, 60.0),
+        (True, 20.0),
+        pytest.param(False, 20.0, marks=pytest.mark.slow),
+        pytest.param(True, 60.0, marks=pytest.mark.slow),
+    ],
+)
 def test_dual_holds_its_budget_against_a_loss_that_wants_more(per_task: bool, budget: float) -> None:
     module = network()
     schedule = DualConfig(budget_nats=budget, per_task=per_task)

@@ -82,7 +82,7 @@ def test_the_spring_holds_learned_scales_back() -> None:
     for spring in (0.0, 1.0, 100.0):
         module = network()
         prior = LearnedPriorConfig(rate=0.01, spring=spring, interval=1).build(0.1, TASKS)
-        for _ in range(1500):
+        for _ in range(400):
             prior.step([module], no_gap)
         reached.append(module.layers[0].prior_scale[0].item())
     assert reached[0] > reached[1] > reached[2]

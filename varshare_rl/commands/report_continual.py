@@ -24,13 +24,12 @@ from varshare_rl.commands.common import ReportConfig, make_folder, output_folder
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.registry import register
-from varshare_rl.reporting.continual_measures import measures
+from varshare_rl.reporting.continual_measures import measures, pooled_reference
 from varshare_rl.reporting.continual_runs import (
     ContinualRun,
     check_comparable,
     check_references,
     read_continual_runs,
-    reference_document,
 )
 from varshare_rl.run.console import PLAIN_WIDTH
 
@@ -68,7 +67,8 @@ def report_continual(options: ContinualReportConfig, folders: Sequence[str]) -> 
     check_comparable(runs, labels)
     if references:
         check_references(runs, references)
-    found = [measures(run.document, reference_document(run, references) if references else None) for run in runs]
+    alone = pooled_reference([reference.document for reference in references]) if references else None
+    found = [measures(document, alone) for document in documents]
     rows = compare(labels, documents, found)
     default = runs[0].folder / "report_continual" if len(runs) == 1 else Path("report_continual")
     out = output_folder(options.out, default)

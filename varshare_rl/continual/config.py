@@ -64,6 +64,9 @@ class ContinualConfig(TrainConfig):
     "Parts beside the policy that go from one task to the next."
     task_ids: TaskIds = TaskIds.known
     "`hidden`: nobody tells a policy in evaluation which task it is in."
+    averaged_evaluations: int = bounded(1, least=1)
+    """Evaluations at the end of a task's training, `evaluate.every` apart, that results are the means of: all tasks
+    are evaluated in each. Continual World has 5."""
     selection_episodes: int = bounded(64, least=1)
     "Episodes of each task spent on finding a policy, with hidden ids."
     similar_episodes: int = bounded(16, least=1)

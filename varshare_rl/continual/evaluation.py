@@ -70,8 +70,11 @@ class Evaluator:
         episodes: int,
         other_starts: bool = False,
         cursors: Sequence[EpisodeCursor] | None = None,
+        meanwhile: bool = False,
     ) -> list[Result]:
         """Play episodes of every task with the policies of the given learnt tasks; None: an untrained one.
+
+        ``meanwhile``: while the next task is being learnt.
 
         With ``other_starts`` they start where the episodes of evaluations never do. They are always the same ones,
         but with ``cursors``, one per table, which they go on from.
@@ -79,7 +82,7 @@ class Evaluator:
         results: list[Result] = [{} for _ in self.tasks]
         for index, table in enumerate(self._tables):
             suite = self.tasks[table[0]].suite
-            makers = [self._policy(self.tasks[number], acting[number]) for number in table]
+            makers = [self._policy(self.tasks[number], acting[number], meanwhile) for number in table]
             engine = self._engine(suite, min(episodes, self.config.env.envs_per_task), other_starts)
             cursor = None if cursors is None else cursors[index]
             played = play(partial(PerTaskPolicies, makers), suite, engine, episodes, self.device, cursor)
@@ -124,12 +127,17 @@ class Evaluator:
             earned.append(_earned(result))
         return max(range(learnt), key=earned.__getitem__)
 
-    def policy(self, task: SequenceTask, learnt: int | None) -> tuple[Actor, ObservationNormalizer]:
-        """Return the policy of a learnt task with the actions of ``task``, and its statistics; None: untrained."""
+    def policy(
+        self, task: SequenceTask, learnt: int | None, meanwhile: bool = False
+    ) -> tuple[Actor, ObservationNormalizer]:
+        """Return the policy of a learnt task with the actions of ``task``, and its statistics; None: untrained.
+
+        ``meanwhile``: while the next task is being learnt.
+        """
         if learnt is None:
             network = self.networks.method.base_network().requires_grad_(False).eval()
         else:
-            network = self.networks.policy(learnt)
+            network = self.networks.policy(learnt, meanwhile)
         mask = torch.from_numpy(task.suite.action_mask[task.index : task.index + 1])
         actor = self.actor.with_network(network, mask).to(self.device)
         size = self.networks.specs["actor"][0].in_features
@@ -138,8 +146,10 @@ class Evaluator:
             normalizer.load_state_dict(self.normalizers[learnt])
         return actor, normalizer
 
-    def _policy(self, task: SequenceTask, learnt: int | None) -> Callable[[int], EvaluationPolicy]:
-        return partial(GreedyPolicy, *self.policy(task, learnt), self.config.elbo.draw.evaluation, 1)
+    def _policy(
+        self, task: SequenceTask, learnt: int | None, meanwhile: bool = False
+    ) -> Callable[[int], EvaluationPolicy]:
+        return partial(GreedyPolicy, *self.policy(task, learnt, meanwhile), self.config.elbo.draw.evaluation, 1)
 
     def _engine(self, suite: Any, envs: int, other_starts: bool) -> VectorEngine:
         key = (id(suite), envs, other_starts)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +14,7 @@ from varshare_rl.continual.config import ContinualConfig, TaskIds
 from varshare_rl.continual.tasks import SequenceTask, measure
 from varshare_rl.reporting.continual_measures import measures
 from varshare_rl.run.results import scores
+from varshare_rl.run.tracker import METRICS_FILE
 from varshare_rl.types import Tree
 
 
@@ -41,6 +44,35 @@ class Progress:
         return sum(cost["transitions"] for cost in self.costs)
 
 
+def logged_evaluations(folder: Path) -> list[dict[str, Any]]:
+    """Read the evaluations that the training on a task has logged in its folder."""
+    lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
+    return [entry for entry in map(json.loads, lines) if "eval/mean_return" in entry]
+
+
+def average(
+    row: Mapping[str, list[float | None]],
+    learnt: Sequence[str],
+    logged: Sequence[Mapping[str, float]],
+    evaluations: int,
+) -> None:
+    """Make results of the learnt tasks, in place, means over the last evaluations of the newest one's training.
+
+    Args:
+        row: results of all tasks after it, by name.
+        learnt: names of the learnt tasks, in order.
+        logged: evaluations of its training, which end with one that ``row`` repeats.
+        evaluations: number to average, that of ``row`` included.
+    """
+    earlier = [entry for entry in logged[:-1] if entry["transitions"] > 0]
+    earlier = earlier[len(earlier) - (evaluations - 1) :]
+    keys = [f"continual/{task}/" for task in learnt[:-1]] + ["eval/mean_"]
+    for name, values in row.items():
+        for number, (key, value) in enumerate(zip(keys, values, strict=False)):
+            if value is not None:
+                values[number] = (value + sum(entry[key + name] for entry in earlier)) / (1 + len(earlier))
+
+
 def document(
     config: ContinualConfig, tasks: Sequence[SequenceTask], progress: Progress, provenance: dict[str, Any]
 ) -> dict[str, Any]:
@@ -53,6 +85,7 @@ def document(
         "tasks": [task.name for task in tasks],
         "old_tasks": len(tasks) - len(progress.costs),
         "task_ids": config.task_ids.value,
+        "averaged_evaluations": config.averaged_evaluations,
         "carried": {**vars(config.carry), "critic": config.carry.critic.value},
         "measure": measure(tasks),
         "success": [row["success"] for row in progress.rows],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from dataclasses import asdict, replace
@@ -30,7 +29,7 @@ from varshare_rl.continual.config import (
     train_config,
 )
 from varshare_rl.continual.evaluation import SEED_STEP, Evaluator, visited
-from varshare_rl.continual.results import Progress, document
+from varshare_rl.continual.results import Progress, average, document, logged_evaluations
 from varshare_rl.continual.tasks import SequenceTask, measure, named_apart, new_tasks, pretrained_tasks
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.errors import UserError
@@ -38,10 +37,10 @@ from varshare_rl.files import write_json
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.process import seed_everything
-from varshare_rl.run.tracker import METRICS_FILE, Tracker
+from varshare_rl.run.tracker import Tracker
 from varshare_rl.transfer.method import state_copy
 from varshare_rl.transfer.networks import AgentNetworks, CriticCarry
-from varshare_rl.types import Tree
+from varshare_rl.types import Metrics, Tree
 
 TASKS_FOLDER = "tasks"
 
@@ -92,6 +91,12 @@ class SequenceRun:
             raise UserError(
                 f"total_transitions is {config.total_transitions} for {len(new)} tasks; give at least one for each"
             )
+        evaluations = max(self.transitions_per_task // (config.evaluate.every or self.transitions_per_task), 1)
+        if evaluations < config.averaged_evaluations:
+            raise UserError(
+                f"averaged_evaluations is {config.averaged_evaluations}, and a task has {evaluations}: "
+                f"{self.transitions_per_task} transitions, evaluate.every={config.evaluate.every}"
+            )
         prepare_process(config.seed, config.matmul_precision)
         first = new[0]
         assert first.alone is not None
@@ -134,7 +139,7 @@ class SequenceRun:
             while self.learnt < len(self.tasks):
                 folder = self._folder(self.learnt)
                 self._learn_task(self.learnt, folder)
-                self._evaluate()
+                self._evaluate(folder)
                 self._save()
                 self._report(folder)
                 shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # not before all of it is in another
@@ -208,6 +213,7 @@ class SequenceRun:
         self.task_started -= seconds  # that it has taken before it was interrupted,
         self.started -= seconds  # which no checkpoint of the sequence knows of
         run = build_run(config, task.alone, folder, resumed_at, seconds, self.networks)
+        run.also_evaluate = self._evaluate_meanwhile
         agent = cast(ActorCritic, run.algorithm)
         try:
             if state is None:
@@ -227,8 +233,7 @@ class SequenceRun:
     def _curve(self, folder: Path) -> dict[str, list[float]]:
         """Read the evaluations that a task's training has logged."""
         name = f"eval/mean_{measure(self.tasks)}"
-        lines = (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()
-        logged = [entry for entry in map(json.loads, lines) if name in entry]
+        logged = logged_evaluations(folder)
         return {
             "transitions": [float(entry["transitions"]) for entry in logged],
             "success": [float(entry[name]) for entry in logged],
@@ -282,12 +287,29 @@ class SequenceRun:
         assert value is not None
         return value
 
-    def _evaluate(self) -> None:
-        """Evaluate all tasks and note the row."""
+    def _evaluate_meanwhile(self, transitions: int) -> Metrics:
+        """Evaluate the learnt tasks while the next one is, where that is averaged: ``continual/<task>/<name>``."""
+        left = self.transitions_per_task - transitions
+        if not self.learnt or not 0 < left <= (self.config.averaged_evaluations - 1) * self.config.evaluate.every:
+            return {}
+        acting = self.evaluator.acting(self.learnt)
+        played = self.evaluator.play(acting, self.config.evaluate.episodes, meanwhile=True)
+        return {
+            f"continual/{task.name}/{name}": value
+            for task, result in zip(self.tasks[: self.learnt], played, strict=False)
+            for name in ("success", "return")
+            if (value := result[name]) is not None
+        }
+
+    def _evaluate(self, folder: Path | None = None) -> None:
+        """Evaluate all tasks and note the row; ``folder`` is that of the task just learnt."""
         learnt = self.learnt
         acting = self.evaluator.acting(learnt)
         played = self.evaluator.play(acting, self.config.evaluate.episodes)
         row = {name: [result[name] for result in played] for name in ("success", "return")}
+        if folder is not None and self.progress.costs[-1]["transitions"]:
+            learnt_names = [task.name for task in self.tasks[:learnt]]
+            average(row, learnt_names, logged_evaluations(folder), self.config.averaged_evaluations)
         if self.config.task_ids is TaskIds.hidden:
             row["acted_as"] = [None if number is None else float(number) for number in acting]
         self.progress.rows.append(row)

@@ -144,8 +144,9 @@ def measures(document: Document, reference_document: Document | None = None) -> 
 
     Tasks that the run began with count in ``old_change`` alone, ``mean over them of R[N, j] - R[0, j]``. Forward
     transfer needs the success curves of a reference, where tasks are found by :func:`original_name`; areas of
-    several curves of one name are averaged. Its mean is over the tasks that have one. ``per_task`` has the learnt
-    tasks in order. What cannot be known is None.
+    several curves of one name are averaged. With all runs of a reference the mean of ``FT_i`` over runs is
+    thus the ratio of means, as in Continual World. Its mean is over the tasks that have one. ``per_task`` has the
+    learnt tasks in order. What cannot be known is None.
 
     Raises:
         ValueError: the shapes of results or curves do not fit the tasks.

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from varshare_rl.errors import UserError
-from varshare_rl.reporting.continual_measures import Document, measures, original_name, pooled_reference
+from varshare_rl.reporting.continual_measures import measures, original_name
 
 FORMAT = "continual"
 SUMMARY_FILE = "summary.json"
@@ -102,14 +102,6 @@ def check_references(runs: Sequence[ContinualRun], references: Sequence[Continua
         if name not in known:
             raise UserError(f"the reference lacks {name}, a task of {first.folder}; give runs with all its tasks")
         _check_budget(first, known[name][0], name, budget, known[name][1])
-
-
-def reference_document(run: ContinualRun, references: Sequence[ContinualRun]) -> Document:
-    """Join the references of the run's seed if these have all its tasks, else all references, to one document."""
-    own = [reference for reference in references if reference.seed == run.seed]
-    covered = {original_name(task) for reference in own for task in reference.learnt}
-    needed = {original_name(task) for task in run.learnt}
-    return pooled_reference([reference.document for reference in (own if needed <= covered else references)])
 
 
 def _run_folders(folder: Path) -> list[Path]:

@@ -178,6 +178,7 @@ def _settings(document: Document) -> dict[str, str]:
     return {
         "old_tasks": str(document["old_tasks"]),
         "task_ids": document["task_ids"],
+        "averaged_evaluations": str(document.get("averaged_evaluations", 1)),  # former runs do not say
         **{f"carry.{name}": str(carried[name]).lower() for name in ("critic", "optimizer", "replay")},
     }
 

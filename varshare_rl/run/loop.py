@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,6 +74,7 @@ class Run(Stateful):
     scalars: Scalars = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     masked_tasks: set[str] = field(default_factory=set)  # that the screen has named
+    also_evaluate: Callable[[int], Metrics] | None = None  # what else is measured then, after so many transitions
 
     def __post_init__(self) -> None:
         self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
@@ -223,7 +224,8 @@ class Run(Stateful):
         with self._timed("evaluate"):
             result = evaluate(self.algorithm, self.suite, self.evaluation_engine, self.config.evaluate_episodes)
         self.evaluation, self.evaluated_at = result, self.transitions
-        self.tracker.log(result.metrics(), self.transitions)
+        also = {} if self.also_evaluate is None else self.also_evaluate(self.transitions)
+        self.tracker.log(result.metrics() | also, self.transitions)
         self.console.table(f"evaluation at {self.transitions:,} transitions", result.tasks)
         if self.best_score is None or result.score > self.best_score:
             self.best_score = result.score

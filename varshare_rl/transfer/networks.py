@@ -8,7 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.transfer.method import ContinualMethod, NetworkSpec, Pretrained, StorageCost
+from varshare_rl.transfer.method import ContinualMethod, NetworkSpec, Pretrained, StorageCost, frozen_eval
 from varshare_rl.transfer.methods.finetune import Finetune, FinetuneConfig
 from varshare_rl.types import Tree
 
@@ -104,8 +104,13 @@ class AgentNetworks:
         for method, network in self._learning(*self.methods):
             method.end(network, torch.zeros(1, 0, method.spec.in_features))
 
-    def policy(self, task: int) -> nn.Module:
-        """Return the policy's network for a task that has been learnt."""
+    def policy(self, task: int, meanwhile: bool = False) -> nn.Module:
+        """Return the policy's network for a task that has been learnt.
+
+        ``meanwhile``: while another one is; where all tasks have one network, it is the one that learns.
+        """
+        if meanwhile and self.method.task_free:
+            return frozen_eval(self.method.spec.plain(self.networks["actor"][0].state_dict()))
         return self.method.policy(task)
 
     def stored(self) -> StorageCost:
