@@ -31,7 +31,11 @@ def start(name: str) -> None:
     if wants_help(arguments) and not asks_for_word:
         print(help_text(COMMANDS[name]))
     else:
-        import_module(COMMANDS[name]).command()
+        try:
+            import_module(COMMANDS[name]).command()
+        except KeyboardInterrupt:  # while it is imported; commands answer for themselves
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

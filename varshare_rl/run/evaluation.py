@@ -56,6 +56,10 @@ class Evaluation:
         return metrics
 
 
+class EvaluationStopped(Exception):
+    """An evaluation was stopped before its end."""
+
+
 @dataclass
 class EpisodeCursor:
     """Position in the episodes of an engine, so that every :func:`play` on it sees further ones.
@@ -100,10 +104,16 @@ def layer_kl(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]
     }
 
 
-def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes: int) -> Evaluation:
+def evaluate(
+    algorithm: Algorithm,
+    suite: Suite,
+    engine: VectorEngine,
+    episodes: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Run :func:`play` with the algorithm's own policy, and add the nats of its networks."""
     device = next(next(iter(algorithm.trained_modules().values())).parameters()).device
-    tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device)
+    tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device, stop=stop)
     layers = layer_kl(algorithm.trained_modules())
     for index, row in enumerate(tasks.values()):
         row["kl"] = float(sum(nats[index] for nats in layers.values())) if layers else None
@@ -118,6 +128,7 @@ def play(
     episodes: int,
     device: torch.device,
     cursor: EpisodeCursor | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float | None]]:
     """Run ``episodes`` episodes of every task; means as in :class:`Evaluation`.
 
@@ -128,6 +139,9 @@ def play(
 
     Episode ``j`` of slot ``e`` is episode ``j * E + e`` of its task; slots step on until every task has its
     episodes, and what comes after is not counted, so short episodes are not favoured.
+
+    Raises:
+        EvaluationStopped: ``stop``, asked before every step, says so.
     """
     num_tasks, envs = engine.num_tasks, engine.envs_per_task
     totals = {name: np.zeros((num_tasks, episodes)) for name in ("return", "episode_steps")}
@@ -142,6 +156,9 @@ def play(
     random = rng_state()
     policy = make_policy(envs)
     while (episode < episodes).any():
+        if stop():
+            load_rng_state(random)
+            raise EvaluationStopped
         step = engine.step(policy.act(torch.from_numpy(obs).to(device)).cpu().numpy())
         policy.observe(torch.from_numpy(step.terminated | step.truncated))
         obs = step.obs

@@ -16,9 +16,9 @@ import torch
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.envs.suite import Suite, VectorEngine
-from varshare_rl.run.checkpoint import save_checkpoint
+from varshare_rl.run.checkpoint import fitting, save_checkpoint
 from varshare_rl.run.console import Console
-from varshare_rl.run.evaluation import Evaluation, evaluate, layer_kl
+from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl
 from varshare_rl.run.process import keep_freed_memory, load_rng_state, one_thread, rng_state
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
@@ -28,13 +28,14 @@ from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
 @dataclass
 class LoopConfig:
-    """Counts are transitions of all tasks together; 0 switches the thing off."""
+    """Counts are transitions of all tasks together; 0, also of the minutes, switches the thing off."""
 
     total_transitions: int
     evaluate_every: int
     evaluate_episodes: int
     checkpoint_every: int
     log_every: int
+    checkpoint_minutes: float = 0.0
     observe_every: int = 0
     overlap: bool = False
 
@@ -66,6 +67,7 @@ class Run(Stateful):
     seed: int
     device: torch.device
     config: LoopConfig
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of the run, for its checkpoints
     transitions: int = 0
     observed_at: int = 0
     best_score: tuple[float, float] | None = None
@@ -81,6 +83,8 @@ class Run(Stateful):
         half = self.engine.envs_per_task // 2
         # Acting in two turns lets the workers step the first half while the policy acts for the second.
         self._turns = [slice(0, half), slice(half, None)] if self.config.overlap and half else [slice(None)]
+        self._interrupted: list[int] = []  # the signals that have come
+        self._saved_at, self._save_seconds = time.monotonic(), 0.0
         self._phase: str | None = None
         self._phase_since = 0.0
 
@@ -91,31 +95,33 @@ class Run(Stateful):
             Interrupted: a signal came; the state has been saved.
         """
         keep_freed_memory()
-        with self.console, interruptible() as interrupted, self._timed("rest"):
+        with self.console, interruptible() as self._interrupted, self._timed("rest"):
+            for remark in self.suite.remarks():
+                self.console.message(remark)
             self.console.progress(self.transitions, {})
             obs = self._to_device(self._observation)
+            self._evaluate_if_due()  # what a signal has cut short
+            self._stop_if_interrupted()
             while self.transitions < self.config.total_transitions:
                 obs = self._vector_step(obs)
                 self.algorithm.advance(self.transitions / self.config.total_transitions)
                 while self.algorithm.ready():
                     self._update()
                 self._after_step()
-                if interrupted:
-                    self.save("last")
-                    raise Interrupted(interrupted[0])
+                self._stop_if_interrupted()
             if self.evaluated_at != self.transitions:
                 self._evaluate()
             self.save("last")
-            if interrupted:  # during the last evaluation; resuming writes the summary
-                raise Interrupted(interrupted[0])
+            self._stop_if_interrupted()  # during the last evaluation; resuming writes the summary
         assert self.evaluation is not None
         return self.evaluation
 
     def start(self, evaluate: bool = False) -> None:
-        """Reset the environments; done by :meth:`load_state` when a run goes on. ``evaluate`` does so first."""
+        """Reset the environments and save a first checkpoint; for a new run. ``evaluate`` does so before."""
         if evaluate:
             self._evaluate()
         self._observation = self.engine.reset()
+        self.save("last")
 
     def close(self) -> None:
         """Free engines and close the logs."""
@@ -139,7 +145,6 @@ class Run(Stateful):
         tensors = (step.reward, step.terminated, step.truncated, step.next_obs)
         with self._timed("observe"), one_thread():
             self.algorithm.observe(Transition(obs, action, *(self._to_device(x) for x in tensors)))
-        self._transitions_before = self.transitions
         self.transitions += step.reward.size
         return self._to_device(step.obs)
 
@@ -160,13 +165,28 @@ class Run(Stateful):
         """Log, evaluate and save where their counts have come round."""
         if self._due(self.config.log_every):
             self._log()
-        if self._due(self.config.evaluate_every):
-            self._evaluate()
-        if self._due(self.config.checkpoint_every):
+        self._evaluate_if_due()
+        if self._due(self.config.checkpoint_every) or self._due_by_time():
             self.save("last")
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.transitions // every > self._transitions_before // every
+        before = self.transitions - self.engine.num_tasks * self.engine.envs_per_task
+        return every > 0 and self.transitions // every > max(before, 0) // every
+
+    def _due_by_time(self) -> bool:
+        """Return True after ``checkpoint_minutes``, but spend no more than a twentieth of the time on saving."""
+        wait = max(60.0 * self.config.checkpoint_minutes, 20.0 * self._save_seconds)
+        return self.config.checkpoint_minutes > 0 and time.monotonic() - self._saved_at >= wait
+
+    def _evaluate_if_due(self) -> None:
+        if self._due(self.config.evaluate_every) and self.evaluated_at != self.transitions:
+            self._evaluate()
+
+    def _stop_if_interrupted(self) -> None:
+        """Save and raise Interrupted if a signal has come."""
+        if self._interrupted:
+            self.save("last")
+            raise Interrupted(self._interrupted[0])
 
     def _log(self) -> None:
         with self._timed("log"):
@@ -220,8 +240,12 @@ class Run(Stateful):
         if self.evaluation_engine is None:
             envs = min(self.config.evaluate_episodes, self.engine.envs_per_task)
             self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
-        with self._timed("evaluate"):
-            result = evaluate(self.algorithm, self.suite, self.evaluation_engine, self.config.evaluate_episodes)
+        episodes, stop = self.config.evaluate_episodes, lambda: bool(self._interrupted)
+        try:
+            with self._timed("evaluate"):
+                result = evaluate(self.algorithm, self.suite, self.evaluation_engine, episodes, stop)
+        except EvaluationStopped:  # the run is about to end, and evaluates when it goes on
+            return
         self.evaluation, self.evaluated_at = result, self.transitions
         self.tracker.log(result.metrics(), self.transitions)
         self.console.table(f"evaluation at {self.transitions:,} transitions", result.tasks)
@@ -235,10 +259,16 @@ class Run(Stateful):
             "transitions": self.transitions,
             "updates": self.algorithm.updates,
             "seconds": self.tracker.seconds,
+            "options": self.options,
         }
-        rest = self.state() if kind == "last" else {"algorithm": self.algorithm.policy_state()}
         with self._timed("save"):
-            return save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
+            began = time.monotonic()
+            rest = self.state() if kind == "last" else {"algorithm": self.algorithm.policy_state()}
+            path = save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
+            if kind == "last":
+                self._saved_at = time.monotonic()
+                self._save_seconds = self._saved_at - began
+            return path
 
     def state(self) -> Tree:
         """Return everything needed to go on bit for bit, besides the counters."""
@@ -252,7 +282,8 @@ class Run(Stateful):
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`save` wrote as ``last``."""
         self.transitions = self.observed_at = state["transitions"]
-        super().load_state(state)
+        with fitting(self.run_dir):
+            super().load_state(state)
         self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
         self.scalars = state["scalars"]
         self._observation = self.engine.load_state(state["engine"])
