@@ -159,7 +159,7 @@ def test_counts_each_episode_once_and_waits_for_the_longest(script: Script) -> N
         "success": pytest.approx(1 / 3), "success_final": pytest.approx(1 / 3), "kl": None,
     }  # fmt: skip
     assert result.mean("success") == pytest.approx(0.5)
-    assert result.score == (result.mean("success"), result.mean("return"))
+    assert result.score == (len(result.tasks), result.mean("success"), result.mean("return"))
     assert result.mean("kl") is None
 
 
@@ -168,7 +168,7 @@ def test_without_success_the_return_is_the_score(script: Script) -> None:
     suite.has_success = False
     result = evaluate(Still(), suite, script, 3)  # type: ignore[arg-type]
     assert result.tasks["a"]["success"] is None
-    assert result.score == pytest.approx((0.0, (15 / 3 + 7 / 3) / 2))
+    assert result.score == pytest.approx((2.0, 0.0, (15 / 3 + 7 / 3) / 2))
     assert not any("success" in name for name in result.metrics())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,17 @@ class Evaluation:
         return float(np.mean(known)) if len(known) == len(values) else None
 
     @property
-    def score(self) -> tuple[float, float]:
-        """Measure of the best checkpoint: mean success where there is one, then mean return."""
-        success, mean_return = self.mean("success"), self.mean("return")
-        assert mean_return is not None
-        return (0.0 if success is None else success, mean_return)
+    def score(self) -> tuple[float, float, float]:
+        """Measure of the best checkpoint.
+
+        Number of tasks with a finite return, then their mean success where there is one, then their mean return.
+        """
+        rows = [row for row in self.tasks.values() if row["return"] is not None and math.isfinite(row["return"])]
+        means = [
+            float(np.mean([row[name] for row in rows])) if rows and self.mean(name) is not None else 0.0
+            for name in ("success", "return")
+        ]
+        return (float(len(rows)), means[0], means[1])
 
     def metrics(self) -> dict[str, float]:
         """``eval/<task>/<name>`` and ``eval/mean_<name>``, and ``kl/<task>``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -11,11 +12,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
-from varshare_rl.envs.suite import Suite, VectorEngine
+from varshare_rl.envs.suite import Step, Suite, VectorEngine
 from varshare_rl.run.checkpoint import fitting, save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl
@@ -53,7 +55,8 @@ class Run(Stateful):
     """A training run: its parts, and how far it has come."""
 
     state_fields = (
-        "best_score", "evaluated_at", "observed_at?", "phase_seconds", "masked_tasks", "algorithm", "episodes",
+        "best_score", "evaluated_at", "observed_at?", "phase_seconds", "masked_tasks", "not_finite?", "algorithm",
+        "episodes",
     )  # fmt: skip
 
     suite: Suite
@@ -70,12 +73,13 @@ class Run(Stateful):
     options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of the run, for its checkpoints
     transitions: int = 0
     observed_at: int = 0
-    best_score: tuple[float, float] | None = None
+    best_score: tuple[float, ...] | None = None  # of Evaluation.score
     evaluation: Evaluation | None = None
     evaluated_at: int = -1
     scalars: Scalars = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     masked_tasks: set[str] = field(default_factory=set)  # that the screen has named
+    not_finite: dict[str, int] = field(default_factory=dict)  # observations and rewards, by task
 
     def __post_init__(self) -> None:
         self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
@@ -140,6 +144,7 @@ class Run(Stateful):
                 self.engine.begin(host_action, envs)
         with self._timed("engine"):
             step = self.engine.finish()
+        self._count_not_finite(step)
         action = actions[0] if len(actions) == 1 else torch.cat(actions, dim=1)
         self.episodes.add(step.reward, step.success, step.terminated | step.truncated)
         tensors = (step.reward, step.terminated, step.truncated, step.next_obs)
@@ -147,6 +152,20 @@ class Run(Stateful):
             self.algorithm.observe(Transition(obs, action, *(self._to_device(x) for x in tensors)))
         self.transitions += step.reward.size
         return self._to_device(step.obs)
+
+    def _count_not_finite(self, step: Step) -> None:
+        """Count what is NaN or infinite, and name a task where it begins; statistics and updates leave it out."""
+        good = np.isfinite(step.reward) & np.isfinite(step.next_obs).all(-1) & np.isfinite(step.obs).all(-1)
+        if good.all():
+            return
+        for index in np.flatnonzero(~good.all(1)):
+            task = self.suite.task_names[index]
+            if task not in self.not_finite:
+                self.console.message(
+                    f"warning: after {self.transitions:,} transitions task {task} gave an observation or a reward "
+                    f"that is NaN or infinite; such are left out and counted as not_finite/{task}"
+                )
+            self.not_finite[task] = self.not_finite.get(task, 0) + int((~good[index]).sum())
 
     def _update(self) -> None:
         """Make one update, and observe the networks after the first one that falls due."""
@@ -195,6 +214,7 @@ class Run(Stateful):
             metrics |= self._kl()
             metrics |= self.algorithm.metrics()
             metrics |= self._masked()
+            metrics |= {f"not_finite/{task}": float(count) for task, count in self.not_finite.items()}
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
             metrics["time/updates"] = float(self.algorithm.updates)
             metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
@@ -284,6 +304,9 @@ class Run(Stateful):
         self.transitions = self.observed_at = state["transitions"]
         with fitting(self.run_dir):
             super().load_state(state)
+        if self.best_score is not None and len(self.best_score) < 3:  # of former versions: without the tasks
+            known = all(math.isfinite(value) for value in self.best_score)
+            self.best_score = (float(self.engine.num_tasks), *self.best_score) if known else None
         self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
         self.scalars = state["scalars"]
         self._observation = self.engine.load_state(state["engine"])
