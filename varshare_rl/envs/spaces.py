@@ -88,10 +88,10 @@ class TaskSpaces:
 
 
 _FLATTEN = (
-    "flatten it with env.wrappers=[gymnasium.wrappers:FlattenObservation], or give a wrapper of yours that makes a "
-    "vector (env.wrappers=[my_module:MyWrapper]); some environments can be asked for one with env.kwargs={...}"
+    "flatten it with env.wrappers=[gymnasium.wrappers:FlattenObservation], or wrap it in a class of yours that "
+    "makes a vector (env.wrappers=[my_module:MyWrapper]); some environments give one by env.kwargs={...}"
 )
-_WRAP = "give a wrapper of yours that has one, with bounds (env.wrappers=[my_module:MyWrapper])"
+_WRAP = "wrap it in a class of yours that has one, with bounds (env.wrappers=[my_module:MyWrapper])"
 #: Bounds from here on stand for none.
 _FAR = 1e15
 
