@@ -56,7 +56,7 @@ episodes when it is resumed.
 
 def ids() -> Iterator[tuple[str, str]]:
     """Yield family and id; of MuJoCo's the versions that need no other package."""
-    for name, spec in gymnasium.registry.items():
+    for name, spec in list(gymnasium.registry.items()):  # making one registers others
         family = str(spec.entry_point).partition("gymnasium.envs.")[2].partition(".")[0].partition(":")[0]
         if family in FAMILIES and not (family == "mujoco" and (spec.version or 0) < 4):
             yield family, name

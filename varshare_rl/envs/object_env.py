@@ -8,6 +8,7 @@ episode. :func:`find_habits` tries out which ones do.
 from __future__ import annotations
 
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -175,6 +176,12 @@ def find_habits(name: str, make: Maker, spaces: TaskSpaces) -> Habits:
     Raises:
         UserError: the environment fails.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when the environments are made to be used
+        return _find_habits(name, make, spaces)
+
+
+def _find_habits(name: str, make: Maker, spaces: TaskSpaces) -> Habits:
     wearing, played = (Episode(np.random.SeedSequence(0, spawn_key=(number,)), None) for number in (0, 1))
     used = _probe(name, make, spaces)
     try:
