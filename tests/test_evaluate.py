@@ -269,3 +269,17 @@ def test_wrong_input_for_a_sequence_is_one_line(command: Command) -> None:
     outcome = command("evaluate", "run=run")
     assert_one_line(outcome.code, outcome.err, "no run folder gone, which from= goes on from")
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_an_environment_that_remembers_is_evaluated_as_in_training(command: Command) -> None:
+    options = (
+        *TINY, *TINY_ALGORITHM["ppo"], "env=gymnasium", "env.ids=[BipedalWalkerHardcore-v3]", "env.horizon=120",
+        "env.workers=1", "evaluate.every=160", "evaluate.episodes=6", "total_transitions=480", "run_dir=run",
+    )  # fmt: skip
+    outcome = command("train", *options)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("BipedalWalkerHardcore-v3: a reset leaves something") == 1
+    assert command("evaluate", "run=run", "episodes=6").code == 0
+    found = [json.loads(Path(f"run/{name}.json").read_text())["tasks"] for name in ("summary", "evaluation")]
+    assert found[0] == found[1]
