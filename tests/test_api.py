@@ -19,8 +19,9 @@ from hydra.core.global_hydra import GlobalHydra
 from test_errors import WITHOUT_RUN, assert_one_line
 
 import varshare_rl as vs
-from varshare_rl.api import literal, to_overrides
+from varshare_rl.api import to_overrides
 from varshare_rl.nn.plain import read_network
+from varshare_rl.overrides import literal
 from varshare_rl.run.loop import Interrupted, Run
 
 PPO = (*TINY[1:], *TINY_ALGORITHM["ppo"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
 import varshare_rl
+from varshare_rl.run.folder import held_folder
 
 PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
 POINTMASS = ("env=pointmass",)
@@ -455,3 +458,42 @@ def test_the_last_line_of_metrics_may_be_cut(command: Command, run: Path) -> Non
     assert outcome.code == 0, outcome.err
     written = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert written[-1]["transitions"] == 320
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "key"),
+    [
+        ("hidden:\n  - 8\n", "hidden:\n  - 8\n  - 8\n", "network.hidden is [8, 8]"),
+        ("tasks: []\n", "tasks: [normal_left]\n", "env.tasks is ['normal_left']"),
+        ("gae_lambda: 0.95\n", "gae_lambda: 0.5\n", "algorithm.gae_lambda is 0.5"),
+    ],
+)
+@pytest.mark.parametrize("knows", [True, False])
+def test_an_edited_configuration(
+    command: Command, run: Path, before: str, after: str, key: str, knows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a checkpoint was made with is known; one of former versions is at least found not to fit."""
+    path = run / "config.yaml"
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after, 1))
+    if not knows:
+        if "lambda" in key:
+            pytest.skip("that fits any checkpoint")
+        monkeypatch.setattr("varshare_rl.assemble.check_unchanged", lambda *_: None)
+        monkeypatch.setattr("varshare_rl.commands.train.check_unchanged", lambda *_: None)
+        key = "does not fit its config.yaml"
+    unchanged = snapshot(run)
+    for outcome in (command("train", f"resume={run}", "total_transitions=320"), command("evaluate", f"run={run}")):
+        assert_one_line(outcome.code, outcome.err, key)
+    assert {name: data for name, data in snapshot(run).items() if "tfevents" not in name} == {
+        name: data for name, data in unchanged.items() if "tfevents" not in name
+    }
+
+
+def test_a_folder_that_another_process_trains_in(command: Command, run: Path) -> None:
+    with held_folder(run):
+        before = snapshot(run)
+        outcome = command("train", f"resume={run}", "total_transitions=320")
+        assert_one_line(outcome.code, outcome.err, f"in use by process {os.getpid()} on {socket.gethostname()}")
+        assert snapshot(run) == before
+        assert command("evaluate", f"run={run}", "episodes=1", "device=cpu").code == 0

@@ -158,7 +158,7 @@ def test_counts_each_episode_once_and_waits_for_the_longest(script: Script) -> N
         "success": pytest.approx(1 / 3), "success_final": pytest.approx(1 / 3), "kl": None,
     }  # fmt: skip
     assert result.mean("success") == pytest.approx(0.5)
-    assert result.score == (result.mean("success"), result.mean("return"))
+    assert result.score == (len(result.tasks), result.mean("success"), result.mean("return"))
     assert result.mean("kl") is None
 
 
@@ -167,7 +167,7 @@ def test_without_success_the_return_is_the_score(script: Script) -> None:
     suite.has_success = False
     result = evaluate(Still(), suite, script, 3)  # type: ignore[arg-type]
     assert result.tasks["a"]["success"] is None
-    assert result.score == pytest.approx((0.0, (15 / 3 + 7 / 3) / 2))
+    assert result.score == pytest.approx((2.0, 0.0, (15 / 3 + 7 / 3) / 2))
     assert not any("success" in name for name in result.metrics())
 
 
@@ -268,3 +268,17 @@ def test_wrong_input_for_a_sequence_is_one_line(command: Command) -> None:
     outcome = command("evaluate", "run=run")
     assert_one_line(outcome.code, outcome.err, "no run folder gone, which from= goes on from")
     assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_an_environment_that_remembers_is_evaluated_as_in_training(command: Command) -> None:
+    options = (
+        *TINY, *TINY_ALGORITHM["ppo"], "env=gymnasium", "env.ids=[BipedalWalkerHardcore-v3]", "env.horizon=120",
+        "env.workers=1", "evaluate.every=160", "evaluate.episodes=6", "total_transitions=480", "run_dir=run",
+    )  # fmt: skip
+    outcome = command("train", *options)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("BipedalWalkerHardcore-v3: a reset leaves something") == 1
+    assert command("evaluate", "run=run", "episodes=6").code == 0
+    found = [json.loads(Path(f"run/{name}.json").read_text())["tasks"] for name in ("summary", "evaluation")]
+    assert found[0] == found[1]

@@ -317,3 +317,82 @@ def test_a_run_with_resets_is_stopped_and_goes_on_bit_for_bit(
     assert command("train", "resume=halves").code == 0
     assert_same(final_state(Path("halves")), final_state(Path("whole")))
     assert final_state(Path("whole"))["algorithm"]["resets_done"] == 4
+
+
+@pytest.fixture
+def saves(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Every save of a run: its kind, and the transitions."""
+    made: list[tuple[str, int]] = []
+    plain = Run.save
+
+    def save(run: Run, kind: str) -> Path:
+        made.append((kind, run.transitions))
+        return plain(run, kind)
+
+    monkeypatch.setattr(Run, "save", save)
+    return made
+
+
+def test_there_is_a_checkpoint_at_the_start_and_by_time(
+    command: Command, saves: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Clock:
+        """Ten seconds pass with every vector step."""
+
+        @staticmethod
+        def monotonic() -> float:
+            return 10.0 * steps[0]
+
+        perf_counter = time.perf_counter
+
+    steps = [0]
+    plain = Run._vector_step
+
+    def step(run: Run, obs: torch.Tensor) -> torch.Tensor:
+        steps[0] += 1
+        return plain(run, obs)
+
+    monkeypatch.setattr(Run, "_vector_step", step)
+    monkeypatch.setattr("varshare_rl.run.loop.time", Clock)
+    assert command("train", *TINY, *TINY_ALGORITHM["ppo"], "total_transitions=480", "run_dir=run").code == 0
+    # by default every two minutes, which are 12 steps of 16 transitions
+    assert [at for kind, at in saves if kind == "last"] == [0, 192, 384, 480]
+    saves.clear()
+    quick = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=480", "checkpoint.minutes=0", "run_dir=other")
+    assert command("train", *quick).code == 0
+    assert [at for kind, at in saves if kind == "last"] == [0, 480]
+    assert_same(final_state(Path("run"))["algorithm"], final_state(Path("other"))["algorithm"])
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(command: Command, saves: list[tuple[str, int]]) -> None:
+    """A save that took half a minute is followed by ten without one."""
+    found: list[bool] = []
+    plain = Run._after_step
+
+    def ask(run: Run) -> None:
+        for seconds in (590.0, 610.0):
+            run._saved_at, run._save_seconds = time.monotonic() - seconds, 30.0
+            found.append(run._due_by_time())
+        plain(run)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "_after_step", ask)
+        options = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=16", "run_dir=run")
+        assert command("train", *options).code == 0
+    assert found == [False, True]
+
+
+def test_a_run_that_is_killed_before_its_first_step_goes_on(command: Command) -> None:
+    overrides = (*TINY, *TINY_ALGORITHM["sac"], "total_transitions=320")
+    with pytest.MonkeyPatch.context() as patched:
+
+        def die(run: Run, obs: torch.Tensor) -> torch.Tensor:
+            raise MemoryError
+
+        patched.setattr(Run, "_vector_step", die)
+        with pytest.raises(MemoryError):
+            command("train", *overrides, "run_dir=run")
+    assert command("train", "resume=run").code == 0
+    assert command("train", *overrides, "run_dir=whole").code == 0
+    assert_same(final_state(Path("run")), final_state(Path("whole")))
+    assert metrics(Path("run")) == metrics(Path("whole"))

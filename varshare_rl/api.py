@@ -6,9 +6,7 @@ Everything here calls what the commands call: the same options, run folders, num
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
-from enum import Enum
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,13 @@ from varshare_rl.commands.export import Format, agent_policy, check_format, expo
 from varshare_rl.commands.report_sharing import agent_sharing
 from varshare_rl.commands.train import run_config
 from varshare_rl.config import Device, TrainConfig, load_config
-from varshare_rl.envs.objects import Maker, ObjectsConfig
+from varshare_rl.envs.object_env import Maker
+from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.envs.spaces import to_native_action, to_policy_observation
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.nn.stochastic import posterior_mean
+from varshare_rl.overrides import literal, override
 from varshare_rl.run.evaluation import layer_kl
 from varshare_rl.run.loop import Interrupted
 
@@ -37,8 +37,6 @@ from varshare_rl.run.loop import Interrupted
 GROUPS = {
     "env", "algorithm", "network", "critic", "gradient", "elbo/schedule", "elbo/prior", "experiment", "tuned",
 }  # fmt: skip
-#: Words that mean something else where they are not in quotes.
-NOT_WORDS = {"true", "false", "null", "nan", "inf", "yes", "no", "on", "off"}
 
 
 def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: Any) -> Agent:
@@ -125,7 +123,9 @@ class Agent:
         """The content of ``summary.json``. Raises UserError where the run has not ended."""
         path = self.run_dir / "summary.json"
         if not path.is_file():
-            raise UserError(f"{self.run_dir} has no summary.json yet; go on with resume={self.run_dir}")
+            raise UserError(
+                f"{self.run_dir} has no summary.json yet; go on with {override('resume', self.run_dir)}"
+            )
         return dict(json.loads(path.read_text(encoding="utf-8")))
 
     @torch.no_grad()
@@ -227,27 +227,6 @@ def to_overrides(options: Mapping[str, Any], above: str = "") -> list[str]:
             value = {k: v for k, v in value.items() if k != "name"} if isinstance(value, Mapping) else {}
         overrides += to_overrides(value, f"{key}.") if isinstance(value, Mapping) else [f"{key}={literal(value)}"]
     return overrides
-
-
-def literal(value: Any) -> str:
-    """Return a value as the command line has it: Hydra's words for Python's."""
-    if value is None:
-        return "null"
-    if isinstance(value, Enum):
-        return literal(value.value)
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{name}:{literal(entry)}" for name, entry in value.items()) + "}"
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return "[" + ",".join(literal(entry) for entry in value) + "]"
-    text = str(value)
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text.lower() not in NOT_WORDS:
-        return text
-    # In quotes a quote has a backslash, and so have backslashes before one.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text) + "'"
 
 
 def choice(kind: type[Any], name: str, value: Any) -> Any:

@@ -14,11 +14,17 @@ import torch
 from torch import nn
 
 from varshare_rl.algorithms.base import AgentContext, Algorithm, NetworkFactory, Regularizer, TaskSpec
-from varshare_rl.config import Device, MatmulPrecision, TrainConfig, load_config
-from varshare_rl.envs.objects import Maker
+from varshare_rl.config import (
+    Device,
+    MatmulPrecision,
+    TrainConfig,
+    check_unchanged,
+    fixed_options,
+    load_config,
+)
+from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
-from varshare_rl.files import make_run_dir
 from varshare_rl.nn.config import Blocks, NetworkConfig
 from varshare_rl.nn.layer import posterior_layers
 from varshare_rl.nn.mlp import ACTIVATIONS, BroNet
@@ -26,7 +32,7 @@ from varshare_rl.nn.parameters import ParameterCount, count_parameters, match_wi
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.kl_schedules import BandConfig
-from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.checkpoint import find_checkpoint, fitting, load_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopConfig, Run
 from varshare_rl.run.process import seed_everything
@@ -205,11 +211,13 @@ def load_agent(run_dir: Path, kind: str, device: Device, makers: Mapping[str, Ma
     config = load_config(run_dir / "config.yaml")
     checkpoint = find_checkpoint(run_dir, kind)
     state = load_checkpoint(checkpoint)
+    check_unchanged(run_dir, config, state)
     chosen = choose_device(device)
     prepare_process(config.seed, config.matmul_precision)
     suite = build_suite(config, makers)
     algorithm = build_algorithm(config, suite, chosen)
-    algorithm.load_policy_state(state["algorithm"])
+    with fitting(run_dir):
+        algorithm.load_policy_state(state["algorithm"])
     return TrainedAgent(config, suite, algorithm, chosen, checkpoint, state)
 
 
@@ -236,18 +244,16 @@ def build_run(
 
     A run that goes on was ``resumed_at`` so many transitions, after so many ``seconds``. A ``source`` gives it
     other networks than ``config.network`` would.
-
-    The run folder is made when nothing of the configuration can be wrong any more.
     """
     device = choose_device(config.device)
     prepare_process(config.seed, config.matmul_precision)
     algorithm = build_algorithm(config, suite, device, source)
-    make_run_dir(run_dir)
     options = LoopConfig(
         total_transitions=config.total_transitions,
         evaluate_every=config.evaluate.every,
         evaluate_episodes=config.evaluate.episodes,
         checkpoint_every=config.checkpoint.every,
+        checkpoint_minutes=config.checkpoint.minutes,
         log_every=config.log.every,
         observe_every=config.observe.every,
         overlap=config.overlap,
@@ -265,4 +271,5 @@ def build_run(
         seed=config.seed,
         device=device,
         config=options,
+        options=fixed_options(config),
     )

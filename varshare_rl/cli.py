@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn, cast
 
 import hydra
@@ -24,7 +27,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from varshare_rl.config import TrainConfig, config_folder, register_schemas
 from varshare_rl.config_checks import check_config
-from varshare_rl.errors import UserError
+from varshare_rl.errors import Terminated, UserError
+from varshare_rl.overrides import quote_names
 from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
 
 #: Hydra without logs and folders of its own.
@@ -97,11 +101,13 @@ def prepare(command: str, overrides: Sequence[str], schema: type | None = None) 
 
     A command with a ``schema`` of its own has nothing to choose and no file in ``configs``.
     """
+    names = [item.partition("=") for item in overrides]
+    overrides = [name + equals + quote_names(value) for name, equals, value in names]
     if schema is not None:
         store = ConfigStore.instance()
         store.store(name=f"{command}_schema", node=schema)
         store.store(name=command, node={"defaults": [f"{command}_schema", "_self_", *_SILENT], **_NO_FOLDERS})
-        return list(overrides)
+        return overrides
     register_schemas(command)
     aliases = lookup("command", command).aliases
     names = [item.partition("=") for item in overrides]
@@ -156,30 +162,30 @@ def new_run_dir(run_dir: str | None, parts: Sequence[str]) -> Path:
     """The folder of a new run: ``run_dir``, or a name made of the choices in ``parts``; jobs of a sweep share one.
 
     Raises:
-        UserError: there is a run in it.
+        UserError: ``run_dir`` is empty.
     """
     if run_dir is not None:
         if not run_dir:
             raise UserError("run_dir is empty; give a folder, or leave it out for runs/<name>")
-        path = Path(run_dir)
-    elif HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        return Path(run_dir)
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
         job = HydraConfig.get()
         choices = re.sub(r"[^\w.+-]+", "_", job.job.override_dirname.replace("=", "-"))  # no = in resume=<folder>
         if len(choices) > 150:  # file systems end names at 255 bytes
             choices = f"{job.job.num}_{choices[:150]}"
-        path = Path(job.sweep.dir) / (choices.strip("_") or str(job.job.num))
-    else:
-        path = Path("runs") / f"{'_'.join(parts)}_{time.strftime('%Y%m%d-%H%M%S')}"
-    if (path / "metrics.jsonl").exists() or (path / "config.yaml").exists():
-        raise UserError(f"{path} holds a run already; go on with resume={path}, or give another run_dir")
-    return path
+        return Path(job.sweep.dir) / (choices.strip("_") or str(job.job.num))
+    return Path("runs") / f"{'_'.join(parts)}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Turn what the user got wrong into :func:`fail`, and an interrupt into a word."""
+    """Turn what the user got wrong into :func:`fail`, and an interrupt into a word.
+
+    SIGTERM raises :class:`Terminated`, so that what was begun is cleared up.
+    """
     try:
-        yield
+        with _terminable():
+            yield
     except UserError as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
@@ -187,11 +193,31 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:  # training itself catches the first one and saves
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except Terminated:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # which alone can have handlers
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def fail(message: str) -> NoReturn:
     """Print one line and end with code 2."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    line = re.sub(r"\s*\n\s*", " ", message.strip())  # other spaces may be those of a folder's name
+    print(f"error: {line}", file=sys.stderr)
     raise SystemExit(2)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -22,6 +22,7 @@ from varshare_rl.optim.elbo import ElboConfig
 from varshare_rl.optim.gradient import GradientConfig, gradient_schema
 from varshare_rl.optim.optimizer import OptimizerConfig
 from varshare_rl.registry import lookup, register, registered, require_plugins
+from varshare_rl.types import Tree
 
 #: Keys of stored configurations by their names of today.
 FORMER_KEYS = {
@@ -42,6 +43,12 @@ FORMER_DEFAULTS = {
     "optimizer.adapter_epsilon": None,
     "gradient.scale": "paper",
 }
+
+#: Options that may be changed when a run goes on.
+RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.", "observe.")
+#: Options of a stored configuration that its checkpoint does not depend on.
+CHANGEABLE = (*RESUMABLE, "run_dir", "resume", "plugins", "env.workers", "env.spaces")
+
 
 _stored: dict[tuple[str, str], Any] = {}
 
@@ -76,7 +83,10 @@ class CheckpointConfig:
     """Options of ``checkpoint``."""
 
     every: int = bounded(500_000, least=0)
-    "Transitions between checkpoints; 0: only at the end."
+    "Transitions between checkpoints; 0: by time alone. There is one at the start and one at the end."
+    minutes: float = bounded(2.0, least=0)
+    """Minutes after which a checkpoint is due in any case, or twenty times as long as writing one takes, if that is
+    more; 0: by transitions alone."""
 
 
 @dataclass
@@ -237,6 +247,41 @@ def read_config(path: Path, schema: type[AnyConfig]) -> AnyConfig:
             chosen = lookup(group, OmegaConf.select(stored, f"{key}.name", throw_on_missing=True))
             OmegaConf.update(config, key, OmegaConf.structured(chosen), merge=False)
         return cast(AnyConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
+
+
+def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """Return all options by dotted name, as plain values; lists as text."""
+    flat: dict[str, bool | int | float | str] = {}
+
+    def add(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for name, entry in value.items():
+                add(f"{prefix}.{name}" if prefix else str(name), entry)
+        else:
+            plain = getattr(value, "value", value)  # an enum by its value
+            flat[prefix] = plain if isinstance(plain, bool | int | float) else str(plain)
+
+    add("", asdict(config))
+    return flat
+
+
+def fixed_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """Return the options that may not change when a run goes on, as :func:`flat_options`."""
+    return {name: value for name, value in flat_options(config).items() if not name.startswith(CHANGEABLE)}
+
+
+def check_unchanged(run_dir: Path, config: TrainConfig, state: Tree) -> None:
+    """Raise UserError if ``config.yaml`` is not what a checkpoint's ``state`` was made with, in what matters to it.
+
+    Checkpoints of former versions do not know.
+    """
+    now = fixed_options(config)
+    for name, before in state.get("options", {}).items():
+        if now.get(name, before) != before:
+            raise UserError(
+                f"{name} is {now[name]} in {run_dir / 'config.yaml'}, and its checkpoint was made with {before}; "
+                "put that back, or start a new run"
+            )
 
 
 @contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TextIO, cast
 
 #: The file of every command; its function ``command`` reads ``sys.argv``.
 COMMANDS: Mapping[str, str] = {
@@ -24,14 +26,53 @@ COMMANDS: Mapping[str, str] = {
 WITH_WORDS = ("report", "share")
 
 
+class LastingStream:
+    """A text stream that is never in the way: what cannot be written, in its encoding or at all, is dropped.
+
+    A reader that has left (``| head -1``) or a full disk behind ``>`` must not end a training run.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream: Any = open(os.devnull, "w") if stream is None else stream  # noqa: SIM115
+        if hasattr(self._stream, "reconfigure"):
+            self._stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return int(self._stream.write(text))
+        except OSError:
+            self._drop()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Let all that is written from now on, and what the buffers hold, go nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
 def start(name: str) -> None:
     """Run a command on ``sys.argv``, or print its help."""
+    sys.stdout, sys.stderr = (cast(TextIO, LastingStream(stream)) for stream in (sys.stdout, sys.stderr))
     arguments = sys.argv[1:]
     asks_for_word = name in WITH_WORDS and bool(arguments) and not arguments[0].startswith("-")
     if wants_help(arguments) and not asks_for_word:
         print(help_text(COMMANDS[name]))
     else:
-        import_module(COMMANDS[name]).command()
+        try:
+            import_module(COMMANDS[name]).command()
+        except KeyboardInterrupt:  # while it is imported; commands answer for themselves
+            print("stopped", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""The error that a user sees. Knows nothing else of the package, and no torch."""
+"""The error that a user sees, and the order to stop. Knows nothing else of the package, and no torch."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Commands print it and exit with code 2.
     """
+
+
+class Terminated(BaseException):
+    """SIGTERM came where nothing has to be saved. Like KeyboardInterrupt it is no error, and nobody's to catch."""

@@ -114,11 +114,3 @@ def _umask() -> int:
     mask = os.umask(0)  # the only way to read it is to set it
     os.umask(mask)
     return mask
-
-
-def make_run_dir(run_dir: Path) -> None:
-    """Make a run folder. Raises UserError where there cannot be one."""
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the run folder {run_dir} ({error.strerror}); give another run_dir") from error

@@ -22,7 +22,8 @@ def test_moments_equal_numpy_on_all_data() -> None:
         moments.update(batch)
         seen.append(batch.double().numpy())
     everything = np.concatenate(seen, axis=1)
-    assert int(moments.count) == everything.shape[1] == 349
+    assert (moments.count == everything.shape[1]).all()
+    assert everything.shape[1] == 349
     np.testing.assert_allclose(moments.mean.numpy(), everything.mean(1), rtol=1e-10)
     np.testing.assert_allclose(moments.std(0.0).numpy(), everything.std(1), rtol=1e-10)
 
@@ -61,8 +62,8 @@ def test_switched_off_normalisers_change_nothing() -> None:
     obs = torch.randn(2, 4, 3)
     observations = ObservationNormalizer(2, 3, enabled=False)
     observations.update(obs)
-    assert observations(obs) is obs
-    assert int(observations.moments.count) == 0
+    assert torch.equal(observations(obs), obs)
+    assert not observations.moments.count.any()
 
 
 def test_rewards_are_divided_by_the_std_of_the_discounted_return() -> None:
@@ -118,7 +119,7 @@ def test_adaptive_scales_by_hand() -> None:
 def test_adaptive_scales_of_others_do_not_follow_a_reward_that_is_not_finite(bad: float) -> None:
     scaler = AdaptiveRewardScaler(3)
     feed(scaler, [1.0, 3.0], [8.0, 8.0], [1.0, bad])
-    assert scaler(torch.ones(3, 1))[:, 0].tolist() == [4.0, 1.0, 1.0]
+    assert scaler(torch.ones(3, 1))[:, 0].tolist() == [4.0, 1.0, 8.0]
 
 
 def test_adaptive_scales_change_at_a_refresh_only_once_learning_has_begun() -> None:
@@ -142,7 +143,53 @@ def test_no_scale_changes_nothing() -> None:
     scaler, reward = reward_scaler(RewardScale.none, 2, 0.9), torch.randn(2, 4) * 100
     scaler.update(reward, reward > 0, True)
     scaler.refresh()
-    assert scaler(reward) is reward
+    assert torch.equal(scaler(reward), reward)
     assert scaler.state_dict() == {}
     assert isinstance(reward_scaler(RewardScale.return_std, 2, 0.9), ReturnStdScaler)
     assert isinstance(reward_scaler(RewardScale.ars, 2, 0.9), AdaptiveRewardScaler)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_leaves_statistics_as_if_it_had_not_come(bad: float) -> None:
+    clean = torch.randn(2, 40, 3)
+    spoilt = clean.clone()
+    spoilt[1, 7, 2] = bad
+    moments = RunningMoments(2, 3)
+    for part in spoilt.split(10, 1):
+        moments.update(part)
+    kept = torch.cat([clean[1, :7], clean[1, 8:]]).double()
+    assert moments.count.tolist() == [[40.0], [39.0]]
+    torch.testing.assert_close(moments.mean, torch.stack([clean[0].double().mean(0), kept.mean(0)]))
+    torch.testing.assert_close(moments.std()[1], kept.std(0, unbiased=False))
+    for enabled in (True, False):
+        normalizer = ObservationNormalizer(2, 3, enabled)
+        normalizer.update(spoilt)
+        out = normalizer(spoilt)
+        assert out.isfinite().all()
+        if not enabled:
+            assert torch.equal(out[0], clean[0])
+            assert out[1, 7, 2] == 0.0
+
+
+@pytest.mark.parametrize("kind", RewardScale)
+def test_one_infinite_reward_scales_nothing(kind: RewardScale) -> None:
+    rewards = torch.rand(30, 2, 3) + 0.5
+    spoilt = rewards.clone()
+    spoilt[4, 1, 0] = float("inf")
+    done = torch.zeros(2, 3, dtype=torch.bool)
+    scalers = [reward_scaler(kind, 2, 0.9) for _ in range(2)]
+    for step in range(30):
+        done[:] = step % 7 == 6
+        scalers[0].update(rewards[step], done, False)
+        scalers[1].update(spoilt[step], done, False)
+    clean, hurt = (scaler(rewards[0]) for scaler in scalers)
+    torch.testing.assert_close(hurt, clean, rtol=0.2, atol=0)
+    assert scalers[1](spoilt[4])[1, 0] == 0.0
+    assert scalers[1](spoilt[4]).isfinite().all()
+
+
+def test_counts_of_former_checkpoints_are_those_of_all_tasks() -> None:
+    for module in (RunningMoments(3, 2), reward_scaler(RewardScale.ars, 3, 0.9)):
+        state = module.state_dict()
+        module.load_state_dict({**state, "count": torch.tensor(7.0, dtype=torch.float64)})
+        assert module.count.flatten().tolist() == [7.0] * 3

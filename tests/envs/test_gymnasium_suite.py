@@ -128,9 +128,9 @@ def test_arguments_for_all_for_an_id_and_for_a_task() -> None:
     made = config.build()
     assert made.task_names == ("light", "heavy", "ant")
     assert made.provenance["kwargs"] == str(config.kwargs)
-    chosen = [maker.kwargs for maker in made.factory.makers if isinstance(maker, GymnasiumMaker)]
+    chosen = [maker.kwargs for maker in made.makers if isinstance(maker, GymnasiumMaker)]
     assert chosen == [{"render_mode": None, "g": 5.0}, {"render_mode": None, "g": 20.0}, {"render_mode": None}]
-    assert made.factory.makers[1]().get_wrapper_attr("g") == 20.0
+    assert made.makers[1]().get_wrapper_attr("g") == 20.0
 
 
 def test_wrappers_are_imported_by_name() -> None:

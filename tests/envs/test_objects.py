@@ -12,7 +12,8 @@ from gymnasium.spaces import Box, Discrete, MultiDiscrete
 from omegaconf import OmegaConf
 from variants import Choices, Line, long, short
 
-from varshare_rl.envs.objects import Maker, ObjectsConfig, ObjectSuite
+from varshare_rl.envs.object_env import Maker
+from varshare_rl.envs.objects import ObjectsConfig, ObjectSuite
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.spaces import TaskSpaces, to_native_action, to_policy_observation
 from varshare_rl.envs.suite import Suite

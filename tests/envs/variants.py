@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import gymnasium
@@ -58,3 +59,49 @@ def short() -> Line:
 
 def long() -> Line:
     return Line(size=3)
+
+
+class Worn(Line):
+    """Every step that it has ever made, through all resets, adds to its rewards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        obs, reward, *rest = super().step(action)
+        return obs, reward + self.steps, *rest  # type: ignore[return-value]
+
+
+class Dice(Line):
+    """Draws its rewards from the global generators, and its goal too when it is made."""
+
+    def __init__(self) -> None:
+        super().__init__(goal=np.random.random())  # noqa: NPY002
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, np.random.random() + random.random() + self.goal, *rest  # type: ignore[return-value]  # noqa: NPY002
+
+
+class Weather(Line):
+    """Follows no seed."""
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        obs, _, *rest = super().step(action)
+        return obs, float(np.random.default_rng().random()), *rest  # type: ignore[return-value]
+
+
+class Loose(Line):
+    """A Line that hands out observations and rewards in forms of their own."""
+
+    def __init__(self, form: Any = np.array, reward: Any = float, actions: Any = None) -> None:
+        super().__init__()
+        self.form, self.give = form, reward
+        self.action_space = actions or self.action_space
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        assert self.action_space.contains(action), action
+        obs, *rest = super().step(np.array([0.5, action.reshape(-1)[0]]))
+        return self.form(obs), self.give(rest[0]), *rest[1:]  # type: ignore[return-value]

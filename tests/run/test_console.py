@@ -152,3 +152,16 @@ def test_quiet_leaves_only_messages(stream: io.StringIO, clock: Clock) -> None:
         console.message("saved")
     assert re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).strip() == "saved"
     assert console.transitions_per_second == 10
+
+
+def test_forced_colours_move_no_cursor_in_a_file(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    with Console(1000, stream=stream) as console:
+        console.describe("title", {"name": "value"})
+        console.progress(0, {})
+        clock.now = 31.0
+        console.progress(500, {})
+        console.table("evaluation", ROWS)
+    assert "500 / 1,000 transitions" in stream.getvalue()
+    assert "\x1b" not in stream.getvalue()

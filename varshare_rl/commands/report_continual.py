@@ -85,9 +85,9 @@ def report_continual(options: ContinualReportConfig, folders: Sequence[str]) -> 
             for run, label, its in zip(runs, labels, found, strict=True)
         ],
     })  # fmt: skip
-    Console(highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH).print(
-        *screen_tables(rows, found[0]["measure"])
-    )
+    Console(
+        highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH, force_terminal=sys.stdout.isatty()
+    ).print(*screen_tables(rows, found[0]["measure"]))
     print(f"mean over seeds, 95 % bootstrap interval below; written: {out}")
 
 

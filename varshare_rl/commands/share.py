@@ -167,7 +167,7 @@ def report(share: Share, folder: Path, seconds: float) -> None:
     errors = share.errors()
     by_task = {task: {name: found[task] for name, found in errors.items()} for task in share.tasks}
     ks = {name: str(layer.k) for name, layer in share.layers.items()}
-    Console(highlight=False).print(
+    Console(highlight=False, force_terminal=sys.stdout.isatty()).print(
         error_table("layer", "task", dict(list(errors.items())[:SHOWN]), ks),
         error_table("task", "layer", dict(list(by_task.items())[-SHOWN:])),
     )

@@ -23,9 +23,7 @@ All keys: docs/configuration.md; --cfg job shows them with their values.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,19 +32,19 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.config import TrainConfig, load_config
+from varshare_rl.config import RESUMABLE, TrainConfig, check_unchanged, flat_options, load_config
 from varshare_rl.config_checks import check_config
-from varshare_rl.envs.objects import Maker, ObjectsConfig
-from varshare_rl.errors import UserError
+from varshare_rl.envs.object_env import Maker
+from varshare_rl.envs.objects import ObjectsConfig
+from varshare_rl.errors import Terminated, UserError
 from varshare_rl.files import write_atomically, write_json
+from varshare_rl.overrides import override
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
+from varshare_rl.run.folder import CONFIG_FILE, held_folder, new_folder
 from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.run.results import summary
 from varshare_rl.types import Tree
-
-#: Options that may be changed when a run goes on.
-RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.", "observe.")
 
 
 def main(composed: DictConfig) -> None:
@@ -72,25 +70,28 @@ def run_config(
         Interrupted: a signal came; all is saved, and the screen says how to go on.
     """
     if config.resume is not None:
-        return resume(Path(config.resume), overrides, makers)
+        run_dir = Path(config.resume)
+        if not run_dir.is_dir():
+            raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
+        with held_folder(run_dir):
+            resume(run_dir, overrides, makers)
+        return run_dir
     check_config(config)
     suite = build_suite(config, makers)
     parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
-    run = build_run(config, suite, new_run_dir(config.run_dir, parts))
-    train(config, run, None)
-    return run.run_dir
+    with new_folder(new_run_dir(config.run_dir, parts), numbered=config.run_dir is None) as run_dir:
+        train(config, build_run(config, suite, run_dir), None)
+    return run_dir
 
 
-def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] | None = None) -> Path:
+def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] | None = None) -> None:
     """Go on with the run in ``run_dir``; ``overrides`` may change what :data:`RESUMABLE` names."""
-    if not run_dir.is_dir():
-        raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
     overrides = [item for item in overrides if not item.startswith(("resume=", "plugins="))]
     refused = [item for item in overrides if not item.startswith(RESUMABLE)]
     if refused:
         allowed = ", ".join(name.rstrip(".") for name in RESUMABLE)
         raise UserError(f"{refused[0]} cannot be changed when a run is resumed; only {allowed} can")
-    stored = OmegaConf.structured(load_config(run_dir / "config.yaml"))
+    stored = OmegaConf.structured(load_config(run_dir / CONFIG_FILE))
     merged = OmegaConf.merge(stored, OmegaConf.from_dotlist(overrides))
     config = cast(TrainConfig, OmegaConf.to_object(merged))
     check_config(config)
@@ -100,6 +101,7 @@ def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] 
             f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
         )
     state = load_checkpoint(find_checkpoint(run_dir))
+    check_unchanged(run_dir, config, state)
     if state["transitions"] >= config.total_transitions and (run_dir / "summary.json").exists():
         raise UserError(
             f"{run_dir} has done {state['transitions']} of {config.total_transitions} transitions already; "
@@ -110,28 +112,30 @@ def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] 
     suite = build_suite(config, makers)
     run = build_run(config, suite, run_dir, resumed_at=state["transitions"], seconds=state["seconds"])
     train(config, run, state)
-    return run_dir
 
 
 def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
     """Run the loop and write the results; on a signal, say how to go on and pass it on."""
-    describe(config, run)
+    begun = state is not None
     try:
+        describe(config, run)
         if state is None:
             run.start()
         else:
             run.load_state(state)
             (run.run_dir / "summary.json").unlink(missing_ok=True)  # of a smaller budget
-        write_atomically(run.run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_atomically(run.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
+        begun = True
         evaluation = run.train()
         result = write_summary(config, run, evaluation)
         run.tracker.hparams(flat_options(config), final_metrics(result))
         run.console.message(f"done: {run.run_dir / 'summary.json'}")
-    except Interrupted as stop:
-        run.console.message(
-            f"stopped by {stop} at {run.transitions:,} transitions, all saved; go on with:\n"
-            f"    python -m varshare_rl.train {shlex.quote(f'resume={run.run_dir}')}"
-        )
+    except (Interrupted, KeyboardInterrupt, Terminated) as stop:
+        if begun:
+            what = f"stopped by {stop} at {run.transitions:,} transitions, all saved; go on with:"
+            if not isinstance(stop, Interrupted):  # a second signal, or none that the loop could see
+                what = "stopped at once; go on from the last checkpoint with:"
+            run.console.message(f"{what}\n    python -m varshare_rl.train {override('resume', run.run_dir)}")
         raise
     finally:
         run.close()
@@ -174,22 +178,6 @@ def describe(config: TrainConfig, run: Run) -> None:
             "transitions": f"{config.total_transitions:,} in total",
         },
     )
-
-
-def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Return all options by dotted name, for TensorBoard's HParams tab."""
-    flat: dict[str, bool | int | float | str] = {}
-
-    def add(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for name, entry in value.items():
-                add(f"{prefix}.{name}" if prefix else name, entry)
-        else:
-            plain = getattr(value, "value", value)  # an enum by its value
-            flat[prefix] = plain if isinstance(plain, bool | int | float) else str(plain)
-
-    add("", asdict(config))
-    return flat
 
 
 def final_metrics(result: dict[str, Any]) -> dict[str, float]:

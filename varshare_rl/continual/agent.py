@@ -144,13 +144,14 @@ def pooled_normalizer(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
 
     The variance is the mean variance plus the variance of the means.
     """
-    count = states[0]["moments.count"]
-    if float(count) == 0:
+    # Folders of former versions have counts without dimensions.
+    counts = torch.stack([state["moments.count"].reshape(1, 1) for state in states])
+    if float(counts.sum()) == 0:
         return dict(states[0])
     means = torch.stack([state["moments.mean"] for state in states])
-    variances = torch.stack([state["moments.squared_deviations"] for state in states]) / count
+    variances = torch.stack([state["moments.squared_deviations"] for state in states]) / counts.clamp_min(1.0)
     variance = variances.mean(0) + means.var(0, unbiased=False)
-    kept = count.clamp(max=INHERITED_OBSERVATIONS)
+    kept = counts.mean(0).clamp(max=INHERITED_OBSERVATIONS)
     return {
         "moments.count": kept,
         "moments.mean": means.mean(0),

@@ -20,7 +20,6 @@ All keys: docs/continual.md and docs/configuration.md; --cfg job shows them with
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -31,10 +30,11 @@ from omegaconf import DictConfig, OmegaConf
 from varshare_rl.cli import new_run_dir, run_command
 from varshare_rl.config_checks import check_config
 from varshare_rl.continual.config import ContinualConfig, load_continual_config
-from varshare_rl.continual.sequence import build_sequence
+from varshare_rl.continual.sequence import SequenceRun, build_sequence
 from varshare_rl.continual.tasks import new_tasks
-from varshare_rl.errors import UserError
-from varshare_rl.files import make_run_dir, write_atomically
+from varshare_rl.errors import Terminated, UserError
+from varshare_rl.overrides import override
+from varshare_rl.run.folder import CONFIG_FILE, held_folder, new_folder
 from varshare_rl.run.loop import Interrupted
 
 
@@ -54,29 +54,31 @@ def run_config(config: ContinualConfig, overrides: Sequence[str] = ()) -> Path:
         UserError: whatever the user got wrong.
         Interrupted: a signal came; all is saved, and the screen says how to go on.
     """
-    resumed = config.resume is not None
     if config.resume is not None:
         run_dir = Path(config.resume)
         config = stored_config(run_dir, overrides)
-    else:
-        check_config(config)
-        suite = new_tasks(config)[0].suite.name
-        run_dir = new_run_dir(config.run_dir, (suite, config.algorithm.name, config.method.name, f"s{config.seed}"))
-    sequence = build_sequence(config, run_dir)
-    if resumed:
-        sequence.load()
-    else:
-        make_run_dir(run_dir)
-        write_atomically(run_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(sequence.config)))
+        with held_folder(run_dir):
+            sequence = build_sequence(config, run_dir)
+            sequence.load()
+            learn(sequence)
+        return run_dir
+    check_config(config)
+    parts = (new_tasks(config)[0].suite.name, config.algorithm.name, config.method.name, f"s{config.seed}")
+    with new_folder(new_run_dir(config.run_dir, parts), numbered=config.run_dir is None) as run_dir:
+        learn(build_sequence(config, run_dir))
+    return run_dir
+
+
+def learn(sequence: SequenceRun) -> None:
+    """Learn the tasks that are left; on a signal, say how to go on and pass it on."""
     try:
         sequence.learn()
-    except Interrupted as stop:
-        sequence.console.message(
-            f"stopped by {stop}, all saved; go on with:\n"
-            f"    python -m varshare_rl.continual {shlex.quote(f'resume={run_dir}')}"
-        )
+    except (Interrupted, KeyboardInterrupt, Terminated) as stop:
+        if (sequence.run_dir / CONFIG_FILE).exists():
+            what = f"stopped by {stop}, all saved" if isinstance(stop, Interrupted) else "stopped at once"
+            command = f"python -m varshare_rl.continual {override('resume', sequence.run_dir)}"
+            sequence.console.message(f"{what}; go on with:\n    {command}")
         raise
-    return run_dir
 
 
 def stored_config(run_dir: Path, overrides: Sequence[str]) -> ContinualConfig:
@@ -86,7 +88,7 @@ def stored_config(run_dir: Path, overrides: Sequence[str]) -> ContinualConfig:
     given = [item for item in overrides if not item.startswith("resume=")]
     if given:
         raise UserError(f"{given[0]} cannot be changed when a sequence of tasks is resumed; give resume= alone")
-    config = load_continual_config(run_dir / "config.yaml")
+    config = load_continual_config(run_dir / CONFIG_FILE)
     if (run_dir / "summary.json").exists():
         raise UserError(f"{run_dir} has learnt all its tasks already; its results are in summary.json")
     return config

@@ -8,11 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, build_run, choose_device, prepare_process, run_provenance
-from varshare_rl.config import Device, TrainConfig
+from varshare_rl.config import Device, TrainConfig, check_unchanged, fixed_options
 from varshare_rl.continual.agent import (
     all_pretrained,
     check_spaces,
@@ -33,9 +34,10 @@ from varshare_rl.continual.results import Progress, average, document, logged_ev
 from varshare_rl.continual.tasks import SequenceTask, measure, named_apart, new_tasks, pretrained_tasks
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.errors import UserError
-from varshare_rl.files import write_json
-from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from varshare_rl.files import write_atomically, write_json
+from varshare_rl.run.checkpoint import find_checkpoint, fitting, load_checkpoint, save_checkpoint
 from varshare_rl.run.console import Console
+from varshare_rl.run.folder import CONFIG_FILE
 from varshare_rl.run.process import seed_everything
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.transfer.method import state_copy
@@ -136,6 +138,7 @@ class SequenceRun:
             if not self.progress.rows:
                 self._evaluate()
                 self._save()
+                write_atomically(self.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(self.config)))
             while self.learnt < len(self.tasks):
                 folder = self._folder(self.learnt)
                 self._learn_task(self.learnt, folder)
@@ -326,14 +329,20 @@ class SequenceRun:
 
     def _save(self) -> None:
         self.progress.seconds = time.monotonic() - self.started
-        tree: Tree = {"progress": vars(self.progress), "governor": self.networks.state()}
+        tree: Tree = {
+            "progress": vars(self.progress),
+            "governor": self.networks.state(),
+            "options": fixed_options(self.config),
+        }
         save_checkpoint(self.run_dir, "last", self.transitions, tree)
 
     def load(self) -> Path:
         """Put back the newest checkpoint of the folder, and say which it was."""
         checkpoint = find_checkpoint(self.run_dir)
         tree = load_checkpoint(checkpoint)
+        check_unchanged(self.run_dir, self.config, tree)
         self.progress = Progress(**tree["progress"])
         self.evaluator.normalizers = self.progress.normalizers
-        self.networks.load_state(tree["governor"])
+        with fitting(self.run_dir):
+            self.networks.load_state(tree["governor"])
         return checkpoint

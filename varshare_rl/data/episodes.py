@@ -10,7 +10,7 @@ from varshare_rl.types import Metrics
 
 
 class EpisodeStatistics(Stateful):
-    """Running episodes of every slot and the last ``window`` finished ones of every task.
+    """Running episodes of every slot and the last ``window`` finished ones of every task, their returns finite.
 
     Args:
         task_names: names in task order.
@@ -40,6 +40,8 @@ class EpisodeStatistics(Stateful):
         if not done.any():
             return
         for task, env in np.argwhere(done):
+            if not np.isfinite(self.running_return[task, env]):
+                continue
             for finished, running in (
                 (self.returns, self.running_return),
                 (self.successes, self.running_success),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 
 class RunningMoments(nn.Module):
-    """Mean and variance per task and feature over everything seen.
+    """Mean and variance per task and feature over everything seen that is finite.
 
     Batches are merged exactly (Chan, Golub and LeVeque 1979). Statistics are buffers in float64.
 
@@ -18,43 +19,53 @@ class RunningMoments(nn.Module):
         size: number of features, ``F``.
     """
 
-    per_task_buffers = ("mean", "squared_deviations")
+    per_task_buffers = ("count", "mean", "squared_deviations")
     count: Tensor
     mean: Tensor
     squared_deviations: Tensor
 
     def __init__(self, num_tasks: int, size: int) -> None:
         super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(num_tasks, 1, dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(num_tasks, size, dtype=torch.float64))
         self.register_buffer("squared_deviations", torch.zeros(num_tasks, size, dtype=torch.float64))
+        self.register_load_state_dict_pre_hook(_count_per_task)  # type: ignore[no-untyped-call]
 
     def update(self, x: Tensor) -> None:
-        """Take in ``x: [T, B, F]``."""
+        """Take in ``x: [T, B, F]``, but for the rows that are not finite."""
         x = x.double()
-        batch_mean = x.mean(1)
-        batch_deviations = (x - batch_mean.unsqueeze(1)).square().sum(1)
-        added = x.shape[1]
+        kept = x.isfinite().all(-1, keepdim=True)
+        x = torch.where(kept, x, 0.0)
+        added = kept.sum(1).double()  # [T, 1]
+        batch_mean = x.sum(1) / added.clamp_min(1.0)
+        batch_deviations = torch.where(kept, x - batch_mean.unsqueeze(1), 0.0).square().sum(1)
         total = self.count + added
+        share = added / total.clamp_min(1.0)
         difference = batch_mean - self.mean
-        self.mean += difference * (added / total)
-        self.squared_deviations += batch_deviations + difference.square() * (self.count * added / total)
+        self.mean += difference * share
+        self.squared_deviations += batch_deviations + difference.square() * (self.count * share)
         self.count.copy_(total)
 
     def std(self, floor: float = 1e-4) -> Tensor:
-        """Standard deviation ``[T, F]``, at least ``floor``; 1 before there are two samples."""
-        if self.count < 2:
-            return torch.ones_like(self.mean)
-        return (self.squared_deviations / self.count).sqrt().clamp_min(floor)
+        """Standard deviation ``[T, F]``, at least ``floor``; 1 for a task with less than two samples."""
+        std = (self.squared_deviations / self.count.clamp_min(1.0)).sqrt().clamp_min(floor)
+        return torch.where(self.count < 2, 1.0, std)
+
+
+def _count_per_task(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Take the count of checkpoints that have one for all tasks."""
+    name = f"{prefix}count"
+    if name in state and state[name].dim() == 0:
+        state[name] = state[name].expand_as(cast(Tensor, module.count)).clone()
 
 
 class ObservationNormalizer(nn.Module):
-    """``clip((obs - mean) / std)`` with running moments per task.
+    """``clip((obs - mean) / std)`` with running moments per task; what is not a number becomes 0.
 
     Args:
         num_tasks: ``T``.
         obs_size: ``F``.
-        enabled: when False observations pass unchanged.
+        enabled: when False finite observations pass unchanged, and others become 0.
         clip: bound on the normalised values.
     """
 
@@ -71,11 +82,11 @@ class ObservationNormalizer(nn.Module):
     def forward(self, obs: Tensor) -> Tensor:
         """Normalise ``[T, ..., F]``."""
         if not self.enabled:
-            return obs
+            return torch.nan_to_num(obs, 0.0, 0.0, 0.0)
         shape = (obs.shape[0], *[1] * (obs.dim() - 2), obs.shape[-1])
         mean = self.moments.mean.float().view(shape)
         std = self.moments.std().float().view(shape)
-        return ((obs - mean) / std).clamp(-self.clip, self.clip)
+        return torch.nan_to_num((obs - mean) / std, 0.0).clamp(-self.clip, self.clip)
 
 
 class RewardScale(Enum):
@@ -87,7 +98,7 @@ class RewardScale(Enum):
 
 
 class RewardScaler(nn.Module):
-    """Rewards as they are; the base class of the other scalers."""
+    """Rewards as they are, but 0 for what is not finite; the base class of the other scalers."""
 
     def update(self, reward: Tensor, done: Tensor, learning: bool) -> None:
         """Take in one vector step: ``reward [T, E]`` and ``done [T, E]`` (terminated or truncated).
@@ -100,7 +111,11 @@ class RewardScaler(nn.Module):
 
     def forward(self, reward: Tensor) -> Tensor:
         """Scale ``[T, ...]``."""
-        return reward
+        return _finite(reward)
+
+
+def _finite(reward: Tensor) -> Tensor:
+    return torch.nan_to_num(reward, 0.0, 0.0, 0.0)
 
 
 class ReturnStdScaler(RewardScaler):
@@ -128,14 +143,14 @@ class ReturnStdScaler(RewardScaler):
     def update(self, reward: Tensor, done: Tensor, learning: bool) -> None:
         if self.returns.shape != reward.shape:
             self.returns = torch.zeros_like(reward, dtype=torch.float64)
-        self.returns = self.returns * self.discount + reward
+        self.returns = self.returns * self.discount + _finite(reward)
         self.moments.update(self.returns.unsqueeze(-1))
         self.returns = self.returns * ~done
 
     def forward(self, reward: Tensor) -> Tensor:
         """Scale ``[T, ...]``."""
         std = self.moments.std().float().view(-1, *[1] * (reward.dim() - 1))
-        return (reward / std).clamp(-self.clip, self.clip)
+        return (_finite(reward) / std).clamp(-self.clip, self.clip)
 
 
 def _take_shape(scaler: ReturnStdScaler, state: dict[str, Tensor], prefix: str, *_: object) -> None:
@@ -147,14 +162,14 @@ class AdaptiveRewardScaler(RewardScaler):
 
     Adaptive reward scaling (Cho et al. 2025, equation 6 and algorithm 1). Scales follow the rewards until
     networks learn, and then change at each :meth:`refresh` only, when networks start anew: between, a moving scale
-    would move the targets. Rewards are counted from the beginning of the run. A task whose rewards were all 0, or
-    one of them not finite, has scale 1 and is nobody's measure.
+    would move the targets. Rewards are counted from the beginning of the run, those that are not finite left out. A
+    task whose rewards were all 0 has scale 1 and is nobody's measure.
 
     Args:
         num_tasks: ``T``.
     """
 
-    per_task_buffers = ("total", "scales")
+    per_task_buffers = ("total", "count", "scales")
     total: Tensor
     count: Tensor
     scales: Tensor
@@ -163,15 +178,16 @@ class AdaptiveRewardScaler(RewardScaler):
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
         self.register_buffer("total", torch.zeros(num_tasks, dtype=torch.float64))
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("count", torch.zeros(num_tasks, dtype=torch.float64))
         self.register_buffer("scales", torch.ones(num_tasks, dtype=torch.float64))
         self.register_buffer("settled", torch.zeros((), dtype=torch.bool))
+        self.register_load_state_dict_pre_hook(_count_per_task)  # type: ignore[no-untyped-call]
 
     def update(self, reward: Tensor, done: Tensor, learning: bool) -> None:
         if learning:
             self.settled.fill_(True)
-        self.total += reward.double().abs().sum(1)
-        self.count += reward.shape[1]
+        self.total += _finite(reward).double().abs().sum(1)
+        self.count += reward.isfinite().sum(1)
         self.scales.copy_(torch.where(self.settled, self.scales, self._now()))
 
     def refresh(self) -> None:
@@ -180,7 +196,7 @@ class AdaptiveRewardScaler(RewardScaler):
 
     def forward(self, reward: Tensor) -> Tensor:
         """Scale ``[T, ...]``."""
-        return reward * self.scales.float().view(-1, *[1] * (reward.dim() - 1))
+        return _finite(reward) * self.scales.float().view(-1, *[1] * (reward.dim() - 1))
 
     def _now(self) -> Tensor:
         mean = self.total / self.count.clamp_min(1.0)

@@ -16,7 +16,8 @@ from typing import Any
 import gymnasium
 
 from varshare_rl.envs.batched import require_at_least_one
-from varshare_rl.envs.objects import MakerSuite, one_line
+from varshare_rl.envs.object_env import one_line
+from varshare_rl.envs.objects import MakerSuite
 from varshare_rl.envs.suite import Provenance
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
@@ -40,11 +41,12 @@ class GymnasiumConfig:
     names: list[str] = field(default_factory=list)
     "Task names, one for every id; empty: the ids, the second of the same id with `#2`."
     kwargs: Any = None  # a dict; typed so, Hydra would refuse keys that it does not know
-    "Dict of arguments of `gymnasium.make` for all ids; under an id or a task's name, a dict for it alone."
+    """Dict of arguments of `gymnasium.make` for all ids; under an id or a task's name, a dict for it alone
+    (`Pendulum-v1@2` for the task `Pendulum-v1#2`)."""
     wrappers: list[str] = field(default_factory=list)
     """Wrappers around every environment, innermost first, as `module:Class`; the module is imported, so a
-    configuration from a folder that names one runs code of that module. A reset must make them forget the episodes
-    before, or a resumed run goes on in another way."""
+    configuration from a folder that names one runs code of that module. Where a reset does not make them forget
+    the episodes before, everything is made anew for every episode."""
     success: bool | None = None
     "Environments report `info[success]` or `info[is_success]`; null looks at the first step."
 
@@ -70,7 +72,7 @@ class GymnasiumMaker:
                 env = gymnasium.make(
                     self.env_id, max_episode_steps=self.horizon, disable_env_checker=True, **self.kwargs
                 )
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             message = f"cannot make the gymnasium environment {self.env_id!r}: {one_line(error)}"
             raise UserError(message) from error
         for wrapper in self.wrappers:
@@ -138,6 +140,9 @@ def _kwargs(config: GymnasiumConfig, env_id: str, name: str, names: Sequence[str
     given = config.kwargs or {}
     if not isinstance(given, Mapping):
         raise UserError(f"kwargs={given!r} is no dict of arguments: give for example kwargs={{frame_skip: 2}}")
+    given = {
+        str(key).replace("@", "#"): value for key, value in given.items()
+    }  # Pendulum-v1@2: # is no key of Hydra's
     kwargs = {key: value for key, value in given.items() if key not in names and key not in config.ids}
     for key in dict.fromkeys((env_id, name)):
         own = given.get(key, {})

@@ -7,8 +7,7 @@ its success flag.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -18,16 +17,13 @@ from gymnasium.spaces import Box, Discrete
 
 from varshare_rl.envs.batched import require_at_least_one
 from varshare_rl.envs.engine import SlotEngine
-from varshare_rl.envs.slots import Array, Episode
-from varshare_rl.envs.spaces import TaskSpaces, to_native_action, to_policy_observation
+from varshare_rl.envs.object_env import EnvFactory, Habits, Maker, find_habits, make_env, one_line
+from varshare_rl.envs.spaces import TaskSpaces
 from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
-
-#: A function without arguments that makes a new environment each time.
-Maker = Callable[[], gymnasium.Env[Any, Any]]
 
 
 @register("env", "objects")
@@ -63,65 +59,6 @@ class TimeLimited:
 
     def __call__(self) -> gymnasium.Env[Any, Any]:
         return gymnasium.wrappers.TimeLimit(self.make(), self.horizon)
-
-
-@dataclass(frozen=True)
-class EnvFactory:
-    """Makes the environment of a task; sent to the workers."""
-
-    names: tuple[str, ...]
-    makers: tuple[Maker, ...]
-    spaces: tuple[TaskSpaces, ...]
-
-    def __call__(self, task: int) -> ObjectEnv:
-        return ObjectEnv(make_env(self.names[task], self.makers[task]), self.spaces[task])
-
-
-class ObjectEnv:
-    """One gymnasium environment (``varshare_rl.envs.slots.TaskEnv``), reset with the episode's own seed."""
-
-    def __init__(self, env: gymnasium.Env[Any, Any], spaces: TaskSpaces) -> None:
-        self._env = env
-        self._spaces = spaces
-        self._padded = np.zeros(spaces.policy_obs_size, dtype=np.float32)
-
-    def reset(self, episode: Episode) -> Array:
-        obs = self._env.reset(seed=episode.integer_seed())[0]
-        return to_policy_observation(obs, self._spaces, self._padded)
-
-    def step(self, action: Array) -> tuple[Array, float, bool, bool, bool]:
-        obs, reward, terminated, truncated, info = self._env.step(to_native_action(action, self._spaces))
-        padded = to_policy_observation(obs, self._spaces, self._padded)
-        success = info.get("success", False) or info.get("is_success", False)
-        return padded, float(reward), bool(terminated), bool(truncated), bool(success)
-
-    def close(self) -> None:
-        self._env.close()
-
-
-#: Environments that are in use, by id: a second slot must not step the same object.
-_in_use: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-def make_env(name: str, make: Maker) -> gymnasium.Env[Any, Any]:
-    """Make a new environment. Raises UserError, one line naming the task, for whatever goes wrong."""
-    try:
-        env = make()
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"cannot make the environment {name!r}: {one_line(error)}") from error
-    if not isinstance(env, gymnasium.Env):
-        raise UserError(f"the environment {name!r} is of type {type(env).__name__}: it must be a gymnasium.Env")
-    if _in_use.get(id(env.unwrapped)) is env.unwrapped:
-        raise UserError(f"the environment {name!r} was made twice as the same object: make a new one in every call")
-    _in_use[id(env.unwrapped)] = env.unwrapped
-    return env
-
-
-def one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if isinstance(error, gymnasium.error.Error) else f"{type(error).__name__}: {text}"
 
 
 @dataclass(frozen=True)
@@ -172,6 +109,16 @@ def _reports_success(name: str, env: gymnasium.Env[Any, Any]) -> bool:
     return "success" in info or "is_success" in info
 
 
+_REMEMBERS = (
+    "a reset leaves something of the episodes before, so a new environment is made for every episode; without that "
+    "no run could be repeated or resumed"
+)
+_DIFFERS = (
+    "new environments do not play the same seed and actions in the same way, so this run cannot be repeated; a "
+    "resumed one begins new episodes"
+)
+
+
 class MakerSuite(Suite):
     """A suite whose tasks are environments made by functions. Raises UserError for impossible options."""
 
@@ -206,8 +153,8 @@ class MakerSuite(Suite):
         self.action_mask = np.arange(most) < np.array([[task.spaces.action_size] for task in inspected])
         self.action_space = Discrete(most) if inspected[0].spaces.discrete else Box(-1.0, 1.0, (most,), np.float32)
         self.observation_space = Box(-np.inf, np.inf, (longest,), np.float32)
-        spaces = tuple(task.spaces for task in self.descriptions)
-        self.factory = EnvFactory(names, tuple(tasks.values()), spaces)
+        self.makers = tuple(tasks.values())
+        self._habits: tuple[Habits, ...] = ()  # once there are engines
         self._workers, self._processes = workers, Workers()
 
     def native_spaces(self, task: int) -> TaskSpaces:
@@ -224,10 +171,36 @@ class MakerSuite(Suite):
             "horizon": self.horizon,
         }
 
+    @property
+    def habits(self) -> tuple[Habits, ...]:
+        """Habits of every task's environment; the first call tries them out. Raises UserError where one fails."""
+        if not self._habits:
+            found: list[Habits] = []
+            for task, (name, make) in enumerate(zip(self.task_names, self.makers, strict=True)):
+                same = self.makers.index(make)
+                found.append(found[same] if same < task else find_habits(name, make, self.native_spaces(task)))
+            self._habits = tuple(found)
+        return self._habits
+
+    def remarks(self) -> list[str]:
+        """See ``Suite.remarks``."""
+        remarks = []
+        for names, text in (
+            ([n for n, h in self._named_habits() if h.remembers and h.repeats], _REMEMBERS),
+            ([n for n, h in self._named_habits() if not h.repeats], _DIFFERS),
+        ):
+            if names:
+                remarks.append(f"{', '.join(names)}: {text}")
+        return remarks
+
+    def _named_habits(self) -> Iterator[tuple[str, Habits]]:
+        return zip(self.task_names, self.habits, strict=True)
+
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> SlotEngine:
         """See ``Suite.make_engine``."""
+        spaces = tuple(task.spaces for task in self.descriptions)
         return SlotEngine(
-            self.factory,
+            EnvFactory(self.task_names, self.makers, spaces, self.habits),
             step_seconds=[self.step_seconds] * len(self.task_names),
             envs_per_task=envs_per_task,
             observation_size=self.observation_space.shape[0],

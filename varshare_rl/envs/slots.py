@@ -42,7 +42,8 @@ class Episode:
 class TaskEnv(Protocol):
     """One environment of one task.
 
-    A reset must forget everything before it: the episode and the actions alone decide what follows.
+    A reset must forget everything before it: the episode and the actions alone decide what follows. One that cannot
+    promise that has an attribute ``repeats`` that is False, and is not restored in the middle of an episode.
     """
 
     def reset(self, episode: Episode) -> Array:
@@ -182,6 +183,9 @@ class Slot:
         return {"episode": self.episode, "actions": actions, "obs": self._obs.copy()}
 
     def load_state(self, state: State) -> None:
+        if not getattr(self.env, "repeats", True):
+            self.begin(int(state["episode"]) + 1)
+            return
         self.begin(int(state["episode"]))
         for action in np.asarray(state["actions"], dtype=self.spec.action_dtype):
             self.actions.append(action.copy())

@@ -8,7 +8,7 @@ the learner.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -161,6 +161,10 @@ class Suite(Protocol):
         In evaluation episode ``j`` of slot ``e`` is episode ``j * envs_per_task + e`` of its task, and suites
         with a fixed list of goals sweep it in that order, so that ``n`` episodes see ``n`` different goals.
         """
+
+    def remarks(self) -> Sequence[str]:
+        """Return lines that a user should read before training, once engines can be made."""
+        return ()
 
     def native_spaces(self, task: int) -> TaskSpaces:
         """Describe the task's own observation and actions; here they are those of the suite."""

@@ -14,12 +14,14 @@ import json
 import mmap
 import os
 import pickle
+import signal
 import struct
 import subprocess
 import sys
 import tempfile
 import traceback
 import weakref
+from collections.abc import Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
@@ -96,7 +98,8 @@ class Workers:
     def _start(self) -> None:
         ours, theirs = Pipe()
         command = [sys.executable, "-c", _BOOT, json.dumps(sys.path), str(theirs.fileno())]
-        with theirs:
+        # A signal to the whole job is the parent's to answer: it waits until the worker has learnt to ignore it.
+        with theirs, _held_back():
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -233,8 +236,29 @@ def _shut_down(processes: list[subprocess.Popen[bytes]], connections: list[Conne
             process.wait()
 
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Inside, signals to stop wait, in this thread and in processes that it starts."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_stopping() -> None:
+    """Ignore signals to stop, but let processes that environments start have them."""
+    for number in _STOPPING:
+        signal.signal(number, lambda number, frame: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+
+
 def main() -> None:
     """Entry point of a worker: build chunks and obey until the parent is gone."""
+    _ignore_stopping()
     connection: Connection[Any, Any] = Connection(int(sys.argv[2]))
     chunks: dict[int, Chunk] = {}
     with contextlib.suppress(EOFError, OSError):  # the parent is gone: nobody is left to tell

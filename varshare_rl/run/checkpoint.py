@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def find_checkpoint(run_dir: Path, kind: str = "last") -> Path:
     cure = (
         f"there is {others[-1]!r}, which evaluate takes as checkpoint={Path(others[-1]).name.partition('-')[0]}"
         if others
-        else "the run ended before its first checkpoint, so start it anew"
+        else "the run ended before its first checkpoint; remove the folder and start it anew"
     )
     raise CheckpointError(f"no {kind!r} checkpoint in {str(run_dir / FOLDER)!r}: {cure}")
 
@@ -122,6 +123,18 @@ def load_checkpoint(path: Path) -> Tree:
                 f"{str(complete)!r} is complete: evaluate takes it as checkpoint={complete.name.partition('-')[0]}"
             )
         raise CheckpointError(f"{error}; {cure}") from error
+
+
+@contextmanager
+def fitting(run_dir: Path) -> Iterator[None]:
+    """Raise :class:`CheckpointError` where a state, inside, does not fit what ``config.yaml`` makes."""
+    try:
+        yield
+    except (RuntimeError, KeyError) as error:
+        raise CheckpointError(
+            f"the checkpoint of {str(run_dir)!r} does not fit its config.yaml ({_one_line(error)[:200]}); put back "
+            "what was changed there: env, network, critic or algorithm"
+        ) from error
 
 
 def _load(path: Path) -> Tree:

@@ -35,9 +35,10 @@ class Console:
         self._total = total_transitions
         self._quiet = quiet
         self._rich = RichConsole(file=stream)
-        self._live = self._rich.is_terminal and not self._rich.is_dumb_terminal
+        # FORCE_COLOR, which rich takes for a terminal, moves no cursor in a file.
+        self._live = self._rich.file.isatty() and not self._rich.is_dumb_terminal
         if not self._live:
-            self._rich = RichConsole(file=stream, width=PLAIN_WIDTH)
+            self._rich = RichConsole(file=stream, width=PLAIN_WIDTH, force_terminal=False)
         self._marks: deque[tuple[float, int]] = deque()
         self._next_line = time.monotonic() + PLAIN_INTERVAL_SECONDS
         self._progress = Progress(

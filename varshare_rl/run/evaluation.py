@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,11 +37,17 @@ class Evaluation:
         return float(np.mean(known)) if len(known) == len(values) else None
 
     @property
-    def score(self) -> tuple[float, float]:
-        """Measure of the best checkpoint: mean success where there is one, then mean return."""
-        success, mean_return = self.mean("success"), self.mean("return")
-        assert mean_return is not None
-        return (0.0 if success is None else success, mean_return)
+    def score(self) -> tuple[float, float, float]:
+        """Measure of the best checkpoint.
+
+        Number of tasks with a finite return, then their mean success where there is one, then their mean return.
+        """
+        rows = [row for row in self.tasks.values() if row["return"] is not None and math.isfinite(row["return"])]
+        means = [
+            float(np.mean([row[name] for row in rows])) if rows and self.mean(name) is not None else 0.0
+            for name in ("success", "return")
+        ]
+        return (float(len(rows)), means[0], means[1])
 
     def metrics(self) -> dict[str, float]:
         """``eval/<task>/<name>`` and ``eval/mean_<name>``, and ``kl/<task>``."""
@@ -54,6 +61,10 @@ class Evaluation:
             if mean is not None:
                 metrics[f"eval/mean_{name}"] = mean
         return metrics
+
+
+class EvaluationStopped(Exception):
+    """An evaluation was stopped before its end."""
 
 
 @dataclass
@@ -100,10 +111,16 @@ def layer_kl(modules: dict[str, nn.Module]) -> dict[str, npt.NDArray[np.float64]
     }
 
 
-def evaluate(algorithm: Algorithm, suite: Suite, engine: VectorEngine, episodes: int) -> Evaluation:
+def evaluate(
+    algorithm: Algorithm,
+    suite: Suite,
+    engine: VectorEngine,
+    episodes: int,
+    stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:
     """Run :func:`play` with the algorithm's own policy, and add the nats of its networks."""
     device = next(next(iter(algorithm.trained_modules().values())).parameters()).device
-    tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device)
+    tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device, stop=stop)
     layers = layer_kl(algorithm.trained_modules())
     for index, row in enumerate(tasks.values()):
         row["kl"] = float(sum(nats[index] for nats in layers.values())) if layers else None
@@ -118,6 +135,7 @@ def play(
     episodes: int,
     device: torch.device,
     cursor: EpisodeCursor | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, float | None]]:
     """Run ``episodes`` episodes of every task; means as in :class:`Evaluation`.
 
@@ -128,6 +146,9 @@ def play(
 
     Episode ``j`` of slot ``e`` is episode ``j * E + e`` of its task; slots step on until every task has its
     episodes, and what comes after is not counted, so short episodes are not favoured.
+
+    Raises:
+        EvaluationStopped: ``stop``, asked before every step, says so.
     """
     num_tasks, envs = engine.num_tasks, engine.envs_per_task
     totals = {name: np.zeros((num_tasks, episodes)) for name in ("return", "episode_steps")}
@@ -142,6 +163,9 @@ def play(
     random = rng_state()
     policy = make_policy(envs)
     while (episode < episodes).any():
+        if stop():
+            load_rng_state(random)
+            raise EvaluationStopped
         step = engine.step(policy.act(torch.from_numpy(obs).to(device)).cpu().numpy())
         policy.observe(torch.from_numpy(step.terminated | step.truncated))
         obs = step.obs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -11,14 +12,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
-from varshare_rl.envs.suite import Suite, VectorEngine
-from varshare_rl.run.checkpoint import save_checkpoint
+from varshare_rl.envs.suite import Step, Suite, VectorEngine
+from varshare_rl.run.checkpoint import fitting, save_checkpoint
 from varshare_rl.run.console import Console
-from varshare_rl.run.evaluation import Evaluation, evaluate, layer_kl
+from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl
 from varshare_rl.run.process import keep_freed_memory, load_rng_state, one_thread, rng_state
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
@@ -28,13 +30,14 @@ from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
 @dataclass
 class LoopConfig:
-    """Counts are transitions of all tasks together; 0 switches the thing off."""
+    """Counts are transitions of all tasks together; 0, also of the minutes, switches the thing off."""
 
     total_transitions: int
     evaluate_every: int
     evaluate_episodes: int
     checkpoint_every: int
     log_every: int
+    checkpoint_minutes: float = 0.0
     observe_every: int = 0
     overlap: bool = False
 
@@ -52,7 +55,8 @@ class Run(Stateful):
     """A training run: its parts, and how far it has come."""
 
     state_fields = (
-        "best_score", "evaluated_at", "observed_at?", "phase_seconds", "masked_tasks", "algorithm", "episodes",
+        "best_score", "evaluated_at", "observed_at?", "phase_seconds", "masked_tasks", "not_finite?", "algorithm",
+        "episodes",
     )  # fmt: skip
 
     suite: Suite
@@ -66,15 +70,17 @@ class Run(Stateful):
     seed: int
     device: torch.device
     config: LoopConfig
+    options: dict[str, bool | int | float | str] = field(default_factory=dict)  # of the run, for its checkpoints
     transitions: int = 0
     observed_at: int = 0
-    best_score: tuple[float, float] | None = None
+    best_score: tuple[float, ...] | None = None  # of Evaluation.score
     evaluation: Evaluation | None = None
     evaluated_at: int = -1
     scalars: Scalars = field(default_factory=dict)
     phase_seconds: dict[str, float] = field(default_factory=dict)
     masked_tasks: set[str] = field(default_factory=set)  # that the screen has named
     also_evaluate: Callable[[int], Metrics] | None = None  # what else is measured then, after so many transitions
+    not_finite: dict[str, int] = field(default_factory=dict)  # observations and rewards, by task
 
     def __post_init__(self) -> None:
         self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
@@ -82,6 +88,8 @@ class Run(Stateful):
         half = self.engine.envs_per_task // 2
         # Acting in two turns lets the workers step the first half while the policy acts for the second.
         self._turns = [slice(0, half), slice(half, None)] if self.config.overlap and half else [slice(None)]
+        self._interrupted: list[int] = []  # the signals that have come
+        self._saved_at, self._save_seconds = time.monotonic(), 0.0
         self._phase: str | None = None
         self._phase_since = 0.0
 
@@ -92,31 +100,33 @@ class Run(Stateful):
             Interrupted: a signal came; the state has been saved.
         """
         keep_freed_memory()
-        with self.console, interruptible() as interrupted, self._timed("rest"):
+        with self.console, interruptible() as self._interrupted, self._timed("rest"):
+            for remark in self.suite.remarks():
+                self.console.message(remark)
             self.console.progress(self.transitions, {})
             obs = self._to_device(self._observation)
+            self._evaluate_if_due()  # what a signal has cut short
+            self._stop_if_interrupted()
             while self.transitions < self.config.total_transitions:
                 obs = self._vector_step(obs)
                 self.algorithm.advance(self.transitions / self.config.total_transitions)
                 while self.algorithm.ready():
                     self._update()
                 self._after_step()
-                if interrupted:
-                    self.save("last")
-                    raise Interrupted(interrupted[0])
+                self._stop_if_interrupted()
             if self.evaluated_at != self.transitions:
                 self._evaluate()
             self.save("last")
-            if interrupted:  # during the last evaluation; resuming writes the summary
-                raise Interrupted(interrupted[0])
+            self._stop_if_interrupted()  # during the last evaluation; resuming writes the summary
         assert self.evaluation is not None
         return self.evaluation
 
     def start(self, evaluate: bool = False) -> None:
-        """Reset the environments; done by :meth:`load_state` when a run goes on. ``evaluate`` does so first."""
+        """Reset the environments and save a first checkpoint; for a new run. ``evaluate`` does so before."""
         if evaluate:
             self._evaluate()
         self._observation = self.engine.reset()
+        self.save("last")
 
     def close(self) -> None:
         """Free engines and close the logs."""
@@ -135,14 +145,28 @@ class Run(Stateful):
                 self.engine.begin(host_action, envs)
         with self._timed("engine"):
             step = self.engine.finish()
+        self._count_not_finite(step)
         action = actions[0] if len(actions) == 1 else torch.cat(actions, dim=1)
         self.episodes.add(step.reward, step.success, step.terminated | step.truncated)
         tensors = (step.reward, step.terminated, step.truncated, step.next_obs)
         with self._timed("observe"), one_thread():
             self.algorithm.observe(Transition(obs, action, *(self._to_device(x) for x in tensors)))
-        self._transitions_before = self.transitions
         self.transitions += step.reward.size
         return self._to_device(step.obs)
+
+    def _count_not_finite(self, step: Step) -> None:
+        """Count what is NaN or infinite, and name a task where it begins; statistics and updates leave it out."""
+        good = np.isfinite(step.reward) & np.isfinite(step.next_obs).all(-1) & np.isfinite(step.obs).all(-1)
+        if good.all():
+            return
+        for index in np.flatnonzero(~good.all(1)):
+            task = self.suite.task_names[index]
+            if task not in self.not_finite:
+                self.console.message(
+                    f"warning: after {self.transitions:,} transitions task {task} gave an observation or a reward "
+                    f"that is NaN or infinite; such are left out and counted as not_finite/{task}"
+                )
+            self.not_finite[task] = self.not_finite.get(task, 0) + int((~good[index]).sum())
 
     def _update(self) -> None:
         """Make one update, and observe the networks after the first one that falls due."""
@@ -161,13 +185,28 @@ class Run(Stateful):
         """Log, evaluate and save where their counts have come round."""
         if self._due(self.config.log_every):
             self._log()
-        if self._due(self.config.evaluate_every):
-            self._evaluate()
-        if self._due(self.config.checkpoint_every):
+        self._evaluate_if_due()
+        if self._due(self.config.checkpoint_every) or self._due_by_time():
             self.save("last")
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.transitions // every > self._transitions_before // every
+        before = self.transitions - self.engine.num_tasks * self.engine.envs_per_task
+        return every > 0 and self.transitions // every > max(before, 0) // every
+
+    def _due_by_time(self) -> bool:
+        """Return True after ``checkpoint_minutes``, but spend no more than a twentieth of the time on saving."""
+        wait = max(60.0 * self.config.checkpoint_minutes, 20.0 * self._save_seconds)
+        return self.config.checkpoint_minutes > 0 and time.monotonic() - self._saved_at >= wait
+
+    def _evaluate_if_due(self) -> None:
+        if self._due(self.config.evaluate_every) and self.evaluated_at != self.transitions:
+            self._evaluate()
+
+    def _stop_if_interrupted(self) -> None:
+        """Save and raise Interrupted if a signal has come."""
+        if self._interrupted:
+            self.save("last")
+            raise Interrupted(self._interrupted[0])
 
     def _log(self) -> None:
         with self._timed("log"):
@@ -176,6 +215,7 @@ class Run(Stateful):
             metrics |= self._kl()
             metrics |= self.algorithm.metrics()
             metrics |= self._masked()
+            metrics |= {f"not_finite/{task}": float(count) for task, count in self.not_finite.items()}
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
             metrics["time/updates"] = float(self.algorithm.updates)
             metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
@@ -221,8 +261,12 @@ class Run(Stateful):
         if self.evaluation_engine is None:
             envs = min(self.config.evaluate_episodes, self.engine.envs_per_task)
             self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
-        with self._timed("evaluate"):
-            result = evaluate(self.algorithm, self.suite, self.evaluation_engine, self.config.evaluate_episodes)
+        episodes, stop = self.config.evaluate_episodes, lambda: bool(self._interrupted)
+        try:
+            with self._timed("evaluate"):
+                result = evaluate(self.algorithm, self.suite, self.evaluation_engine, episodes, stop)
+        except EvaluationStopped:  # the run is about to end, and evaluates when it goes on
+            return
         self.evaluation, self.evaluated_at = result, self.transitions
         also = {} if self.also_evaluate is None else self.also_evaluate(self.transitions)
         self.tracker.log(result.metrics() | also, self.transitions)
@@ -237,10 +281,16 @@ class Run(Stateful):
             "transitions": self.transitions,
             "updates": self.algorithm.updates,
             "seconds": self.tracker.seconds,
+            "options": self.options,
         }
-        rest = self.state() if kind == "last" else {"algorithm": self.algorithm.policy_state()}
         with self._timed("save"):
-            return save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
+            began = time.monotonic()
+            rest = self.state() if kind == "last" else {"algorithm": self.algorithm.policy_state()}
+            path = save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
+            if kind == "last":
+                self._saved_at = time.monotonic()
+                self._save_seconds = self._saved_at - began
+            return path
 
     def state(self) -> Tree:
         """Return everything needed to go on bit for bit, besides the counters."""
@@ -254,7 +304,11 @@ class Run(Stateful):
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`save` wrote as ``last``."""
         self.transitions = self.observed_at = state["transitions"]
-        super().load_state(state)
+        with fitting(self.run_dir):
+            super().load_state(state)
+        if self.best_score is not None and len(self.best_score) < 3:  # of former versions: without the tasks
+            known = all(math.isfinite(value) for value in self.best_score)
+            self.best_score = (float(self.engine.num_tasks), *self.best_score) if known else None
         self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
         self.scalars = state["scalars"]
         self._observation = self.engine.load_state(state["engine"])

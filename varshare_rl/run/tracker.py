@@ -15,6 +15,7 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, write_atomically
+from varshare_rl.overrides import override
 
 #: Height, width and three bytes of colour.
 Image = npt.NDArray[np.uint8]
@@ -42,10 +43,10 @@ class Tracker:
         path = run_dir / METRICS_FILE
         if resumed_at is not None:
             _cut_back(path, resumed_at)
-        elif path.exists():
+        elif path.exists() and path.stat().st_size:
             raise UserError(
                 f"run folder {str(run_dir)!r} already holds a run: choose another run_dir, or "
-                f"resume={run_dir} to go on with it"
+                f"{override('resume', run_dir)} to go on with it"
             )
         self._started = time.monotonic() - seconds
         self._lines = path.open("a", encoding="utf-8")
