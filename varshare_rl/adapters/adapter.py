@@ -29,10 +29,11 @@ class AdapterInfo:
         base_model: name or path of the model that is adapted; None if nobody said.
         rank, alpha: of all modules but those in the patterns.
         rank_pattern, alpha_pattern: rank and alpha by regular expression; the first that matches a module's path
-            or a dotted end of it counts.
+            or a dotted end of it counts, then a key that is the path itself.
         rslora: scale ``alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``alpha / r``.
         dropout: on the adapter's input, in training.
         target_modules: the adapted modules, as path ends in a list or as one regular expression.
+        fan_in_fan_out: base weights are stored ``[in, out]``, as in GPT-2; factors are not.
     """
 
     base_model: str | None = None
@@ -43,6 +44,7 @@ class AdapterInfo:
     rslora: bool = False
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ()
+    fan_in_fan_out: bool = False
 
     def rank_of(self, module: str) -> int:
         """Return the rank that is stated for a module's path."""
@@ -112,7 +114,8 @@ def matches(pattern: str, module: str) -> bool:
 
 
 def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
-    return next((value for pattern, value in patterns.items() if matches(pattern, module)), default)
+    found = (value for pattern, value in patterns.items() if matches(pattern, module))
+    return next(found, patterns.get(module, default))
 
 
 def _exactly(module: str) -> str:

@@ -101,8 +101,8 @@ class VarShareLoRALayer(VariationalLayer):
         noise: Sequence[Tensor],
         record: GradientRecord | None = None,
     ) -> Tensor:
-        drawn = drawn_low_rank(x, means, variances, noise)
-        return torch.add(self.shared_output(x, record), drawn, alpha=self.scale)
+        shared = self.shared_output(x, record)
+        return torch.add(shared, drawn_low_rank(x, means, variances, noise), alpha=self.scale).to(shared.dtype)
 
     def flipout_output(
         self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: GradientRecord | None = None
