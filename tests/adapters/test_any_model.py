@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -74,15 +75,12 @@ def test_weights_that_are_made_at_every_call(kind: str) -> None:
     assert torch.equal(lora.unload()(x), before)
 
 
-@pytest.mark.parametrize("batch_first", [True])
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("padding", [False, True])
 @pytest.mark.parametrize("targets", [["linear1", "linear2"], ["layers.1.linear2"]])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_pytorchs_encoder_applies_the_adapter_in_eval_mode(
-    targets: list[str], padding: bool, grad: bool, batch_first: bool
-) -> None:
-    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first)
+def test_pytorchs_encoder_applies_the_adapter_in_eval_mode(targets: list[str], padding: bool, grad: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = nn.TransformerEncoder(layer, 2).eval()
     x, mask = torch.randn(3, 5, 8), None
     if padding:
@@ -201,8 +199,6 @@ def test_a_wider_kind_of_linear_is_called() -> None:
 
 
 def test_default_targets_and_all_linear() -> None:
-    from models import Model
-
     def paths(target: str | None) -> list[str]:
         return sorted(apply_lora(Model(), target).layers)
 

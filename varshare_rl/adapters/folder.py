@@ -39,9 +39,9 @@ _BASE_WEIGHT = ".base_layer.weight"
 #: Settings that do not change what the factors mean, and those that are read.
 _HARMLESS = {
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config",
-    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
-    "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
+    "exclude_modules", "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha",
+    "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "runtime_config", "target_modules", "task_type", "use_rslora",
 }  # fmt: skip
 #: Ways to start the factors that leave the base weights alone.
 _INITIALISATIONS = (True, False, "gaussian", "orthogonal", "eva")
@@ -76,7 +76,8 @@ def write_adapter(
         made_by: whose work the file is, see :func:`maker`.
 
     Raises:
-        UserError: there are no factors, two of them are for one module, ``info`` states another rank or scale, or the folder holds other files.
+        UserError: there are no factors, two of them are for one module, ``info`` states another rank or scale, or
+            the folder holds other files.
     """
     if info is not None:
         _check_stated(adapter, info)
@@ -99,6 +100,11 @@ def write_adapter(
         write_json(hidden / CONFIG_FILE, _config_of(exact))
         if (folder / README_FILE).is_file():
             shutil.copy2(folder / README_FILE, hidden / README_FILE)
+
+
+def is_adapter(folder: Path | str) -> bool:
+    """Return True if a folder holds a file of an adapter."""
+    return any((Path(folder) / name).exists() for name in (CONFIG_FILE, TENSOR_FILE))
 
 
 def maker(folder: Path | str) -> str | None:

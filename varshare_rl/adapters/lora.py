@@ -6,14 +6,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import Adapter, adapter_scale, describe, fresh_adapter
+from varshare_rl.adapters.adapter import (
+    Adapter,
+    FreshInit,
+    PrincipalInit,
+    adapter_scale,
+    describe,
+    fresh_adapter,
+    principal_factors,
+)
 from varshare_rl.adapters.folder import read_adapter, read_base_weights, write_adapter
 from varshare_rl.adapters.layer import LoRALinear, Selection
-from varshare_rl.adapters.targets import clean_paths, find_targets, is_conv1d, listed, made_weight, put_in_place
+from varshare_rl.adapters.targets import (
+    clean_paths,
+    find_targets,
+    is_conv1d,
+    linear_weight,
+    listed,
+    made_weight,
+    nesting_encoders,
+    put_in_place,
+)
 from varshare_rl.errors import UserError
 from varshare_rl.nn.layer import check_positive
 
@@ -57,21 +75,10 @@ def apply_lora(
     for layer in layers.values():
         layer.train(layer.base.training)
     put_in_place(model, {layer.base: layer for layer in layers.values()})
-    nesting = _nesting_encoders(model)
+    nesting = nesting_encoders(model, layers.values())
     for encoder in nesting:
         encoder.use_nested_tensor = False
     return AdapterSet(model, layers, selection, learned, nesting, _Defaults(rank, alpha, dropout, rslora))
-
-
-def _nesting_encoders(model: nn.Module) -> list[nn.TransformerEncoder]:
-    """PyTorch's encoders that hand nested tensors to adapted layers, as only their fused kernels understand."""
-    return [
-        encoder
-        for encoder in model.modules()
-        if isinstance(encoder, nn.TransformerEncoder)
-        and encoder.use_nested_tensor
-        and any(isinstance(module, LoRALinear) for module in encoder.modules())
-    ]
 
 
 @dataclass(frozen=True)
@@ -119,21 +126,35 @@ class AdapterSet:
         return self._selection.merged
 
     def add(
-        self, name: str, adapter: Adapter | None = None, rank: int | None = None, alpha: float | None = None
+        self,
+        name: str,
+        adapter: Adapter | None = None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        init: str = "kaiming",
     ) -> None:
         """Add an adapter: the given factors (copied), or fresh ones that change nothing yet.
 
-        Fresh: ``a`` uniform on ``+-1 / sqrt(in)`` (Kaiming, as ``torch.nn.Linear``), ``b = 0``. New parameters
-        learn, so an optimiser must be given them (:meth:`parameters`).
+        New parameters learn, so an optimiser must be given them (:meth:`parameters`, :meth:`groups`).
+
+        Args:
+            name: without dots.
+            adapter: factors by path; None: fresh ones.
+            rank, alpha: of fresh ones.
+            init: of fresh ones: ``kaiming``, ``gaussian``, ``pissa`` or ``olora``. The last two start from a part
+                of the base weight and subtract it from there on: the adapter is the difference, of twice the rank.
 
         Raises:
             UserError: the name is taken or unusable, or the factors do not fit the targeted modules.
         """
-        if adapter is None:
-            adapter = self._fresh(rank, alpha)
-        elif rank is not None or alpha is not None:
-            raise ValueError("rank and alpha are those of the given factors; give either")
-        self._set(name, self._own_paths(name, adapter), self._defaults.dropout)
+        start = None
+        if adapter is not None:
+            if rank is not None or alpha is not None:
+                raise ValueError("rank and alpha are those of the given factors; give either")
+            adapter = self._own_paths(name, adapter)
+        else:
+            adapter, start = self._fresh(rank, alpha, init)
+        self._set(name, adapter, self._defaults.dropout, start)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; integer ids of those added after it move down by one.
@@ -191,6 +212,18 @@ class AdapterSet:
         self._known(name)
         return [
             factor for layer in self.layers.values() if name in layer.settings for factor in layer.factors(name)
+        ]
+
+    def groups(self, name: str, learning_rate: float, b_ratio: float = 1.0) -> list[dict[str, Any]]:
+        """Return one adapter's parameters as an optimiser's groups, ``B`` with ``b_ratio`` times the rate of ``A``.
+
+        LoRA+ (Hayou et al. 2024, *LoRA+: Efficient Low Rank Adaptation of Large Models*) has ``b_ratio`` above 1.
+        """
+        check_positive(learning_rate=learning_rate, b_ratio=b_ratio)
+        parameters = self.parameters(name)
+        return [
+            {"params": parameters[::2], "lr": learning_rate},
+            {"params": parameters[1::2], "lr": learning_rate * b_ratio},
         ]
 
     def adapter(self, name: str) -> Adapter:
@@ -259,15 +292,28 @@ class AdapterSet:
         self.layers, self._names = {}, []
         return self.model
 
-    def _fresh(self, rank: int | None, alpha: float | None) -> Adapter:
+    def _fresh(self, rank: int | None, alpha: float | None, init: str) -> tuple[Adapter, Adapter | None]:
+        """Return factors to train, and what they start from if that is to be subtracted."""
+        inits: dict[str, FreshInit | PrincipalInit] = {
+            each.value: each for kinds in (FreshInit, PrincipalInit) for each in kinds
+        }
+        if init not in inits:
+            raise ValueError(f"init is {init!r}; choose {', '.join(inits)}")
+        kind = inits[init]
         rank = self._defaults.rank if rank is None else rank
         alpha = self._defaults.alpha if alpha is None else alpha
         check_positive(rank=rank, **({} if alpha is None else {"alpha": alpha}))
         scale = adapter_scale(alpha, rank, self._defaults.rslora)
-        return fresh_adapter(self.layers, rank, scale)
+        if isinstance(kind, FreshInit):
+            return fresh_adapter(self.layers, rank, scale, kind), None
+        start = {
+            path: principal_factors(linear_weight(layer.base), rank, scale, kind)
+            for path, layer in self.layers.items()
+        }
+        return start, start
 
     def _own_paths(self, name: str, adapter: Adapter) -> Adapter:
-        """Return an adapter by the paths that its modules have here, be the model or the file's compiled or wrapped."""
+        """Return an adapter by the paths of its modules here, be the model or the file's compiled or wrapped."""
         if all(path in self.layers for path in adapter):
             return adapter
         own = {short: path for path, short in clean_paths(list(self.layers)).items()}
@@ -280,7 +326,7 @@ class AdapterSet:
                 )
         return {path if path in self.layers else own[short[path]]: factors for path, factors in adapter.items()}
 
-    def _set(self, name: str, adapter: Adapter, dropout: float) -> None:
+    def _set(self, name: str, adapter: Adapter, dropout: float, start: Adapter | None = None) -> None:
         if not name or "." in name:
             raise UserError(f"an adapter cannot be called {name!r}; give a name without dots")
         if name in self._names:
@@ -295,7 +341,7 @@ class AdapterSet:
                     f"model maps {layer.in_features} to {layer.out_features}; it belongs to another model"
                 )
         for path, factors in adapter.items():
-            self.layers[path].set_factors(name, factors, dropout)
+            self.layers[path].set_factors(name, factors, dropout, None if start is None else start[path])
         self._names.append(name)
 
     def _check_base_weight(self, folder: Path | str, path: str, weight: Tensor) -> None:
@@ -338,8 +384,8 @@ class AdapterSet:
                 raise UserError(f"adapter {name!r} holds a NaN or an infinity at {path}; it is not merged")
             if made_weight(base):
                 raise UserError(
-                    f"the weight of {path} is made anew at every call (weight_norm, spectral_norm, prune or another "
-                    "parametrization); make it permanent before merging"
+                    f"the weight of {path} is made anew at every call (weight_norm, spectral_norm, prune or "
+                    "another parametrization); make it permanent before merging"
                 )
             shared = owners[id(base.weight)]
             if len(shared) > 1:
@@ -349,8 +395,8 @@ class AdapterSet:
             merged[path] = self.layers[path].adapted_weight(name)
             if not bool(merged[path].isfinite().all()):
                 raise UserError(
-                    f"with adapter {name!r} the weight of {path} does not fit into {merged[path].dtype}: a NaN or an "
-                    "infinity would be written; it is not merged"
+                    f"with adapter {name!r} the weight of {path} does not fit into {merged[path].dtype}: a NaN or "
+                    "an infinity would be written; it is not merged"
                 )
         return merged
 

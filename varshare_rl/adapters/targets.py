@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ def linear_weight(module: nn.Module) -> Tensor:
 
 
 def made_weight(module: nn.Module) -> bool:
-    """Return True if a layer makes its weight anew at every call: weight_norm, spectral_norm, prune, parametrize."""
+    """Return True if a layer makes its weight anew at every call, as weight_norm and prune have it."""
     return "weight" not in module._parameters
 
 
@@ -103,6 +103,13 @@ def put_in_place(model: nn.Module, new: Mapping[nn.Module, nn.Module]) -> None:
         for name, child in list(parent._modules.items()):
             if child is not None and child in new and parent is not new[child]:
                 setattr(parent, name, new[child])
+
+
+def nesting_encoders(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.TransformerEncoder]:
+    """Return PyTorch's encoders that hand nested tensors, which their fused kernels alone take, to these layers."""
+    mine = set(layers)
+    encoders = (module for module in model.modules() if isinstance(module, nn.TransformerEncoder))
+    return [each for each in encoders if each.use_nested_tensor and not mine.isdisjoint(each.modules())]
 
 
 def clean_path(path: str) -> str:

@@ -62,6 +62,7 @@ class VarShareLoRALayer(VariationalLayer):
     """
 
     factors = (("mus_A", "rhos_A"), ("mus_B", "rhos_B"))
+    b_parameters = ("mus_B",)
     mus_A: nn.Parameter
     rhos_A: nn.Parameter
     mus_B: nn.Parameter

@@ -57,8 +57,8 @@ def low_rank_linear(
     """``x weight^T + scale (x a_k^T) b_k^T + bias`` for every block ``k``: the residual ``b_k a_k`` is never built.
 
     ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``a: [K, r, F]``, ``b: [K, G, r]``; returns
-    ``[K, B, G]`` in the type of ``x weight^T``. Differentiable once. ``record`` as in :func:`linear`. ``inner`` takes
-    the place of ``x`` in the low-rank part, for an input that went through dropout.
+    ``[K, B, G]`` in the type of ``x weight^T``. Differentiable once. ``record`` as in :func:`linear`. ``inner``
+    takes the place of ``x`` in the low-rank part, for an input that went through dropout.
     """
     if inner is not None or _autocast(x) or not x.dtype == a.dtype == b.dtype:
         return add_low_rank(linear(x, weight, bias, record), x if inner is None else inner, a, b, scale)
@@ -69,8 +69,8 @@ def low_rank_linear(
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """``y + scale (x a_k^T) b_k^T`` for every block ``k``, in the type of ``y`` and rounded to it once.
 
-    ``y: [K, B, G]``, ``x: [K, B, F]``, ``a: [K, r, F]``, ``b: [K, G, r]``; the products are in the factors' type, or
-    in that of ``torch.autocast``.
+    ``y: [K, B, G]``, ``x: [K, B, F]``, ``a: [K, r, F]``, ``b: [K, G, r]``; the products are in the factors' type,
+    or in that of ``torch.autocast``.
     """
     z = torch.bmm(x.to(a.dtype), a.transpose(1, 2))
     if y.dtype == z.dtype == b.dtype:

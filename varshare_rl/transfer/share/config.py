@@ -19,7 +19,7 @@ class BasisMethod(Enum):
 
     share = "share"  # SVD of canonical factors, uncentred; coefficients from the core
     paper = "paper"  # as published: SVD of the factors as they are, centred; coefficients are projections
-    delta = "delta"  # SVD over tasks of the flattened corrections
+    delta = "delta"  # SVD over tasks of the flattened corrections, centred on request
 
 
 class Merge(Enum):
@@ -38,7 +38,7 @@ class SizeConfig:
     """
 
     max_error: float | None = bounded(None, least=0, below=1)
-    "The least `k` with which no task's relative error in the layer exceeds this."
+    "The least `k` with which no task's relative error in the layer exceeds this, 2e-6 for rounding at least."
     explained: float | None = bounded(None, above=0, most=1)
     "The least `k` that explains this share of the variance."
     fixed: int | None = bounded(None, least=1)
@@ -61,6 +61,8 @@ class ShareConfig:
     "Number of directions of every layer, by one rule."
     p: int | None = bounded(None, least=1)
     "Columns of the coefficients, the rank of what is rebuilt; null: each adapter's own."
+    centred: bool = False
+    "With `delta`: decompose the corrections minus their mean, which is kept beside the basis."
     keep_originals: bool = False
     "Keep the adapters, so that every merge starts from them and nothing drifts; they count as stored."
 
@@ -73,8 +75,13 @@ class ShareConfig:
         return SizeConfig(max_error=DEFAULT_MAX_ERROR)
 
     def check(self, prefix: str) -> None:
-        """Raise UserError for columns of coefficients where there are none."""
+        """Raise UserError for columns of coefficients where there are none, and for a mean where none is chosen."""
         if self.p is not None and self.method is BasisMethod.delta:
             raise UserError(
                 f"{prefix}p is {self.p}, but method=delta has no columns of coefficients; leave {prefix}p out"
+            )
+        if self.centred and self.method is not BasisMethod.delta:
+            raise UserError(
+                f"{prefix}centred=true is for method=delta, and method is {self.method.value}: share is never "
+                "centred, paper always"
             )
