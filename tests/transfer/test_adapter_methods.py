@@ -76,7 +76,7 @@ CASES: dict[str, Callable[..., ContinualMethod]] = {
     "share": lambda *given: ShareMethod(SHARE, *given),
     "share_always": lambda *given: ShareMethod(replace(SHARE, merge=Merge.always), *given),
     "share_originals": lambda *given: ShareMethod(replace(SHARE, basis=ShareConfig(keep_originals=True)), *given),
-    "share_coefficients": lambda *given: ShareMethod(replace(SHARE, learn=Learn.coefficients), *given),
+    "share_coefficients": lambda *given: ShareMethod(replace(SHARE, learn=Learn.coefficients, p=None), *given),
     "share_variational": lambda *given: ShareMethod(
         replace(SHARE, learn=Learn.coefficients, variational=True), *given
     ),

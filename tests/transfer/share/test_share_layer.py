@@ -299,7 +299,7 @@ def test_a_task_is_learnt_by_coefficients_alone(share: Share) -> None:
     base, x = model(), torch.randn(64, 12)
     loss = teacher(base, x, share.rebuild("task1"))  # a task that the basis can express
     student = copy_of(base)
-    attach(student, share, LearnConfig(), fresh=1)
+    attach(student, share, LearnConfig(p=None), fresh=1)
     frozen = {name: value.clone() for name, value in student.state_dict().items() if "eps" not in name}
     losses = fine_tune(student, lambda: loss(student), updates=300)
     assert losses[-1] < 0.02 * losses[0]
@@ -320,7 +320,7 @@ def test_temporary_directions_learn_what_the_basis_cannot_and_are_merged() -> No
     share = consolidate(for_attention(2), ShareConfig(k=SizeConfig(fixed=4)))
     loss = teacher(base, x, for_attention(1, seed=7)["task0"])
     final = {}
-    for name, options in (("coefficients", LearnConfig()), ("temporary", LearnConfig(phi=1))):
+    for name, options in (("coefficients", LearnConfig(p=None)), ("temporary", LearnConfig(phi=1))):
         student = copy_of(base)
         attach(student, share, options, fresh=1)
         final[name] = fine_tune(student, lambda student=student: loss(student), updates=300)[-1]  # type: ignore[misc]
@@ -366,6 +366,7 @@ def test_models_that_do_not_fit(share: Share) -> None:
         (LearnConfig(phi=2), (), 1, "must be between 1 and 1"),
         (LearnConfig(phi=0), (), 1, "phi is 0"),
         (LearnConfig(p=0), (), 1, "p is 0"),
+        (LearnConfig(p="half"), (), 1, "p is half; give a number of at least 1, third of the rank"),
         (LearnConfig(phi=1), ("task0",), 1, "one fresh task"),
         (LearnConfig(phi=1), (), 2, "one fresh task"),
         (LearnConfig(phi=1, variational=True), (), 1, "no posterior"),
@@ -404,7 +405,7 @@ def test_the_divergence_reaches_the_objective(share: Share) -> None:
     assert nats.shape == (3,)
     assert float(nats.min()) > 0
     plain = model()
-    attach(plain, share, LearnConfig(), fresh=2)
+    attach(plain, share, LearnConfig(p=None), fresh=2)
     assert torch.equal(total_kl(plain, 2), torch.zeros(2))
 
 
@@ -499,3 +500,17 @@ def test_pytorchs_encoder_and_modules_that_read_the_weight(padding: bool) -> Non
         )
     with using_tasks(model, torch.tensor([0, 1])), pytest.raises(UserError, match="there is no one task"):
         layer.weight + 0
+
+
+def test_new_tasks_have_a_third_of_the_rank_as_columns() -> None:
+    share = consolidate(
+        {str(rank): {"0": LowRank(torch.randn(rank, 9), torch.randn(9, rank))} for rank in (2, 4)}, ShareConfig()
+    )
+    for options, columns in (
+        (LearnConfig(), 2),
+        (LearnConfig(p=None), 4),
+        (LearnConfig(p=3), 3),
+        (LearnConfig(variational=True), 4),
+    ):
+        layer = attach(nn.Sequential(nn.Linear(9, 9)), share, options, fresh=1)["0"]
+        assert layer.coefficients.take(0).eps_B.shape[1] == columns

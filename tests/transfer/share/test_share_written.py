@@ -49,7 +49,7 @@ def adapters(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Adapter]:
     for task in range(draw(st.integers(1, 5))):
         rank = draw(st.integers(1, 4))
         noise = draw(st.sampled_from([0.0, 1e-5, 1e-2, 1.0]))
-        size_b, size_a = (10.0 ** draw(st.integers(-3, 2)) for _ in range(2))
+        size_b, size_a = (10.0 ** draw(st.integers(-1, 1)) for _ in range(2))
         left, right = (
             side @ torch.randn(2, rank, generator=generator, dtype=torch.float64)
             + noise * torch.randn(len(side), rank, generator=generator, dtype=torch.float64)
@@ -89,7 +89,7 @@ CONFIGS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_printed_errors_hold_for_what_is_written(dtype: torch.dtype, data: st.DataObject) -> None:
     originals, config = data.draw(adapters(dtype)), CONFIGS[data.draw(st.sampled_from(sorted(CONFIGS)))]

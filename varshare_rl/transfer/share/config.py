@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
+from typing import Any
 
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
@@ -28,6 +30,25 @@ class Merge(Enum):
     needed = "needed"  # if one is projected with more error than k.max_error; always under the other rules for k
     always = "always"  # as published
     never = "never"
+
+
+#: Columns of the coefficients of a new task unless it is said otherwise: a third of the largest rank, rounded up.
+THIRD = "third"
+
+
+def check_columns(p: Any, prefix: str) -> None:
+    """Raise UserError unless ``p`` is a positive number, ``third`` or None."""
+    if p is not None and p != THIRD and (isinstance(p, bool) or not isinstance(p, int) or p < 1):
+        raise UserError(
+            f"{prefix}p is {p}; give a number of at least 1, {THIRD} of the rank, or null for all of it"
+        )
+
+
+def new_columns(p: int | str | None, ranks: Sequence[int], whole: bool = False) -> int:
+    """Return the columns of a new task's coefficients beside tasks of some ranks; ``whole``: no third of them."""
+    if isinstance(p, int):
+        return p
+    return -(-max(ranks) // 3) if p == THIRD and not whole else max(ranks)
 
 
 @dataclass
@@ -60,7 +81,7 @@ class ShareConfig:
     k: SizeConfig = field(default_factory=SizeConfig)
     "Number of directions of every layer, by one rule."
     p: int | None = bounded(None, least=1)
-    "Columns of the coefficients, the rank of what is rebuilt; null: each adapter's own."
+    "Columns of the coefficients, the rank of what is rebuilt; null: each adapter's own, so that nothing is cut."
     centred: bool = False
     "With `delta`: decompose the corrections minus their mean, which is kept beside the basis."
     keep_originals: bool = False

@@ -118,7 +118,7 @@ def fit_delta(
         before = torch.cat([torch.tensor(past.errors, dtype=torch.float64), before])
     centre = points.mean(0) if config.centred else torch.zeros_like(points[0])
     _, spectrum, vh = torch.linalg.svd(points - centre, full_matrices=False)
-    kept = max(1, int((spectrum > 1e-10 * spectrum[0]).sum()))
+    kept = max(1, int((spectrum > 1e-14 * spectrum[0]).sum()))
     directions, spectrum = vh[:kept].t(), spectrum[:kept]
     coordinates = (points - centre) @ directions
     missed = ((points - centre).square().sum(1, keepdim=True) - coordinates.square().cumsum(1)).clamp_min(0.0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from varshare_rl.adapters.adapter import LowRank
-from varshare_rl.transfer.share.config import BasisMethod, ShareConfig
+from varshare_rl.transfer.share.config import THIRD, BasisMethod, ShareConfig, new_columns
 from varshare_rl.transfer.share.factors import (
     FACTOR_ROUNDING,
     NUMERICAL_ZERO,
@@ -101,8 +101,8 @@ class LayerBasis:
         return self.coefficients[index].numbers()
 
     def trained_numbers(self) -> int:
-        """Count the coefficients that a new task of the largest rank here trains."""
-        columns = max(own.eps_B.shape[1] for own in self.coefficients)
+        """Count the coefficients that a new task trains, with a third of the largest rank here as columns."""
+        columns = new_columns(THIRD, [own.eps_B.shape[1] for own in self.coefficients])
         return columns * (self.basis_B.shape[1] + self.basis_A.shape[1])
 
     def rebuild(self, index: int) -> LowRank:

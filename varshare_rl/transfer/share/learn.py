@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded, check_bounds
 from varshare_rl.nn.layer import TaskLayer
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients, PointCoefficients
+from varshare_rl.transfer.share.config import THIRD, check_columns, new_columns
 from varshare_rl.transfer.share.layer import ShareLinear, share_layers
 from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
 from varshare_rl.transfer.share.model import Share
@@ -33,8 +34,9 @@ from varshare_rl.transfer.share.posterior import plain_prior, prior_from_tasks
 class LearnConfig:
     """Learning of tasks in a basis."""
 
-    p: int | None = bounded(None, least=1)
-    "Columns of the coefficients; null: the largest rank among the basis's tasks."
+    p: Any = THIRD
+    """Columns of the coefficients: a number, `third` of the largest rank among the basis's tasks, or null for all
+    of it, as posteriors and temporary directions have it anyway."""
     phi: int | None = bounded(None, least=1)
     """Temporary directions, at most a quarter of `k`; null: coefficients only. A layer with a small `k` takes a
     quarter of its own, and one at least."""
@@ -46,7 +48,8 @@ class LearnConfig:
     "Tasks that this prior counts for beside the earlier ones."
 
     def check(self, prefix: str) -> None:
-        """Raise UserError for temporary directions with a posterior."""
+        """Raise UserError for columns that cannot be, and for temporary directions with a posterior."""
+        check_columns(self.p, prefix)
         if self.phi is not None and self.variational:
             raise UserError(
                 f"{prefix}phi and {prefix}variational=true are both given; temporary directions have no posterior"
@@ -197,9 +200,9 @@ def _check_plain(name: str, module: nn.Module) -> None:
 
 def _columns(share: Share, config: LearnConfig) -> int:
     ranks = [own.eps_B.shape[1] for layer in _bases(share).values() for own in layer.coefficients]
-    if config.variational and config.p is not None and config.p < max(ranks):
+    if config.variational and isinstance(config.p, int) and config.p < max(ranks):
         raise UserError(f"p is {config.p}, and the prior comes from tasks of rank up to {max(ranks)}; leave p out")
-    return max(ranks) if config.p is None else config.p
+    return new_columns(config.p, ranks, whole=config.variational or config.phi is not None)
 
 
 def _coefficients(

@@ -31,7 +31,8 @@ class Storage:
         task_bytes: of the coefficients of one task, mean over tasks.
         originals_bytes: of the adapters that are kept beside them; 0 unless asked for.
         lora_task_bytes: of one task's LoRA adapter, mean over tasks.
-        trained_numbers: what a new task trains that learns coefficients alone, at the largest rank among the tasks.
+        trained_numbers: what a new task trains that learns coefficients alone, with a third of the largest rank
+            among the tasks as columns.
     """
 
     tasks: int
