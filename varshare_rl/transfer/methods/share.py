@@ -17,7 +17,7 @@ from varshare_rl.transfer.low_rank import adapter_bytes, adapter_of, adapter_sta
 from varshare_rl.transfer.low_rank import take_adapter as take_lora
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients
-from varshare_rl.transfer.share.config import THIRD, BasisMethod, Merge, ShareConfig, SizeConfig
+from varshare_rl.transfer.share.config import THIRD, BasisMethod, Merge, ShareConfig, SizeConfig, check_columns
 from varshare_rl.transfer.share.folder import share_of, share_state
 from varshare_rl.transfer.share.learn import (
     LearnConfig,
