@@ -1,9 +1,9 @@
-"""``python -m experiments.lora_choices``: LoRA's settings one at a time on a small transformer, and runs beside them.
+"""``python -m experiments.lora_choices``: LoRA's settings one at a time, on a small transformer and in runs.
 
     python -m experiments.lora_choices runs/<sweep> ...
 
-Trains the transformer's adapters (some two minutes on one core) and reads the run folders inside the given ones, whose
-rank or ratio of rates differs. Writes ``choices.csv`` and ``choices.png`` into this folder.
+Trains the transformer's adapters (some two minutes on one core) and reads the run folders inside the given ones,
+whose rank or ratio of rates differs. Writes ``choices.csv`` and ``choices.png`` into this folder.
 """
 
 from __future__ import annotations

@@ -177,8 +177,8 @@ def _layer(
 ) -> LayerBasis | DeltaBasis:
     norms, errors = tuple(stated["norms"]), tuple(stated["errors"])
     if config.method is BasisMethod.delta:
-        basis, coefficients = tensors[f"{name}.basis"], tensors[f"{name}.coefficients"]
-        return DeltaBasis(basis, coefficients, norms, errors, tensors.get(f"{name}.mean"))
+        basis, own = tensors[f"{name}.basis"], tensors[f"{name}.coefficients"]
+        return DeltaBasis(basis, own, norms, errors, tensors.get(f"{name}.mean"))
     eps_B, eps_A = (torch.split(tensors[f"{name}.{part}"], stated["p"], dim=1) for part in ("eps_B", "eps_A"))
     widths = [p for p, posterior in zip(stated["p"], stated["posterior"], strict=True) if posterior]
     sigmas = [
