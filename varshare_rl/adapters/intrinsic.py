@@ -51,7 +51,7 @@ class RandomSubspace(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model with its parameters in the subspace."""
-        moves = (self.projection @ self.z).split(self.sizes)
+        moves = torch.split(self.projection @ self.z, self.sizes)
         start = {name: self.model.get_parameter(name) for name in self.names}
         values = {name: own + move.view_as(own) for (name, own), move in zip(start.items(), moves, strict=True)}
         return functional_call(self.model, values, args, kwargs)

@@ -213,6 +213,7 @@ class LoRAConfig(NetworkConfig):
         for path in set(paths) - set(chosen_layers(paths, self.layers)):
             old = network.get_submodule(path)
             assert isinstance(old, ResidualLayer)
+            assert isinstance(old.bias, nn.Parameter)
             new = SharedLayer(old.in_features, old.out_features)
             new.theta, new.bias = old.theta, old.bias
             network.set_submodule(path, new)
