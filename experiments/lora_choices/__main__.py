@@ -2,7 +2,7 @@
 
     python -m experiments.lora_choices runs/<sweep> ...
 
-Trains the transformer's adapters (some two minutes on one core) and reads the run folders inside the given ones,
+Trains adapters of a small transformer and of a wide network (half a minute on one core) and reads the run folders inside the given ones,
 whose rank or ratio of rates differs. Writes ``choices.csv`` and ``choices.png`` into this folder.
 """
 
@@ -23,8 +23,9 @@ import matplotlib
 import torch
 
 from experiments.curves import read_curves
+from experiments.lora_choices.regression import fit
 from experiments.results import finished_runs, write_csv
-from experiments.share_fifty.__main__ import BATCH, batches, pretrain
+from experiments.share_fifty.__main__ import batches
 from experiments.share_fifty.rules import Transformer, accuracy, loss_of
 from varshare_rl.adapters import apply_lora
 from varshare_rl.config import load_config
@@ -33,7 +34,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 COLUMNS = ("problem", "choice", "value", "seed", "score", "parameters", "git_commit")
-FAMILIES = [(1, 3), (5, 7)]
+#: The rule that the transformer's base knows, and those that its adapters learn.
+BASE, FAMILIES = (1, 3), [(1, 7), (3, 3)]
 #: The setting from which one choice at a time departs.
 USUAL: Mapping[str, Any] = {"rank": 8, "alpha": 8, "rate": 5e-3, "ratio": 1, "dropout": 0.0, "layers": "q, v"}
 CHOICES: Mapping[str, Sequence[Any]] = {
@@ -50,6 +52,18 @@ TARGETS: Mapping[str, Any] = {
     "all linear": "all-linear",
     "last": ["head"],
 }
+
+
+def pretrain(updates: int) -> Transformer:
+    """A transformer that knows one rule."""
+    model, draw = Transformer(width=64), batches(BASE)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(updates):
+        optimizer.zero_grad()
+        loss_of(model, *draw()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    print(f"base: {accuracy(model.eval(), BASE):.3f}", flush=True)
+    return model
 
 
 def train(base: Transformer, rule: tuple[int, int], given: Mapping[str, Any], updates: int) -> tuple[float, int]:
@@ -93,10 +107,20 @@ def transformer_rows(base_updates: int, updates: int) -> list[dict[str, Any]]:
     return rows
 
 
+def regression_rows() -> list[dict[str, Any]]:
+    """LoRA+ on a wide network, by ratio and seed."""
+    return [
+        {"problem": "regression", "choice": "ratio", "value": ratio, "seed": seed, "score": round(score, 4)}
+        for ratio in CHOICES["ratio"]
+        for seed in range(3)
+        for score in [fit(seed, ratio)]
+    ]
+
+
 def kept_rows(table: Path) -> list[dict[str, Any]]:
-    """The transformer's rows of an earlier table."""
+    """The rows of an earlier table that no run folders gave."""
     with table.open() as file:
-        return [dict(row) for row in csv.DictReader(file) if row["problem"] == "transformer"]
+        return [dict(row) for row in csv.DictReader(file) if not row["git_commit"]]
 
 
 def run_row(run_dir: Path) -> dict[str, Any]:
@@ -131,7 +155,7 @@ def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         axis.plot([mean(scores) for scores in found.values()], color="C0")
         axis.set_xticks(range(len(found)), list(found))
         axis.set(title=problem, xlabel=choice, ylim=(0, 1.05))
-        axis.set_ylabel("accuracy" if problem == "transformer" else "success")
+        axis.set_ylabel({"transformer": "accuracy", "regression": "explained"}.get(problem, "success"))
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -142,15 +166,19 @@ def main() -> None:
     """Read the command line, train, read, write."""
     parser = argparse.ArgumentParser(prog="python -m experiments.lora_choices", description=__doc__)
     parser.add_argument("runs", type=Path, nargs="*", help="folders that hold run folders")
-    parser.add_argument("--keep", action="store_true", help="the transformer's rows as choices.csv has them")
-    parser.add_argument("--base-updates", type=int, default=2000)
-    parser.add_argument("--updates", type=int, default=80, help=f"of every adapter, {BATCH // 2} sequences each")
+    parser.add_argument("--keep", action="store_true", help="train nothing: choices.csv has it")
+    parser.add_argument("--base-updates", type=int, default=500)
+    parser.add_argument("--updates", type=int, default=100, help="of every adapter, of 32 sequences")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where the results go")
     given = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     table = given.folder / "choices.csv"
-    rows = kept_rows(table) if given.keep else transformer_rows(given.base_updates, given.updates)
+    rows = (
+        kept_rows(table)
+        if given.keep
+        else [*transformer_rows(given.base_updates, given.updates), *regression_rows()]
+    )
     found = map(run_row, finished_runs(given.runs))
     rows += sorted(found, key=lambda row: (row["problem"], row["choice"], row["value"], row["seed"]))
     write_csv(table, COLUMNS, rows)

@@ -143,7 +143,11 @@ def read_base_weights(folder: Path | str) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    weights = {key: tensor for key, tensor in _tensors(Path(folder)).items() if key.endswith(_BASE_WEIGHT)}
+    try:
+        with safe_open(Path(folder) / TENSOR_FILE, "pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys() if key.endswith(_BASE_WEIGHT)}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"cannot read {Path(folder) / TENSOR_FILE}: it is missing or damaged ({error})") from error
     return {clean_path(key.removeprefix(_PREFIX).removesuffix(_BASE_WEIGHT)): weights[key] for key in weights}
 
 

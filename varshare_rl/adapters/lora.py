@@ -347,7 +347,8 @@ class AdapterSet:
     def _check_base_weight(self, folder: Path | str, path: str, weight: Tensor) -> None:
         """Refuse a weight of the base in an adapter's file that is not that of the model."""
         own = {short: module for module, short in clean_paths(list(self.layers)).items()}
-        found = self.layers[own[path]].base.weight if path in own else None
+        module = path if path in self.layers else own.get(path)
+        found = None if module is None else self.layers[module].base.weight
         if (
             not isinstance(found, Tensor)
             or found.shape != weight.shape
