@@ -2,8 +2,8 @@
 
     python -m experiments.lora_choices runs/<sweep> ...
 
-Trains adapters of a small transformer and of a wide network (half a minute on one core) and reads the run folders inside the given ones,
-whose rank or ratio of rates differs. Writes ``choices.csv`` and ``choices.png`` into this folder.
+Trains adapters of a small transformer and of a wide network (half a minute on one core) and reads the run folders
+inside the given ones, whose rank or ratio of rates differs. Writes ``choices.csv`` and ``choices.png``.
 """
 
 from __future__ import annotations

@@ -145,7 +145,8 @@ def read_base_weights(folder: Path | str) -> dict[str, Tensor]:
     """
     try:
         with safe_open(Path(folder) / TENSOR_FILE, "pt") as file:
-            weights = {key: file.get_tensor(key) for key in file.keys() if key.endswith(_BASE_WEIGHT)}
+            keys = file.keys()
+            weights = {key: file.get_tensor(key) for key in keys if key.endswith(_BASE_WEIGHT)}
     except (SafetensorError, OSError) as error:
         raise UserError(f"cannot read {Path(folder) / TENSOR_FILE}: it is missing or damaged ({error})") from error
     return {clean_path(key.removeprefix(_PREFIX).removesuffix(_BASE_WEIGHT)): weights[key] for key in weights}
