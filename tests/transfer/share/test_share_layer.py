@@ -478,6 +478,7 @@ def test_a_module_at_two_paths_is_replaced_at_both() -> None:
     assert model[0] is model[2] is layers["2"]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("padding", [False, True])
 def test_pytorchs_encoder_and_modules_that_read_the_weight(padding: bool) -> None:
     model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
