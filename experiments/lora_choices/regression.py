@@ -38,7 +38,7 @@ def fit(seed: int, ratio: float, updates: int = 60, rate: float = 1e-3) -> float
         lora.activate("task")
         loss = (base(x) - wanted).square().mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         if update >= updates // 2:
             explained.append(1.0 - float(loss.detach() / apart))

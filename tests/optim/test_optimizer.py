@@ -155,7 +155,10 @@ def test_lora_plus_gives_b_a_rate_of_its_own(kind: type) -> None:
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
     step.optimizer.step()
-    moved = {name: float((parameter - before[name]).abs().mean()) for name, parameter in network.named_parameters()}
+    moved = {
+        name: float((parameter.detach() - before[name]).abs().mean())
+        for name, parameter in network.named_parameters()
+    }
     for name, distance in moved.items():
         rate = 0.01 * (0.25 if "rhos" in name else 0.5 if name.endswith(("_A", "_B")) else 1.0)
         if name.endswith("_B") and "rhos" not in name:
