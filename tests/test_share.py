@@ -170,6 +170,11 @@ WRONG = {
     "add_unknown_merge": (("add", "basis=made", "adapter=adapters/task4", "merge=maybe"), "maybe"),
     "rebuild_unknown_task": (("reconstruct", "basis=made", "task=task9", "out=rebuilt"), "unknown task 'task9'"),
     "rebuild_nothing": (("reconstruct", "basis=made", "out=rebuilt"), "task is missing"),
+    "empty_name": (("add", "basis=made", "adapter=adapters/task4", "name="), "name is empty"),
+    "empty_task": (("reconstruct", "basis=made", "task=", "out=rebuilt"), "task is empty"),
+    "rebuild_over_an_adapter": (
+        ("reconstruct", "basis=made", "task=task0", "out=adapters/task0"), "reconstruct did not write"
+    ),
     "rebuild_over_a_basis": (("reconstruct", "basis=made", "task=task0", "out=made"), "holds other files"),
 }  # fmt: skip
 
@@ -190,6 +195,55 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert named in err, err
     assert snapshot(tmp_path) == before
     assert not (tmp_path / "basis").exists()
+
+
+HOSTILE = [
+    "010", "007", "2024_01", "001", "1e3", "on", "null", "~", "{k}", "${oc.env:HOME}", "${k}", "yes", "12:30:00",
+    "[bold]x", "[/]", ":smile:", "a: b", "# no", "'quoted\"", "a=b", "0x1F", " space ", "*", "&a", "!x", "ünïcode",
+]  # fmt: skip
+
+
+def test_names_are_taken_as_they_are_given(given: dict[str, Adapter], share: Command, tmp_path: Path) -> None:
+    for folder in ("010", "2024_01", "~", "{k}", "a=b", "[bold]x"):  # as names of folders, too
+        write_adapter(tmp_path / "odd" / folder, given["task0"])
+    code, out, err = share(
+        "consolidate", *(f"odd/{name}" for name in sorted(os.listdir(tmp_path / "odd"))), "out=010"
+    )
+    assert (code, err) == (0, "")
+    assert "[bold]x" in out
+    assert read_basis(tmp_path / "010").tasks == tuple(sorted(os.listdir(tmp_path / "odd")))
+    share("consolidate", *folders(4), "out=2024_01")
+    for name in HOSTILE:
+        code, out, err = share("add", "basis=2024_01", "adapter=adapters/task4", f"name={name}")
+        assert (code, err) == (0, ""), name
+        assert name in out
+    assert read_basis(tmp_path / "2024_01").tasks == (*folders_names(4), *HOSTILE)
+    for place, name in enumerate(HOSTILE):
+        code, out, err = share("reconstruct", "basis=2024_01", f"task={name}", f"out=made/{place}")
+        assert (code, err) == (0, ""), name
+        assert f"({name}, " in out
+        assert worst(read_adapter(tmp_path / "made" / str(place))[0], given["task4"]) <= 0.05
+    assert not (tmp_path / "202401").exists()
+
+
+def folders_names(count: int) -> list[str]:
+    return [folder.removeprefix("adapters/") for folder in folders(count)]
+
+
+def test_reconstruct_replaces_what_it_wrote_and_keeps_a_readme(
+    given: dict[str, Adapter], share: Command, tmp_path: Path
+) -> None:
+    share("consolidate", *folders(3), "out=basis")
+    assert share("reconstruct", "basis=basis", "task=task0", "out=made")[0] == 0
+    (tmp_path / "made" / "README.md").write_text("mine")
+    assert share("reconstruct", "basis=basis", "task=task1", "out=made")[0] == 0
+    assert (tmp_path / "made" / "README.md").read_text() == "mine"
+    assert worst(read_adapter(tmp_path / "made")[0], given["task1"]) <= 0.05
+    write_adapter(tmp_path / "made", given["task2"])  # trained on by the user
+    code, _, err = share("reconstruct", "basis=basis", "task=task1", "out=made")
+    assert code == 2
+    assert "made holds an adapter that reconstruct did not write" in err
+    assert worst(read_adapter(tmp_path / "made")[0], given["task2"]) == 0
 
 
 def test_a_damaged_basis(given: dict[str, Adapter], share: Command, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import argparse
 import pytest
 import torch
 
-from experiments.share_fifty.__main__ import page
+from experiments.share_fifty.__main__ import criteria, page
 from experiments.share_fifty.rules import DIGITS, LENGTH, UNKNOWN, Transformer, accuracy, loss_of, sequences
 from experiments.share_scale.measure import LAYERS, POLICIES, adapter, run
 
@@ -38,6 +38,24 @@ def test_answers_follow_the_rule() -> None:
     assert torch.equal(answers[1], digits[1])
     hidden, _ = sequences(torch.tensor([[2, 7]]), False, torch.Generator().manual_seed(0))
     assert hidden[0, :2].tolist() == [UNKNOWN, UNKNOWN]
+
+
+def test_the_criteria_are_stated_one_by_one() -> None:
+    def share(seen: float, fresh: float, total: int) -> dict[str, object]:
+        return {
+            "seen": seen,
+            "held out, coefficients only (p = 1)": fresh,
+            "times fewer": 32.0,
+            "storage": {"total_bytes": total, "lora_bytes": 100},
+        }
+
+    result = {"families": 3, "LoRA per task": {"seen": 1.0, "held out": 0.9}}
+    _, _, parity, one_model, coefficients = criteria(
+        {**result, "Share, k = 1": share(0.98, 0.895, 101), "Share, k = 2": share(0.995, 0.5, 50)}
+    )
+    assert "| not met: 0.980 of 1.000 | met: 0.995 of 1.000 |" in parity
+    assert "| not met: 1.01 of the bytes | met: 0.50 of the bytes |" in one_model
+    assert "| met: 0.895 of 0.900, 32 times fewer trained | not met: 0.500 of 0.900" in coefficients
 
 
 def test_a_model_that_knows_nothing_guesses() -> None:

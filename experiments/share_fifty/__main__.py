@@ -121,7 +121,7 @@ def measure(given: argparse.Namespace, log: Callable[[str], None]) -> dict[str, 
     result["LoRA per task"] = rows(
         seen, held_out, lambda rule: {**{t: v[1] for t, v in trained.items()}, **unseen}[str(rule)]
     )
-    log(f"LoRA per task: {result['AdapterSet per task']}")
+    log(f"LoRA per task: {result['LoRA per task']}")
     adapters = {task: adapter for task, (adapter, _) in trained.items()}
     numbers = sum(factors.a.numel() + factors.b.numel() for factors in adapters[str(seen[0])].values())
 
@@ -154,6 +154,38 @@ def rows(seen: Sequence[Rule], held_out: Sequence[Rule], score: Callable[[Rule],
         "seen": statistics.mean(score(rule) for rule in seen),
         "held out": statistics.mean(score(rule) for rule in held_out),
     }
+
+
+#: Accuracy below that of an adapter per task which still counts as parity.
+PARITY = 0.01
+
+
+def criteria(result: dict[str, Any]) -> list[str]:
+    """A table of the three things that Share is to show, and whether each model does."""
+    lora = result["LoRA per task"]
+    lines = [
+        "| criterion | " + " | ".join(key for key in result if key.startswith("Share")) + " |",
+        "|---|" + "---|" * sum(key.startswith("Share") for key in result),
+    ]
+    rows: dict[str, list[str]] = {
+        f"parity without replay: seen families within {PARITY} of an adapter each, nothing trained again": [],
+        f"one model for {result['families']} adapters: fewer bytes than they take": [],
+        f"coefficients only: held-out families within {PARITY} of an adapter each": [],
+    }
+    for own in (own for key, own in result.items() if key.startswith("Share")):
+        bytes_share, bytes_lora = own["storage"]["total_bytes"], own["storage"]["lora_bytes"]
+        fresh = own["held out, coefficients only (p = 1)"]
+        verdicts = (
+            (own["seen"] >= lora["seen"] - PARITY, f"{own['seen']:.3f} of {lora['seen']:.3f}"),
+            (bytes_share < bytes_lora, f"{bytes_share / bytes_lora:.2f} of the bytes"),
+            (
+                fresh >= lora["held out"] - PARITY,
+                f"{fresh:.3f} of {lora['held out']:.3f}, {own['times fewer']:.0f} times fewer trained",
+            ),
+        )
+        for cells, (met, figures) in zip(rows.values(), verdicts, strict=True):
+            cells.append(f"{'met' if met else 'not met'}: {figures}")
+    return [*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())]
 
 
 def page(result: dict[str, Any], given: argparse.Namespace) -> str:
@@ -197,8 +229,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {key: value for key, value in vars(given).items() if key != "folder"}
     about = provenance({**settings, "seconds": round(time.perf_counter() - begin, 1)}, seed=0)
     write_json(given.folder / "results.json", {"results": result, "conditions": about})
-    write_atomically(given.folder / "results.md", page(result, given))
-    print(page(result, given))
+    written = "\n".join([page(result, given), *criteria(result), ""])
+    write_atomically(given.folder / "results.md", written)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -140,9 +140,10 @@ REFUSED = {
     "modules_to_save": ({"modules_to_save": ["head"]}, "whole modules"),
     "tokens": ({"trainable_token_indices": [1]}, "embeddings"),
     "parameters": ({"target_parameters": ["w"]}, "target_parameters"),
-    "transposed": ({"fan_in_fan_out": True}, "transposed"),
     "qalora": ({"use_qalora": True}, "quantised"),
     "loftq": ({"loftq_config": {"loftq_bits": 4}}, "LoftQ"),
+    "nan_alpha": ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    "infinite_alpha": ({"alpha_pattern": {"x": float("inf")}}, "lora_alpha is inf"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "base weights"),
     "unknown": ({"use_quantum": True}, "use_quantum=true"),
     "no_rank": ({"r": None}, "adapter_config.json"),
@@ -216,3 +217,40 @@ def test_the_names_in_the_file(tmp_path: Path) -> None:
         "base_model.model.layers.0.lora_A.weight": (2, 4),
         "base_model.model.layers.0.lora_B.weight": (3, 2),
     }
+
+
+def test_what_peft_leaves_out_or_adds_is_understood(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", {"x": factors(4, 3, 8)})
+    file = tmp_path / "one" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["r"], config["lora_alpha"]
+    config |= {
+        "runtime_config": {"ephemeral_gpu_offload": True},
+        "loftq_config": {"loftq_bits": None, "loftq_iter": 0},
+        "layer_replication": [],
+        "fan_in_fan_out": True,
+        "alpha_pattern": {"^nothing$": 3, "x": 4},
+    }
+    file.write_text(json.dumps(config))
+    adapter, info = read_adapter(tmp_path / "one")
+    assert (info.rank, info.alpha, info.fan_in_fan_out, adapter["x"].scale) == (8, 8.0, True, 0.5)
+
+
+def test_a_pattern_that_is_no_expression_of_the_path_counts_if_it_is_the_path() -> None:
+    info = AdapterInfo(rank=8, alpha=4.0, alpha_pattern={"blocks[0].q": 1.0}, rank_pattern={"a+b": 2})
+    assert (info.alpha_of("blocks[0].q"), info.alpha_of("blocks0.q")) == (1.0, 1.0)
+    assert (info.rank_of("a+b"), info.rank_of("aab")) == (2, 2)
+
+
+def test_a_readme_is_kept_and_paths_are_those_of_the_plain_model(tmp_path: Path) -> None:
+    write_adapter(tmp_path / "one", example())
+    (tmp_path / "one" / "README.md").write_text("mine")
+    write_adapter(
+        tmp_path / "one", {"module._orig_mod.x": factors(2, 2, 1), "module.y._orig_mod.z": factors(2, 2, 1)}
+    )
+    assert sorted(read_adapter(tmp_path / "one")[0]) == ["x", "y.z"]
+    assert (tmp_path / "one" / "README.md").read_text() == "mine"
+    write_adapter(tmp_path / "two", {"module.x": factors(2, 2, 1), "y": factors(2, 2, 1)})
+    assert sorted(read_adapter(tmp_path / "two")[0]) == ["module.x", "y"]
+    with pytest.raises(UserError, match="plain and compiled form"):
+        write_adapter(tmp_path / "two", {"_orig_mod.x": factors(2, 2, 1), "x": factors(2, 2, 1)})

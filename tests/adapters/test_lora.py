@@ -327,14 +327,10 @@ def test_what_cannot_be_adapted_is_refused_with_what_there_is() -> None:
         apply_lora(Model(), [])
     with pytest.raises(UserError, match="linear modules are none"):
         apply_lora(nn.ReLU(), ["x"])
-    same = nn.Linear(2, 2)
-    with pytest.raises(UserError, match="0, 1 are one and the same module"):
-        apply_lora(nn.Sequential(same, same), ["1"])
     model = Model()
     apply_lora(model, TARGETS)
     with pytest.raises(UserError, match="has adapters already"):
         apply_lora(model, TARGETS)
-    assert all(parameter.requires_grad for parameter in same.parameters())
 
 
 @pytest.mark.parametrize(
@@ -428,3 +424,31 @@ def test_a_trained_agents_corrections_are_adapters_of_its_shared_network(kind: A
 def test_networks_without_low_rank_corrections_have_no_adapters(options: Any) -> None:
     with pytest.raises(UserError, match="Layer has no low-rank correction"):
         task_adapter(options.build(5, 4, 3, Posterior()), 0)
+
+
+def test_initial_factors() -> None:
+    lora = apply_lora(nn.Sequential(nn.Linear(2000, 30)), ["0"])
+    lora.add("gaussian", rank=4, init="gaussian")
+    lora.add("kaiming", rank=4)
+    a = lora.adapter("gaussian")["0"].a
+    assert float(a.std()) == pytest.approx(0.25, rel=0.05)
+    assert float(a.abs().max()) > 0.5
+    assert float(lora.adapter("kaiming")["0"].a.abs().max()) <= 2000**-0.5
+    assert not lora.adapter("gaussian")["0"].b.any()
+    with pytest.raises(UserError, match="has a lower one"):
+        lora.add("new", rank=31, init="pissa")
+    with pytest.raises(ValueError, match="init is 'zero'; choose kaiming, gaussian, pissa, olora"):
+        lora.add("new", init="zero")
+    assert lora.names == ("gaussian", "kaiming")
+
+
+def test_groups_give_b_a_rate_of_its_own() -> None:
+    lora = adapted()
+    slow, fast = lora.groups("two", 1e-3, b_ratio=16.0)
+    assert (slow["lr"], fast["lr"]) == (1e-3, 1.6e-2)
+    layer = lora.layers[PATHS[0]]
+    assert slow["params"][0] is layer.factors("two")[0]
+    assert fast["params"][0] is layer.factors("two")[1]
+    assert len(slow["params"]) == len(fast["params"]) == len(PATHS)
+    with pytest.raises(ValueError, match="b_ratio is 0"):
+        lora.groups("two", 1e-3, b_ratio=0.0)

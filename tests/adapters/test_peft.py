@@ -213,3 +213,35 @@ def test_a_task_of_a_sequence_runs_in_peft_too(
     torch.testing.assert_close(names["network"](x), merged(policy(2), 0)(x), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(names["network"](x), merged(policy(0), 0)(x), atol=1e-5)
     assert Path("varshare_posterior.safetensors").exists() == (method == "varshare")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_starts_from_the_base_weight_train_as_in_peft(tmp_path: Path, init: str) -> None:
+    base, x = Model(), tokens()
+    config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=TARGETS, init_lora_weights=init)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config)
+    lora = apply_lora(copy.deepcopy(base), TARGETS)
+    before = base(x)
+    lora.add("task", rank=2, alpha=3, init=init)
+    lora.activate("task")
+    torch.testing.assert_close(lora.model(x), before, rtol=1e-5, atol=1e-5)
+    trained = [parameter for name, parameter in theirs.named_parameters() if "lora_" in name]
+    for parameters, model in ((lora.parameters("task"), lora.model), (trained, theirs)):
+        optimizer = torch.optim.SGD(parameters, 0.1)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    assert not torch.allclose(lora.model(x), before, atol=1e-3)
+    torch.testing.assert_close(lora.model(x), theirs(x), rtol=1e-3, atol=1e-4)
+    lora.save("task", tmp_path / "task")
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "task").eval()
+    torch.testing.assert_close(again(x), lora.model(x), rtol=1e-3, atol=1e-4)
+    assert read_adapter(tmp_path / "task")[0][PATHS[0]].rank == 4
+    out = lora.model(x)
+    lora.merge("task")
+    torch.testing.assert_close(lora.model(x), out, rtol=1e-4, atol=1e-5)
+    lora.unmerge()
+    lora.remove("task")
+    assert not [key for key in lora.model.state_dict() if "task" in key]
+    assert torch.equal(lora.model(x), before)

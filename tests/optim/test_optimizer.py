@@ -6,6 +6,8 @@ from torch import nn
 
 from varshare_rl.nn import (
     IndependentConfig,
+    L2SoftConfig,
+    LoRAConfig,
     MOOREConfig,
     PaCoConfig,
     Posterior,
@@ -168,3 +170,23 @@ def test_checkpoints_of_when_independent_networks_shared_their_norms_go_on() -> 
         assert torch.equal(moment, step.optimizer.state[network.get_parameter(norm)]["exp_avg"][1].expand(2, 4))
     resumed(again(x, torch.arange(2)).square().mean((1, 2)))
     assert all(torch.isfinite(parameter).all() for parameter in again.parameters())
+
+
+@pytest.mark.parametrize("kind", [LoRAConfig, L2SoftConfig, VarShareLoRAConfig])
+def test_lora_plus_gives_b_a_rate_of_its_own(kind: type) -> None:
+    network = kind(hidden=[4]).build(3, 2, 2, Posterior())
+    options = OptimizerConfig(b_lr_ratio=16.0, mu_lr_scale=0.5, rho_lr_scale=0.25)
+    step = LossStep(network, 0.01, 0.0, optimizer=options)
+    before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    for parameter in network.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    step.optimizer.step()
+    moved = {
+        name: float((parameter.detach() - before[name]).abs().mean())
+        for name, parameter in network.named_parameters()
+    }
+    for name, distance in moved.items():
+        rate = 0.01 * (0.25 if "rhos" in name else 0.5 if name.endswith(("_A", "_B")) else 1.0)
+        if name.endswith("_B") and "rhos" not in name:
+            rate *= 16.0
+        assert distance == pytest.approx(rate, rel=1e-3), name

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import LowRank
+from varshare_rl.adapters.adapter import FreshInit, LowRank
 from varshare_rl.algorithms import ppo
 from varshare_rl.algorithms.base import AgentContext, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
@@ -20,6 +20,7 @@ from varshare_rl.errors import UserError
 from varshare_rl.nn import L2SoftConfig, LoRAConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Blocks, Posterior
+from varshare_rl.nn.lora import ResidualLayer
 from varshare_rl.nn.mlp import BroNet, TaskMLP
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
@@ -69,11 +70,13 @@ VARSHARE = VarShareMethodConfig(rank=RANK)
 CASES: dict[str, Callable[..., ContinualMethod]] = {
     "lora": lambda *given: LoRAMethod(LORA, *given),
     "lora_mean": lambda *given: LoRAMethod(replace(LORA, start=AdapterStart.mean, rslora=True), *given),
+    "lora_last": lambda *given: LoRAMethod(replace(LORA, layers="last", init=FreshInit.gaussian), *given),
+    "lora_dropout": lambda *given: LoRAMethod(replace(LORA, layers=["layers.0", "layers.1"], dropout=0.1), *given),
     "lora_similar": lambda *given: LoRAMethod(replace(LORA, start=AdapterStart.similar, alpha=3.0), *given),
     "share": lambda *given: ShareMethod(SHARE, *given),
     "share_always": lambda *given: ShareMethod(replace(SHARE, merge=Merge.always), *given),
     "share_originals": lambda *given: ShareMethod(replace(SHARE, basis=ShareConfig(keep_originals=True)), *given),
-    "share_coefficients": lambda *given: ShareMethod(replace(SHARE, learn=Learn.coefficients), *given),
+    "share_coefficients": lambda *given: ShareMethod(replace(SHARE, learn=Learn.coefficients, p=None), *given),
     "share_variational": lambda *given: ShareMethod(
         replace(SHARE, learn=Learn.coefficients, variational=True), *given
     ),
@@ -250,6 +253,24 @@ def test_a_fresh_adapter_is_the_base() -> None:
     network = method.begin(1)
     assert torch.equal(network.eval()(inputs(), IDS), outputs(method, 0))
     assert network.get_submodule("layers.0").scale == pytest.approx(6.0 / RANK**0.5)
+
+
+def test_adapters_of_the_chosen_layers_with_dropout() -> None:
+    for layers, paths in (("last", ["layers.2"]), (["layers.0", "layers.2"], ["layers.0", "layers.2"])):
+        method = LoRAMethod(replace(LORA, layers=layers, dropout=0.25, init=FreshInit.gaussian), SPEC)
+        method.end(method.begin(0), torch.randn(1, 3, IN))
+        network = method.begin(1)
+        made = {path: layer for path, layer in network.named_modules() if isinstance(layer, ResidualLayer)}
+        assert list(made) == paths
+        assert all(layer.dropout == 0.25 for layer in made.values())
+        trained = [name for name, parameter in network.named_parameters() if parameter.requires_grad]
+        assert trained == [f"{path}.factors_{part}" for path in paths for part in "AB"]
+        method.end(network, torch.randn(1, 3, IN))
+        assert list(method.adapter(1)) == paths
+    method = LoRAMethod(replace(LORA, layers=["head"]), SPEC)
+    method.end(method.begin(0), torch.randn(1, 3, IN))
+    with pytest.raises(UserError, match=r"no 'head' in this network; it has layers\.0, layers\.1, layers\.2"):
+        method.begin(1)
 
 
 def test_the_mean_adapter_is_the_best_of_its_rank() -> None:

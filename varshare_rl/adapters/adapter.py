@@ -7,13 +7,16 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from varshare_rl.errors import UserError
 from varshare_rl.nn.layer import linear_parameters
 from varshare_rl.ops.low_rank import LowRank as LowRank
+from varshare_rl.ops.low_rank import wide_dtype
 
 _Number = TypeVar("_Number", int, float)
 
@@ -29,10 +32,11 @@ class AdapterInfo:
         base_model: name or path of the model that is adapted; None if nobody said.
         rank, alpha: of all modules but those in the patterns.
         rank_pattern, alpha_pattern: rank and alpha by regular expression; the first that matches a module's path
-            or a dotted end of it counts.
+            or a dotted end of it counts, then a key that is the path itself.
         rslora: scale ``alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``alpha / r``.
         dropout: on the adapter's input, in training.
         target_modules: the adapted modules, as path ends in a list or as one regular expression.
+        fan_in_fan_out: base weights are stored ``[in, out]``, as in GPT-2; factors are not.
     """
 
     base_model: str | None = None
@@ -43,6 +47,7 @@ class AdapterInfo:
     rslora: bool = False
     dropout: float = 0.0
     target_modules: tuple[str, ...] | str = ()
+    fan_in_fan_out: bool = False
 
     def rank_of(self, module: str) -> int:
         """Return the rank that is stated for a module's path."""
@@ -57,19 +62,57 @@ class AdapterInfo:
         return adapter_scale(self.alpha_of(module), self.rank_of(module), self.rslora)
 
 
-def fresh_adapter(layers: Mapping[str, Any], rank: int, scale: float) -> Adapter:
-    """Make a correction of nothing: ``a`` uniform on ``+-1 / sqrt(in)`` (Kaiming), ``b = 0`` (Hu et al. 2021).
+class FreshInit(Enum):
+    """Start of ``a`` of an adapter that corrects nothing yet, ``b = 0``."""
+
+    kaiming = "kaiming"  # uniform on +-1 / sqrt(in) (Hu et al. 2021)
+    gaussian = "gaussian"  # N(0, (1 / r)^2), as peft has it
+
+
+class PrincipalInit(Enum):
+    """Part of the base weight that an adapter starts from, and which is subtracted from it."""
+
+    pissa = "pissa"  # the first singular values and vectors of the base weight (Meng et al. 2024)
+    olora = "olora"  # the first columns of its QR decomposition (Bueyuekakyuez 2024)
+
+
+def fresh_adapter(
+    layers: Mapping[str, Any], rank: int, scale: float, init: FreshInit = FreshInit.kaiming
+) -> Adapter:
+    """Make a correction of nothing: ``b = 0``, and ``a`` as ``init`` says.
 
     ``layers`` have ``in_features`` and ``out_features``.
     """
+
+    def start(inputs: int) -> Tensor:
+        if init is FreshInit.gaussian:
+            return torch.randn(rank, inputs) / rank
+        return linear_parameters(inputs, rank, bias=False)[0].detach()
+
     return {
-        path: LowRank(
-            linear_parameters(layer.in_features, rank, bias=False)[0].detach(),
-            torch.zeros(layer.out_features, rank),
-            scale,
-        )
+        path: LowRank(start(layer.in_features), torch.zeros(layer.out_features, rank), scale)
         for path, layer in layers.items()
     }
+
+
+def principal_factors(weight: Tensor, rank: int, scale: float, init: PrincipalInit) -> LowRank:
+    """Return the part ``scale b a`` of a base weight ``[out, in]`` that PiSSA or OLoRA starts from, as `peft` does.
+
+    PiSSA: ``U sqrt(S / scale)`` and ``sqrt(S / scale) V^T`` of the first ``rank`` singular triples. OLoRA: the
+    first columns of ``Q`` and rows of ``R``.
+
+    Raises:
+        UserError: the weight has a lower rank.
+    """
+    if rank > min(weight.shape):
+        raise UserError(f"init={init.value} with rank {rank}: a weight of {tuple(weight.shape)} has a lower one")
+    weight = weight.detach().to(wide_dtype(weight.dtype))
+    if init is PrincipalInit.olora:
+        q, triangle = torch.linalg.qr(weight)
+        return LowRank(triangle[:rank].contiguous(), q[:, :rank].contiguous(), scale)
+    u, singular, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (singular[:rank] / scale).sqrt()
+    return LowRank(root[:, None] * vh[:rank], u[:, :rank] * root, scale)
 
 
 def adapter_scale(alpha: float | None, rank: int, rslora: bool) -> float:
@@ -112,7 +155,8 @@ def matches(pattern: str, module: str) -> bool:
 
 
 def _first_match(patterns: Mapping[str, _Number], module: str, default: _Number) -> _Number:
-    return next((value for pattern, value in patterns.items() if matches(pattern, module)), default)
+    found = (value for pattern, value in patterns.items() if matches(pattern, module))
+    return next(found, patterns.get(module, default))
 
 
 def _exactly(module: str) -> str:

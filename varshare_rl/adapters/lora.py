@@ -2,25 +2,43 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import Adapter, adapter_scale, describe, fresh_adapter
-from varshare_rl.adapters.folder import read_adapter, write_adapter
+from varshare_rl.adapters.adapter import (
+    Adapter,
+    FreshInit,
+    PrincipalInit,
+    adapter_scale,
+    describe,
+    fresh_adapter,
+    principal_factors,
+)
+from varshare_rl.adapters.folder import read_adapter, read_base_weights, write_adapter
 from varshare_rl.adapters.layer import LoRALinear, Selection
+from varshare_rl.adapters.targets import (
+    clean_paths,
+    find_targets,
+    is_conv1d,
+    linear_weight,
+    listed,
+    made_weight,
+    nesting_encoders,
+    put_in_place,
+)
 from varshare_rl.errors import UserError
 from varshare_rl.nn.layer import check_positive
 
 
 def apply_lora(
     model: nn.Module,
-    target_modules: Sequence[str] | str,
+    target_modules: Sequence[str] | str | None = None,
     rank: int = 8,
     alpha: float | None = None,
     dropout: float = 0.0,
@@ -31,9 +49,10 @@ def apply_lora(
     Nothing of what it computes changes until an adapter is active.
 
     Args:
-        model: any module. What is targeted must be plain ``nn.Linear``.
-        target_modules: paths or dotted ends of paths in a list (``["q_proj", "v_proj"]``), or one regular
-            expression that matches whole paths.
+        model: any module. What is targeted must be ``nn.Linear``, or the Conv1D of `transformers`.
+        target_modules: paths or dotted ends of paths in a list (``["q_proj", "v_proj"]``), one regular expression
+            that matches whole paths, or ``"all-linear"`` for all but the output head; the projections of attention
+            (query, key, value, output) unless given.
         rank, alpha: of adapters that are added without their own; alpha is the adapter's rank unless given, so
             that ``alpha / r`` is 1.
         dropout: on the input of adapters, in training.
@@ -46,18 +65,20 @@ def apply_lora(
     check_positive(rank=rank, **({} if alpha is None else {"alpha": alpha}))
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout is {dropout}; it must be at least 0 and below 1")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    if any(isinstance(module, LoRALinear) for module in modules.values()):
+    if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise UserError("the model has adapters already; add to those, or unload them first")
-    targets = find_targets(modules, target_modules)
+    targets = find_targets(model, target_modules)
     selection = Selection()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     layers = {path: LoRALinear(base, selection) for path, base in targets.items()}
-    for path, layer in layers.items():
+    for layer in layers.values():
         layer.train(layer.base.training)
-        model.set_submodule(path, layer)
-    return AdapterSet(model, layers, selection, learned, _Defaults(rank, alpha, dropout, rslora))
+    put_in_place(model, {layer.base: layer for layer in layers.values()})
+    nesting = nesting_encoders(model, layers.values())
+    for encoder in nesting:
+        encoder.use_nested_tensor = False
+    return AdapterSet(model, layers, selection, learned, nesting, _Defaults(rank, alpha, dropout, rslora))
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,7 @@ class AdapterSet:
 
     Attributes:
         model: the module that was given, now with :class:`LoRALinear` in place of its targets.
-        layers: those layers by path.
+        layers: those layers by path, a layer that stands at several by the first.
     """
 
     def __init__(
@@ -82,10 +103,11 @@ class AdapterSet:
         layers: dict[str, LoRALinear],
         selection: Selection,
         learned: list[nn.Parameter],
+        nesting: list[nn.TransformerEncoder],
         defaults: _Defaults,
     ) -> None:
         self.model, self.layers = model, layers
-        self._selection, self._learned, self._defaults = selection, learned, defaults
+        self._selection, self._learned, self._nesting, self._defaults = selection, learned, nesting, defaults
         self._names: list[str] = []
 
     @property
@@ -104,21 +126,35 @@ class AdapterSet:
         return self._selection.merged
 
     def add(
-        self, name: str, adapter: Adapter | None = None, rank: int | None = None, alpha: float | None = None
+        self,
+        name: str,
+        adapter: Adapter | None = None,
+        rank: int | None = None,
+        alpha: float | None = None,
+        init: str = "kaiming",
     ) -> None:
         """Add an adapter: the given factors (copied), or fresh ones that change nothing yet.
 
-        Fresh: ``a`` uniform on ``+-1 / sqrt(in)`` (Kaiming, as ``torch.nn.Linear``), ``b = 0``. New parameters
-        learn, so an optimiser must be given them (:meth:`parameters`).
+        New parameters learn, so an optimiser must be given them (:meth:`parameters`, :meth:`groups`).
+
+        Args:
+            name: without dots.
+            adapter: factors by path; None: fresh ones.
+            rank, alpha: of fresh ones.
+            init: of fresh ones: ``kaiming``, ``gaussian``, ``pissa`` or ``olora``. The last two start from a part
+                of the base weight and subtract it from there on: the adapter is the difference, of twice the rank.
 
         Raises:
             UserError: the name is taken or unusable, or the factors do not fit the targeted modules.
         """
-        if adapter is None:
-            adapter = self._fresh(rank, alpha)
-        elif rank is not None or alpha is not None:
-            raise ValueError("rank and alpha are those of the given factors; give either")
-        self._set(name, adapter, self._defaults.dropout)
+        start = None
+        if adapter is not None:
+            if rank is not None or alpha is not None:
+                raise ValueError("rank and alpha are those of the given factors; give either")
+            adapter = self._own_paths(name, adapter)
+        else:
+            adapter, start = self._fresh(rank, alpha, init)
+        self._set(name, adapter, self._defaults.dropout, start)
 
     def remove(self, name: str) -> None:
         """Forget an adapter; integer ids of those added after it move down by one.
@@ -178,6 +214,18 @@ class AdapterSet:
             factor for layer in self.layers.values() if name in layer.settings for factor in layer.factors(name)
         ]
 
+    def groups(self, name: str, learning_rate: float, b_ratio: float = 1.0) -> list[dict[str, Any]]:
+        """Return one adapter's parameters as an optimiser's groups, ``B`` with ``b_ratio`` times the rate of ``A``.
+
+        LoRA+ (Hayou et al. 2024, *LoRA+: Efficient Low Rank Adaptation of Large Models*) has ``b_ratio`` above 1.
+        """
+        check_positive(learning_rate=learning_rate, b_ratio=b_ratio)
+        parameters = self.parameters(name)
+        return [
+            {"params": parameters[::2], "lr": learning_rate},
+            {"params": parameters[1::2], "lr": learning_rate * b_ratio},
+        ]
+
     def adapter(self, name: str) -> Adapter:
         """Return copies of one adapter's factors."""
         self._known(name)
@@ -187,24 +235,30 @@ class AdapterSet:
     def save(self, name: str, folder: Path | str, base_model: str | None = None) -> None:
         """Write one adapter as a folder that :meth:`load` and the `peft` library read."""
         adapter = self.adapter(name)
-        dropout = next(layer.settings[name].dropout for layer in self.layers.values() if name in layer.settings)
-        write_adapter(folder, adapter, describe(adapter, base_model, self._defaults.rslora, dropout))
+        own = [layer for layer in self.layers.values() if name in layer.settings]
+        info = describe(adapter, base_model, self._defaults.rslora, own[0].settings[name].dropout)
+        write_adapter(folder, adapter, replace(info, fan_in_fan_out=any(is_conv1d(layer.base) for layer in own)))
 
     def load(self, folder: Path | str, name: str) -> None:
         """Add an adapter from a folder that :meth:`save` or the `peft` library wrote, with the file's dropout.
 
         Raises:
-            UserError: as :func:`read_adapter` and :meth:`add`.
+            UserError: as :func:`read_adapter` and :meth:`add`; or the file brings base weights that are others than
+                the model's.
         """
         adapter, info = read_adapter(folder)
+        adapter = self._own_paths(name, adapter)
+        for path, weight in read_base_weights(folder).items():
+            self._check_base_weight(folder, path, weight)
         self._set(name, adapter, info.dropout)
 
     def merge(self, name: str | None = None) -> None:
         """Fold one adapter (the active one unless named) into the base weights; nothing if that is done already.
 
         Raises:
-            UserError: none is active or known, another is merged, rows have adapters of their own, it holds a NaN
-                or an infinity, or a weight also serves another module.
+            UserError: none is active or known, another is merged, rows have adapters of their own, the adapter or
+                the merged weight holds a NaN or an infinity, or a weight also serves another module or is made anew
+                at every call (weight norm, pruning). Nothing is changed then.
         """
         self._check_no_rows()
         name = self.active if name is None else name
@@ -214,9 +268,9 @@ class AdapterSet:
         self._check_not_merged(name)
         if self.merged == name:
             return
-        self._check_mergeable(name)
-        for layer in self.layers.values():
-            layer.merge(name)
+        merged = self._merged_weights(name)
+        for path, weight in merged.items():
+            self.layers[path].merge(weight)
         self._selection.names, self._selection.ids, self._selection.merged = (name,), None, name
 
     def unmerge(self) -> None:
@@ -230,21 +284,49 @@ class AdapterSet:
 
         What is merged stays in the weights, so ``merge`` and ``unload`` give the plain model of one adapter.
         """
-        for path, layer in self.layers.items():
-            self.model.set_submodule(path, layer.base)
+        for encoder in self._nesting:
+            encoder.use_nested_tensor = True
+        put_in_place(self.model, {layer: layer.base for layer in self.layers.values()})
         for parameter in self._learned:
             parameter.requires_grad_(True)
         self.layers, self._names = {}, []
         return self.model
 
-    def _fresh(self, rank: int | None, alpha: float | None) -> Adapter:
+    def _fresh(self, rank: int | None, alpha: float | None, init: str) -> tuple[Adapter, Adapter | None]:
+        """Return factors to train, and what they start from if that is to be subtracted."""
+        inits: dict[str, FreshInit | PrincipalInit] = {
+            each.value: each for kinds in (FreshInit, PrincipalInit) for each in kinds
+        }
+        if init not in inits:
+            raise ValueError(f"init is {init!r}; choose {', '.join(inits)}")
+        kind = inits[init]
         rank = self._defaults.rank if rank is None else rank
         alpha = self._defaults.alpha if alpha is None else alpha
         check_positive(rank=rank, **({} if alpha is None else {"alpha": alpha}))
         scale = adapter_scale(alpha, rank, self._defaults.rslora)
-        return fresh_adapter({path: layer.base for path, layer in self.layers.items()}, rank, scale)
+        if isinstance(kind, FreshInit):
+            return fresh_adapter(self.layers, rank, scale, kind), None
+        start = {
+            path: principal_factors(linear_weight(layer.base), rank, scale, kind)
+            for path, layer in self.layers.items()
+        }
+        return start, start
 
-    def _set(self, name: str, adapter: Adapter, dropout: float) -> None:
+    def _own_paths(self, name: str, adapter: Adapter) -> Adapter:
+        """Return an adapter by the paths of its modules here, be the model or the file's compiled or wrapped."""
+        if all(path in self.layers for path in adapter):
+            return adapter
+        own = {short: path for path, short in clean_paths(list(self.layers)).items()}
+        short = clean_paths(list(adapter))
+        for path in adapter:
+            if path not in self.layers and short[path] not in own:
+                raise UserError(
+                    f"adapter {name!r} has factors for {path}, which is not among the adapted modules "
+                    f"({listed(list(self.layers))}); choose other target_modules"
+                )
+        return {path if path in self.layers else own[short[path]]: factors for path, factors in adapter.items()}
+
+    def _set(self, name: str, adapter: Adapter, dropout: float, start: Adapter | None = None) -> None:
         if not name or "." in name:
             raise UserError(f"an adapter cannot be called {name!r}; give a name without dots")
         if name in self._names:
@@ -252,20 +334,30 @@ class AdapterSet:
         if not adapter:
             raise UserError(f"adapter {name!r} has no factors; give those of at least one module")
         for path, factors in adapter.items():
-            if path not in self.layers:
-                raise UserError(
-                    f"adapter {name!r} has factors for {path}, which is not among the adapted modules "
-                    f"({listed(list(self.layers))}); choose other target_modules"
-                )
-            base = self.layers[path].base
-            if (factors.in_features, factors.out_features) != (base.in_features, base.out_features):
+            layer = self.layers[path]
+            if (factors.in_features, factors.out_features) != (layer.in_features, layer.out_features):
                 raise UserError(
                     f"adapter {name!r} maps {factors.in_features} to {factors.out_features} at {path}, where the "
-                    f"model maps {base.in_features} to {base.out_features}; it belongs to another model"
+                    f"model maps {layer.in_features} to {layer.out_features}; it belongs to another model"
                 )
         for path, factors in adapter.items():
-            self.layers[path].set_factors(name, factors, dropout)
+            self.layers[path].set_factors(name, factors, dropout, None if start is None else start[path])
         self._names.append(name)
+
+    def _check_base_weight(self, folder: Path | str, path: str, weight: Tensor) -> None:
+        """Refuse a weight of the base in an adapter's file that is not that of the model."""
+        own = {short: module for module, short in clean_paths(list(self.layers)).items()}
+        module = path if path in self.layers else own.get(path)
+        found = None if module is None else self.layers[module].base.weight
+        if (
+            not isinstance(found, Tensor)
+            or found.shape != weight.shape
+            or not torch.equal(found.cpu(), weight.to(found.dtype))
+        ):
+            raise UserError(
+                f"the adapter {folder} brings a weight of its own for {path}, which is not the model's (its "
+                "vocabulary was resized or its embeddings trained); put that weight into the model first"
+            )
 
     def _known(self, name: str) -> None:
         if name not in self._names:
@@ -279,18 +371,35 @@ class AdapterSet:
         if self._selection.ids is not None:
             raise UserError("rows have adapters of their own here; leave the block of rows(...) first")
 
-    def _check_mergeable(self, name: str) -> None:
+    @torch.no_grad()
+    def _merged_weights(self, name: str) -> dict[str, Tensor]:
+        """Return the weights with an adapter folded in, all of which can be written."""
         owners: dict[int, list[str]] = {}
-        for path, parameter in self.model.named_parameters(remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(path)
+        for path, module in self.model.named_modules():
+            for key, parameter in module._parameters.items():
+                owners.setdefault(id(parameter), []).append(f"{path}.{key}")
+        merged = {}
         for path, factors in self.adapter(name).items():
+            base = self.layers[path].base
             if not factors.is_finite():
                 raise UserError(f"adapter {name!r} holds a NaN or an infinity at {path}; it is not merged")
-            shared = owners[id(self.layers[path].base.weight)]
+            if made_weight(base):
+                raise UserError(
+                    f"the weight of {path} is made anew at every call (weight_norm, spectral_norm, prune or "
+                    "another parametrization); make it permanent before merging"
+                )
+            shared = owners[id(base.weight)]
             if len(shared) > 1:
                 raise UserError(
                     f"the weight of {path} serves other modules too ({listed(shared)}); it is not merged"
                 )
+            merged[path] = self.layers[path].adapted_weight(name)
+            if not bool(merged[path].isfinite().all()):
+                raise UserError(
+                    f"with adapter {name!r} the weight of {path} does not fit into {merged[path].dtype}: a NaN or "
+                    "an infinity would be written; it is not merged"
+                )
+        return merged
 
     def _row_ids(self, adapters: Sequence[str] | Tensor) -> tuple[tuple[str, ...], Tensor]:
         """Return the adapters in use, and for each row its position among them."""
@@ -310,47 +419,3 @@ class AdapterSet:
             ids = torch.tensor([position[name] for name in adapters], dtype=torch.int64)
         used, rows = torch.unique(ids, return_inverse=True)
         return tuple(self._names[index] for index in used.tolist()), rows
-
-
-def find_targets(modules: dict[str, nn.Module], wanted: Sequence[str] | str) -> dict[str, nn.Linear]:
-    """Return the modules that ``wanted`` names, by path.
-
-    Raises:
-        UserError: a name matches nothing, or something that is no plain linear module.
-    """
-    found: dict[str, nn.Linear] = {}
-    for target in [wanted] if isinstance(wanted, str) else wanted:
-        paths = [path for path in modules if path and _is_target(path, target, isinstance(wanted, str))]
-        if not paths:
-            linear = listed([path for path, module in modules.items() if path and type(module) is nn.Linear])
-            raise UserError(f"target_modules: {target!r} matches nothing; linear modules are {linear or 'none'}")
-        for path in paths:
-            module = modules[path]
-            if type(module) is not nn.Linear:
-                raise UserError(
-                    f"target_modules: {target!r} matches {path}, a {type(module).__name__}; "
-                    "only plain nn.Linear can be adapted"
-                )
-            found[path] = module
-    if not found:
-        raise UserError("target_modules is empty; name at least one linear module")
-    for module in found.values():
-        paths = [other for other, same in modules.items() if same is module]
-        if len(paths) > 1:
-            raise UserError(f"target_modules: {listed(paths)} are one and the same module; it cannot be adapted")
-    return found
-
-
-def _is_target(path: str, target: str, is_pattern: bool) -> bool:
-    if not is_pattern:
-        return path == target or path.endswith(f".{target}")
-    try:
-        return re.fullmatch(target, path) is not None
-    except re.error as error:
-        raise UserError(f"target_modules is no regular expression: {target!r} ({error})") from error
-
-
-def listed(names: Sequence[str], most: int = 12) -> str:
-    """Join names with commas, the first few of many."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

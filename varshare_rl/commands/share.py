@@ -19,13 +19,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import cast
+from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from varshare_rl.adapters import Adapter, read_adapter, write_adapter
+from varshare_rl.adapters.folder import is_adapter, maker
 from varshare_rl.cli import errors_in_one_line
 from varshare_rl.entry import wants_help
 from varshare_rl.errors import UserError
@@ -34,6 +36,8 @@ from varshare_rl.transfer.share.config import Merge, ShareConfig
 from varshare_rl.transfer.share.folder import BASIS_FILE, check_target, read_basis, write_basis
 from varshare_rl.transfer.share.model import Share, add, consolidate
 
+#: Mark of the adapters that ``reconstruct`` writes, which it alone replaces.
+MAKER = "share reconstruct"
 #: Layers and tasks beyond these are in basis.json and not on screen.
 SHOWN = 20
 
@@ -47,7 +51,7 @@ class ConsolidateConfig(ShareConfig):
         <folders>          adapters in the format of the peft library; a task takes its folder's name (needed)
         out=<folder>       of the new basis (needed)
         k.max_error=0.05   largest relative error of a task in a layer; or k.explained, or k.fixed
-        method=share       or paper, delta
+        method=share       or paper, delta (with centred=true: minus their mean)
         keep_originals=false   store the adapters beside the basis, for exact decompositions later
 
     All keys: docs/share.md.
@@ -65,7 +69,7 @@ class AddConfig:
 
         basis=<folder>     made by consolidate; it is replaced (needed)
         adapter=<folder>   in the format of the peft library (needed)
-        name=null          of the task; null: the folder's name
+        name=<name>        of the task; the folder's name unless given
         merge=needed       when the basis is decomposed again: needed, always or never
 
     All keys: docs/share.md.
@@ -76,7 +80,7 @@ class AddConfig:
     adapter: str = MISSING
     "Folder of the adapter, in the format of the peft library."
     name: str | None = None
-    "Name of the task; null: the folder's name."
+    "Name of the task; the folder's name unless given."
     merge: Merge = Merge.needed
     "Occasion on which the basis is decomposed again."
 
@@ -89,7 +93,7 @@ class ReconstructConfig:
 
         basis=<folder>     made by consolidate (needed)
         task=<name>        one of its tasks (needed)
-        out=<folder>       of the adapter (needed)
+        out=<folder>       of the adapter; one that this command did not write is not replaced (needed)
 
     All keys: docs/share.md.
     """
@@ -102,9 +106,8 @@ class ReconstructConfig:
     "Folder of the adapter."
 
 
-def run_consolidate(composed: DictConfig, folders: Sequence[str]) -> None:
+def run_consolidate(given: ConsolidateConfig, folders: Sequence[str]) -> None:
     """Read the adapters, make a basis, write it, and say what it costs."""
-    given = cast(ConsolidateConfig, OmegaConf.to_object(composed))
     config = ShareConfig(**{option.name: getattr(given, option.name) for option in fields(ShareConfig)})
     check_bounds(config)
     out = Path(given.out)
@@ -126,12 +129,11 @@ def run_consolidate(composed: DictConfig, folders: Sequence[str]) -> None:
     report(share, out, seconds)
 
 
-def run_add(composed: DictConfig, folders: Sequence[str]) -> None:
+def run_add(config: AddConfig, folders: Sequence[str]) -> None:
     """Read the basis and the adapter, merge or project, replace the basis, and say what it costs."""
-    config = cast(AddConfig, OmegaConf.to_object(composed))
     refuse_folders(folders, "adapter=")
     share = read_basis(config.basis)
-    name = config.name or task_name(config.adapter)
+    name = task_name(config.adapter) if config.name is None else config.name
     new = {name: read_adapter(config.adapter)[0]}
     begin = time.perf_counter()
     changed = add(share, new, config.merge)
@@ -141,19 +143,30 @@ def run_add(composed: DictConfig, folders: Sequence[str]) -> None:
     print("decomposed again" if changed.merges > share.merges else "projected: the basis is as it was")
 
 
-def run_reconstruct(composed: DictConfig, folders: Sequence[str]) -> None:
+def run_reconstruct(config: ReconstructConfig, folders: Sequence[str]) -> None:
     """Read the basis and write one task's adapter."""
-    config = cast(ReconstructConfig, OmegaConf.to_object(composed))
     refuse_folders(folders, "task=")
     share = read_basis(config.basis)
-    write_adapter(config.out, share.rebuild(config.task))
+    adapter = share.rebuild(config.task)
+    if is_adapter(config.out) and maker(config.out) != MAKER:
+        raise UserError(f"{config.out} holds an adapter that reconstruct did not write; give a new folder")
+    write_adapter(config.out, adapter, made_by=MAKER)
     worst = max(errors[config.task] for errors in share.errors().values())
     print(f"written: {config.out} ({config.task}, relative error at most {worst:.3g})")
 
 
 def task_name(folder: str) -> str:
-    """Return the last part of a folder's path."""
-    return Path(folder).resolve().name
+    """Return the last part of a folder's path.
+
+    Raises:
+        UserError: it is no text.
+    """
+    name = Path(folder).resolve().name
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"the name of the folder {folder!r} is no UTF-8; rename it") from error
+    return name
 
 
 def refuse_folders(folders: Sequence[str], cure: str) -> None:
@@ -198,12 +211,13 @@ def error_table(
     for name, found in errors.items():
         worst = max(found, key=found.__getitem__)
         mean = sum(found.values()) / len(found)
-        table.add_row(name, *([ks[name]] if ks else []), f"{mean:.4f}", f"{found[worst]:.4f}", worst)
+        row = (name, *([ks[name]] if ks else []), f"{mean:.4f}", f"{found[worst]:.4f}", worst)
+        table.add_row(*map(Text, row))  # as Text, names are not read as markup
     return table
 
 
 #: A command takes its options and the folders among its arguments.
-Run = Callable[[DictConfig, Sequence[str]], None]
+Run = Callable[[Any, Sequence[str]], None]
 COMMANDS: dict[str, tuple[type, Run]] = {
     "consolidate": (ConsolidateConfig, run_consolidate),
     "add": (AddConfig, run_add),
@@ -228,10 +242,34 @@ def main(arguments: Sequence[str]) -> None:
     config = [item for item in arguments[1:] if item not in folders]
     if any(item.startswith("k=") for item in config):
         raise UserError("k is a rule, not a number; give one of k.max_error, k.explained and k.fixed")
-    composed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(config))
-    for name in sorted(OmegaConf.missing_keys(composed)):
-        raise UserError(f"{name} is missing; give {name}=...")
-    run(cast(DictConfig, composed), folders)
+    run(read(schema, config), folders)
+
+
+def read(schema: type, arguments: Sequence[str]) -> Any:
+    """Return the options of a command; names and folders are text and taken as they are given.
+
+    Raises:
+        UserError: one is missing or empty.
+    """
+    texts = {option.name: option.default for option in fields(schema) if option.type in ("str", "str | None")}
+    pairs = [item.partition("=") for item in arguments]
+    given = {name: value for name, _, value in pairs if name in texts}
+    for name, default in sorted(texts.items()):
+        if given.get(name, default) == MISSING and name not in given:
+            raise UserError(f"{name} is missing; give {name}=...")
+        if given.get(name) == "":
+            raise UserError(
+                f"{name} is empty; give a name, or leave it out"
+                if default is None
+                else f"{name} is empty; give {name}=..."
+            )
+    others = [item for item, (name, _, _) in zip(arguments, pairs, strict=True) if name not in texts]
+    composed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.from_dotlist(others))
+    composed.update(dict.fromkeys(texts, ""))
+    options: Any = OmegaConf.to_object(composed)
+    for name, default in texts.items():
+        setattr(options, name, given.get(name, default))
+    return options
 
 
 def command() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -65,6 +65,33 @@ class Posterior:
         """Return the prior's standard deviation of a layer's Gaussians, see :meth:`unit`."""
         unit, power = self.unit(in_features, rank, scale)
         return float((unit * self.prior_scale) ** power)
+
+
+def check_layers(layers: Any, prefix: str) -> None:
+    """Raise UserError unless ``layers`` is ``all``, ``last``, or a list of names."""
+    if layers in ("all", "last"):
+        return
+    if (
+        isinstance(layers, str)
+        or not isinstance(layers, Sequence)
+        or not layers
+        or not all(isinstance(name, str) for name in layers)
+    ):
+        raise UserError(f"{prefix}layers is {layers!r}; give all, last, or a list of names: [layers.0]")
+
+
+def chosen_layers(paths: Sequence[str], layers: Any) -> list[str]:
+    """Return the paths of a network's linear layers, in order, that ``layers`` chooses.
+
+    Raises:
+        UserError: a name is none of them.
+    """
+    if layers in ("all", "last"):
+        return list(paths if layers == "all" else paths[-1:])
+    for name in layers:
+        if name not in paths:
+            raise UserError(f"layers: there is no {name!r} in this network; it has {', '.join(paths)}")
+    return [path for path in paths if path in layers]
 
 
 @dataclass

@@ -28,6 +28,7 @@ class TaskModule(nn.Module):
     Attributes:
         per_task_parameters, per_task_buffers: names of the stacked tensors.
         rho_parameters: names of the parameters among them that give standard deviations.
+        b_parameters: names of those among them that are the factor ``B`` of low-rank residuals, or its mean.
         penalized: the weights of a task cost nats, see :meth:`kl`.
         paid_apart: somebody else adds :meth:`kl` to the loss, and the ELBO does not.
     """
@@ -35,6 +36,7 @@ class TaskModule(nn.Module):
     per_task_parameters: tuple[str, ...] = ()
     per_task_buffers: tuple[str, ...] = ()
     rho_parameters: tuple[str, ...] = ()
+    b_parameters: tuple[str, ...] = ()
     penalized = False
     paid_apart = False
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.nn.config import NetworkConfig, Posterior
+from varshare_rl.nn.config import NetworkConfig, Posterior, check_layers, chosen_layers
 from varshare_rl.nn.layer import INITIAL_MU_STD, TaskLayer, check_positive, linear_parameters, plain_linear
+from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.nn.task_rows import TaskIds, task_rows
 from varshare_rl.ops.linear import linear, low_rank_linear
 from varshare_rl.ops.low_rank import LowRank
@@ -31,6 +34,7 @@ class ResidualLayer(TaskLayer):
         num_tasks: number of tasks, ``T``.
         rank: rank of the residual; None for full rank.
         alpha: numerator of the scale of a low-rank residual; ``rank`` unless given, which makes the scale 1.
+        dropout: on the input of a low-rank residual, in training.
 
     Attributes:
         theta: ``[G, F]``; bias: ``[G]``; factors_A: ``[T, rank, F]`` and factors_B: ``[T, G, rank]``, or
@@ -38,10 +42,17 @@ class ResidualLayer(TaskLayer):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, num_tasks: int, rank: int | None = 8, alpha: float | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        num_tasks: int,
+        rank: int | None = 8,
+        alpha: float | None = None,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__(in_features, out_features)
         check_positive(num_tasks=num_tasks, rank=1 if rank is None else rank)
+        self.dropout = dropout
         self.rank = rank
         self.scale = 1.0 if rank is None or alpha is None else alpha / rank
         self.theta, self.bias = linear_parameters(in_features, out_features, bias=True)
@@ -49,7 +60,7 @@ class ResidualLayer(TaskLayer):
             self.per_task_parameters = ("residuals",)
             self.residuals = nn.Parameter(torch.zeros(num_tasks, out_features, in_features))
         else:
-            self.per_task_parameters = ("factors_A", "factors_B")
+            self.per_task_parameters, self.b_parameters = ("factors_A", "factors_B"), ("factors_B",)
             self.factors_A = nn.Parameter(torch.randn(num_tasks, rank, in_features) * INITIAL_MU_STD)
             self.factors_B = nn.Parameter(torch.zeros(num_tasks, out_features, rank))
 
@@ -61,7 +72,8 @@ class ResidualLayer(TaskLayer):
             shared = linear(rows.x, self.theta, self.bias, record)
             return rows.restore(torch.baddbmm(shared, rows.x, rows.select(self.residuals).transpose(1, 2)))
         a, b = rows.select(self.factors_A), rows.select(self.factors_B)
-        return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, self.scale, record))
+        inner = F.dropout(rows.x, self.dropout) if self.dropout and self.training else None
+        return rows.restore(low_rank_linear(rows.x, self.theta, self.bias, a, b, self.scale, record, inner))
 
     def task_weights(self) -> TaskWeights:
         """The weights of all tasks, see :mod:`varshare_rl.nn.sharing`."""
@@ -181,11 +193,28 @@ class LoRAConfig(NetworkConfig):
     "Rank of the residuals."
     alpha: float | None = bounded(None, above=0)
     "Numerator of the residuals' scale `alpha / rank`; null: the rank, so that the scale is 1."
+    dropout: float = bounded(0.0, least=0, below=1)
+    "Dropout on the residuals' input, in training."
+    layers: Any = "all"
+    "Layers with residuals: `all`, `last`, or a list of names (`[layers.0]`); the others are shared."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for a choice of layers that is none."""
+        check_layers(self.layers, prefix)
 
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:
         """A network of low-rank residual layers for ``num_tasks`` tasks."""
 
         def layer(inputs: int, outputs: int) -> nn.Module:
-            return ResidualLayer(inputs, outputs, num_tasks, self.rank, self.alpha)
+            return ResidualLayer(inputs, outputs, num_tasks, self.rank, self.alpha, self.dropout)
 
-        return self.stack(in_features, out_features, layer)
+        network = self.stack(in_features, out_features, layer)
+        paths = [path for path, module in network.named_modules() if isinstance(module, ResidualLayer)]
+        for path in set(paths) - set(chosen_layers(paths, self.layers)):
+            old = network.get_submodule(path)
+            assert isinstance(old, ResidualLayer)
+            assert isinstance(old.bias, nn.Parameter)
+            new = SharedLayer(old.in_features, old.out_features)
+            new.theta, new.bias = old.theta, old.bias
+            network.set_submodule(path, new)
+        return network

@@ -71,8 +71,8 @@ class VarShareLayer(VariationalLayer):
         noise: Sequence[Tensor],
         record: GradientRecord | None = None,
     ) -> Tensor:
-        sigma = product_sigma(x, variances[0])
-        return torch.addcmul(self.output(x, means, record), sigma, noise[0])
+        mean = self.output(x, means, record)
+        return torch.addcmul(mean, product_sigma(x, variances[0]), noise[0]).to(mean.dtype)
 
     def flipout_output(
         self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: GradientRecord | None = None

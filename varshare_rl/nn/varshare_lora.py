@@ -62,6 +62,7 @@ class VarShareLoRALayer(VariationalLayer):
     """
 
     factors = (("mus_A", "rhos_A"), ("mus_B", "rhos_B"))
+    b_parameters = ("mus_B",)
     mus_A: nn.Parameter
     rhos_A: nn.Parameter
     mus_B: nn.Parameter
@@ -101,8 +102,8 @@ class VarShareLoRALayer(VariationalLayer):
         noise: Sequence[Tensor],
         record: GradientRecord | None = None,
     ) -> Tensor:
-        drawn = drawn_low_rank(x, means, variances, noise)
-        return torch.add(self.shared_output(x, record), drawn, alpha=self.scale)
+        shared = self.shared_output(x, record)
+        return torch.add(shared, drawn_low_rank(x, means, variances, noise), alpha=self.scale).to(shared.dtype)
 
     def flipout_output(
         self, x: Tensor, means: Sequence[Tensor], deltas: Sequence[Tensor], record: GradientRecord | None = None

@@ -33,8 +33,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, record: Gradie
     """``x weight^T + bias``, as ``torch.nn.functional.linear``: ``[..., F]``, ``[G, F]``, ``[G]`` to ``[..., G]``.
 
     Differentiable at least once; the oneDNN path and the recorded one no more often. While ``record`` is listened
-    to, gradients of weight and bias go there, apart by task.
+    to, gradients of weight and bias go there, apart by task. ``torch.autocast`` acts as on that function.
     """
+    if _autocast(x):
+        bias = None if bias is None else _cast(bias, x)
+        x, weight = _cast(x, x), _cast(weight, x)
     if record is None and not _suits(x, weight):
         return F.linear(x, weight, bias)
     y: Tensor = _Linear.apply(x, weight, bias, record)  # type: ignore[no-untyped-call]
@@ -54,14 +57,36 @@ def low_rank_linear(
     """``x weight^T + scale (x a_k^T) b_k^T + bias`` for every block ``k``: the residual ``b_k a_k`` is never built.
 
     ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``a: [K, r, F]``, ``b: [K, G, r]``; returns
-    ``[K, B, G]``. Differentiable once. ``record`` as in :func:`linear`. ``inner`` takes the place of ``x`` in the
-    low-rank part, for an input that went through dropout.
+    ``[K, B, G]`` in the type of ``x weight^T``. Differentiable once. ``record`` as in :func:`linear`. ``inner``
+    takes the place of ``x`` in the low-rank part, for an input that went through dropout.
     """
-    if inner is not None:
-        y = linear(x, weight, bias, record)
-        return torch.baddbmm(y, torch.bmm(inner, a.transpose(1, 2)), b.transpose(1, 2), alpha=scale)
+    if inner is not None or _autocast(x) or not x.dtype == a.dtype == b.dtype:
+        return add_low_rank(linear(x, weight, bias, record), x if inner is None else inner, a, b, scale)
     product: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale, record)  # type: ignore[no-untyped-call]
     return product
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """``y + scale (x a_k^T) b_k^T`` for every block ``k``, in the type of ``y`` and rounded to it once.
+
+    ``y: [K, B, G]``, ``x: [K, B, F]``, ``a: [K, r, F]``, ``b: [K, G, r]``; the products are in the factors' type,
+    or in that of ``torch.autocast``.
+    """
+    z = torch.bmm(x.to(a.dtype), a.transpose(1, 2))
+    if y.dtype == z.dtype == b.dtype:
+        return torch.baddbmm(y, z, b.transpose(1, 2), alpha=scale)
+    return (y + scale * torch.bmm(z, b.transpose(1, 2))).to(y.dtype)
+
+
+def _autocast(x: Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
+
+
+def _cast(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor as ``torch.autocast`` takes it into a product."""
+    if tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(like.device.type))
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -84,12 +109,10 @@ def _factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left, right
 
 
-def _product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``left right^T + bias`` in float32 of ``[N, K]`` and ``[M, K]``, both rounded or neither, without a graph."""
-    if left.dtype == torch.bfloat16:
-        return F.linear(left, right, None if bias is None else bias.bfloat16()).float()
+def _product(left: Tensor, right: Tensor, kind: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """``left right^T + bias`` in type ``kind`` of ``[N, K]`` and ``[M, K]``, rounded alike, without a graph."""
     if not _suits(left, right):
-        return F.linear(left, right, bias)
+        return F.linear(left, right, None if bias is None else bias.to(left.dtype)).to(kind)
     product: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(left), _dense(right), bias, "none", [], "")
     return product
 
@@ -113,9 +136,9 @@ def _recorded(record: GradientRecord | None, grad: Tensor, x: Tensor) -> bool:
     weight, bias = rows
     if _ONEDNN and x.is_cpu and x.dtype == torch.float32 and x[0].numel() * grad.shape[2] >= _WORTH_ONEDNN:
         for block, grad_block, x_block in zip(weight, grad, x, strict=True):
-            block.add_(_product(*_factors(grad_block.t(), x_block.t())))
+            block.add_(_product(*_factors(grad_block.t(), x_block.t()), block.dtype))
     else:
-        weight.baddbmm_(grad.transpose(1, 2), x)
+        weight.baddbmm_(grad.transpose(1, 2).to(weight.dtype), x.to(weight.dtype))
     if bias is not None:
         bias.add_(grad.sum(1))
     return True
@@ -127,7 +150,7 @@ class _Linear(torch.autograd.Function):
         rows, columns = _factors(x.reshape(-1, x.shape[-1]), weight)
         ctx.save_for_backward(rows if record is None else x, columns)
         ctx.record, ctx.shape = record, x.shape
-        return _unflat(_product(rows, columns, bias), x.shape)
+        return _unflat(_product(rows, columns, x.dtype, bias), x.shape)
 
     @staticmethod
     @once_differentiable
@@ -139,8 +162,10 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         factor = flat.to(weight.dtype)
         return (
-            _unflat(_product(factor, weight.t()), ctx.shape) if need_x else None,
-            _product(factor.t(), rows.reshape(-1, rows.shape[-1]).to(weight.dtype).t()) if need_weight else None,
+            _unflat(_product(factor, weight.t(), grad.dtype), ctx.shape) if need_x else None,
+            _product(factor.t(), rows.reshape(-1, rows.shape[-1]).to(weight.dtype).t(), grad.dtype)
+            if need_weight
+            else None,
             flat.sum(0) if need_bias else None,
             None,
         )
@@ -162,7 +187,7 @@ class _LowRankLinear(torch.autograd.Function):
         rows, columns = _factors(x.reshape(-1, x.shape[2]), weight)
         ctx.save_for_backward(x, rows, columns, a, b, z)
         ctx.scale, ctx.record = scale, record
-        y = _unflat(_product(rows, columns, bias), x.shape)
+        y = _unflat(_product(rows, columns, x.dtype, bias), x.shape)
         return y.baddbmm_(z.transpose(1, 2), b.transpose(1, 2), alpha=scale)
 
     @staticmethod
@@ -182,10 +207,12 @@ class _LowRankLinear(torch.autograd.Function):
             if need_a:
                 grad_a = torch.bmm(grad_z, x)
             if need_x:
-                grad_x = _unflat(_product(factor, weight.t()), x.shape).baddbmm_(grad_z.transpose(1, 2), a)
+                grad_x = _unflat(_product(factor, weight.t(), grad.dtype), x.shape).baddbmm_(
+                    grad_z.transpose(1, 2), a
+                )
         return (
             grad_x,
-            _product(factor.t(), rows.t()) if need_weight else None,
+            _product(factor.t(), rows.t(), grad.dtype) if need_weight else None,
             flat.sum(0) if need_bias else None,
             grad_a,
             grad_b,

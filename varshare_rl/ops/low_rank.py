@@ -47,16 +47,23 @@ class LowRank:
 
     def delta(self) -> Tensor:
         """The correction itself, ``scale * b a``, ``[out, in]``, in float32 at least."""
-        wide = torch.promote_types(self.a.dtype, torch.float32)
+        wide = wide_dtype(self.a.dtype, self.b.dtype)
         return self.scale * (self.b.to(wide) @ self.a.to(wide))
 
     def folded(self) -> LowRank:
-        """The same correction with scale 1: the scale is multiplied into ``b``."""
-        return LowRank(self.a, self.b * self.scale)
+        """The same correction with scale 1, multiplied into ``b``; factors in float32 at least."""
+        wide = wide_dtype(self.a.dtype, self.b.dtype)
+        return LowRank(self.a.to(wide), self.b.to(wide) * self.scale)
 
     def is_finite(self) -> bool:
         """Return True when there is neither a NaN nor an infinity in the factors and the scale."""
-        return bool(self.a.isfinite().all() and self.b.isfinite().all()) and math.isfinite(self.scale)
+        finite = (factor.to(wide_dtype(factor.dtype)).isfinite().all() for factor in (self.a, self.b))
+        return all(map(bool, finite)) and math.isfinite(self.scale)
+
+
+def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the type that corrections of these types are worked out in: float64 with one of it, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def shared_part(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -38,6 +38,8 @@ class OptimizerConfig:
     rho_lr_scale: float = bounded(30.0, least=0)
     """Factor on the learning rate for the standard deviations of the tasks' posteriors. Their gradients are mostly
     noise around a small pull, and they are on a logarithmic scale."""
+    b_lr_ratio: float = bounded(1.0, above=0)
+    "Rate of the factors `B` of residuals, or of their means, over that of `A`: LoRA+ above 1."
     weight_decay: float = bounded(0.0, least=0)
     "Decoupled weight decay (AdamW) on shared weights; not on biases and norms."
     schedule: Schedule = Schedule.constant
@@ -97,7 +99,8 @@ class ScheduledAdam:
         groups: dict[tuple[float, float, float], list[torch.nn.Parameter]] = {}
         for role in trained:
             decay = config.weight_decay if role.decays else 0.0
-            key = (learning_rate * rates.get(role.kind, 1.0), decay, epsilons.get(role.kind, epsilon))
+            rate = learning_rate * rates.get(role.kind, 1.0) * (config.b_lr_ratio if role.is_b else 1.0)
+            key = (rate, decay, epsilons.get(role.kind, epsilon))
             groups.setdefault(key, []).append(role.parameter)
         self.rates = [rate for rate, _, _ in groups]
         described: list[dict[str, Any]] = [
@@ -154,12 +157,16 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Role:
-    """One parameter; ``own``: dim 0 is the task; ``decays``: it is a weight that weight decay may act on."""
+    """One parameter; ``own``: dim 0 is the task; ``decays``: it is a weight that weight decay may act on.
+
+    ``is_b``: it is the factor ``B`` of low-rank residuals, or its mean (LoRA+; Hayou et al. 2024).
+    """
 
     parameter: nn.Parameter
     own: bool
     kind: Kind
     decays: bool
+    is_b: bool = False
 
 
 def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
@@ -184,5 +191,6 @@ def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
             kind = Kind.rho if name in sigmas else Kind.mu if adapter else Kind.heads
             kind = kind if own else Kind.theta
             decays = kind in (Kind.theta, Kind.heads) and parameter.dim() >= (3 if own or copies else 2)
-            found.setdefault(id(parameter), Role(parameter, own, kind, decays))
+            is_b = name in getattr(layer, "b_parameters", ())
+            found.setdefault(id(parameter), Role(parameter, own, kind, decays, is_b))
     return [found[id(parameter)] for parameter in trained.parameters() if parameter.requires_grad]

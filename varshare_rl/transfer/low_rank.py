@@ -60,14 +60,14 @@ class FrozenBase:
         """Take the weights of the network that learnt the first task."""
         self.weights = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
-    def corrected(self, adapter: Adapter) -> nn.Module:
+    def corrected(self, adapter: Adapter, dropout: float = 0.0) -> nn.Module:
         """Make the network with ``adapter`` in its place, whose factors alone are trained; see :func:`correct`."""
 
         def layer(path: str, inputs: int, outputs: int) -> nn.Module | None:
             if path not in adapter:
                 return None
             factors = adapter[path]
-            made = ResidualLayer(inputs, outputs, 1, factors.rank)
+            made = ResidualLayer(inputs, outputs, 1, factors.rank, dropout=dropout)
             made.scale = factors.scale
             with torch.no_grad():
                 made.factors_A[0].copy_(factors.a)

@@ -257,7 +257,7 @@ def test_storage_counts_the_basis_and_says_when_it_pays() -> None:
     assert store.saving_without_basis == 16
     # 3200 + 160 N < 2560 N from N = 2 on: at 1 it is 3360 against 2560
     assert store.break_even_tasks == 2
-    assert (store.trained_numbers, store.lora_trained_numbers) == (2 * 5 * 4, 4 * 160)
+    assert (store.trained_numbers, store.lora_trained_numbers) == (2 * 5 * 2, 4 * 160)
     # rank 1 on a 4 x 4 layer: 4 + 4 coefficients instead of 4 + 4 numbers gain nothing
     never = consolidate(adapters(4, 1, out=4, into=4), fixed(4)).storage()
     assert never.task_bytes == never.lora_task_bytes

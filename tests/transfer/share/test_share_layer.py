@@ -299,7 +299,7 @@ def test_a_task_is_learnt_by_coefficients_alone(share: Share) -> None:
     base, x = model(), torch.randn(64, 12)
     loss = teacher(base, x, share.rebuild("task1"))  # a task that the basis can express
     student = copy_of(base)
-    attach(student, share, LearnConfig(), fresh=1)
+    attach(student, share, LearnConfig(p=None), fresh=1)
     frozen = {name: value.clone() for name, value in student.state_dict().items() if "eps" not in name}
     losses = fine_tune(student, lambda: loss(student), updates=300)
     assert losses[-1] < 0.02 * losses[0]
@@ -320,7 +320,7 @@ def test_temporary_directions_learn_what_the_basis_cannot_and_are_merged() -> No
     share = consolidate(for_attention(2), ShareConfig(k=SizeConfig(fixed=4)))
     loss = teacher(base, x, for_attention(1, seed=7)["task0"])
     final = {}
-    for name, options in (("coefficients", LearnConfig()), ("temporary", LearnConfig(phi=1))):
+    for name, options in (("coefficients", LearnConfig(p=None)), ("temporary", LearnConfig(phi=1))):
         student = copy_of(base)
         attach(student, share, options, fresh=1)
         final[name] = fine_tune(student, lambda student=student: loss(student), updates=300)[-1]  # type: ignore[misc]
@@ -366,6 +366,7 @@ def test_models_that_do_not_fit(share: Share) -> None:
         (LearnConfig(phi=2), (), 1, "must be between 1 and 1"),
         (LearnConfig(phi=0), (), 1, "phi is 0"),
         (LearnConfig(p=0), (), 1, "p is 0"),
+        (LearnConfig(p="half"), (), 1, "p is half; give a number of at least 1, third of the rank"),
         (LearnConfig(phi=1), ("task0",), 1, "one fresh task"),
         (LearnConfig(phi=1), (), 2, "one fresh task"),
         (LearnConfig(phi=1, variational=True), (), 1, "no posterior"),
@@ -404,5 +405,113 @@ def test_the_divergence_reaches_the_objective(share: Share) -> None:
     assert nats.shape == (3,)
     assert float(nats.min()) > 0
     plain = model()
-    attach(plain, share, LearnConfig(), fresh=2)
+    attach(plain, share, LearnConfig(p=None), fresh=2)
     assert torch.equal(total_kl(plain, 2), torch.zeros(2))
+
+
+def basis_for(path: str, inputs: int, outputs: int) -> Share:
+    made = {str(seed): {path: LowRank(torch.randn(2, inputs), torch.randn(outputs, 2), 0.5)} for seed in range(3)}
+    return consolidate(made, ShareConfig(k=SizeConfig(max_error=1e-3)))
+
+
+class Conv1D(nn.Module):
+    """The linear layer of GPT-2: its weight is stored ``[in, out]``."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf)), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 6)])
+def test_a_transposed_weight_is_taken_as_it_acts(sizes: tuple[int, int]) -> None:
+    inputs, outputs = sizes
+    model, share = nn.Sequential(Conv1D(outputs, inputs)), basis_for("0", inputs, outputs)
+    x = torch.randn(5, inputs)
+    expected = model(x) + x @ share.rebuild("1")["0"].delta().T
+    attach(model, share, LearnConfig(), tasks=["0", "1"])
+    with using_tasks(model, 1):
+        torch.testing.assert_close(model(x), expected)
+
+
+def hooked() -> nn.Module:
+    layer = nn.Linear(4, 4)
+    layer.register_forward_hook(lambda module, args, output: 2 * output)
+    return layer
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+UNFIT = {
+    "embedding": (lambda: nn.Sequential(nn.Embedding(4, 4)), "0", "a Embedding; only linear layers"),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), "out_proj", "attention uses without calling"),
+    "hooks": (lambda: nn.Sequential(hooked()), "0", "has forward hooks"),
+    "made": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))), "0", "anew at every call"
+    ),
+    "own_forward": (lambda: nn.Sequential(Doubled(4, 4)), "0", "whose own forward would be lost"),
+    "missing": (lambda: nn.Sequential(nn.Linear(4, 4)), "1", "no linear module '1'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_modules_that_are_more_than_a_weight_are_refused(case: str) -> None:
+    make, path, reason = UNFIT[case]
+    model = make()
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(UserError, match=reason):
+        attach(model, basis_for(path, 4, 4), LearnConfig(), fresh=1)
+    assert [type(module) for module in model.modules()] == kinds
+
+
+def test_a_module_at_two_paths_is_replaced_at_both() -> None:
+    same = nn.Linear(4, 4)
+    model = nn.Sequential(same, nn.Tanh(), same)
+    share = basis_for("2", 4, 4)
+    layers = attach(model, share, LearnConfig(), tasks=["0"])
+    assert model[0] is model[2] is layers["2"]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("padding", [False, True])
+def test_pytorchs_encoder_and_modules_that_read_the_weight(padding: bool) -> None:
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2).eval()
+    share = basis_for("layers.1.linear2", 16, 8)
+    x = torch.randn(2, 3, 8)
+    mask = torch.tensor([[False] * 3, [False, False, True]]) if padding else None
+    weight = model.layers[1].linear2.weight  # type: ignore[union-attr]
+    assert isinstance(weight, Tensor)
+    plain = weight.detach().clone()
+    with torch.no_grad():
+        weight.add_(share.rebuild("2")["layers.1.linear2"].delta())
+        expected = model(x, src_key_padding_mask=mask)
+        weight.copy_(plain)
+    layer = attach(model, share, LearnConfig(), tasks=["0", "2"])["layers.1.linear2"]
+    kept = slice(None) if mask is None else ~mask
+    with torch.no_grad(), using_tasks(model, 1):
+        torch.testing.assert_close(model(x, src_key_padding_mask=mask)[kept], expected[kept], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            layer.weight + 0, plain + share.rebuild("2")["layers.1.linear2"].delta(), rtol=1e-4, atol=1e-5
+        )
+    with using_tasks(model, torch.tensor([0, 1])), pytest.raises(UserError, match="there is no one task"):
+        layer.weight + 0
+
+
+def test_new_tasks_have_a_third_of_the_rank_as_columns() -> None:
+    share = consolidate(
+        {str(rank): {"0": LowRank(torch.randn(rank, 9), torch.randn(9, rank))} for rank in (2, 4)}, ShareConfig()
+    )
+    for options, columns in (
+        (LearnConfig(), 2),
+        (LearnConfig(p=None), 4),
+        (LearnConfig(p=3), 3),
+        (LearnConfig(variational=True), 4),
+    ):
+        layer = attach(nn.Sequential(nn.Linear(9, 9)), share, options, fresh=1)["0"]
+        assert layer.coefficients.take(0).eps_B.shape[1] == columns

@@ -17,7 +17,7 @@ from varshare_rl.transfer.low_rank import adapter_bytes, adapter_of, adapter_sta
 from varshare_rl.transfer.low_rank import take_adapter as take_lora
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients
-from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig
+from varshare_rl.transfer.share.config import THIRD, BasisMethod, Merge, ShareConfig, SizeConfig, check_columns
 from varshare_rl.transfer.share.folder import share_of, share_state
 from varshare_rl.transfer.share.learn import (
     LearnConfig,
@@ -69,8 +69,9 @@ class ShareMethodConfig(ContinualMethodConfig):
     "Occasion on which new directions make the basis decompose again."
     phi: int | None = bounded(None, least=1)
     "Temporary directions, at most a quarter of a layer's `k`, which is what null stands for."
-    p: int | None = bounded(None, least=1)
-    "Columns of the coefficients that are learnt; null: the largest rank among the earlier tasks."
+    p: Any = THIRD
+    """Columns of the coefficients that are learnt: a number, `third` of the largest rank among the earlier tasks,
+    or null for all of it, as posteriors and temporary directions have it anyway."""
     variational: bool = False
     "Coefficients with a Gaussian posterior, whose prior comes from earlier tasks."
     prior_scale: float = bounded(1.0, above=0)
@@ -91,6 +92,7 @@ class ShareMethodConfig(ContinualMethodConfig):
 
     def check(self, prefix: str) -> None:
         """Raise UserError for options that cannot be, or might turn out to be impossible after hours only."""
+        check_columns(self.p, prefix)
         basis = self.basis_options()
         if basis.method is BasisMethod.delta:
             raise UserError(
@@ -105,7 +107,7 @@ class ShareMethodConfig(ContinualMethodConfig):
                 f"{prefix}variational=true and {prefix}basis.keep_originals=true are both given, but posteriors "
                 "are not kept through merges from originals; leave one out"
             )
-        if self.variational and self.p is not None and self.p < self.rank:
+        if self.variational and isinstance(self.p, int) and self.p < self.rank:
             raise UserError(
                 f"{prefix}p is {self.p}, and the prior comes from tasks of rank up to {self.rank}; leave p out"
             )

@@ -27,10 +27,13 @@ from varshare_rl.transfer.share.layer_basis import (
     canonical_factors,
     choose_coefficients,
     mapped,
+    measured,
+    moved,
+    rounding,
     stored,
 )
 
-#: Addition by float32 rounding to an error that is not allowed to grow.
+#: Part of an error that is left to rounding to float32; an error that is not allowed to grow may grow by it.
 ROUNDING = 1e-6
 
 #: Errors ``[t]`` that all tasks would have with ``k`` directions.
@@ -69,13 +72,33 @@ def fit(past: LayerBasis | None, new: Sequence[LowRank], config: ShareConfig, na
             chosen, k = longer, least
     basis_B, basis_A = chosen.basis_B[:, :k], chosen.basis_A[:, :k]
     own, _ = added.project(basis_B, basis_A)
-    errors = tuple(_errors(chosen, k, added, held).tolist())
-    norms = tuple(added.norms.tolist())
-    if past is None:
-        return LayerBasis(stored(basis_B), stored(basis_A), tuple(own), norms, errors)
+    kept_B, kept_A = stored(basis_B), stored(basis_A)
+    errors = measured(kept_B, kept_A, own, added.left, added.right, added.norms)
+    check_kept(errors, config.size(), names[-len(new) :])
+    if past is None or held is None:
+        return LayerBasis(kept_B, kept_A, tuple(own), tuple(added.norms.tolist()), tuple(errors.tolist()))
     to_B, to_A = basis_B.t() @ past.basis_B.double(), basis_A.t() @ past.basis_A.double()
-    coefficients = (*mapped(past.coefficients, to_B, to_A), *own)
-    return LayerBasis(stored(basis_B), stored(basis_A), coefficients, (*past.norms, *norms), errors)
+    old = mapped(past.coefficients, to_B, to_A)
+    exact = (held.errors - rounding(past.coefficients, held.norms)).clamp_min(0.0)
+    bounds = exact + moved(past, kept_B, kept_A, old) + rounding(old, held.norms)
+    return LayerBasis(
+        kept_B,
+        kept_A,
+        (*old, *own),
+        (*past.norms, *added.norms.tolist()),
+        (*bounds.tolist(), *errors.tolist()),
+    )
+
+
+def check_kept(errors: Tensor, rule: SizeConfig, names: Sequence[str]) -> None:
+    """Refuse a basis that float32 cannot hold as well as it was asked for."""
+    allowed = torch.inf if rule.max_error is None else max(rule.max_error, 2 * ROUNDING)
+    if not bool((errors <= allowed).all()):  # NaN is not
+        worst = int(errors.nan_to_num(torch.inf).argmax())
+        raise UserError(
+            f"task {names[worst]!r} has a relative error of {float(errors[worst]):.3g} in float32, in which a "
+            "basis is kept: its numbers are too large or too small beside each other; leave it out or rescale it"
+        )
 
 
 class _New:
@@ -222,7 +245,7 @@ def choose_k(
     if rule.explained is not None:
         return max(explaining(spectrum, rule.explained) for spectrum in spectra)
     assert rule.max_error is not None
-    allowed = torch.clamp_min(before, rule.max_error) + ROUNDING
+    allowed = torch.clamp_min(before + ROUNDING, max(rule.max_error - ROUNDING, ROUNDING))
     excess = errors_at(most) - allowed
     if bool((excess > 0).any()):
         worst = int(excess.argmax())

@@ -160,6 +160,8 @@ def _tensors(share: Share) -> dict[str, Tensor]:
     for name, layer in share.layers.items():
         if isinstance(layer, DeltaBasis):
             tensors |= {f"{name}.basis": layer.basis, f"{name}.coefficients": layer.coefficients}
+            if layer.mean is not None:
+                tensors[f"{name}.mean"] = layer.mean
             continue
         tensors |= {f"{name}.basis_B": layer.basis_B, f"{name}.basis_A": layer.basis_A}
         for part in ("eps_B", "eps_A", "std_B", "std_A"):
@@ -175,7 +177,8 @@ def _layer(
 ) -> LayerBasis | DeltaBasis:
     norms, errors = tuple(stated["norms"]), tuple(stated["errors"])
     if config.method is BasisMethod.delta:
-        return DeltaBasis(tensors[f"{name}.basis"], tensors[f"{name}.coefficients"], norms, errors)
+        basis, own = tensors[f"{name}.basis"], tensors[f"{name}.coefficients"]
+        return DeltaBasis(basis, own, norms, errors, tensors.get(f"{name}.mean"))
     eps_B, eps_A = (torch.split(tensors[f"{name}.{part}"], stated["p"], dim=1) for part in ("eps_B", "eps_A"))
     widths = [p for p, posterior in zip(stated["p"], stated["posterior"], strict=True) if posterior]
     sigmas = [

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import LowRank
+from varshare_rl.errors import UserError
+from varshare_rl.nn.applied_weight import AppliedWeight
 from varshare_rl.nn.layer import TaskLayer, plain_linear
 from varshare_rl.nn.stochastic import RowNoise
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.ops.gaussian import drawn_low_rank
 from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.low_rank import wide_dtype
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients, PointCoefficients
 
 
@@ -47,8 +50,9 @@ class ShareLinear(TaskLayer):
     """Linear layer whose weight for task ``i`` is ``W_i = theta + (basis_B eps_B_i) (basis_A eps_A_i)^T``.
 
     Of this only the coefficients are trained (Share, arXiv 2602.06043, phase 2); ``theta``, ``bias`` and the bases
-    are buffers. With ``temporary`` set, one task has a correction in directions of its own on top, and the
-    coefficients rest. Neither the correction ``[out, in]`` nor a weight per task is built.
+    are buffers, bases and coefficients in float32 at least. With ``temporary`` set, one task has a correction in
+    directions of its own on top, and the coefficients rest. Neither the correction ``[out, in]`` nor a weight per
+    task is built.
 
     Called with task ids as every layer of the project, or without them, as ``nn.Linear`` is, inside
     :func:`using_tasks`.
@@ -76,9 +80,10 @@ class ShareLinear(TaskLayer):
         super().__init__(theta.shape[1], theta.shape[0])
         self.register_buffer("theta", theta.detach().clone())
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
-        self.register_buffer("basis_B", basis_B.to(theta).clone())
-        self.register_buffer("basis_A", basis_A.to(theta).clone())
-        self.coefficients = coefficients.to(theta)
+        device, wide = theta.device, wide_dtype(theta.dtype)
+        self.register_buffer("basis_B", basis_B.to(device, wide).clone())
+        self.register_buffer("basis_A", basis_A.to(device, wide).clone())
+        self.coefficients = coefficients.to(device, wide)
         self.temporary: TemporaryDirections | None = None
         self.temporary_task = 0
         self.task_ids: TaskIds | None = None  # set by using_tasks
@@ -87,6 +92,24 @@ class ShareLinear(TaskLayer):
     def num_tasks(self) -> int:
         """Number of tasks, ``T``."""
         return self.coefficients.num_tasks
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the one task of :func:`using_tasks`, for modules that read it; built at the first use."""
+        return AppliedWeight.of(self.theta, self._applied_weight)
+
+    def _applied_weight(self) -> Tensor:
+        task = torch.as_tensor(-1 if self.task_ids is None else self.task_ids)
+        if task.dim() or task < 0:
+            raise UserError(
+                "a module uses the weight of a layer with a Share basis without calling it, and there is no one "
+                "task; call the model inside using_tasks(model, id) with one id"
+            )
+        rows = task_rows(self.theta[:1], int(task), self.num_tasks)
+        a, b = self._factors(*(rows.select(eps) for eps in self.coefficients()))
+        if self.temporary is not None:
+            a, b = self._with_temporary(rows, a, b)
+        return (self.theta + (b @ a)[0]).to(self.theta.dtype)
 
     def forward(self, x: Tensor, task_id: TaskIds | None = None, temperature: float = 1.0) -> Tensor:
         """Apply each row's own task's weight.
@@ -133,8 +156,10 @@ class ShareLinear(TaskLayer):
         """With a draw of its own for every row, in two stages as in ``VarShareLoRALayer``, inside the basis."""
         (mus_B, mus_A), (var_B, var_A) = own.means(rows), own.variances(rows, temperature)
         means, variances = (mus_A.mT, mus_B), (var_A.mT, var_B)
-        inside = drawn_low_rank(rows.x @ self.basis_A, means, variances, held.values)  # [K, B, k_B]
-        return linear(rows.x, self.theta, self.bias) + inside @ self.basis_B.t()
+        y = linear(rows.x, self.theta, self.bias)
+        x = rows.x.to(self.basis_A.dtype)
+        inside = drawn_low_rank(x @ self.basis_A, means, variances, held.values)  # [K, B, k_B]
+        return (y + inside @ self.basis_B.t()).to(y.dtype)
 
     def _with_temporary(self, rows: TaskRows, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Append the temporary factors to those of their task's rows, and zeros to the others'."""

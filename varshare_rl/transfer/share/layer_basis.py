@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from varshare_rl.adapters.adapter import LowRank
-from varshare_rl.transfer.share.config import BasisMethod, ShareConfig
+from varshare_rl.transfer.share.config import THIRD, BasisMethod, ShareConfig, new_columns
 from varshare_rl.transfer.share.factors import (
+    FACTOR_ROUNDING,
     NUMERICAL_ZERO,
     balance,
     distance,
@@ -70,8 +71,9 @@ class LayerBasis:
             only where a side has fewer directions than ``k``.
         coefficients: of every task, in order.
         norms: Frobenius norm of every task's original ``dW``.
-        errors: ``||dW - rebuilt|| / ||dW||`` of every task. Exact since the task's original was last at hand; later
-            merges add how far each moves the task, so that it stays an upper bound.
+        errors: bounds on ``||dW - rebuilt|| / ||dW||`` of every task. Exact since the task's original was last at
+            hand, but for a bound on rounding :meth:`rebuild` to float32; later merges add how far each moves the
+            task.
     """
 
     basis_B: Tensor
@@ -99,14 +101,13 @@ class LayerBasis:
         return self.coefficients[index].numbers()
 
     def trained_numbers(self) -> int:
-        """Count the coefficients that a new task of the largest rank here trains."""
-        columns = max(own.eps_B.shape[1] for own in self.coefficients)
+        """Count the coefficients that a new task trains, with a third of the largest rank here as columns."""
+        columns = new_columns(THIRD, [own.eps_B.shape[1] for own in self.coefficients])
         return columns * (self.basis_B.shape[1] + self.basis_A.shape[1])
 
     def rebuild(self, index: int) -> LowRank:
         """Return a task's correction as factors of rank ``p``: ``b = basis_B eps_B``, ``a = (basis_A eps_A)^T``."""
-        own = self.coefficients[index]
-        return LowRank((self.basis_A @ own.eps_A).t().contiguous(), self.basis_B @ own.eps_B)
+        return rebuilt(self.basis_B, self.basis_A, self.coefficients[index])
 
     def with_task(self, own: Coefficients, size: float, error: float) -> LayerBasis:
         """Return the same basis with one more task."""
@@ -133,15 +134,50 @@ class LayerBasis:
         left, right = canonical_factors([adapter], config)
         norms = norm(left, right)
         (exact_B, fix_B), (exact_A, fix_A) = orthonormal(self.basis_B), orthonormal(self.basis_A)
-        (own,), error = choose_coefficients(exact_B.t() @ left, exact_A.t() @ right, norms, [adapter.rank], config)
+        (own,), _ = choose_coefficients(exact_B.t() @ left, exact_A.t() @ right, norms, [adapter.rank], config)
         (own,) = mapped([own], fix_B.inverse(), fix_A.inverse())
-        return self.with_task(own, float(norms), float(relative(error, norms)))
+        error = measured(self.basis_B, self.basis_A, [own], left, right, norms)
+        return self.with_task(own, float(norms), float(error))
+
+
+def rebuilt(basis_B: Tensor, basis_A: Tensor, own: Coefficients) -> LowRank:
+    """Return a task's correction as factors of rank ``p``, worked out in float64 and rounded to float32 once."""
+    a, b = basis_A.double() @ own.eps_A.double(), basis_B.double() @ own.eps_B.double()
+    return LowRank(a.t().float().contiguous(), b.float())
+
+
+def measured(
+    basis_B: Tensor, basis_A: Tensor, tasks: Sequence[Coefficients], left: Tensor, right: Tensor, norms: Tensor
+) -> Tensor:
+    """Return bounds ``[n]`` on the relative errors of what is rebuilt for factors ``left``, ``right``."""
+    made_left = basis_B.double() @ stack([own.eps_B for own in tasks])
+    made_right = basis_A.double() @ stack([own.eps_A for own in tasks])
+    return relative(distance(left, right, made_left, made_right), norms) + rounding(tasks, norms)
+
+
+def moved(before: LayerBasis, basis_B: Tensor, basis_A: Tensor, tasks: Sequence[Coefficients]) -> Tensor:
+    """Return how far tasks are from where they were, relative to their originals, ``[t]``."""
+    sides = []
+    for old, new, name in ((before.basis_B, basis_B, "eps_B"), (before.basis_A, basis_A, "eps_A")):
+        triangle = torch.linalg.qr(torch.cat([old, new], dim=1).double(), mode="r").R  # of both bases' span
+        old_own, new_own = (stack([getattr(own, name) for own in every]) for every in (before.coefficients, tasks))
+        sides.append((triangle[:, : old.shape[1]] @ old_own, triangle[:, old.shape[1] :] @ new_own))
+    (old_left, new_left), (old_right, new_right) = sides
+    norms = torch.tensor(before.norms, dtype=torch.float64)
+    return relative(distance(old_left, old_right, new_left, new_right), norms)
+
+
+def rounding(tasks: Sequence[Coefficients], norms: Tensor) -> Tensor:
+    """Return bounds ``[t]`` on the relative error of rounding rebuilt factors to float32."""
+    sizes = [float(own.eps_B.double().norm()) * float(own.eps_A.double().norm()) for own in tasks]
+    return relative(FACTOR_ROUNDING * torch.tensor(sizes, dtype=torch.float64), norms)
 
 
 def canonical_factors(adapters: Sequence[LowRank], config: ShareConfig) -> tuple[Tensor, Tensor]:
     """Return adapters' factors ``[N, out, R], [N, in, R]`` with scales folded in; canonical but for ``paper``."""
-    folded = [adapter.folded() for adapter in adapters]
-    left, right = stack([adapter.b for adapter in folded]), stack([adapter.a.t() for adapter in folded])
+    scales = torch.tensor([adapter.scale for adapter in adapters], dtype=torch.float64)
+    left = stack([adapter.b for adapter in adapters]) * scales.view(-1, 1, 1)
+    right = stack([adapter.a.t() for adapter in adapters])
     return (left, right) if config.method is BasisMethod.paper else balance(left, right)[:2]
 
 

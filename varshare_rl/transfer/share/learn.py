@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter
+from varshare_rl.adapters.targets import (
+    is_conv1d,
+    linear_weight,
+    listed,
+    made_weight,
+    nesting_encoders,
+    put_in_place,
+    refusal,
+)
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded, check_bounds
+from varshare_rl.nn.layer import TaskLayer
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients, PointCoefficients
+from varshare_rl.transfer.share.config import THIRD, check_columns, new_columns
 from varshare_rl.transfer.share.layer import ShareLinear, share_layers
 from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
 from varshare_rl.transfer.share.model import Share
@@ -22,8 +34,9 @@ from varshare_rl.transfer.share.posterior import plain_prior, prior_from_tasks
 class LearnConfig:
     """Learning of tasks in a basis."""
 
-    p: int | None = bounded(None, least=1)
-    "Columns of the coefficients; null: the largest rank among the basis's tasks."
+    p: Any = THIRD
+    """Columns of the coefficients: a number, `third` of the largest rank among the basis's tasks, or null for all
+    of it, as posteriors and temporary directions have it anyway."""
     phi: int | None = bounded(None, least=1)
     """Temporary directions, at most a quarter of `k`; null: coefficients only. A layer with a small `k` takes a
     quarter of its own, and one at least."""
@@ -35,7 +48,8 @@ class LearnConfig:
     "Tasks that this prior counts for beside the earlier ones."
 
     def check(self, prefix: str) -> None:
-        """Raise UserError for temporary directions with a posterior."""
+        """Raise UserError for columns that cannot be, and for temporary directions with a posterior."""
+        check_columns(self.p, prefix)
         if self.phi is not None and self.variational:
             raise UserError(
                 f"{prefix}phi and {prefix}variational=true are both given; temporary directions have no posterior"
@@ -52,7 +66,8 @@ def attach(
     of them. Of a layer of this project (``theta``) the shared weight stays and everything else goes.
 
     Args:
-        module: any model with the basis's modules, as ``nn.Linear`` or as task layers, under the same paths.
+        module: any model with the basis's modules, as ``nn.Linear``, Conv1D of `transformers` or task layers, under
+            the same paths.
         share: a basis of ``method=share`` or ``paper``.
         config: how the coefficients are learnt.
         tasks: tasks to go on with (fine-tuning, evaluation).
@@ -76,16 +91,20 @@ def attach(
     largest = max(basis.k for basis in bases.values())
     if config.phi is not None and config.phi > max(1, largest // 4):
         raise UserError(f"phi is {config.phi}; with k = {largest} it must be between 1 and {max(1, largest // 4)}")
-    layers = {}
+    layers, new = {}, {}
     for name, basis in bases.items():
+        replaced, theta, bias = linear[name]
         layer = ShareLinear(
-            *linear[name], basis.basis_B, basis.basis_A, _coefficients(basis, indices, fresh, p, config)
+            theta, bias, basis.basis_B, basis.basis_A, _coefficients(basis, indices, fresh, p, config)
         )
         if config.phi is not None:
             layer.learn_temporarily(0, min(config.phi, max(1, basis.k // 4)), p)
-        layer.train(module.training)
-        module.set_submodule(name, layer)
+        layer.train(replaced.training)
         layers[name] = layer
+        new[replaced] = layer
+    put_in_place(module, new)
+    for encoder in nesting_encoders(module, layers.values()):
+        encoder.use_nested_tensor = False
     return layers
 
 
@@ -139,31 +158,51 @@ def _bases(share: Share) -> dict[str, LayerBasis]:
     return bases
 
 
-def _linear(module: nn.Module, name: str, basis: LayerBasis) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of the module that a basis is for."""
-    found = {
-        path: weight
-        for path, child in module.named_modules()
-        if isinstance(weight := getattr(child, "theta", getattr(child, "weight", None)), Tensor)
-        and weight.dim() == 2
-    }
-    if name not in found:
-        candidates = ", ".join(found) or "none"
-        raise UserError(f"the model has no linear module {name!r}, which the basis is for; it has {candidates}")
-    weight = found[name]
+def _linear(module: nn.Module, name: str, basis: LayerBasis) -> tuple[nn.Module, Tensor, Tensor | None]:
+    """Return the module that a basis is for, its weight ``[out, in]`` and its bias."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    found = modules.get(name)
+    if found is None:
+        linear = [path for path, child in modules.items() if _is_task_layer(child) or refusal(child) is None]
+        raise UserError(
+            f"the model has no linear module {name!r}, which the basis is for; it has {listed(linear) or 'none'}"
+        )
+    if _is_task_layer(found):
+        weight, bias = found.theta, found.bias
+    else:
+        _check_plain(name, found)
+        weight, bias = linear_weight(found), found.bias
+    assert isinstance(weight, Tensor)
     if tuple(weight.shape) != basis.features:
         out, into = basis.features
         raise UserError(
             f"module {name} has a weight of {weight.shape[0]} x {weight.shape[1]}, the basis is for {out} x {into}"
         )
-    return weight, getattr(module.get_submodule(name), "bias", None)
+    return found, weight, cast(Tensor | None, bias)
+
+
+def _is_task_layer(module: nn.Module) -> bool:
+    return isinstance(module, TaskLayer) and isinstance(getattr(module, "theta", None), Tensor)
+
+
+def _check_plain(name: str, module: nn.Module) -> None:
+    """Refuse a module that does more than to multiply with its weight, which is all that is taken over."""
+    reason = refusal(module)
+    if reason is None and made_weight(module):
+        reason = "whose weight is made anew at every call (weight_norm, prune, ...); make it permanent before"
+    if reason is None and (module._forward_hooks or module._forward_pre_hooks):
+        reason = "which has forward hooks; remove them, and put them on what comes in its place"
+    if reason is None and type(module) is not nn.Linear and not is_conv1d(module):
+        reason = f"a {type(module).__name__}, whose own forward would be lost; give a plain nn.Linear"
+    if reason is not None:
+        raise UserError(f"the basis is for module {name}, {reason}")
 
 
 def _columns(share: Share, config: LearnConfig) -> int:
     ranks = [own.eps_B.shape[1] for layer in _bases(share).values() for own in layer.coefficients]
-    if config.variational and config.p is not None and config.p < max(ranks):
+    if config.variational and isinstance(config.p, int) and config.p < max(ranks):
         raise UserError(f"p is {config.p}, and the prior comes from tasks of rank up to {max(ranks)}; leave p out")
-    return max(ranks) if config.p is None else config.p
+    return new_columns(config.p, ranks, whole=config.variational or config.phi is not None)
 
 
 def _coefficients(

@@ -17,6 +17,8 @@ from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
 
 #: Everything is float32, LoRA's factors included.
 BYTES_PER_NUMBER = 4
+#: Between these a correction's balanced factors are ordinary numbers of float32.
+SMALLEST, LARGEST = 1e-60, 1e38
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class Storage:
         task_bytes: of the coefficients of one task, mean over tasks.
         originals_bytes: of the adapters that are kept beside them; 0 unless asked for.
         lora_task_bytes: of one task's LoRA adapter, mean over tasks.
-        trained_numbers: what a new task trains that learns coefficients alone, at the largest rank among the tasks.
+        trained_numbers: what a new task trains that learns coefficients alone, with a third of the largest rank
+            among the tasks as columns.
     """
 
     tasks: int
@@ -295,6 +298,12 @@ def _check_fit(shapes: Shapes, adapters: Mapping[str, Adapter]) -> None:
         for name, factors in adapter.items():
             if not factors.is_finite():
                 raise UserError(f"adapter {task!r} has a NaN or an infinity in module {name}; train it again")
+            size = abs(factors.scale) * float(factors.a.double().norm()) * float(factors.b.double().norm())
+            if size and not SMALLEST < size < LARGEST:
+                raise UserError(
+                    f"adapter {task!r} has a correction of size {size:.1g} in module {name}, which float32 cannot "
+                    "hold; leave it out or rescale it"
+                )
 
 
 def _shape(shape: tuple[int, int] | None) -> str:

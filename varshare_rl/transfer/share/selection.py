@@ -127,7 +127,7 @@ def average(share: Share) -> Adapter:
 
 def _average(layer: LayerBasis | DeltaBasis) -> LowRank:
     if isinstance(layer, DeltaBasis):
-        return factors_of(layer.coefficients.double().mean(0), layer.basis)
+        return factors_of(layer.coefficients.double().mean(0), layer)
     count = len(layer.coefficients)
     core = sum(own.eps_B.double() @ own.eps_A.double().t() for own in layer.coefficients) / count
     assert isinstance(core, Tensor)

@@ -1,0 +1,1 @@
+"""Rank, scale, rate, dropout and layers of LoRA, one at a time."""
