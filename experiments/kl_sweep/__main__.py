@@ -16,6 +16,7 @@ from torch import Tensor
 from experiments.results import finished_runs, write_csv
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device, TrainConfig
+from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.ops.gaussian import softplus_sigma
 from varshare_rl.run.sharing import sharing_document
@@ -27,14 +28,14 @@ from matplotlib.axes import Axes
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SPREADS = tuple(f"sigma_{round(100 * quantile)}" for quantile in QUANTILES)
 COLUMNS = (
-    "suite", "network", "kl_weight", "seed", "success", "return", "nats", "least_nats", "most_nats", "sharing",
-    *SPREADS, "mu_step", "rho_step", "transitions", "seconds", "git_commit",
+    "suite", "network", "kl_weight", "seed", "success", "return", "nats", "least_nats", "most_nats", "critic_nats",
+    "sharing", *SPREADS, "mu_step", "rho_step", "transitions", "seconds", "git_commit",
 )  # fmt: skip
 SUITES = ("pointmass", "cartpole identical", "cartpole variants", "metaworld")
 #: Networks whose penalty has the weight; those of the others are lines.
 DIALLED = {"varshare_lora": "C0", "l2_soft": "C1"}
 LEVEL = {"lora": ("C2", "--"), "shared": ("C3", "-."), "independent": ("C4", ":")}
-MEASURES = {"success": "success", "nats": "nats per task", "sharing": "sharing"}
+MEASURES = {"success": "success", "nats": "policy, nats", "critic_nats": "critic, nats", "sharing": "sharing"}
 
 Row = dict[str, object]
 
@@ -46,7 +47,7 @@ def suite_name(config: TrainConfig) -> str:
 
 
 def relative_sigmas(modules: Mapping[str, torch.nn.Module]) -> Tensor:
-    """Standard deviations of all posteriors over those of their priors, ``[N]``; empty without posteriors."""
+    """Return the posteriors' standard deviations over those of their priors, ``[N]``; empty without posteriors."""
     ratios = [torch.empty(0)]
     for module in modules.values():
         for _, layer in stochastic_layers(module):
@@ -61,8 +62,9 @@ def read(run_dir: Path) -> Row:
     logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     agent = load_agent(run_dir, "last", Device.cpu)
     modules = agent.algorithm.trained_modules()
-    nats = [task["kl"] for task in summary["tasks"].values()]
-    sigmas = relative_sigmas(modules)
+    by_network = {name: total_kl(part, len(agent.suite.task_names)).detach() for name, part in modules.items()}
+    nats = by_network["actor"]
+    sigmas = relative_sigmas({"actor": modules["actor"]})
     row: Row = {
         "suite": suite_name(agent.config),
         "network": agent.config.network.name,
@@ -73,9 +75,10 @@ def read(run_dir: Path) -> Row:
             summary["mean_return"] / 500 if agent.config.env.name == "cartpole" else summary["mean_success"], 4
         ),
         "return": round(summary["mean_return"], 3),
-        "nats": round(mean(nats), 3),
-        "least_nats": round(min(nats), 3),
-        "most_nats": round(max(nats), 3),
+        "nats": round(float(nats.mean()), 3),
+        "least_nats": round(float(nats.min()), 3),
+        "most_nats": round(float(nats.max()), 3),
+        "critic_nats": round(float(by_network["critic"].mean()), 3),
         "sharing": round(sharing_document(modules, agent.suite.task_names, 0)["sharing"], 6),
         "transitions": summary["transitions"],
         "seconds": round(summary["seconds"]),
@@ -106,7 +109,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     """One column of panels per suite, one row per measure; lines are means over seeds, dots are runs."""
     groups = grouped(rows)
     suites = [suite for suite in SUITES if any(key[0] == suite for key in groups)]
-    figure, axes = plt.subplots(len(MEASURES), len(suites), figsize=(3.6 * len(suites), 7.6), squeeze=False)
+    figure, axes = plt.subplots(len(MEASURES), len(suites), figsize=(3.6 * len(suites), 9.6), squeeze=False)
     for column, suite in enumerate(suites):
         for line, (measure, label) in enumerate(MEASURES.items()):
             axis = axes[line][column]
@@ -114,11 +117,11 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                 _dial(axis, groups.get((suite, network), {}), measure, network, color)
             for network, (color, style) in LEVEL.items():
                 runs = [row for found in groups.get((suite, network), {}).values() for row in found]
-                if runs and measure != "nats":
+                if runs and "nats" not in measure:
                     level = mean(number(row, measure) for row in runs)
                     axis.axhline(level, color=color, linestyle=style, label=network)
             axis.set_xscale("log")
-            if measure == "nats":
+            if "nats" in measure:
                 axis.set_yscale("log")
             axis.grid(alpha=0.3)
             if column == 0:
@@ -166,7 +169,7 @@ def draw_posteriors(path: Path, rows: Sequence[Row]) -> None:
         for axis in (upper, lower):
             axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("sigma over the prior's")
-    axes[1][0].set_ylabel("nats")
+    axes[1][0].set_ylabel("policy, nats")
     axes[0][0].legend(fontsize=7)
     axes[1][0].legend(fontsize=7)
     figure.tight_layout()
@@ -176,16 +179,20 @@ def draw_posteriors(path: Path, rows: Sequence[Row]) -> None:
 
 def print_table(rows: Sequence[Row]) -> None:
     """Means over seeds as a Markdown table on the screen."""
-    columns = ("suite", "network", "kl_weight", "seeds", "success (least to most)", "nats (by task)", "sharing")
+    columns = (
+        "suite", "network", "kl_weight", "seeds", "success (of seeds)", "policy, nats (by task)", "critic, nats",
+        "sharing",
+    )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for (suite, network), by_weight in sorted(grouped(rows).items()):
         for weight, found in by_weight.items():
             success = [number(row, "success") for row in found]
-            nats, least, most, sharing = (
-                mean(number(row, name) for row in found) for name in ("nats", "least_nats", "most_nats", "sharing")
+            nats, least, most, critic, sharing = (
+                mean(number(row, name) for row in found)
+                for name in ("nats", "least_nats", "most_nats", "critic_nats", "sharing")
             )
             spread = f"{mean(success):.3f} ({min(success):.2f} to {max(success):.2f})"
-            priced = f"{nats:,.0f} ({least:,.0f} to {most:,.0f})" if nats else "none"
+            priced = f"{nats:,.0f} ({least:,.0f} to {most:,.0f}) | {critic:,.0f}" if nats else "none | none"
             dial = f"{weight:g}" if network in DIALLED else ""
             print(f"| {suite} | `{network}` | {dial} | {len(found)} | {spread} | {priced} | {sharing:.4f} |")
 

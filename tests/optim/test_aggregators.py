@@ -15,8 +15,9 @@ from torchjd import aggregation
 
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
-from varshare_rl.optim.gradient import MEAN, TEMPERATURE, gradient_schema
+from varshare_rl.optim.gradient import MEAN, TEMPERATURE, AggregateScale, GradientConfig, gradient_schema
 from varshare_rl.optim.jacobian import GradientAggregator
+from varshare_rl.optim.optimizer import OptimizerConfig, OwnGradients
 from varshare_rl.optim.step import LossStep
 from varshare_rl.optim.torchjd_aggregators import (
     AlignedMTLConfig,
@@ -198,7 +199,9 @@ class Pair(nn.Module):
 
 def test_the_step_follows_the_combination_and_clips_the_whole() -> None:
     pair = Pair()
-    step = LossStep(pair, 0.1, 1.0, aggregator="pcgrad", num_tasks=2)
+    together = OptimizerConfig(own_gradients=OwnGradients.averaged)
+    paper = GradientConfig(scale=AggregateScale.paper)
+    step = LossStep(pair, 0.1, 1.0, optimizer=together, aggregator="pcgrad", gradient=paper, num_tasks=2)
     norm = step(pair.losses())
     # PCGrad's (1/4, 3/4), and of the tasks' own 3/2 and 5/2 as under the mean
     whole = math.sqrt(0.25**2 + 0.75**2 + 1.5**2 + 2.5**2)
@@ -241,7 +244,7 @@ def test_softmax_temperature_by_hand() -> None:
     assert pair.shared.grad is not None
     assert pair.own.grad is not None
     torch.testing.assert_close(pair.shared.grad, torch.tensor([0.5, 0.25]))
-    torch.testing.assert_close(pair.own.grad, torch.tensor([[1.5], [2.5]]))
+    torch.testing.assert_close(pair.own.grad, torch.tensor([[3.0], [5.0]]))
 
 
 @pytest.mark.parametrize("method", COMBINERS)
