@@ -25,7 +25,7 @@ QUICK = {
         "algorithm.batch_per_task=64", "algorithm.start_transitions_per_task=400",
         "algorithm.updates_per_transition_per_task=0.25", "algorithm.learning_rate=3e-3",
         "algorithm.critic_learning_rate=3e-3", "algorithm.entropy_learning_rate=3e-3",
-        "algorithm.initial_entropy_coefficient=0.1", "algorithm.discount=0.95", "total_transitions=26000",
+        "algorithm.initial_entropy_coefficient=0.1", "algorithm.discount=0.95", "total_transitions=34000",
     ),
 }  # fmt: skip
 

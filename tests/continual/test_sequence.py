@@ -307,11 +307,12 @@ def test_a_task_is_not_lost_while_all_tasks_are_evaluated(
     rows: list[None] = []
     evaluate, start = SequenceRun._evaluate, Run.start
 
-    def killed(sequence: SequenceRun) -> None:
-        evaluate(sequence)
+    def killed(sequence: SequenceRun, *given: Any) -> Any:
+        found = evaluate(sequence, *given)
         rows.append(None)
         if len(rows) == 2:
             raise KeyboardInterrupt
+        return found
 
     with monkeypatch.context() as patched:
         patched.setattr(SequenceRun, "_evaluate", killed)

@@ -101,7 +101,7 @@ def test_free_bits_cost_nothing() -> None:
 def test_band_moves_towards_the_band_from_both_sides(sigma: float, prior_scale: float, moves: str) -> None:
     module = network(prior_scale, sigma)
     ratio, _ = noise_to_weight([module])
-    schedule = BandConfig(interval=1).build(0.1, TASKS)
+    schedule = BandConfig(low=0.05, high=0.2, interval=1).build(0.1, TASKS)
     schedule.step(nats(1.0, 1.0, 1.0), {"network": module})
     after = schedule.metrics()["kl_weight"]
     assert after == pytest.approx({"up": 0.11, "down": 0.1 / 1.1, "stays": 0.1}[moves])
@@ -113,7 +113,7 @@ def test_band_moves_towards_the_band_from_both_sides(sigma: float, prior_scale: 
 def test_band_brings_the_spread_of_a_trained_posterior_into_the_band(sigma: float, prior_scale: float) -> None:
     """The other force is a quadratic loss that pulls every rho to where the spread is outside the band."""
     module = network(prior_scale, sigma)
-    elbo = Elbo(ElboConfig(kl_weight=1e-2, schedule=BandConfig(interval=10)), TASKS)
+    elbo = Elbo(ElboConfig(kl_weight=1e-2, schedule=BandConfig(low=0.05, high=0.2, interval=10)), TASKS)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     rhos = [parameter for name, parameter in module.named_parameters() if "rhos" in name]
     home = math.log(math.expm1(sigma))

@@ -76,7 +76,7 @@ def test_a_rate_of_zero_holds_what_it_is_for() -> None:
 
 
 def test_the_schedule_drives_every_rate() -> None:
-    options = OptimizerConfig(mu_lr_scale=0.5, schedule=Schedule.linear)
+    options = OptimizerConfig(mu_lr_scale=0.5, rho_lr_scale=1.0, adapter_epsilon=None, schedule=Schedule.linear)
     found = moves(step_of(options), fraction=0.75)
     assert found == pytest.approx({Kind.theta: 0.0025, Kind.mu: 0.00125, Kind.rho: 0.0025}, rel=1e-3)
     step = step_of(options)
@@ -133,10 +133,11 @@ def test_roles(
     assert found == expected
 
 
-def test_without_options_there_is_one_group_and_adam() -> None:
+def test_without_options_there_are_three_groups_and_adam() -> None:
     step = step_of(OptimizerConfig())
     assert type(step.optimizer) is torch.optim.Adam
-    assert len(step.optimizer.param_groups) == 1
+    groups = {(group["lr"], group["eps"]) for group in step.optimizer.param_groups}
+    assert groups == {(0.01, 1e-8), (0.01, 1e-15), (0.01 * 30, 1e-15)}  # theta, mu, rho
     assert step.optimizer.defaults["fused"]
 
 

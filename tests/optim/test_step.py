@@ -53,7 +53,8 @@ def test_the_mean_is_plain_backward_to_the_bit(name: str) -> None:
         hold_noise(network)
         networks.append(network)
     mine, plain = networks
-    step = LossStep(mine, 0.01, 0.5)
+    alike = OptimizerConfig(own_gradients=OwnGradients.averaged, adapter_epsilon=None, rho_lr_scale=1.0)
+    step = LossStep(mine, 0.01, 0.5, optimizer=alike)
     adam = torch.optim.Adam(plain.parameters(), lr=0.01, fused=True)
     x, ids = torch.randn(4, 60, 5), torch.arange(4)
     for _ in range(3):

@@ -217,7 +217,7 @@ def test_a_window_of_all_tasks_updates_as_without() -> None:
 
 def test_a_loss_that_is_not_finite_is_counted_for_its_task() -> None:
     learner = make_sac(CriticConfig())
-    learner.replay.rows[5] = torch.nan
+    learner.log_alpha.data[5] = torch.nan
     for _ in range(learner.task_subset.turns):
         learner.update()
     assert [int(steps) for steps in learner.masked_steps()] == [0, 0, 0, 0, 0, 2, 0, 0]
