@@ -66,7 +66,7 @@ def test_pruning_everything_leaves_the_shared_weights(command: Command, run: str
 
 
 def test_the_best_checkpoint_and_signal_to_noise(command: Command, run: str) -> None:
-    outcome = command("prune", f"run={run}", "checkpoint=best", "criterion=snr", "threshold=0.2", "out=small")
+    outcome = command("prune", f"run={run}", "checkpoint=best", "criterion=snr", "threshold=0.02", "out=small")
     assert outcome.code == 0, outcome.err
     told = read("small/pruning.json")
     assert told["checkpoint"].startswith("best-")

@@ -97,8 +97,10 @@ def test_damage_before_the_last_line_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(tmp_path: Path) -> None:
-    Tracker(tmp_path).close()
-    with pytest.raises(UserError, match=r"already holds a run: choose another run_dir, or resume="):
+    tracker = Tracker(tmp_path)
+    tracker.log({"loss/policy": 0.5}, 10)
+    tracker.close()
+    with pytest.raises(UserError, match=r"already holds a run: choose another run_dir, or '?resume="):
         Tracker(tmp_path)
 
 
