@@ -9,7 +9,7 @@
     total_transitions=20000000 the budget, all tasks together; its default is the environment's
     seed=0                     of everything random
     device=auto                or cpu, cuda
-    elbo.kl_weight=1           how dear it is for a task to differ from the others; 1 is the plain ELBO
+    elbo.kl_weight=0.1         how dear it is for a task to differ from the others; 1 is the plain ELBO
     elbo.prior_scale=0.03      size of a task's own part before it costs anything, relative to the shared one
     network.hidden=[128,128]   sizes of the hidden layers; its default is the environment's
     env.envs_per_task=4        environments of every task; its default is the environment's

@@ -72,7 +72,7 @@ class DrawConfig:
 class ElboConfig:
     """Options of ``elbo``: the weight of the divergence and how it moves, the posteriors and how they are drawn."""
 
-    kl_weight: float = bounded(1.0, least=0)
+    kl_weight: float = bounded(0.1, least=0)
     "Weight of the divergence; 1 is the plain ELBO of the data met so far, less a colder posterior."
     normalization: KLNormalization = KLNormalization.seen
     """Divisor `n_i` of a task's divergence: its transitions so far (`seen`); those of PPO's rollout or SAC's replay
