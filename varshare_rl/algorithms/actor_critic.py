@@ -139,7 +139,7 @@ class ActorCritic(Algorithm):
         module = self.actor if part == "actor" else self.critic
         penalized = self.elbo.config.networks in (Penalized.both, Penalized(part))
         penalty = self.elbo.penalty(module, held, self.transitions_per_task) if penalized else 0.0
-        if self.elbo.config.likelihood is Likelihood.fitted:
+        if isinstance(penalty, Tensor) and self.elbo.config.likelihood is Likelihood.fitted:
             penalty = penalty * nat
         if self.regularizer is None:
             return penalty
