@@ -103,7 +103,7 @@ def write_continual(out: Path, runs: Sequence[ContinualRun], document: dict[str,
     """Write the comparison, and the figures of every run, in folders of their own where there are several."""
     from varshare_rl.reporting.continual_figures import comparison_figures, run_figures
     from varshare_rl.reporting.continual_table import to_csv
-    from varshare_rl.reporting.figures import to_png
+    from varshare_rl.reporting.figures import to_file
 
     labels = [run["label"] for run in document["runs"]]
     compared = comparison_figures(document["methods"], document["measure"], labels, [run.document for run in runs])
@@ -112,7 +112,7 @@ def write_continual(out: Path, runs: Sequence[ContinualRun], document: dict[str,
         figures |= {out / name / figure: made for figure, made in run_figures(run.document).items()}
     for path, figure in figures.items():
         make_folder(path.parent)
-        write_atomically(path.with_name(f"{path.name}.png"), to_png(figure))
+        write_atomically(path.with_name(f"{path.name}.png"), to_file(figure))
     write_atomically(out / "continual.csv", to_csv(document["methods"]))
     write_json(out / "continual.json", document)
 
