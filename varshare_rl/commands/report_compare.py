@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -77,7 +77,12 @@ def report_compare(options: CompareReportConfig, folders: Sequence[str]) -> None
 
     sections = compare_runs(runs, sentence, options.at, options.measure)
     out = Path(options.out)
-    write_report(out, sections, left_out, sys.argv[1:] if sys.argv[1:] else folders)
+    chosen = [
+        f"{option.name}={str(value).lower() if isinstance(value, bool) else value}"
+        for option in fields(options)
+        if (value := getattr(options, option.name)) != option.default
+    ]
+    write_report(out, sections, left_out, ["compare", *folders, *chosen])
     show(sections, left_out, out)
 
 

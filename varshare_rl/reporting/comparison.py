@@ -306,16 +306,14 @@ def warnings(groups: Sequence[Group], measure: str, at: int | None) -> list[str]
         "scores of few episodes are coarser",
     )  # fmt: skip
     if at is None:
-        budgets = [(group, run, _rounded(run.transitions)) for group, run in scored]
+        budgets = [(group, run, f"{run.transitions:,}") for group, run in scored]
         least = min((run.transitions for _, run in scored), default=0)
         if least and max(run.transitions for _, run in scored) > least * (1 + BUDGET_TOLERANCE):
             found += _differing("the number of transitions", budgets, f"at={least} compares them there")
-    return found + [
-        f"{group.label} has {_counted(len(group.scored), 'run')}: "
-        + ("there is no interval." if len(group.scored) == 1 else "its intervals are too narrow.")
-        for group in groups
-        if 0 < len(group.scored) <= FEW_RUNS
-    ]
+    alone = [group.label for group in groups if len(group.scored) == 1]
+    few = [group.label for group in groups if 1 < len(group.scored) <= FEW_RUNS]
+    found += [f"One run of {_listed(alone)}: there is no interval."] if alone else []
+    return found + ([f"Three runs or fewer of {_listed(few)}: their intervals are too narrow."] if few else [])
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
@@ -328,7 +326,7 @@ def notes(groups: Sequence[Group]) -> list[str]:
     for name, why in (("git_commit", "made by other code"), ("torch", "made with other versions"),
                       ("device_name", "their seconds cannot be compared"),
                       ("threads", "their seconds cannot be compared")):  # fmt: skip
-        found += _differing(name, [(group, run, run.conditions.get(name)) for group, run in ended], why)
+        found += _differing(name, [(group, run, _short(run.conditions.get(name))) for group, run in ended], why)
     if any(run.conditions.get("git_dirty") for _, run in ended):
         found.append("Some runs were made by code with changes that are in no commit.")
     return found
@@ -390,8 +388,9 @@ def word(value: Any) -> str:
     return str(value).replace("'", "").replace("None", "null")
 
 
-def _rounded(transitions: int) -> str:
-    return f"{transitions:,}"
+def _short(value: Any) -> Any:
+    """Return the beginning of a commit's name."""
+    return value[:7] if isinstance(value, str) and len(value) == 40 else value
 
 
 def _listed(words: Sequence[str]) -> str:

@@ -83,7 +83,8 @@ def tasks_learning_figure(section: Section, looks: Looks) -> Figure | None:
     number = len(section.tasks)
     if not groups or number < 2:
         return None
-    across = min(number, ACROSS if number <= 16 else 5)
+    most = ACROSS if number <= 16 else ACROSS + 1
+    across = -(-number // -(-number // most))
     figure = new_figure(PAGE, 0.8 + 1.35 * -(-number // across))
     panels = grid_of_panels(figure, number, across, "transitions", sharex=True, sharey=section.measure != "return")
     for index, axes in enumerate(panels):
@@ -165,7 +166,7 @@ def profiles_figure(section: Section, looks: Looks) -> Figure | None:
         _draw_band(axes, section.thresholds, group.profile, looks[group.label])
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel(rf"{_named(section.measure)} $\tau$")
-    axes.set_ylabel(r"share of runs and tasks above $\tau$")
+    axes.set_ylabel(r"share of scores above $\tau$")
     plain_axes(axes, grid="both")
     _legend(figure, section.scored, looks)
     figure.suptitle(f"{section.name}: performance profiles")

@@ -9,6 +9,7 @@ have the same interval.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -184,11 +185,12 @@ def _check(scores: Scores) -> None:
 
 def _rliable() -> Any:
     try:
+        from absl import logging
         from rliable import library
     except ImportError as error:
-        raise UserError(
-            "statistics over seeds and tasks need rliable; pip install 'varshare_rl[report]'"
-        ) from error
+        raise UserError("statistics over seeds need rliable; pip install 'varshare_rl[report]'") from error
+    # Its logger closes the stream that it found, whoever else writes to it, when loggers are set up anew.
+    logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
     return library
 
 
