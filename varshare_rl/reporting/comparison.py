@@ -46,11 +46,11 @@ STATISTICS = {
 
 @dataclass(frozen=True)
 class LearningCurve:
-    """Moments ``[K]``, the interquartile mean there, and every task's mean, with their bands."""
+    """Moments ``[K]``, the interquartile mean there ``[K]``, and every task's mean ``[T, K]``, with their bands."""
 
     at: Values
     iqm: Band
-    tasks: Sequence[Band]
+    tasks: Band
 
 
 @dataclass
@@ -208,9 +208,7 @@ def learning_curve(runs: Sequence[RunRecord], measure: str, axis: str, at: int |
     if known.sum() < 2 or first >= last:
         return None
     values = values[..., known]
-    return LearningCurve(
-        moments[known], iqm_band(values), [mean_band(values[:, task]) for task in range(values.shape[1])]
-    )
+    return LearningCurve(moments[known], iqm_band(values), mean_band(values))
 
 
 def _groups(runs: Sequence[RunRecord]) -> tuple[list[Group], list[str]]:

@@ -90,7 +90,7 @@ def tasks_learning_figure(section: Section, looks: Looks) -> Figure | None:
     for index, axes in enumerate(panels):
         for group in groups:
             curve = group.curves["transitions"]
-            _draw_band(axes, curve.at, curve.tasks[index], looks[group.label], width=1.1)
+            _draw_band(axes, curve.at, curve.tasks.row(index), looks[group.label], width=1.1)
         axes.set_title(plain(section.tasks[index], 24), fontsize=7, pad=3)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(3))

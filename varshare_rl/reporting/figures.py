@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +23,19 @@ from varshare_rl.reporting.style import DIVERGING, INK, MISSING, SEQUENTIAL, SET
 ANNOTATED = 14
 
 Matrix = npt.NDArray[np.float64]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-#: Decorates what draws: figures of the one style, whatever matplotlib is set to.
-styled: Any = rc_context(cast(Any, SETTINGS))
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Have ``draw`` make figures of the one style, whatever matplotlib is set to."""
+
+    @wraps(draw)
+    def inside(*arguments: P.args, **options: P.kwargs) -> R:
+        with rc_context(cast(Any, SETTINGS)):
+            return draw(*arguments, **options)
+
+    return inside
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -61,6 +61,11 @@ class Band(NamedTuple):
     low: Scores | None
     high: Scores | None
 
+    def row(self, index: int) -> Band:
+        """Return one of several bands, where there is an axis before the moments."""
+        ends = (None if end is None else end[index] for end in (self.low, self.high))
+        return Band(self.points[index], *ends)
+
 
 def iqm(scores: Scores) -> Scores:
     """Return the interquartile mean, the mean of the middle half of all runs' and tasks' values: ``[]`` or ``[K]``.
@@ -112,7 +117,7 @@ def iqm_band(curves: Scores) -> Band:
 
 
 def mean_band(values: Scores) -> Band:
-    """Return the mean over runs of every column of ``[S, K]``, by the same bootstrap. Needs no extra.
+    """Return the mean over runs of values ``[S, ...]``, each by the same bootstrap. Needs no extra.
 
     Raises:
         ValueError: there is no value, or one that is not finite.
