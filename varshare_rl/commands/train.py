@@ -39,7 +39,7 @@ from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.errors import Terminated, UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.overrides import override
-from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, held_folder, new_folder
 from varshare_rl.run.loop import Interrupted, Run
@@ -100,8 +100,9 @@ def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] 
             f"the environments of {run_dir} are Python objects; give them: "
             f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
         )
-    state = load_checkpoint(find_checkpoint(run_dir))
-    check_unchanged(run_dir, config, state)
+    _, state = newest_checkpoint(run_dir)
+    with fitting(run_dir):
+        check_unchanged(run_dir, config, state)
     if state["transitions"] >= config.total_transitions and (run_dir / "summary.json").exists():
         raise UserError(
             f"{run_dir} has done {state['transitions']} of {config.total_transitions} transitions already; "
