@@ -27,7 +27,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from varshare_rl.config import TrainConfig, config_folder, register_schemas
 from varshare_rl.config_checks import check_config
-from varshare_rl.errors import Terminated, UserError
+from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.overrides import quote_names
 from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
 
@@ -190,6 +190,9 @@ def errors_in_one_line() -> Iterator[None]:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error))
+    except RunFailure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:  # training itself catches the first one and saves
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
