@@ -22,7 +22,7 @@ from varshare_rl.commands.evaluate import EvaluateConfig, evaluate_agent
 from varshare_rl.commands.export import Format, agent_policy, check_format, export, task_index
 from varshare_rl.commands.report_sharing import agent_sharing
 from varshare_rl.commands.train import run_config
-from varshare_rl.config import Device, TrainConfig, load_config
+from varshare_rl.config import GROUPS, Device, TrainConfig, load_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.envs.spaces import to_native_action, to_policy_observation
@@ -32,11 +32,6 @@ from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.overrides import literal, override
 from varshare_rl.run.evaluation import layer_kl
 from varshare_rl.run.loop import Interrupted
-
-#: Options that choose a component; a word for one of them is a choice, a mapping has options of what is chosen.
-GROUPS = {
-    "env", "algorithm", "network", "critic", "gradient", "elbo/schedule", "elbo/prior", "experiment", "tuned",
-}  # fmt: skip
 
 
 def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: Any) -> Agent:
