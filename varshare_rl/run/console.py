@@ -133,7 +133,7 @@ class Console:
 
     def _counts(self, transitions: int) -> str:
         rate = self.transitions_per_second
-        left = duration((self._total - transitions) / rate) if rate > 0 else "?"
+        left = _duration((self._total - transitions) / rate) if rate > 0 else "?"
         return f"{transitions:,} / {self._total:,} transitions | {rate:,.0f}/s | {left} left"
 
 
@@ -147,8 +147,7 @@ def _cell(value: float | None, style: str) -> Text:
     return Text("-" if value is None else f"{value:{style}}")
 
 
-def duration(seconds: float) -> str:
-    """Return seconds as hours, minutes and seconds, ``1:02:03``."""
+def _duration(seconds: float) -> str:
     minutes, second = divmod(round(max(seconds, 0.0)), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02d}:{second:02d}"

@@ -95,20 +95,11 @@ def _heeding(stop: Path) -> Iterator[None]:
 
 
 class Launcher:
-    """One of Hydra's launchers, for the runs of a sweep.
+    """One of Hydra's launchers, with the configuration of the sweep, for its runs."""
 
-    Raises:
-        UserError: it is not installed, or an option of it is wrong.
-    """
-
-    def __init__(self, command: RunCommand, line: CommandLine, sweep: Sweep, name: str) -> None:
+    def __init__(self, command: RunCommand, line: CommandLine, sweep: Sweep, name: str, config: DictConfig) -> None:
         self._command, self._line, self._sweep, self.name = command, line, sweep, name
-        given = [*sweep.hydra, f"hydra.sweep.dir={literal(str(sweep.folder))}", "hydra.mode=MULTIRUN"]
-        with own_hydra() as composer:
-            self._config = composer.compose_config(
-                config_name=line.command, overrides=[*sweep.fixed, *given], run_mode=RunMode.MULTIRUN
-            )
-        self.options = self._config.hydra.launcher
+        self._config, self.options = config, config.hydra.launcher
 
     def at_once(self, jobs: int) -> int | None:
         """Number of runs that go on side by side on this machine; None where another one gives them their cores."""
@@ -159,6 +150,20 @@ def _passing_on(stop: Path) -> Iterator[None]:
     finally:
         for number in before:
             signal.signal(number, before[number])
+
+
+def hydra_config(line: CommandLine, sweep: Sweep) -> DictConfig:
+    """Compose what a sweep is launched with, that is how and by whom.
+
+    Raises:
+        UserError: an option is wrong.
+    """
+    given = [*sweep.hydra, f"hydra.sweep.dir={literal(str(sweep.folder))}", "hydra.mode=MULTIRUN"]
+    with own_hydra() as composer:
+        config: DictConfig = composer.compose_config(
+            config_name=line.command, overrides=[*sweep.fixed, *given], run_mode=RunMode.MULTIRUN
+        )
+    return config
 
 
 def launcher_name(sweep: Sweep) -> str:

@@ -136,7 +136,9 @@ def read_sweep(line: CommandLine) -> Sweep:
     sweep = Sweep(Path(), fixed, swept, searched, hydra, overwrite)
     what = [item.partition("=")[2] for item in fixed if item.startswith(("env=", "+experiment="))]
     rest = sorted(item for item in fixed if not item.startswith(_INCIDENTAL))
-    digest = _digest((line.command, line.plugins, rest, sorted(keys)))
+    ranges = [override.input_line for override in searched.values()]
+    lists = [item for item in swept.items() if item[0] != "seed"] if "hydra/sweeper=optuna" in hydra else []
+    digest = _digest((line.command, line.plugins, rest, sorted(keys), ranges, lists))
     name = _file_name("_".join(["sweep", *what, *(sweep.short[key].replace("/", ".") for key in keys)]))
     return replace(sweep, folder=Path("runs") / f"{name}_{digest}" if folder is None else folder)
 

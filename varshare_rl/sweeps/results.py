@@ -16,12 +16,14 @@ from rich.table import Table
 from rich.text import Text
 
 from varshare_rl.errors import UserError
-from varshare_rl.reporting.statistics import Interval, iqm_interval
+from varshare_rl.reporting.statistics import Interval, Scores, iqm_interval
 from varshare_rl.run.console import PLAIN_WIDTH
 from varshare_rl.run.folder import SUMMARY_FILE
 from varshare_rl.sweeps.plan import Job
 
 SEED = "seed"
+#: Values of the options that are swept.
+Choices = tuple[tuple[str, str], ...]
 
 
 @dataclass
@@ -51,20 +53,32 @@ class Results:
     remark: str
 
 
-def pool(jobs: Sequence[Job]) -> Results:
-    """Pool the runs that are done over their seeds."""
-    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+def scores_by_choice(jobs: Sequence[Job]) -> tuple[str, dict[Choices, Scores]]:
+    """Return the measure, and ``[S, T]`` of the runs with the same values but for their seeds."""
+    groups = documents_by_choice(jobs)
+    documents = [document for group in groups.values() for document in group]
+    measure = "success" if all(None not in task_scores(document, "success") for document in documents) else "return"
+    return measure, {
+        others: np.array([task_scores(document, measure) for document in group], dtype=np.float64)
+        for others, group in groups.items()
+    }
+
+
+def documents_by_choice(jobs: Sequence[Job]) -> dict[Choices, list[dict[str, Any]]]:
+    """Return what the runs have written at their ends, those with the same values but for their seeds together."""
+    groups: dict[Choices, list[dict[str, Any]]] = {}
     for job in jobs:
         path = job.folder / SUMMARY_FILE
         if path.is_file():
             others = tuple((key, value) for key, value in job.choices.items() if key != SEED)
             groups.setdefault(others, []).append(json.loads(path.read_text(encoding="utf-8")))
-    documents = [document for group in groups.values() for document in group]
-    measure = "success" if all(None not in task_scores(document, "success") for document in documents) else "return"
-    scores = {
-        others: np.array([task_scores(document, measure) for document in group], dtype=np.float64)
-        for others, group in groups.items()
-    }
+    return groups
+
+
+def pool(jobs: Sequence[Job]) -> Results:
+    """Pool the runs that are done over their seeds."""
+    groups = documents_by_choice(jobs)
+    measure, scores = scores_by_choice(jobs)
     statistic, remark = "interquartile mean over seeds and tasks, 95 % interval", ""
     try:
         intervals = {others: iqm_interval(array) for others, array in scores.items()}
@@ -89,7 +103,7 @@ def task_scores(document: dict[str, Any], measure: str) -> list[float | None]:
     return [row[measure] for row in document["tasks"].values()]
 
 
-def spread(scores: np.ndarray[Any, np.dtype[np.float64]]) -> Interval:
+def spread(scores: Scores) -> Interval:
     """Return the mean of ``scores [S, T]``, and the least and the greatest mean of a run."""
     runs = scores.mean(axis=1)
     if len(runs) < 2:

@@ -6,19 +6,26 @@ import shlex
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import cast
+
+from omegaconf import OmegaConf
 
 from varshare_rl.cli import CommandLine, compose_config, errors_in_one_line, read_command_line, typed
 from varshare_rl.errors import Terminated, UserError
+from varshare_rl.fields import check_bounds
 from varshare_rl.files import write_atomically
-from varshare_rl.run.console import Console, duration
+from varshare_rl.run.console import Console
 from varshare_rl.run.folder import SUMMARY_FILE
 from varshare_rl.run.loop import Interrupted
 from varshare_rl.sweeps.command import Outcome, RunCommand, attempt
-from varshare_rl.sweeps.launch import Launcher, launcher_name
+from varshare_rl.sweeps.launch import Launcher, hydra_config, launcher_name
 from varshare_rl.sweeps.plan import Job, Prepared, check_jobs, read_sweep
 from varshare_rl.sweeps.results import pool, show, to_csv
+from varshare_rl.sweeps.search import OptunaConfig, Search
 
 POLL_SECONDS = 1.0
 
@@ -42,27 +49,65 @@ def sweep(command: RunCommand, line: CommandLine) -> int:
     Raises:
         UserError: something is impossible; nothing has been started.
     """
-    asked = read_sweep(line)
-    launcher = launcher_name(asked)
-    if asked.searched:
+    asked, config = read_sweep(line), None
+    name, searching = launcher_name(asked), "hydra/sweeper=optuna" in asked.hydra
+    if asked.hydra:
+        config = hydra_config(line, asked)
+    launcher = Launcher(command, line, asked, name, config) if name and config is not None else None
+    if searching and config is not None:
+        options = cast(OptunaConfig, OmegaConf.to_object(config.hydra.sweeper))
+        check_bounds(options, "hydra.sweeper.")
+        search = Search(asked, options)
+        check_jobs(command, line, search.probes(), asked.overwrite)
+        runs = Runs(command, launcher, options.n_trials * search.runs_per_trial)
+        search.open()
+        runs.say(f"{options.n_trials} trials of {search.runs_per_trial} runs in {asked.folder}")
+        jobs, outcomes = make_trials(runs, search, lambda jobs: check_jobs(command, line, jobs, asked.overwrite))
+    elif asked.searched:
         key, override = next(iter(asked.searched.items()))
         raise UserError(
             f"{override.input_line} is a range to search in, not a list of values; add hydra/sweeper=optuna, "
             f"or give {key}=<a>,<b>"
         )
-    prepared = check_jobs(command, line, asked.grid(), asked.overwrite)
-    runs = Runs(command, Launcher(command, line, asked, launcher) if launcher else None, len(prepared))
-    done, begun = sum(one.done for one in prepared), sum(one.begun and not one.done for one in prepared)
-    runs.say(
-        f"{len(prepared)} runs in {asked.folder}: {done} done already, {begun} to go on, "
-        f"{len(prepared) - done - begun} to start"
-    )
-    outcomes = runs.make(prepared)
-    results = pool([one.job for one in prepared])
+    else:
+        prepared = check_jobs(command, line, asked.grid(), asked.overwrite)
+        runs = Runs(command, launcher, len(prepared))
+        done, begun = sum(one.done for one in prepared), sum(one.begun and not one.done for one in prepared)
+        runs.say(
+            f"{len(prepared)} runs in {asked.folder}: {done} done already, {begun} to go on, "
+            f"{len(prepared) - done - begun} to start"
+        )
+        jobs, outcomes = [one.job for one in prepared], runs.make(prepared)
+    results = pool(jobs)
     if results.rows:
         show(results)
         write_atomically(asked.folder / "sweep.csv", to_csv(results))
-    return runs.close([one.job for one in prepared], outcomes, line)
+    return runs.close(jobs, outcomes, line)
+
+
+def make_trials(
+    runs: Runs, search: Search, check: Callable[[list[Job]], list[Prepared]]
+) -> tuple[list[Job], list[Outcome]]:
+    """Make the trials of a search until there are enough, or it is stopped; returns runs and how they ended."""
+    jobs = search.told()
+    outcomes = [Outcome()] * len(jobs)
+    runs.number = len(jobs)
+    for batch in search.trials():
+        own = list({job.name: job for _, trial in batch for job in trial}.values())
+        prunes = search.prunes and len(batch) == 1
+        made, pruned = list[Job](), False
+        for portion in [[job] for job in own] if prunes else [own]:
+            outcomes += runs.make(check(portion))
+            made += portion
+            if any(outcome.stopped for outcome in outcomes):
+                return jobs + made, outcomes
+            pruned = prunes and search.below_median(batch[0][0], made)
+            if pruned:
+                break
+        for number, trial in batch:
+            search.tell(number, [job for job in trial if job in made], pruned)
+        jobs += made
+    return jobs, outcomes
 
 
 class Runs:
@@ -72,12 +117,15 @@ class Runs:
         command: whose runs they are.
         launcher: starts them side by side; None: one after another, in this process.
         total: number of all runs.
+
+    Attributes:
+        number: of runs that have been taken up, or were done.
     """
 
     def __init__(self, command: RunCommand, launcher: Launcher | None, total: int) -> None:
         self._command, self._launcher, self.total = command, launcher, total
         self._console = Console(total)
-        self._number = 0  # of the runs that have been taken up, or were done
+        self.number = 0
         self._made, self._started = 0, time.monotonic()
 
     def say(self, text: str) -> None:
@@ -89,7 +137,7 @@ class Runs:
         if self._launcher is None:
             return self._make_in_turn(prepared)
         left = [one for one in prepared if not one.done]
-        self._number += len(prepared) - len(left)
+        self.number += len(prepared) - len(left)
         returned: dict[str, Outcome] = {}
         if left:
             with self._watched(left):
@@ -106,13 +154,13 @@ class Runs:
     def _make_in_turn(self, prepared: Sequence[Prepared]) -> list[Outcome]:
         outcomes: list[Outcome] = []
         for one in prepared:
-            self._number += 1
+            self.number += 1
             if outcomes and outcomes[-1].stopped:
                 outcomes.append(Outcome(stopped=True))
             elif one.done:
                 outcomes.append(Outcome())
             else:
-                self.say(f"[{self._number}/{self.total}] {one.job.name}{self._left(self._number - 1)}")
+                self.say(f"[{self.number}/{self.total}] {one.job.name}{self._left(self.number - 1)}")
                 try:
                     outcomes.append(attempt(self._command, one.composed, one.overrides))
                 except (KeyboardInterrupt, Terminated) as stop:
@@ -125,7 +173,7 @@ class Runs:
         if not self._made:
             return ""
         seconds = (time.monotonic() - self._started) / self._made * (self.total - ended)
-        return f", {duration(seconds)} left for all"
+        return f", {timedelta(seconds=round(seconds))} left for all"
 
     @contextmanager
     def _watched(self, left: Sequence[Prepared]) -> Iterator[None]:
@@ -136,8 +184,8 @@ class Runs:
 
         def look() -> None:
             for path in [path for path in waiting if _written(path) not in (None, before[path])]:
-                self._number, self._made = self._number + 1, self._made + 1
-                self.say(f"[{self._number}/{self.total}] {waiting.pop(path)} done{self._left(self._number)}")
+                self.number, self._made = self.number + 1, self._made + 1
+                self.say(f"[{self.number}/{self.total}] {waiting.pop(path)} done{self._left(self.number)}")
 
         def watch() -> None:
             while not ended.wait(POLL_SECONDS):
@@ -176,8 +224,8 @@ def _code(stop: BaseException) -> int:
     return 130 if isinstance(stop, KeyboardInterrupt) else 143
 
 
-def _written(path: object) -> float | None:
+def _written(path: Path) -> float | None:
     try:
-        return path.stat().st_mtime  # type: ignore[attr-defined,no-any-return]
+        return path.stat().st_mtime
     except OSError:
         return None
