@@ -28,7 +28,7 @@ REFUSED = {
     "twice": (("seed=1", "seed=2"), "seed is given twice, seed=1 and seed=2; give it once"),
     "twice_with_a_plus": (("seed=1", "++seed=2"), "seed is given twice, seed=1 and ++seed=2"),
     "group_twice": (("network=shared", "network=lora"), "network is given twice"),
-    "name": (("algorithm.name=sac",), "algorithm.name=sac would keep the options of another choice; write algorithm=sac"),
+    "name": (("algorithm.name=sac",), "algorithm.name=sac would keep the options of another choice; write"),
     "name_inside": (("elbo.schedule.name=ramp",), "write elbo/schedule=ramp"),
     "path": (("network=../env/mt10",), "network=../env/mt10 is a path; choose a network by its name"),
     "flag": (("--seed=1",), "unknown flag --seed=1; write seed=1"),

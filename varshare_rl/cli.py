@@ -97,7 +97,7 @@ def compose_config(line: CommandLine) -> tuple[DictConfig, list[str]]:
                     raise
                 overrides[index] = whole_numbers(overrides[index])
         check_composed(composed, parsed)
-    _put_plugins(composed, line.plugins)
+    put_plugins(composed, line.plugins)
     return composed, overrides
 
 
@@ -213,7 +213,7 @@ def split_plugins(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return names, others
 
 
-def _put_plugins(composed: DictConfig, given: Sequence[str]) -> None:
+def put_plugins(composed: DictConfig, given: Sequence[str]) -> None:
     """Have a configuration that is stored name the plugins that it was made with."""
     if "plugins" in composed:
         require_plugins(list(composed.plugins), "this configuration")

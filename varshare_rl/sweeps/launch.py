@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,9 +19,10 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from varshare_rl.cli import CommandLine, own_hydra, terminable
+from varshare_rl.cli import CommandLine, own_hydra, put_plugins, terminable
 from varshare_rl.envs.division import physical_cores
 from varshare_rl.errors import UserError
+from varshare_rl.files import write_atomically
 from varshare_rl.overrides import literal
 from varshare_rl.registry import load_installed_plugins, load_plugins
 from varshare_rl.sweeps.command import Outcome, RunCommand, attempt
@@ -56,6 +57,7 @@ class Task:
         job = HydraConfig.get()
         load_installed_plugins()
         load_plugins(self.plugins)
+        put_plugins(composed, self.plugins)
         _cap(composed, self.threads)
         log = self.folder / LOGS / f"{self.names[job.job.num]}.txt"
         with (
@@ -111,34 +113,44 @@ class Launcher:
 
     def launch(self, prepared: Sequence[Prepared]) -> list[Outcome]:
         """Make runs side by side; a signal to this process lets all of them save and stop."""
-        side_by_side = self.at_once(len(prepared))
+        size = OmegaConf.select(self._config, "hydra.sweeper.max_batch_size") or len(prepared)
+        side_by_side = self.at_once(min(size, len(prepared)))
         threads = None if side_by_side is None else max(1, physical_cores() // side_by_side)
         folder = self._sweep.folder
         (folder / LOGS).mkdir(parents=True, exist_ok=True)
         names = tuple(one.job.name for one in prepared)
         task: Any = Task(self._command, tuple(self._line.plugins), folder.absolute(), names, threads)
-        with own_hydra() as composer, _passing_on(folder / STOP_FILE):
+        outcomes: list[Outcome] = []
+        with own_hydra() as composer, _passing_on(folder / STOP_FILE) as received:
             context = HydraContext(config_loader=composer.config_loader, callbacks=Callbacks(self._config))
             launcher = Plugins.instance().instantiate_launcher(
                 hydra_context=context, task_function=task, config=self._config
             )
-            returned = launcher.launch([one.overrides for one in prepared], initial_job_idx=0)
-        return [each.return_value for each in returned]
+            for begin in range(0, len(prepared), size):
+                overrides = [one.overrides for one in prepared[begin : begin + size]]
+                if not received:
+                    returned = launcher.launch(overrides, initial_job_idx=begin)
+                    outcomes += [each.return_value for each in returned]
+        outcomes += [Outcome(stopped=True)] * (len(prepared) - len(outcomes))
+        code = 128 + received[0] if received else 0
+        return [replace(outcome, code=code) if outcome.stopped and code else outcome for outcome in outcomes]
 
 
 @contextmanager
-def _passing_on(stop: Path) -> Iterator[None]:
+def _passing_on(stop: Path) -> Iterator[list[int]]:
     """Write the first signal to stop into a file that all runs look at, instead of dying; a second acts at once.
 
     They are told of the other signal than came, so that a run that the terminal has sent the same one hears of none
     a second time, on which it would not save.
     """
     stop.unlink(missing_ok=True)
+    received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:
         other = signal.SIGTERM if number == signal.SIGINT else signal.SIGINT
-        stop.write_text(str(int(other)), encoding="utf-8")
+        received.append(number)
+        write_atomically(stop, str(int(other)))
         print("stopping: every run saves first; once more to end at once", flush=True)
         for each in before:
             signal.signal(each, before[each])
@@ -146,7 +158,7 @@ def _passing_on(stop: Path) -> Iterator[None]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield
+        yield received
     finally:
         for number in before:
             signal.signal(number, before[number])
@@ -170,8 +182,11 @@ def launcher_name(sweep: Sweep) -> str:
     """Return the name of the launcher, nothing for one run after another in this process.
 
     Raises:
-        UserError: it comes with an extra that is not installed.
+        UserError: it comes with an extra that is not installed, or there is no such sweeper.
     """
+    sweeper = next((item for item in sweep.hydra if item.startswith("hydra/sweeper=")), "=basic")
+    if sweeper.partition("=")[2] not in ("basic", "optuna"):
+        raise UserError(f"unknown {sweeper}; choose optuna, or leave it out for all combinations")
     given = next((item for item in sweep.hydra if item.startswith("hydra/launcher=")), "=basic")
     name = given.partition("=")[2]
     if name in EXTRA:

@@ -79,7 +79,7 @@ def sweep(command: RunCommand, line: CommandLine) -> int:
         )
         jobs, outcomes = [one.job for one in prepared], runs.make(prepared)
     results = pool(jobs)
-    if results.rows:
+    if results.rows and not any(outcome.stopped for outcome in outcomes):
         show(results)
         write_atomically(asked.folder / "sweep.csv", to_csv(results))
     return runs.close(jobs, outcomes, line)
@@ -140,7 +140,7 @@ class Runs:
         self.number += len(prepared) - len(left)
         returned: dict[str, Outcome] = {}
         if left:
-            with self._watched(left):
+            with self._watched(left) as waiting:
                 try:
                     ended = self._launcher.launch(left)
                     returned = {one.job.name: outcome for one, outcome in zip(left, ended, strict=True)}
@@ -148,19 +148,21 @@ class Runs:
                     returned = {one.job.name: Outcome(_code(stop), stopped=True) for one in left}
                 except Exception as error:  # of the launcher: a process that was killed, a queue that is down
                     lost = Outcome(1, f"{self._launcher.name}: {type(error).__name__}: {error}")
-                    returned = {one.job.name: lost for one in left}
+                    returned = dict.fromkeys(waiting.values(), lost)
         return [returned.get(one.job.name, Outcome()) for one in prepared]
 
     def _make_in_turn(self, prepared: Sequence[Prepared]) -> list[Outcome]:
         outcomes: list[Outcome] = []
-        for one in prepared:
+        for index, one in enumerate(prepared):
             self.number += 1
             if outcomes and outcomes[-1].stopped:
                 outcomes.append(Outcome(stopped=True))
             elif one.done:
                 outcomes.append(Outcome())
             else:
-                self.say(f"[{self.number}/{self.total}] {one.job.name}{self._left(self.number - 1)}")
+                further = self.total - self.number + index + 1 - len(prepared)
+                left = self._left(further + sum(not other.done for other in prepared[index:]))
+                self.say(f"[{self.number}/{self.total}] {one.job.name}{left}")
                 try:
                     outcomes.append(attempt(self._command, one.composed, one.overrides))
                 except (KeyboardInterrupt, Terminated) as stop:
@@ -168,16 +170,16 @@ class Runs:
                 self._made += 1
         return outcomes
 
-    def _left(self, ended: int) -> str:
-        """Say how long the runs after so many will take, at the pace of those made by now."""
+    def _left(self, runs: int) -> str:
+        """Say how long so many runs will take, at the pace of those made by now."""
         if not self._made:
             return ""
-        seconds = (time.monotonic() - self._started) / self._made * (self.total - ended)
+        seconds = (time.monotonic() - self._started) / self._made * runs
         return f", {timedelta(seconds=round(seconds))} left for all"
 
     @contextmanager
-    def _watched(self, left: Sequence[Prepared]) -> Iterator[None]:
-        """Inside, say when a run is done, wherever it is made."""
+    def _watched(self, left: Sequence[Prepared]) -> Iterator[dict[Path, str]]:
+        """Inside, say when a run is done, wherever it is made; gives the names of those that are not."""
         ended = threading.Event()
         waiting = {one.job.folder / SUMMARY_FILE: one.job.name for one in left}
         before = {path: _written(path) for path in waiting}
@@ -185,7 +187,9 @@ class Runs:
         def look() -> None:
             for path in [path for path in waiting if _written(path) not in (None, before[path])]:
                 self.number, self._made = self.number + 1, self._made + 1
-                self.say(f"[{self.number}/{self.total}] {waiting.pop(path)} done{self._left(self.number)}")
+                self.say(
+                    f"[{self.number}/{self.total}] {waiting.pop(path)} done{self._left(self.total - self.number)}"
+                )
 
         def watch() -> None:
             while not ended.wait(POLL_SECONDS):
@@ -194,7 +198,7 @@ class Runs:
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
         try:
-            yield
+            yield waiting
         finally:
             ended.set()
             watcher.join()
