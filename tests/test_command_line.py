@@ -30,7 +30,7 @@ REFUSED = {
     "group_twice": (("network=shared", "network=lora"), "network is given twice"),
     "name": (("algorithm.name=sac",), "algorithm.name=sac would keep the options of another choice; write"),
     "name_inside": (("elbo.schedule.name=ramp",), "write elbo/schedule=ramp"),
-    "path": (("network=../env/mt10",), "network=../env/mt10 is a path; choose a network by its name"),
+    "path": (("network=../env/mt10",), "network=../env/mt10 is a path; network takes a name"),
     "flag": (("--seed=1",), "unknown flag --seed=1; write seed=1"),
     "bare_flag": (("--quick",), "unknown flag --quick; options are written name=value"),
     "pickle": (("--experimental-rerun=config.pickle",), "unknown flag --experimental-rerun"),

@@ -99,9 +99,9 @@ def parse(
             raise UserError(f"{key} is given twice, {found[key]} and {item}; give it once")
         found[key] = item
         if key in groups:
-            for part in re.split(r"[/,\[\]]", override.get_value_element_as_str()):
+            for part in re.split(r"[/,\[\]]", item.partition("=")[2]):
                 if part in (".", ".."):
-                    raise UserError(f"{item} is a path; choose a {key} by its name")
+                    raise UserError(f"{item} is a path; {key} takes a name")
     return parsed
 
 

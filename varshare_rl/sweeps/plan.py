@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -114,24 +115,26 @@ def read_sweep(line: CommandLine) -> Sweep:
                 folder = Path(str(override.value()))
             elif key.startswith(("hydra.", "hydra/")):
                 hydra.append(item)
-            elif key == "overwrite":
-                overwrite = override.value() is True
+            elif key == "overwrite" and isinstance(override.value(), bool):
+                overwrite = bool(override.value())
             elif key == "resume":
                 if override.value() != "auto":
                     raise UserError(f"{item} is for one run; a sweep goes on when its command is given again")
             elif not override.is_sweep_override():
-                fixed.append(item)
+                if key == "run_dir":
+                    swept[key] = [override.get_value_element_as_str()]
+                else:
+                    fixed.append(item)
             elif override.is_discrete_sweep():
                 swept[key] = list(override.sweep_string_iterator())
             else:
                 searched[key] = override
-    if len(list(itertools.product(*swept.values()))) > 1 or searched:
-        named = next((item for item in fixed if item.startswith("run_dir=")), None)
-        if named is not None:
-            raise UserError(
-                f"{named} is the folder of one run, and this sweep has more; give hydra.sweep.dir=<folder> for "
-                "the folder that all of them are in"
-            )
+    combinations = math.prod(len(values) for values in swept.values())
+    if len(swept.get("run_dir", ())) == 1 and (combinations > 1 or searched):
+        raise UserError(
+            f"run_dir={swept['run_dir'][0]} is the folder of one run, and this sweep has more; give "
+            "hydra.sweep.dir=<folder> for the folder that all of them are in"
+        )
     keys = [*swept, *searched]
     sweep = Sweep(Path(), fixed, swept, searched, hydra, overwrite)
     what = [item.partition("=")[2] for item in fixed if item.startswith(("env=", "+experiment="))]

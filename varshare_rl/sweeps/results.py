@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -33,6 +34,7 @@ class Row:
     choices: dict[str, str]
     seeds: int
     score: Interval
+    mean_return: float
     transitions: float
     seconds: float
 
@@ -114,17 +116,19 @@ def spread(scores: Scores) -> Interval:
 def show(results: Results) -> None:
     """Print the table, the best row in bold."""
     width, live = (None, True) if sys.stdout.isatty() else (PLAIN_WIDTH, False)
-    grid = Table(title=Text(f"{results.measure}: {results.statistic}"), title_justify="left")
+    grid = Table(box=box.SIMPLE_HEAD)
     options = list(results.rows[0].choices)
-    for heading in (*options, "seeds", results.measure, "seconds"):
+    for heading in (*options, "seeds", results.measure, "mean return", "seconds"):
         grid.add_column(Text(heading), justify="left" if heading in options else "right", overflow="fold")
     best = max(results.rows, key=lambda row: row.score.point)
     for row in results.rows:
         low, high = row.score.low, row.score.high
         ends = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-        cells = [*row.choices.values(), str(row.seeds), f"{row.score.point:.3f}{ends}", f"{row.seconds:,.0f}"]
+        numbers = (f"{row.score.point:.3f}{ends}", f"{row.mean_return:,.3f}", f"{row.seconds:,.0f}")
+        cells = [*row.choices.values(), str(row.seeds), *numbers]
         grid.add_row(*map(Text, cells), style="bold" if row is best and len(results.rows) > 1 else "")
     console = Console(highlight=False, width=width, force_terminal=live)
+    console.print(Text(f"{results.measure}: {results.statistic}"), soft_wrap=True)
     console.print(grid)
     if results.remark:
         console.print(Text(results.remark), soft_wrap=True)
@@ -142,6 +146,15 @@ def to_csv(results: Results) -> str:
     for row in results.rows:
         low, high = ("" if end is None else end for end in (row.score.low, row.score.high))
         values = [row.choices[name] for name in options]
-        numbers = (row.seeds, row.score.point, low, high, results.statistic, row.transitions, round(row.seconds, 3))
+        numbers = (
+            row.seeds,
+            row.score.point,
+            low,
+            high,
+            results.statistic,
+            row.mean_return,
+            row.transitions,
+            round(row.seconds, 3),
+        )
         writer.writerow([*values, *numbers])
     return file.getvalue()
