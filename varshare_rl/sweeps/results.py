@@ -90,6 +90,7 @@ def pool(jobs: Sequence[Job]) -> Results:
     rows = [
         Row(
             dict(others), len(group), intervals[others],
+            float(np.mean([task_scores(document, "return") for document in group])),
             float(np.mean([document["transitions"] for document in group])),
             float(np.mean([document["seconds"] for document in group])),
         )
@@ -138,23 +139,12 @@ def to_csv(results: Results) -> str:
     """Return the table as CSV; the ends of an interval are empty where there is one seed."""
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    measure = results.measure
-    options = list(results.rows[0].choices)
-    writer.writerow(
-        [*options, "seeds", measure, f"{measure}_low", f"{measure}_high", "statistic", "transitions", "seconds"]
-    )
+    measure, options = results.measure, list(results.rows[0].choices)
+    score = (measure, f"{measure}_low", f"{measure}_high", "statistic")
+    writer.writerow([*options, "seeds", *score, "mean_return", "transitions", "seconds"])
     for row in results.rows:
         low, high = ("" if end is None else end for end in (row.score.low, row.score.high))
-        values = [row.choices[name] for name in options]
-        numbers = (
-            row.seeds,
-            row.score.point,
-            low,
-            high,
-            results.statistic,
-            row.mean_return,
-            row.transitions,
-            round(row.seconds, 3),
-        )
-        writer.writerow([*values, *numbers])
+        found = (row.score.point, low, high, results.statistic)
+        means = (row.mean_return, row.transitions, round(row.seconds, 3))
+        writer.writerow([*(row.choices[name] for name in options), row.seeds, *found, *means])
     return file.getvalue()
