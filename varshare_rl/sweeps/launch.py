@@ -102,22 +102,30 @@ class Launcher:
     def __init__(self, command: RunCommand, line: CommandLine, sweep: Sweep, name: str, config: DictConfig) -> None:
         self._command, self._line, self._sweep, self.name = command, line, sweep, name
         self._config, self.options = config, config.hydra.launcher
+        self.logs = sweep.folder / LOGS
 
-    def at_once(self, jobs: int) -> int | None:
-        """Number of runs that go on side by side on this machine; None where another one gives them their cores."""
+    def _size(self, runs: int) -> int:
+        """Number of runs that are handed over at once."""
+        return min(runs, OmegaConf.select(self._config, "hydra.sweeper.max_batch_size") or runs)
+
+    def side_by_side(self, runs: int) -> int | None:
+        """Number of runs at a time on this machine; None where another one gives them their cores."""
         if self.name == "joblib":
             from joblib import effective_n_jobs
 
-            return min(jobs, int(effective_n_jobs(self.options.n_jobs)))
-        return jobs if self.name == "submitit_local" else None
+            return min(self._size(runs), int(effective_n_jobs(self.options.n_jobs)))
+        return self._size(runs) if self.name == "submitit_local" else None
+
+    def threads(self, runs: int) -> int | None:
+        """Number of threads that a run may compute with, of this machine's cores; None for no bound."""
+        side_by_side = self.side_by_side(runs)
+        return None if side_by_side is None else max(1, physical_cores() // side_by_side)
 
     def launch(self, prepared: Sequence[Prepared]) -> list[Outcome]:
         """Make runs side by side; a signal to this process lets all of them save and stop."""
-        size = OmegaConf.select(self._config, "hydra.sweeper.max_batch_size") or len(prepared)
-        side_by_side = self.at_once(min(size, len(prepared)))
-        threads = None if side_by_side is None else max(1, physical_cores() // side_by_side)
+        size, threads = self._size(len(prepared)), self.threads(len(prepared))
         folder = self._sweep.folder
-        (folder / LOGS).mkdir(parents=True, exist_ok=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
         names = tuple(one.job.name for one in prepared)
         task: Any = Task(self._command, tuple(self._line.plugins), folder.absolute(), names, threads)
         outcomes: list[Outcome] = []

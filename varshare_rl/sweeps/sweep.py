@@ -140,6 +140,9 @@ class Runs:
         self.number += len(prepared) - len(left)
         returned: dict[str, Outcome] = {}
         if left:
+            at_once, threads = self._launcher.side_by_side(len(left)), self._launcher.threads(len(left))
+            bounds = "" if at_once is None else f", {at_once} at a time with {threads} threads each"
+            self.say(f"{self._launcher.name}{bounds}; the screen of every run is in {self._launcher.logs}")
             with self._watched(left) as waiting:
                 try:
                     ended = self._launcher.launch(left)
