@@ -25,7 +25,6 @@ All keys: docs/configuration.md; --cfg job shows them with their values.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +50,8 @@ from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.errors import Terminated, UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.overrides import override
-from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.reading import read_object, reading
+from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
@@ -123,7 +123,10 @@ def is_done(run_dir: Path, config: TrainConfig) -> bool:
     """
     check_same(run_dir, config, load_config(run_dir / CONFIG_FILE))
     path = run_dir / SUMMARY_FILE
-    return path.exists() and json.loads(path.read_text(encoding="utf-8"))["transitions"] >= config.total_transitions
+    if not path.exists():
+        return False
+    with reading(path, "it is damaged; remove it"):
+        return bool(read_object(path)["transitions"] >= config.total_transitions)
 
 
 def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] | None = None) -> None:
@@ -151,8 +154,9 @@ def go_on(run_dir: Path, config: TrainConfig, makers: Mapping[str, Maker] | None
             f"the environments of {run_dir} are Python objects; give them: "
             f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
         )
-    state = load_checkpoint(find_checkpoint(run_dir))
-    check_unchanged(run_dir, config, state)
+    _, state = newest_checkpoint(run_dir)
+    with fitting(run_dir):
+        check_unchanged(run_dir, config, state)
     if "engine" not in state:
         raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")
     suite = build_suite(config, makers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from varshare_rl.errors import UserError
+from varshare_rl.reading import read_object
 from varshare_rl.reporting.statistics import Interval, Scores, iqm_interval
 from varshare_rl.run.console import PLAIN_WIDTH
 from varshare_rl.run.folder import SUMMARY_FILE
@@ -73,7 +73,7 @@ def documents_by_choice(jobs: Sequence[Job]) -> dict[Choices, list[dict[str, Any
         path = job.folder / SUMMARY_FILE
         if path.is_file():
             others = tuple((key, value) for key, value in job.choices.items() if key != SEED)
-            groups.setdefault(others, []).append(json.loads(path.read_text(encoding="utf-8")))
+            groups.setdefault(others, []).append(read_object(path))
     return groups
 
 
