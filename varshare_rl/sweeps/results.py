@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -115,22 +117,29 @@ def spread(scores: Scores) -> Interval:
 
 
 def show(results: Results) -> None:
-    """Print the table, the best row in bold."""
+    """Print the table and the best row, as options that can be given again."""
     width, live = (None, True) if sys.stdout.isatty() else (PLAIN_WIDTH, False)
-    grid = Table(box=box.SIMPLE_HEAD)
     options = list(results.rows[0].choices)
-    for heading in (*options, "seeds", results.measure, "mean return", "seconds"):
-        grid.add_column(Text(heading), justify="left" if heading in options else "right", overflow="fold")
-    best = max(results.rows, key=lambda row: row.score.point)
+    last = [re.split("[./]", name)[-1] for name in options]
+    headings = [part if last.count(part) == 1 else name for part, name in zip(last, options, strict=True)]
+    grid = Table(box=box.SIMPLE_HEAD)
+    for heading in headings:
+        grid.add_column(Text(heading), overflow="fold")
+    for heading in ("seeds", results.measure, "interval", "mean return", "seconds"):
+        grid.add_column(Text(heading), justify="right", no_wrap=True)
+    best = max(results.rows, key=lambda row: (row.score.point, row.mean_return))
     for row in results.rows:
         low, high = row.score.low, row.score.high
-        ends = "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-        numbers = (f"{row.score.point:.3f}{ends}", f"{row.mean_return:,.3f}", f"{row.seconds:,.0f}")
+        ends = "-" if low is None or high is None else f"{low:.3f} to {high:.3f}"
+        numbers = (f"{row.score.point:.3f}", ends, f"{row.mean_return:,.3f}", f"{row.seconds:,.0f}")
         cells = [*row.choices.values(), str(row.seeds), *numbers]
         grid.add_row(*map(Text, cells), style="bold" if row is best and len(results.rows) > 1 else "")
     console = Console(highlight=False, width=width, force_terminal=live)
     console.print(Text(f"{results.measure}: {results.statistic}"), soft_wrap=True)
     console.print(grid)
+    if len(results.rows) > 1:
+        chosen = shlex.join(f"{key}={value}" for key, value in best.choices.items())
+        console.print(Text(f"best: {chosen}"), soft_wrap=True)
     if results.remark:
         console.print(Text(results.remark), soft_wrap=True)
 
