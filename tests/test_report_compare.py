@@ -286,10 +286,10 @@ def test_a_damaged_summary_is_one_line_and_the_others_are_compared(
     assert outcome.code == 0, outcome.err
     said = [line for line in outcome.out.splitlines() if "left out" in line]
     assert len(said) == 1
-    assert "runs/b/summary.json is damaged" in " ".join(outcome.out.split())
-    assert "Left out: runs/b/summary.json is damaged" in Path("report_compare/report.html").read_text()
+    assert "cannot read runs/b/summary.json" in " ".join(outcome.out.split())
+    assert "Left out: cannot read runs/b/summary.json" in Path("report_compare/report.html").read_text()
     outcome = command("report", "compare", "runs/b", "out=other")
-    assert_one_line(outcome.code, outcome.err, "runs/b/summary.json is damaged")
+    assert_one_line(outcome.code, outcome.err, "cannot read runs/b/summary.json")
     assert not Path("other").exists()
 
 
@@ -298,7 +298,7 @@ def test_summaries_of_another_form_are_damaged(command: Command, folder: Path, d
     path = write_run("runs/a") / "summary.json"
     path.write_bytes(document.encode("latin-1"))
     outcome = command("report", "compare", "runs")
-    assert_one_line(outcome.code, outcome.err, "runs/a/summary.json is damaged")
+    assert_one_line(outcome.code, outcome.err, "cannot read runs/a/summary.json")
 
 
 @pytest.mark.parametrize(

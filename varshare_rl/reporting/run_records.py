@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from varshare_rl.errors import UserError
+from varshare_rl.reading import read_bytes, read_object, reading
 
 Values = npt.NDArray[np.float64]
 Options = Mapping[str, bool | int | float | str]
@@ -103,19 +104,13 @@ def read_run(folder: Path, options: Options, evaluation: bool = False) -> RunRec
     summarized = folder / (EVALUATION_FILE if evaluation else SUMMARY_FILE)
     if evaluation and not summarized.exists():
         raise UserError(f"{folder} has no {EVALUATION_FILE}; evaluate run={folder} writes it")
-    path = summarized
-    try:
-        summary = _read_json(path) if path.exists() else None
+    with reading(summarized, "it is damaged"):
+        summary = read_object(summarized) if summarized.exists() else None
         tasks = None if summary is None else tuple(summary["tasks"])
-        path = folder / METRICS_FILE
-        curves, tasks, last = _read_metrics(path, tasks)
-        path = summarized
+    with reading(folder / METRICS_FILE, "it is damaged"):
+        curves, tasks, last = _read_metrics(folder / METRICS_FILE, tasks)
+    with reading(summarized, "it is damaged"):
         return _record(folder, options, summary, tasks, curves, last)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"{path} is damaged ({reason})") from error
 
 
 def _record(
@@ -145,7 +140,7 @@ def _record(
 
 def _read_metrics(path: Path, tasks: tuple[str, ...] | None) -> tuple[Curves, tuple[str, ...], dict[str, Any]]:
     """Return the evaluations, the tasks, and the last value of everything that was logged."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = read_bytes(path).decode().splitlines() if path.exists() else []
     evaluations: dict[int, dict[str, Any]] = {}
     last: dict[str, Any] = {"transitions": 0, "seconds": 0.0}
     for number, line in enumerate(lines, start=1):
@@ -178,16 +173,9 @@ def _read_metrics(path: Path, tasks: tuple[str, ...] | None) -> tuple[Curves, tu
 def _last_sharing(folder: Path) -> float | None:
     """Return the sharing of all layers at the last observation."""
     for path in sorted((folder / "sharing").glob("*.json"), reverse=True):
-        found = _read_json(path).get("sharing")
+        found = read_object(path).get("sharing")
         return None if found is None else float(found)
     return None
-
-
-def _read_json(path: Path) -> Any:
-    document = json.loads(path.read_bytes())
-    if not isinstance(document, dict):
-        raise TypeError("no JSON object")
-    return document
 
 
 def _row(values: Iterable[Any]) -> Values:
