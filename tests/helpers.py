@@ -180,7 +180,8 @@ def write_run(
     Its evaluations, at a quarter, a half and all of its transitions, rise to ``scores`` by task in a straight line,
     and its return is ten times the success.
     """
-    config = compose("train", [*TINY, f"seed={seed}", f"total_transitions={transitions}", *overrides])
+    given = [*TINY, f"seed={seed}", f"total_transitions={transitions}", *overrides]
+    config = compose("train", list({item.partition("=")[0]: item for item in given}.values()))
     scores = {"left": 0.5, "right": 1.0} if scores is None else scores
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
