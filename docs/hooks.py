@@ -19,6 +19,7 @@ PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGEL
 #: Endings of files beside a result's page that are on the site too.
 FIGURES = (".png", ".csv", ".json")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
+ROLE = re.compile(r":(?:func|class|meth|mod|attr):(?=<code>)|(?<=<code>)~[\w.]*\.(?=\w+</code>)")
 FENCE = re.compile(r"(^```.*?^```)", re.DOTALL | re.MULTILINE)
 
 
@@ -80,11 +81,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         candidates = [site_path(target) + end for end in ("", "/README.md", "/index.md")]
         found = next((name for name in candidates if files.get_file_from_path(name)), None)
         if found is not None:
+            text = title(PROJECT / target) if text == target and target.endswith(".md") else text
             return f"[{text}]({relpath(found, str(here))}{anchor or ''})"
         return text if (PROJECT / target).exists() else match[0]  # mkdocs warns of what is nowhere
 
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
     parts = FENCE.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(lead, part) for part in parts)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Take the roles of docstrings (``:class:`Agent```) for plain code."""
+    return ROLE.sub("", html)
 
 
 def repository_path(place: str) -> PurePosixPath:
