@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import io
+import os
 import re
 import shlex
 import shutil
@@ -30,16 +31,17 @@ PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
 NOT_RUN = {
     "make ": "sets up a virtual environment; test_targets_of_make_are_there reads them",
 }
-#: Suites whose environments take seconds to make: in slow tests.
-DEAR = re.compile(r"metaworld|mt\d+|cw\d+|Hopper")
+#: Suites whose environments take seconds to make, and packages of the reader: in slow tests.
+DEAR = re.compile(r"metaworld|mt\d+|runs/two|cw\d+|Hopper|plugins=")
 #: What stands for a placeholder, by the kind of run that a command takes.
-AGENT, SEQUENCES = "runs/first", {"a": "runs/finetune", "b": "runs/lora", "c": "runs/reference"}
+AGENT, SEQUENCES = "runs/trained", {"a": "runs/finetune", "b": "runs/lora", "c": "runs/reference"}
 TASKS = {AGENT: "flipped_down", SEQUENCES["b"]: "normal_right"}
 #: What a run may cost, in place of what is given.
 BUDGET = {
     "env.envs_per_task": "1", "evaluate.every": "0", "evaluate.episodes": "1", "checkpoint.every": "0",
     "env.workers": "0", "device": "cpu", "log.quiet": "true", "network.active_parameters": "null",
     "network.hidden": "[8]", "critic.hidden": "null", "observe.every": "0", "episodes": "2", "draws": "4",
+    "total_transitions": "960",
 }  # fmt: skip
 
 
@@ -81,6 +83,15 @@ def run(words: list[str]) -> None:
                 raise AssertionError(f"{' '.join(words)}: {err.getvalue() or out.getvalue()}") from None
 
 
+def run_with_package(page: str, words: list[str]) -> None:
+    """Run a command in a process of its own, where the module is that the page shows."""
+    code = (PROJECT / page).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    Path("my_package.py").write_text(code)
+    command = [sys.executable, "-m", f"varshare_rl.{words[0]}", *words[1:]]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": f"{PROJECT}:."}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def words_of(line: str, page: str) -> list[str]:
     """The words of a command after ``varshare``, with placeholders filled in and patterns of files spelled out."""
     _, *words = shlex.split(re.sub(r"^python -m varshare_rl\.?", "varshare ", line))
@@ -90,7 +101,8 @@ def words_of(line: str, page: str) -> list[str]:
         folder = SEQUENCES["b"] if sequence and not word.startswith("from=") else AGENT
         word = re.sub(r"runs/<([abc])>", lambda found: SEQUENCES[found[1]], word)
         word = re.sub(r"runs/<[^>]*>", folder, word).replace("<folder>", "given")
-        word = re.sub(r"^task=(<name>|reach-v3)$", f"task={TASKS[folder]}", word)
+        if "<" in line:
+            word = re.sub(r"^task=(<name>|reach-v3)$", f"task={TASKS[folder]}", word)
         filled += sorted(glob.glob(word)) if "*" in word else [word]
     return filled
 
@@ -106,9 +118,11 @@ def cheaply(words: list[str]) -> list[str]:
     """The same choices with a budget of few updates; a sweep has two values of its first option, else one."""
     name, *words = words
     if name not in ("train", "continual") or any(word.startswith(("resume=", "--cfg")) for word in words):
-        given = {word.partition("=")[0] for word in words} & {"episodes", "draws"}
+        given = {word.partition("=")[0] for word in words} & {"episodes", "draws", "total_transitions"}
         kept = [word for word in words if word.partition("=")[0] not in given]
         return [name, *kept, *(f"{key}={BUDGET[key]}" for key in sorted(given))]
+    if any(word.startswith("plugins=") for word in words):  # composing would have this process know them
+        return [name, *words, *TINY[1:], *TINY_ALGORITHM["ppo"], "network.hidden=[8,8]", "total_transitions=640"]
     config = compose(name, chosen(words))
     tasks = len(getattr(config.env, "tasks", None) or getattr(config.env, "ids", None) or range(10))
     budget = {**BUDGET, "total_transitions": str(tasks * 80)}
@@ -171,6 +185,9 @@ def type_commands(page: str, dear: bool) -> None:
             continue
         if line.startswith("python -m varshare_rl.share add"):
             shutil.move("another", "adapters/another")  # which the basis was made without
+        if "plugins=" in line:
+            run_with_package(page, cheaply(words_of(line, page)))
+            continue
         run(cheaply(words_of(line, page)) if line != "varshare" else [])
 
 
@@ -198,7 +215,7 @@ def test_dear_commands_are_composed() -> None:
     composed = 0
     for line in sorted(lines):
         name, *words = words_of(line, "README.md")
-        if name in ("train", "continual") and not line.startswith("make"):
+        if name in ("train", "continual") and "plugins=" not in line and not line.startswith("make"):
             compose(name, chosen(words))
             composed += 1
     assert composed > 5

@@ -100,7 +100,7 @@ class Lever(gymnasium.Env[Any, Any]):
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        return self.observation_space.sample(), {}
+        return self.np_random.uniform(-5.0, 5.0, self.observation_space.shape), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         assert self.action_space.contains(action)

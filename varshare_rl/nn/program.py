@@ -19,6 +19,8 @@ from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically
 
 INPUT, OUTPUT = "observation", "action"
+#: Any number of rows.
+ROWS = ({0: torch.export.Dim("batch", min=1)},)
 
 
 def trace(module: nn.Module, size: int) -> torch.export.ExportedProgram:
@@ -27,10 +29,9 @@ def trace(module: nn.Module, size: int) -> torch.export.ExportedProgram:
     Raises:
         UserError: it does what cannot be traced.
     """
-    rows = {0: torch.export.Dim("batch", min=1)}
     try:
         with torch.no_grad():
-            program = torch.export.export(module, (torch.zeros(2, size),), dynamic_shapes=(rows,))
+            program = torch.export.export(module, (torch.zeros(2, size),), dynamic_shapes=ROWS)
     except Exception as error:  # whatever the module's own code does when it is traced
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"this network cannot be traced by torch.export: {reason}") from error
@@ -51,7 +52,7 @@ def write_onnx(file: Path, program: torch.export.ExportedProgram, about: Mapping
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter calls functions of torch that are to go
         graph: Any = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT]
+            program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=ROWS
         )
     graph.model.metadata_props.update(about)
     graph.save(file)
