@@ -27,9 +27,10 @@ from varshare_rl import entry
 from varshare_rl.cli import compose
 
 PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
-#: Beginnings of commands that are not run here, and why.
+#: Commands that are not run here, and why.
 NOT_RUN = {
-    "make ": "sets up a virtual environment; test_targets_of_make_are_there reads them",
+    "^make ": "sets up a virtual environment; test_targets_of_make_are_there reads them",
+    "hydra/(launcher|sweeper)=": "needs an extra, and a cluster or processes of its own",
 }
 #: Suites whose environments take seconds to make, and packages of the reader: in slow tests.
 DEAR = re.compile(r"metaworld|mt\d+|runs/two|cw\d+|Hopper|plugins=")
@@ -55,7 +56,7 @@ def commands_of(text: str) -> list[str]:
             shell.append(line.strip().removeprefix("$ "))
         elif fence is None:
             outside += re.findall(r"`((?:python -m varshare_rl\.\w+|varshare|make) [^`]+)`", line)
-    found = [re.sub(r"\s+#.*", "", line) for line in shell]
+    found = [re.sub(r"\s+#.*|\s+\.\.\.$", "", line) for line in shell]
     runnable = [line for line in outside if "=" in line or line.startswith("make")]
     return [line for line in found if re.match(r"python -m varshare_rl|varshare\b|make ", line)] + runnable
 
@@ -119,6 +120,8 @@ def cheaply(words: list[str]) -> list[str]:
     name, *words = words
     if name not in ("train", "continual") or any(word.startswith(("resume=", "--cfg")) for word in words):
         given = {word.partition("=")[0] for word in words} & {"episodes", "draws", "total_transitions"}
+        if name == "evaluate" and not any(word.startswith("protocol=") for word in words):
+            given.add("episodes")
         kept = [word for word in words if word.partition("=")[0] not in given]
         return [name, *kept, *(f"{key}={BUDGET[key]}" for key in sorted(given))]
     if any(word.startswith("plugins=") for word in words):  # composing would have this process know them
@@ -156,7 +159,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     desk = tmp_path_factory.mktemp("desk")
     with contextlib.chdir(desk):
         ppo = (*TINY, *TINY_ALGORITHM["ppo"])
-        run(["train", *ppo, "total_transitions=640", f"run_dir={AGENT}"])
+        run(["train", *ppo, "total_transitions=640", "evaluate.every=320", f"run_dir={AGENT}"])
         for folder, method in zip(
             SEQUENCES.values(), (["finetune"], ["lora"], ["copies", "method.start=scratch"]), strict=True
         ):
@@ -181,7 +184,7 @@ def page_folder(desk: Path, tmp_path: Path) -> Iterator[Path]:
 
 def type_commands(page: str, dear: bool) -> None:
     for line in PAGES[page]:
-        if line.startswith(tuple(NOT_RUN)) or bool(DEAR.search(line)) != dear:
+        if skipped(line) or bool(DEAR.search(line)) != dear:
             continue
         if line.startswith("python -m varshare_rl.share add"):
             shutil.move("another", "adapters/another")  # which the basis was made without
@@ -191,11 +194,15 @@ def type_commands(page: str, dear: bool) -> None:
         run(cheaply(words_of(line, page)) if line != "varshare" else [])
 
 
+def skipped(line: str) -> bool:
+    return any(re.search(pattern, line) for pattern in NOT_RUN)
+
+
 def of_kind(dear: bool) -> list[str]:
     return [
         page
         for page, lines in PAGES.items()
-        if any(bool(DEAR.search(line)) == dear and not line.startswith(tuple(NOT_RUN)) for line in lines)
+        if any(bool(DEAR.search(line)) == dear and not skipped(line) for line in lines)
     ]
 
 
@@ -215,7 +222,7 @@ def test_dear_commands_are_composed() -> None:
     composed = 0
     for line in sorted(lines):
         name, *words = words_of(line, "README.md")
-        if name in ("train", "continual") and "plugins=" not in line and not line.startswith("make"):
+        if name in ("train", "continual") and "plugins=" not in line and not skipped(line):
             compose(name, chosen(words))
             composed += 1
     assert composed > 5
