@@ -27,12 +27,20 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """List every result and every decision in the navigation."""
     assert config.nav is not None
     for section in config.nav:
+        for name, entries in section.items():
+            if isinstance(entries, list):
+                section[name] = [entry for entry in entries if is_page(*entry.values())]
         if "Results" in section:
             section["Results"] = ["experiments/index.md", *(str(path.relative_to(PROJECT)) for path in results())]
         if "Decisions" in section:
             notes = sorted((PROJECT / "docs" / "decisions").glob("0*.md"))
             section["Decisions"] = ["decisions/README.md", *(f"decisions/{path.name}" for path in notes)]
     return config
+
+
+def is_page(place: str) -> bool:
+    """Return False for a page of the navigation that is not written yet."""
+    return place in PAGES or (PROJECT / repository_path(place)).is_file()
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
