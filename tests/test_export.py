@@ -127,28 +127,31 @@ def choices() -> dict[str, Any]:
     }
 
 
+def run_onnx(file: str, obs: Any) -> Any:
+    """What a graph computes, as its user gets it."""
+    session = pytest.importorskip("onnxruntime").InferenceSession(file, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", obs.shape[1]]
+    return session.run(None, {"observation": obs.astype(np.float32)})[0]
+
+
+@pytest.mark.parametrize("ending", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("makers", [levers, choices])
-def test_policies_have_the_sizes_bounds_and_types_of_their_environment(folder: Path, makers: Any) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+def test_policies_have_the_sizes_bounds_and_types_of_their_environment(
+    folder: Path, makers: Any, ending: str
+) -> None:
     options = [item for item in (*TINY, *TINY_ALGORITHM["ppo"]) if not item.startswith("env=")]
-    agent = vs.train(*options, envs=makers(), total_transitions=960, run_dir="run", env={"horizon": 20})
+    agent = vs.train(*options, envs=makers(), total_transitions=480, run_dir="run", env={"horizon": 20})
     rng = np.random.default_rng(0)
     for task, make in makers().items():
         env = make()
-        (size,) = env.observation_space.shape
-        obs = rng.uniform(-5, 5, (64, size))
+        obs = rng.uniform(-5, 5, (64, *env.observation_space.shape))
         obs[0, 0], obs[1, 0] = np.nan, np.inf
-        wanted = agent.predict(obs, task)
-        agent.export(task, f"{task}.pt2")
-        agent.export(task, f"{task}.onnx")
-        found = loaded(f"{task}.pt2")(torch.from_numpy(obs).float()).numpy()
-        session = onnxruntime.InferenceSession(f"{task}.onnx", providers=["CPUExecutionProvider"])
-        (graph,) = session.run(None, {"observation": obs.astype(np.float32)})
-        for actions in (found, graph):
-            assert actions.dtype == (env.action_space.dtype if makers is levers else np.int64)
-            np.testing.assert_allclose(actions, wanted, rtol=1e-5, atol=1e-5)
-            assert all(env.action_space.contains(action) for action in actions)
-        assert session.get_inputs()[0].shape == ["batch", size]
+        file = agent.export(task, f"{task}.{ending}")
+        rows = torch.from_numpy(obs).float()
+        actions = loaded(str(file))(rows).numpy() if ending == "pt2" else run_onnx(str(file), obs)
+        assert actions.dtype == (env.action_space.dtype if makers is levers else np.int64)
+        np.testing.assert_allclose(actions, agent.predict(obs, task), rtol=1e-5, atol=1e-5)
+        assert all(env.action_space.contains(action) for action in actions)
 
 
 @pytest.mark.slow
@@ -295,7 +298,7 @@ def actions_of_readme(folder: str, obs: Tensor) -> Tensor:
 def test_the_readme_of_an_adapter_acts_as_the_agent(folder: Path, makers: Any) -> None:
     pytest.importorskip("peft")
     options = [item for item in (*TINY, *TINY_ALGORITHM["ppo"]) if not item.startswith("env=")]
-    agent = vs.train(*options, envs=makers(), total_transitions=960, run_dir="run", env={"horizon": 20})
+    agent = vs.train(*options, envs=makers(), total_transitions=480, run_dir="run", env={"horizon": 20})
     for task in agent.tasks:
         agent.export(task, task, format="peft")
         obs = torch.randn(32, makers()[task]().observation_space.shape[0])
@@ -318,10 +321,10 @@ def test_critics_give_values_in_units_of_the_tasks_rewards(command: Command, cas
     algorithm, settings = CRITICS[case]
     scales = "env.reward_scales=[1,1,1,1,1,1,1,50]"
     agent = train(command, scales, *settings, algorithm=algorithm)
-    assert agent.suite.task_names[-1] == TASK
-    export(command, f"task={TASK}", "format=peft", "critics=true", "out=files")
+    task = agent.suite.task_names[-1]
+    export(command, f"task={task}", "format=peft", "critics=true", "out=files")
     critic, scaler = agent.algorithm.critic, agent.algorithm.reward_scaler  # type: ignore[attr-defined]
-    spec, index = agent.algorithm.spec, agent.suite.task_names.index(TASK)  # type: ignore[attr-defined]
+    spec, index = agent.algorithm.spec, agent.suite.task_names.index(task)  # type: ignore[attr-defined]
     obs = torch.randn(spec.num_tasks, 16, spec.obs_size)
     action = torch.rand(spec.num_tasks, 16, 2) * 2 - 1
     with torch.no_grad():
@@ -336,8 +339,8 @@ def test_critics_give_values_in_units_of_the_tasks_rewards(command: Command, cas
         base = read_network(f"files/{name}_base")
         adapter, _ = read_adapter(f"files/{name}")
         lora = apply_lora(base, list(adapter))
-        lora.load(f"files/{name}", TASK)
-        lora.activate(TASK)
+        lora.load(f"files/{name}", task)
+        lora.activate(task)
         found = lora.model(x).squeeze(-1)
         torch.testing.assert_close(found.double(), value.double(), rtol=1e-5, atol=1e-5)
     if case == "plain":

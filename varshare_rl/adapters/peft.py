@@ -15,7 +15,7 @@ from varshare_rl.adapters.adapter import describe
 from varshare_rl.adapters.agent import base_network, task_adapter
 from varshare_rl.adapters.folder import read_adapter, write_adapter
 from varshare_rl.adapters.lora import apply_lora
-from varshare_rl.adapters.policy import TOLERANCE, NativeAction, TaskCritic, TaskPolicy
+from varshare_rl.adapters.policy import TOLERANCE, NativeAction, TaskCritic, TaskPolicy, exact_products
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically
 from varshare_rl.nn.plain import read_network, write_network
@@ -73,15 +73,16 @@ def _check_critic(folder: Path, name: str, critic: TaskCritic) -> None:
     network = _read(folder, name)
     first = next(module for module in network.modules() if isinstance(module, nn.Linear))
     inputs = torch.randn(1000, first.in_features, generator=torch.Generator().manual_seed(0))
-    found, wanted = network(inputs).squeeze(-1), critic.value(inputs)
-    worst = float(((found - wanted).abs() / wanted.abs().clamp_min(1.0)).max())
+    with exact_products():
+        found, wanted = network(inputs).squeeze(-1), critic.value(inputs)
+    worst = float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1.0))
     if not worst <= TOLERANCE:
         raise UserError(f"values of the file {name} differ from the agent's by {worst:g}, more than {TOLERANCE:g}")
 
 
 def _instructions(policy: TaskPolicy, task: str) -> str:
     spaces, normalizer = policy.spaces, policy.normalizer
-    prepared, acting = [], ["x = obs.nan_to_num(0.0, 0.0, 0.0)"]
+    prepared, acting = [], ["x = obs"] if normalizer.enabled else ["x = obs.nan_to_num(0.0, 0.0, 0.0)"]
     if padding := normalizer.moments.mean.shape[1] - spaces.obs_size:
         acting.append(f"x = nn.functional.pad(x, (0, {padding}))  # to the size that all tasks have in common")
     if normalizer.enabled:
@@ -89,7 +90,7 @@ def _instructions(policy: TaskPolicy, task: str) -> str:
         prepared.append(f'side = load_file("{POSTERIOR_FILE}")')
         acting += [
             'x = (x - side["observation.mean"]) / side["observation.std"]',
-            f"x = x.clamp(-{bound}, {bound})",
+            f"x = x.nan_to_num(0.0).clamp(-{bound}, {bound})",
         ]
     if spaces.discrete:
         start = f" + {spaces.start}" if spaces.start else ""

@@ -12,7 +12,7 @@
 The policy takes the task's own observations, any number of rows, and gives its own actions within its bounds.
 What is written is compared with the agent on 1000 observations; torch and onnx run without varshare_rl.
 
-All keys: docs/adapters.md, or --cfg job.
+All keys: docs/export.md, or --cfg job.
 """
 
 from __future__ import annotations
