@@ -188,9 +188,9 @@ def type_commands(page: str, dear: bool) -> None:
             continue
         if line.startswith("python -m varshare_rl.share add"):
             shutil.move("another", "adapters/another")  # which the basis was made without
-        if "resume=" in line:  # of a run that was stopped
-            for folder in (AGENT, *SEQUENCES.values()):
-                Path(folder, "summary.json").unlink(missing_ok=True)
+        for word in words_of(line, page):
+            if word.startswith("resume=runs/"):  # of a run that was stopped
+                Path(word.removeprefix("resume="), "summary.json").unlink()
         if "plugins=" in line:
             run_with_package(page, cheaply(words_of(line, page)))
             continue
