@@ -5,7 +5,6 @@ Everything here calls what the commands call: the same options, run folders, num
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -19,19 +18,15 @@ from varshare_rl.commands.evaluate import EvaluateConfig, evaluate_agent
 from varshare_rl.commands.export import Format, agent_policy, check_format, export, task_index
 from varshare_rl.commands.report_sharing import agent_sharing
 from varshare_rl.commands.train import run_config
-from varshare_rl.config import Device, TrainConfig, load_config
+from varshare_rl.config import AUTO, GROUPS, Device, TrainConfig, load_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.overrides import literal, override
+from varshare_rl.reading import read_object
 from varshare_rl.run.evaluation import layer_kl
 from varshare_rl.run.loop import Interrupted
-
-#: Options that choose a component; a word for one of them is a choice, a mapping has options of what is chosen.
-GROUPS = {
-    "env", "algorithm", "network", "critic", "gradient", "elbo/schedule", "elbo/prior", "experiment", "tuned",
-}  # fmt: skip
 
 
 def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: Any) -> Agent:
@@ -52,7 +47,7 @@ def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: A
     overrides = [*arguments, *to_overrides(options)]
     if arguments and "=" not in arguments[0]:
         overrides[0] = f"env={arguments[0]}"
-    if envs is not None and "resume" not in options:
+    if envs is not None and options.get("resume") in (None, AUTO):
         named = [item for item in overrides if item.startswith("env=")]
         if named:
             raise UserError(f"{named[0]} and envs are both given; give the name of environments, or your own")
@@ -121,7 +116,7 @@ class Agent:
             raise UserError(
                 f"{self.run_dir} has no summary.json yet; go on with {override('resume', self.run_dir)}"
             )
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return read_object(path)
 
     def predict(self, obs: Any, task: str, deterministic: bool = True) -> Any:
         """Choose actions for a task from its own observations, on the posterior mean of the weights.

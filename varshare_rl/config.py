@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from enum import Enum
@@ -11,8 +11,6 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
@@ -21,7 +19,9 @@ from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.elbo import ElboConfig
 from varshare_rl.optim.gradient import GradientConfig, gradient_schema
 from varshare_rl.optim.optimizer import OptimizerConfig
+from varshare_rl.reading import STUMBLES, check_folder, read_yaml
 from varshare_rl.registry import lookup, register, registered, require_plugins
+from varshare_rl.run.loop import OnDivergence
 from varshare_rl.types import Tree
 
 #: Keys of stored configurations by their names of today.
@@ -44,10 +44,28 @@ FORMER_DEFAULTS = {
     "gradient.scale": "paper",
 }
 
+#: What is chosen by a name; a word for one of them is a choice, and its options are below it.
+GROUPS = frozenset(
+    {
+        "env",
+        "algorithm",
+        "network",
+        "critic",
+        "gradient",
+        "elbo/schedule",
+        "elbo/prior",
+        "method",
+        "experiment",
+        "tuned",
+    }
+)
+#: ``resume=auto`` goes on with the folder of the same name, if there is one.
+AUTO = "auto"
+
 #: Options that may be changed when a run goes on.
-RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.", "observe.")
+RESUMABLE = ("total_transitions", "device", "on_divergence", "evaluate.", "checkpoint.", "log.", "observe.")
 #: Options of a stored configuration that its checkpoint does not depend on.
-CHANGEABLE = (*RESUMABLE, "run_dir", "resume", "plugins", "env.workers", "env.spaces")
+CHANGEABLE = (*RESUMABLE, "run_dir", "resume", "overwrite", "plugins", "env.workers", "env.spaces")
 
 
 _stored: dict[tuple[str, str], Any] = {}
@@ -87,6 +105,8 @@ class CheckpointConfig:
     minutes: float = bounded(2.0, least=0)
     """Minutes after which a checkpoint is due in any case, or twenty times as long as writing one takes, if that is
     more; 0: by transitions alone."""
+    keep: int = bounded(2, least=1)
+    "Checkpoints that stay, the newest ones: where the newest is damaged, the run goes on from the one before."
 
 
 @dataclass
@@ -133,6 +153,9 @@ class TrainConfig:
     "Rates, decay and schedule of the optimisers."
     divergence_guard: DivergenceGuardConfig = field(default_factory=DivergenceGuardConfig)
     "Tasks that are left out of a step."
+    on_divergence: OnDivergence = OnDivergence.mask
+    """Where a task's loss or gradient is NaN or infinite: `mask` leaves the task out of the step, `stop` ends the
+    run, `rollback` goes on from the last checkpoint with half the learning rate."""
     total_transitions: int = bounded(1_000_000, least=1)
     "Budget in transitions of all tasks together."
     seed: int = bounded(0, least=0, most=2**32 - 1)
@@ -142,7 +165,9 @@ class TrainConfig:
     run_dir: str | None = None
     "The run folder; null: `runs/<suite>_<algorithm>_<network>_s<seed>_<time>`."
     resume: str | None = None
-    "A run folder to go on with."
+    "A run folder to go on with; `auto`: the folder of this name if it holds a run, else a new one."
+    overwrite: bool = False
+    "Start anew in a folder that holds a run, whose files are removed."
     plugins: list[str] = field(default_factory=list)
     "Modules of yours that are imported first and register components."
     matmul_precision: MatmulPrecision = MatmulPrecision.highest
@@ -221,8 +246,8 @@ def load_config(path: Path) -> TrainConfig:
 def is_sequence(run_dir: Path) -> bool:
     """Return True for the folder of a sequence of tasks; False where no configuration can be read."""
     try:
-        return "method" in OmegaConf.load(run_dir / "config.yaml")
-    except (OSError, YAMLError, OmegaConfBaseException, ValueError):
+        return "method" in read_yaml(run_dir / "config.yaml")
+    except UserError:
         return False
 
 
@@ -230,13 +255,15 @@ def read_config(path: Path, schema: type[AnyConfig]) -> AnyConfig:
     """Read a stored configuration, with keys as they are or were.
 
     Raises:
-        UserError: the file is missing, is not a configuration of this version, or needs a plugin.
+        UserError: the file is missing, is not a configuration of this version, or names modules that are not
+            imported; or the folder has links out of it.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no config.yaml in {path.parent}; give the folder of a run (runs/<name>)")
+    check_folder(path.parent)
+    stored: Any = read_yaml(path)
     with _readable(path):
-        stored: Any = OmegaConf.load(path)
-        plugins = list(OmegaConf.select(stored, "plugins", default=[]))
+        plugins = [str(name) for name in OmegaConf.select(stored, "plugins", default=[])]
     require_plugins(plugins, path.parent)
     with _readable(path):
         _rename(stored)
@@ -246,7 +273,10 @@ def read_config(path: Path, schema: type[AnyConfig]) -> AnyConfig:
             key = group.replace("/", ".")
             chosen = lookup(group, OmegaConf.select(stored, f"{key}.name", throw_on_missing=True))
             OmegaConf.update(config, key, OmegaConf.structured(chosen), merge=False)
-        return cast(AnyConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
+        made = cast(AnyConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
+    modules: Callable[[], list[str]] = getattr(made.env, "modules", list)
+    require_plugins(modules(), path.parent)
+    return made
 
 
 def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
@@ -284,12 +314,25 @@ def check_unchanged(run_dir: Path, config: TrainConfig, state: Tree) -> None:
             )
 
 
+def check_same(run_dir: Path, config: TrainConfig, stored: TrainConfig) -> None:
+    """Raise UserError unless the run in a folder is the one that ``config`` asks for, in what may not change."""
+    before = fixed_options(stored)
+    for name, now in fixed_options(config).items():
+        if name in before and before[name] != now:
+            raise UserError(
+                f"{name} is {now}, and {run_dir} holds a run with {before[name]}; give another folder, or "
+                "overwrite=true to start anew in this one"
+            )
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except UserError:
+        raise
+    except STUMBLES as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error
 
 

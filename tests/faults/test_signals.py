@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TINY, TINY_ALGORITHM
+from helpers import TINY, TINY_ALGORITHM, last_of_each
 from test_resume import assert_same, final_state, metrics, results
 
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -19,11 +18,11 @@ from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
 
 #: Four environments in two workers; a checkpoint, an evaluation and several updates in every third of the run.
-RUN = (
+RUN = last_of_each((
     *TINY, *TINY_ALGORITHM["ppo"], "env=gymnasium", "env.ids=[Pendulum-v1,Pendulum-v1]", "env.horizon=30",
     "env.workers=2", "log.every=40", "evaluate.every=160", "checkpoint.every=160", "total_transitions=480",
     "observe.every=0",
-)  # fmt: skip
+))  # fmt: skip
 
 SAMPLE = (
     ("SIGTERM", "both", "start"),
@@ -31,13 +30,7 @@ SAMPLE = (
     ("SIGKILL", "parent", "save"),
     ("SIGSTOP", "workers", "step"),
 )
-ALL = tuple(
-    itertools.product(
-        ("SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP"),
-        ("parent", "workers", "both"),
-        ("start", "step", "update", "evaluate", "save"),
-    )
-)
+MOMENTS = ("start", "step", "update", "evaluate", "save")
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9}
 
 
@@ -104,8 +97,10 @@ def test_a_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_days_worth(tmp_path: Path) -> None:
-    check(tmp_path, ALL)
+@pytest.mark.parametrize("target", ["parent", "workers", "both"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP"])
+def test_a_days_worth(tmp_path: Path, name: str, target: str) -> None:
+    check(tmp_path, tuple((name, target, moment) for moment in MOMENTS))
 
 
 def test_a_signal_in_an_evaluation_ends_it_at_once(tmp_path: Path) -> None:

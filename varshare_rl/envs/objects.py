@@ -209,6 +209,7 @@ class MakerSuite(Suite):
             evaluation=evaluation,
             workers=self._workers,
             processes=self._processes,
+            task_names=self.task_names,
         )
 
 

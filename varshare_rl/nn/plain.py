@@ -6,16 +6,15 @@ state dict.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
+from varshare_rl.reading import STUMBLES, one_line, read_object
 
 FORMAT_VERSION = 1
 MODULE_FILE = "network.json"
@@ -57,14 +56,15 @@ def read_network(folder: Path | str) -> nn.Sequential:
         if not (folder / name).is_file():
             raise UserError(f"no {name} in {folder}; give the folder of an exported network")
     try:
-        document = json.loads((folder / MODULE_FILE).read_bytes())
+        document = read_object(folder / MODULE_FILE)
         if document["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {document['format_version']!r}, and {FORMAT_VERSION} can be read")
         network = nn.Sequential(*(_build(dict(module)) for module in document["modules"]))
         network.load_state_dict(load_file(folder / TENSOR_FILE))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"cannot read the network {folder}: {reason}") from error
+    except UserError:
+        raise
+    except STUMBLES as error:
+        raise UserError(f"cannot read the network {folder}: {one_line(error)}") from error
     return network.eval()
 
 
