@@ -118,7 +118,7 @@ def chosen(words: list[str]) -> list[str]:
 def cheaply(words: list[str]) -> list[str]:
     """The same choices with a budget of few updates; a sweep has two values of its first option, else one."""
     name, *words = words
-    if name not in ("train", "continual") or any(word.startswith(("resume=", "--cfg")) for word in words):
+    if name not in ("train", "continual") or any(word.startswith(("resume=runs/", "--cfg")) for word in words):
         given = {word.partition("=")[0] for word in words} & {"episodes", "draws", "total_transitions"}
         if name == "evaluate" and not any(word.startswith("protocol=") for word in words):
             given.add("episodes")
