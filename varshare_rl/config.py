@@ -68,12 +68,19 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class TableRows(Enum):
+    """Tasks in the table of an evaluation: all, or of many the worst ten and the others in one line."""
+
+    worst = "worst"
+    all = "all"
+
+
 @dataclass
 class EvaluationConfig:
     """Options of ``evaluate``: evaluation in the course of training."""
 
     every: int = bounded(200_000, least=0)
-    "Transitions between evaluations; 0: only at the end."
+    "Transitions between evaluations, the first one before training; 0: only at the end."
     episodes: int = bounded(5, least=1)
     "Episodes of every task."
 
@@ -95,8 +102,12 @@ class LogConfig:
 
     every: int = bounded(10_000, least=0)
     "Transitions between lines of metrics."
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    "Where metrics go besides `metrics.jsonl`: `tensorboard`, `csv`, `wandb`, `mlflow`."
     quiet: bool = False
     "Nothing on screen."
+    tasks: TableRows = TableRows.worst
+    "Tasks in the table of an evaluation; `worst`: of more than 12 the worst ten, and the others in one line."
 
 
 @dataclass
@@ -263,6 +274,23 @@ def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
 
     add("", asdict(config))
     return flat
+
+
+def compared_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """Return the options that runs can be told apart by: those of parts in use that something is chosen for."""
+    chosen = {config.gradient.actor, config.gradient.critic}
+
+    def told(name: str, value: bool | int | float | str) -> bool:
+        group, _, rest = name.partition(".")
+        aggregator, _, inside = rest.partition(".")
+        if group == "gradient" and inside and aggregator not in chosen:
+            return False
+        if name.startswith("elbo.absorb.") and not config.elbo.absorb.every:
+            return False
+        return value not in ("None", "[]", "{}") and name != "env.fast"
+
+    options = fixed_options(config) | {"total_transitions": config.total_transitions}
+    return {name: value for name, value in options.items() if told(name, value)}
 
 
 def fixed_options(config: TrainConfig) -> dict[str, bool | int | float | str]:

@@ -48,6 +48,7 @@ def test_plain_line_every_half_minute(clock: Clock) -> None:
             clock.now = float(second)
             console.progress(400_000 + 2000 * second, {"mean success": 0.5, "mean return": 1234.5})
     assert stream.getvalue().splitlines() == [
+        "410,000 / 1,000,000 transitions | 2,000/s | 0:04:55 left | mean success 0.50 | mean return 1,234",
         "460,000 / 1,000,000 transitions | 2,000/s | 0:04:30 left | mean success 0.50 | mean return 1,234",
         "520,000 / 1,000,000 transitions | 2,000/s | 0:04:00 left | mean success 0.50 | mean return 1,234",
     ]

@@ -32,14 +32,18 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.assemble import build_run, build_suite, parameter_count
 from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.config import RESUMABLE, TrainConfig, check_unchanged, flat_options, load_config
+from varshare_rl.config import RESUMABLE, TrainConfig, check_unchanged, compared_options, load_config
 from varshare_rl.config_checks import check_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.errors import Terminated, UserError
 from varshare_rl.files import write_atomically, write_json
+from varshare_rl.nn.layer import penalized_layers
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.overrides import override
+from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.console import counted
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, held_folder, new_folder
 from varshare_rl.run.loop import Interrupted, Run
@@ -56,7 +60,10 @@ def main(composed: DictConfig) -> None:
 
 
 def run_config(
-    config: TrainConfig, overrides: Sequence[str] = (), makers: Mapping[str, Maker] | None = None
+    config: TrainConfig,
+    overrides: Sequence[str] = (),
+    makers: Mapping[str, Maker] | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Path:
     """Train a new agent, or go on with ``config.resume``, and return the run folder.
 
@@ -64,6 +71,7 @@ def run_config(
         config: of the run; one that goes on takes its own from its folder.
         overrides: that ``config`` was composed of; one that goes on changes what they say.
         makers: of the environments where they are objects, by task.
+        callbacks: functions to call meanwhile.
 
     Raises:
         UserError: whatever the user got wrong.
@@ -74,17 +82,22 @@ def run_config(
         if not run_dir.is_dir():
             raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
         with held_folder(run_dir):
-            resume(run_dir, overrides, makers)
+            resume(run_dir, overrides, makers, callbacks)
         return run_dir
     check_config(config)
     suite = build_suite(config, makers)
     parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
     with new_folder(new_run_dir(config.run_dir, parts), numbered=config.run_dir is None) as run_dir:
-        train(config, build_run(config, suite, run_dir), None)
+        train(config, build_run(config, suite, run_dir), None, callbacks)
     return run_dir
 
 
-def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] | None = None) -> None:
+def resume(
+    run_dir: Path,
+    overrides: Sequence[str],
+    makers: Mapping[str, Maker] | None = None,
+    callbacks: Callbacks | None = None,
+) -> None:
     """Go on with the run in ``run_dir``; ``overrides`` may change what :data:`RESUMABLE` names."""
     overrides = [item for item in overrides if not item.startswith(("resume=", "plugins="))]
     refused = [item for item in overrides if not item.startswith(RESUMABLE)]
@@ -111,12 +124,13 @@ def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] 
         raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")
     suite = build_suite(config, makers)
     run = build_run(config, suite, run_dir, resumed_at=state["transitions"], seconds=state["seconds"])
-    train(config, run, state)
+    train(config, run, state, callbacks)
 
 
-def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
+def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callbacks | None = None) -> None:
     """Run the loop and write the results; on a signal, say how to go on and pass it on."""
     begun = state is not None
+    run.callbacks = callbacks or run.callbacks
     try:
         describe(config, run)
         if state is None:
@@ -126,9 +140,10 @@ def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
             (run.run_dir / "summary.json").unlink(missing_ok=True)  # of a smaller budget
         write_atomically(run.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
         begun = True
+        run.tracker.begin(compared_options(config), comparing_metrics(run))
         evaluation = run.train()
-        result = write_summary(config, run, evaluation)
-        run.tracker.hparams(flat_options(config), final_metrics(result))
+        write_summary(config, run, evaluation)
+        run.tracker.end()
         run.console.message(f"done: {run.run_dir / 'summary.json'}")
     except (Interrupted, KeyboardInterrupt, Terminated) as stop:
         if begun:
@@ -164,15 +179,13 @@ def describe(config: TrainConfig, run: Run) -> None:
         f"{run.suite.name} · {config.algorithm.name} · {config.network.name}",
         {
             "run folder": str(run.run_dir),
-            "tasks": f"{len(tasks)} ({shown}), {config.env.envs_per_task} environments each",
+            "tasks": f"{len(tasks)} ({shown}), {counted(config.env.envs_per_task, 'environment')} each",
             "parameters": f"{count.stored:,} stored, {count.active_per_task:,} active per task, "
             f"{count.shared:,} shared, {count.per_task:,} per task",
             "memory": ", ".join(
                 f"{name} {size / 1e6:.1f} MB" for name, size in run.algorithm.memory_bytes().items()
             ),
-            "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
-            f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}",
-            "weight draws": run.algorithm.weight_draws(),
+            **describe_posterior(config, run),
             "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
@@ -180,10 +193,22 @@ def describe(config: TrainConfig, run: Run) -> None:
     )
 
 
-def final_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Return the final numbers that the HParams tab compares runs by."""
-    chosen = {"eval/mean_success": "mean_success", "eval/mean_return": "mean_return"}
-    return {tag: result[name] for tag, name in chosen.items() if result[name] is not None}
+def describe_posterior(config: TrainConfig, run: Run) -> dict[str, str]:
+    """Describe the divergence and the draws of the networks, as far as they have any."""
+    modules, found = run.algorithm.trained_modules().values(), {}
+    if any(any(penalized_layers(module)) for module in modules):
+        found["kl_weight"] = (
+            f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
+            f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}"
+        )
+    if any(any(stochastic_layers(module)) for module in modules):
+        found["weight draws"] = run.algorithm.weight_draws()
+    return found
+
+
+def comparing_metrics(run: Run) -> list[str]:
+    """Return the names of the scalars that trackers compare runs by."""
+    return ["eval/mean_success"] * run.suite.has_success + ["eval/mean_return"]
 
 
 def command() -> None:
