@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from varshare_rl.commands import calibrate, evaluate, export, prune, report, train
+from varshare_rl.commands import calibrate, evaluate, export, prune, report, runs, train
 from varshare_rl.continual import command as continual
 
 # Small matrices: a second thread costs more than it brings, and tests run side by side.
@@ -45,6 +45,7 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export,
     "prune": prune,
     "calibrate": calibrate,
+    "runs": runs,
 }
 #: Options of those that choose no components.
 OPTIONS: dict[str, type] = {

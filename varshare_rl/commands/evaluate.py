@@ -7,6 +7,7 @@
     protocol=null      goals (every goal once), official (Meta-World's own evaluation) or quick (5 episodes)
     episodes=50        of every task, where there is no protocol
     checkpoint=last    or best
+    video=false        films of an episode of every task, and of all side by side
     draw=null          weights: mean, per_episode, per_step; null: the run's own, which is mean
     device=auto        or cpu, cuda
     seed=null          of the episodes' starts; null: the run's own
@@ -17,7 +18,8 @@ All keys: docs/configuration.md, or --cfg job. Protocols: docs/evaluation.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -34,13 +36,14 @@ from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.files import write_json
+from varshare_rl.files import whole_folder, write_json
 from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.layer import posterior_layers
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation, evaluate, evaluate_officially, shown
 from varshare_rl.run.process import own_random
 from varshare_rl.run.results import evaluation_file, summary
+from varshare_rl.run.video import GRID, film, require_encoder, write_films
 
 #: Means over a task's episodes, by task name.
 Tasks = Mapping[str, Mapping[str, float | None]]
@@ -72,6 +75,8 @@ class EvaluateConfig:
     "Checkpoint of the run: `last` or `best`."
     draw: Resample | None = None
     "How the policy's weights are drawn, as in `elbo.draw.evaluation`; null: as the run says, which is `mean`."
+    video: bool = False
+    "Also write a film of an episode of every task, and one of all side by side, into `video/`."
     device: Device = Device.auto
     "Device to compute on; `auto` takes CUDA if there is any."
     seed: int | None = bounded(None, least=0)
@@ -97,11 +102,14 @@ class EvaluateConfig:
 def main(composed: DictConfig) -> None:
     """Evaluate as configured, write the result into the run folder, and show it."""
     options = read_options(composed, EvaluateConfig)
-    run_dir = Path(options.run)
+    run_dir, video = Path(options.run), None
     if is_sequence(run_dir):
         result, tasks = evaluate_sequence(options)
     else:
+        if options.video:
+            require_encoder()
         agent = load_agent(run_dir, options.checkpoint, options.device)
+        video = film_agent(agent, options) if options.video else None  # it may be refused, and is quick
         result, tasks = evaluate_agent(agent, options)
     path = run_dir / evaluation_file(options.checkpoint, **options.names)
     conditions = result["conditions"]
@@ -109,6 +117,8 @@ def main(composed: DictConfig) -> None:
     console = Console(result["transitions"], all_tasks=True)
     console.table(f"{counted(episodes, 'episode')} per task of {conditions['checkpoint']}", shown(tasks))
     console.message(f"written: {path}")
+    if video is not None:
+        console.message(f"written: {video / GRID}, and a film of every task beside it")
 
 
 def evaluate_agent(agent: TrainedAgent, options: EvaluateConfig) -> tuple[dict[str, Any], Tasks]:
@@ -135,29 +145,48 @@ def evaluate_agent(agent: TrainedAgent, options: EvaluateConfig) -> tuple[dict[s
     return result, evaluation.tasks
 
 
+def film_agent(agent: TrainedAgent, options: EvaluateConfig) -> Path:
+    """Write films of the agent's first episode of every task; returns their folder.
+
+    Raises:
+        UserError: the suite has no pictures, or nothing here draws or encodes them.
+    """
+    with _drawn(agent, options.draw):
+        films = film(agent.algorithm, agent.suite, evaluation_seed(agent, options.seed))
+    folder = Path(options.run) / ("video" if agent.checkpoint.name.startswith("last") else "video_best")
+    with whole_folder(folder) as made:
+        write_films(films, made)
+    return folder
+
+
 def _played(agent: TrainedAgent, options: EvaluateConfig, seed: int) -> tuple[Evaluation, int]:
     """Play the episodes; also returns how many of every task."""
-    draw = agent.config.elbo.draw
-    before = draw.evaluation
-    if options.draw is not None:
-        _require_posterior(agent, options.draw)
-        draw.evaluation = options.draw
-    try:
-        episodes = episodes_of(options, agent.suite)
+    episodes = episodes_of(options, agent.suite)
+    with _drawn(agent, options.draw):
         if options.protocol is Protocol.official:
             return evaluate_officially(agent.algorithm, agent.suite, episodes, seed), episodes
         with own_random(seed), evaluation_engine(agent, episodes, seed) as engine:
             return evaluate(agent.algorithm, agent.suite, engine, episodes), episodes
-    finally:
-        draw.evaluation = before
 
 
-def _require_posterior(agent: TrainedAgent, draw: Resample) -> None:
-    modules = agent.algorithm.trained_modules().values()
-    if draw is not Resample.mean and not any(any(posterior_layers(module)) for module in modules):
+@contextmanager
+def _drawn(agent: TrainedAgent, draw: Resample | None) -> Iterator[None]:
+    """Inside, evaluation policies draw their weights so, where it is chosen. Raises UserError without posterior."""
+    modules, chosen = agent.algorithm.trained_modules().values(), agent.config.elbo.draw
+    if (
+        draw is not None
+        and draw is not Resample.mean
+        and not any(any(posterior_layers(module)) for module in modules)
+    ):
         raise UserError(
             f"draw={draw.value}: network={agent.config.network.name} has no posterior to draw from; leave it out"
         )
+    before = chosen.evaluation
+    chosen.evaluation = before if draw is None else draw
+    try:
+        yield
+    finally:
+        chosen.evaluation = before
 
 
 def episodes_of(options: EvaluateConfig, *suites: Suite) -> int:
@@ -172,9 +201,12 @@ def episodes_of(options: EvaluateConfig, *suites: Suite) -> int:
 def evaluate_sequence(options: EvaluateConfig) -> tuple[dict[str, Any], Tasks]:
     """Evaluate a sequence, whose tasks have the policies that they are acted with by now, and write the result."""
     run_dir = Path(options.run)
-    if options.protocol is Protocol.official or options.draw is not None:
-        given = "protocol=official" if options.draw is None else f"draw={options.names['draw']}"
-        raise UserError(f"{given} is for an agent of one training run, and {run_dir} is a sequence; leave it out")
+    given = [f"draw={options.draw.value}"] if options.draw is not None else []
+    given += ["protocol=official"] * (options.protocol is Protocol.official) + ["video=true"] * options.video
+    if given:
+        raise UserError(
+            f"{given[0]} is for an agent of one training run, and {run_dir} is a sequence; leave it out"
+        )
     sequence, checkpoint = load_sequence(run_dir, options.checkpoint, options.device)
     seed = sequence.config.seed if options.seed is None else options.seed
     episodes = episodes_of(options, *(task.suite for task in sequence.tasks))

@@ -27,6 +27,7 @@ from metaworld.types import Task
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
 from varshare_rl.envs.metaworld_methods import forget_models
+from varshare_rl.envs.pictures import choose_gl
 from varshare_rl.envs.slots import Array, Episode, TaskEnv
 from varshare_rl.envs.suite import BoolArray, FloatArray, Provenance, Suite
 from varshare_rl.envs.workers import Workers
@@ -36,6 +37,8 @@ from varshare_rl.registry import register
 
 _OBSERVATION_SIZE = 39
 _ACTION_SIZE = 4
+#: Arguments of an environment that can be rendered.
+PICTURE = {"render_mode": "rgb_array", "camera_name": "corner4", "width": 256, "height": 256}
 
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "mt3": ("reach-v3", "push-v3", "pick-place-v3"),
@@ -168,8 +171,15 @@ def as_tasks(name: str, goals: npt.NDArray[np.float64]) -> list[Task]:
 class MetaWorldEnv:
     """One Meta-World task (a ``TaskEnv``). Training draws a goal per episode, evaluation sweeps."""
 
-    def __init__(self, name: str, goals: npt.NDArray[np.float64], reward_version: str, horizon: int) -> None:
-        self._env: Any = ALL_V3_ENVIRONMENTS[name](reward_function_version=reward_version)
+    def __init__(
+        self,
+        name: str,
+        goals: npt.NDArray[np.float64],
+        reward_version: str,
+        horizon: int,
+        picture: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._env: Any = ALL_V3_ENVIRONMENTS[name](reward_function_version=reward_version, **(picture or {}))
         self._env.max_path_length = horizon
         self._tasks = as_tasks(name, goals)
 
@@ -181,6 +191,10 @@ class MetaWorldEnv:
     def step(self, action: Array) -> tuple[Array, float, bool, bool, bool]:
         obs, reward, terminated, truncated, info = self._env.step(action)
         return obs, float(reward), terminated, truncated, info["success"] == 1.0
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        frame: npt.NDArray[np.uint8] = self._env.render()
+        return frame
 
     def close(self) -> None:
         self._env.close()
@@ -195,11 +209,12 @@ class MetaWorldFactory:
     reward_version: str
     horizon: int
     fast: bool
+    picture: Mapping[str, Any] | None = None  # arguments of environments that can be rendered
 
     def __call__(self, task: int) -> TaskEnv:
-        if self.fast:
+        if self.fast and self.picture is None:
             return FastMetaWorldEnv(self.names[task], self.goals[task], self.horizon)
-        return MetaWorldEnv(self.names[task], self.goals[task], self.reward_version, self.horizon)
+        return MetaWorldEnv(self.names[task], self.goals[task], self.reward_version, self.horizon, self.picture)
 
 
 class MetaWorldSuite(Suite):
@@ -270,11 +285,26 @@ class MetaWorldSuite(Suite):
             for name, steps in zip(self.task_names, agent.episode_steps, strict=True)
         }
 
+    def make_rendering_engine(self, seed: int) -> SlotEngine:
+        """See ``Suite.make_rendering_engine``; pictures are of the package's own environments."""
+        choose_gl()
+        return self._engine(1, seed, evaluation=True, workers=1, picture=PICTURE)
+
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> SlotEngine:
         """See ``Suite.make_engine``; evaluation episode ``k`` of a task has goal ``k % goals_per_task``."""
+        return self._engine(envs_per_task, seed, evaluation, self.config.workers)
+
+    def _engine(
+        self,
+        envs_per_task: int,
+        seed: int,
+        evaluation: bool,
+        workers: int,
+        picture: Mapping[str, Any] | None = None,
+    ) -> SlotEngine:
         config = self.config
         factory = MetaWorldFactory(
-            self.task_names, self.goals, config.reward_function_version, self.horizon, self.fast
+            self.task_names, self.goals, config.reward_function_version, self.horizon, self.fast, picture
         )
         engine = SlotEngine(
             factory,
@@ -284,7 +314,7 @@ class MetaWorldSuite(Suite):
             action_space=self.action_space,
             seed=seed,
             evaluation=evaluation,
-            workers=config.workers,
+            workers=workers,
             processes=self._workers,
         )
         if engine.workers > 1:

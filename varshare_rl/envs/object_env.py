@@ -120,6 +120,15 @@ class ObjectEnv:
         except UserError as error:
             raise self._named(error) from error
 
+    def render(self) -> Array:
+        frame: Any = self.env.render()
+        if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+            raise UserError(
+                f"the environment of task {self._name} gives no pictures, its render_mode is "
+                f"{self.env.render_mode!r}; make it with render_mode='rgb_array', or leave video=true out"
+            )
+        return frame.astype(np.uint8, copy=False)
+
     def close(self) -> None:
         self.env.close()
 

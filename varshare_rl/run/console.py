@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from types import TracebackType
-from typing import TextIO
+from typing import Any, TextIO
 
 from rich import box
 from rich.cells import cell_len
@@ -28,6 +29,8 @@ REFRESH_SECONDS = 0.25
 MANY_TASKS, WORST_TASKS = 12, 10
 #: Columns that a table is short of where it would be too wide, the first ones first.
 DISPENSABLE = ("steps", "nats", "final")
+
+UNBROKEN: Any = {"break_long_words": False, "break_on_hyphens": False}
 
 #: Numbers of a table, by row and column.
 Rows = Mapping[str, Mapping[str, float | None]]
@@ -157,15 +160,15 @@ class Console:
             if name in columns and _width(columns, cells) > self._rich.width:
                 columns.remove(name)
         self._rich.print(Text(title), soft_wrap=True)
-        table = Table(box=box.SIMPLE_HEAD)
-        table.add_column("task", no_wrap=True, overflow="ignore")
+        table = Table(box=box.SIMPLE_HEAD, width=_width(columns, cells))
+        table.add_column("task", no_wrap=True)
         for column in columns:
-            table.add_column(Text(column), justify="right", no_wrap=True, overflow="ignore")
+            table.add_column(Text(column), justify="right", no_wrap=True)
         for number, (name, row) in enumerate(cells.items()):
             if sections and number == len(cells) - sections:
                 table.add_section()
             table.add_row(Text(name), *(Text(row[column]) for column in columns))
-        self._rich.print(table, width=_width(columns, cells), crop=False, overflow="ignore")
+        self._rich.print(table, crop=False)
 
     def describe(self, title: str, entries: Mapping[str, str]) -> None:
         """Print a titled list of names and values: what a run is about to do."""
@@ -181,7 +184,11 @@ class Console:
             return
         self._rich.print(Text(title), soft_wrap=True)
         for name, value in entries.items():
-            self._rich.print(Text(f"  {name:<{width}}  {value}"), soft_wrap=True)
+            line = f"  {name:<{width}}  {value}"
+            if self._live:
+                indent = " " * (width + 4)
+                line = fill(line, self._rich.width, subsequent_indent=indent, **UNBROKEN)
+            self._rich.print(Text(line), soft_wrap=True)
 
     def message(self, text: str) -> None:
         """Print a line, also when quiet. It is never wrapped, so that commands in it can be copied."""
@@ -220,10 +227,10 @@ def _ascending(value: float | None) -> tuple[bool, float]:
 
 
 def _width(columns: Sequence[str], cells: Mapping[str, Mapping[str, str]]) -> int:
-    """Return the width of a table: a space at both sides of every column."""
+    """Return the width of a table: a space at both sides of every column, and one between them and at the edges."""
     widths = [max(map(cell_len, ["task", *cells]))]
     widths += [max(cell_len(column), *(cell_len(row[column]) for row in cells.values())) for column in columns]
-    return sum(width + 2 for width in widths) + 2
+    return sum(width + 3 for width in widths) + 1
 
 
 def _format_for(values: Sequence[float]) -> str:
