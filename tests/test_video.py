@@ -119,7 +119,7 @@ def test_the_package_of_the_system_is_named(monkeypatch: pytest.MonkeyPatch) -> 
         choose_gl()
     choose_gl(needed=False)
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    with pytest.raises(UserError, match="MUJOCO_GL=egl needs a library .*: apt-get install libegl1"):
+    with pytest.raises(UserError, match=r"MUJOCO_GL=egl needs a library .*: apt-get install libegl1"):
         choose_gl()
 
 

@@ -189,6 +189,7 @@ def describe(config: TrainConfig, run: Run) -> None:
             "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
+            "time": "left is told after the first updates; Ctrl-C saves, and resume goes on",
         },
     )
 
