@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -277,20 +277,25 @@ def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
 
 
 def compared_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
-    """Return the options that runs can be told apart by: those of parts in use that something is chosen for."""
-    chosen = {config.gradient.actor, config.gradient.critic}
-
-    def told(name: str, value: bool | int | float | str) -> bool:
-        group, _, rest = name.partition(".")
-        aggregator, _, inside = rest.partition(".")
-        if group == "gradient" and inside and aggregator not in chosen:
-            return False
-        if name.startswith("elbo.absorb.") and not config.elbo.absorb.every:
-            return False
-        return value not in ("None", "[]", "{}") and name != "env.fast"
-
-    options = fixed_options(config) | {"total_transitions": config.total_transitions}
-    return {name: value for name, value in options.items() if told(name, value)}
+    """Return the few options that runs are told apart by: the main choices, and what is not at its default."""
+    parts = {part.name: type(getattr(config, part.name)) for part in fields(config)}
+    plain = {name: part() for name, part in parts.items() if is_dataclass(part)}
+    plain["elbo"] = ElboConfig(schedule=type(config.elbo.schedule)(), prior=type(config.elbo.prior)())
+    defaults = flat_options(replace(config, **plain))
+    choices = {
+        "env": getattr(config.env, "benchmark", None) or config.env.name,
+        "algorithm": config.algorithm.name,
+        "network": config.network.name,
+        "elbo.kl_weight": config.elbo.kl_weight,
+        "seed": config.seed,
+        "total_transitions": config.total_transitions,
+    }
+    named = (".name", ".benchmark")
+    return choices | {
+        name: value
+        for name, value in fixed_options(config).items()
+        if value != defaults.get(name) and not name.endswith(named)
+    }
 
 
 def fixed_options(config: TrainConfig) -> dict[str, bool | int | float | str]:

@@ -29,6 +29,15 @@ def test_room_for_many_tasks_and_for_one() -> None:
     assert heat_map([[1.0]], ["only"], ["only"], "a title that is wider than the map", -1.0, 1.0).shape[1] > 150
 
 
+def test_a_minus_sign_is_seen() -> None:
+    """The cells of -0.5 and 0.5 have the same colour here, and differ in dark pixels left of the number."""
+    ink = []
+    for value in (-0.5, 0.5):
+        image = heat_map([[value]], ["a"], ["b"], "", -100.0, 100.0, ("#ffffff", "#ffffff"))
+        ink.append((image < 100).all(-1).sum())
+    assert ink[0] >= ink[1] + 4
+
+
 def test_short_numbers() -> None:
     numbers = (0.0, -0.001, 0.534, -1.0, 0.5, 12.4, 100.0, 3421.0, 123_456.0)
     assert [_short(number) for number in numbers] == ["0", "0", "0.53", "-1", "0.5", "12", "100", "3.4k", "123k"]

@@ -140,7 +140,7 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
             (run.run_dir / "summary.json").unlink(missing_ok=True)  # of a smaller budget
         write_atomically(run.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
         begun = True
-        run.tracker.begin(compared_options(config), comparing_metrics(run))
+        run.tracker.begin(comparing_options(config, run), comparing_metrics(run))
         evaluation = run.train()
         write_summary(config, run, evaluation)
         run.tracker.end()
@@ -197,7 +197,7 @@ def describe(config: TrainConfig, run: Run) -> None:
 def describe_posterior(config: TrainConfig, run: Run) -> dict[str, str]:
     """Describe the divergence and the draws of the networks, as far as they have any."""
     modules, found = run.algorithm.trained_modules().values(), {}
-    if any(any(penalized_layers(module)) for module in modules):
+    if is_penalized(run):
         found["kl_weight"] = (
             f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
             f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}"
@@ -205,6 +205,17 @@ def describe_posterior(config: TrainConfig, run: Run) -> dict[str, str]:
     if any(any(stochastic_layers(module)) for module in modules):
         found["weight draws"] = run.algorithm.weight_draws()
     return found
+
+
+def is_penalized(run: Run) -> bool:
+    """Return True if any network has a divergence, or another penalty, for ``elbo`` to weigh."""
+    return any(any(penalized_layers(module)) for module in run.algorithm.trained_modules().values())
+
+
+def comparing_options(config: TrainConfig, run: Run) -> dict[str, bool | int | float | str]:
+    """Return the options that trackers compare runs by, those of the divergence where there is any."""
+    options = compared_options(config)
+    return {k: v for k, v in options.items() if is_penalized(run) or not k.startswith("elbo.")}
 
 
 def comparing_metrics(run: Run) -> list[str]:

@@ -181,6 +181,8 @@ class MetaWorldEnv:
     ) -> None:
         self._env: Any = ALL_V3_ENVIRONMENTS[name](reward_function_version=reward_version, **(picture or {}))
         self._env.max_path_length = horizon
+        quality = self._env.model.vis.quality
+        quality.shadowsize = quality.offsamples = 0  # without a GPU a picture would take ten times as long
         self._tasks = as_tasks(name, goals)
 
     def reset(self, episode: Episode) -> Array:
@@ -194,7 +196,7 @@ class MetaWorldEnv:
 
     def render(self) -> npt.NDArray[np.uint8]:
         frame: npt.NDArray[np.uint8] = self._env.render()
-        return frame
+        return frame[::-1, ::-1]  # the package's cameras hang upside down
 
     def close(self) -> None:
         self._env.close()

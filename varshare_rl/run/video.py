@@ -139,6 +139,7 @@ def labelled(frame: Frame, one: Film) -> Frame:
     sheet = Image.new("RGB", size, "#222222")
     sheet.paste(picture, (0, LABEL_HEIGHT))
     pen = ImageDraw.Draw(sheet)
+    pen.rectangle((0, LABEL_HEIGHT, size[0] - 1, size[1] - 1), outline="#222222")
     pen.text((6, 3), one.task, "white", _font())
     pen.text((6, 18), f"step {one.steps}   return {one.earned:,.1f}", "white", _font())
     if one.success:

@@ -50,7 +50,7 @@ class TensorBoard(TrackerBackend):
         experiment, start, _ = hparams_summaries(values, dict.fromkeys(metrics, 0.0))  # type: ignore[no-untyped-call]
         self._add(experiment, start)
         if self._run.task_names:
-            self._writer.add_custom_scalars(layout(self._run.task_names))  # type: ignore[no-untyped-call]
+            self._writer.add_custom_scalars(layout(self._run.task_names))
 
     def scalars(self, values: Mapping[str, float], transitions: int) -> None:
         """See ``TrackerBackend.scalars``."""
