@@ -57,7 +57,7 @@ class Console:
         self._marks: deque[tuple[float, int]] = deque()  # those after updates
         self._now = (0.0, 0)
         self._headline = ""
-        self._next_line = time.monotonic() + FIRST_LINE_SECONDS
+        self._next_line = 0.0
         self._next_refresh = 0.0
         self._progress = Progress(
             BarColumn(bar_width=max(4, min(40, self._rich.width - 64))),  # 16 beside the counts in 80 columns
@@ -106,7 +106,7 @@ class Console:
         now = time.monotonic()
         self._now = (now, transitions)
         if self._began is None:
-            self._began = self._now
+            self._began, self._next_line = self._now, now + FIRST_LINE_SECONDS
         elif updated:
             self._marks.append(self._now)
             # the oldest mark is the last one outside the window, so that the window is always covered

@@ -106,11 +106,11 @@ class Run(Stateful):
         with self.console, interruptible() as self._interrupted, self._timed("rest"):
             for remark in self.suite.remarks():
                 self.console.message(remark)
-            self.console.progress(self.transitions, {})
             obs = self._to_device(self._observation)
             if self._evaluate_if_due():  # before the first step, or what a signal has cut short
                 self.save("last")
             self._stop_if_interrupted()
+            self.console.progress(self.transitions, {})
             while self.transitions < self.config.total_transitions and not self._ended:
                 obs = self._vector_step(obs)
                 self.algorithm.advance(self.transitions / self.config.total_transitions)
