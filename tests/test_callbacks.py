@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers import TINY, TINY_ALGORITHM
 
@@ -43,7 +44,7 @@ def test_callbacks_see_what_is_logged_evaluated_and_saved(folder: Path) -> None:
 def test_false_ends_the_training_with_all_results(folder: Path, moment: str) -> None:
     agent = vs.train(
         "pointmass", *SETTINGS, "evaluate.every=320", "run_dir=run", total_transitions=6400,
-        **{moment: lambda transitions, found: transitions < 320},
+        **{moment: lambda transitions, found: np.bool_(transitions < 320)},
     )  # fmt: skip
     assert agent.results["transitions"] == 320
     again = vs.train(resume="run", total_transitions=480)

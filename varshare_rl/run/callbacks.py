@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.types import Metrics
 
@@ -26,3 +28,8 @@ class Callbacks:
     on_log: Callable[[int, Metrics], object] | None = None
     on_evaluate: Callable[[int, Evaluation], object] | None = None
     on_checkpoint: Callable[[int, Path], object] | None = None
+
+
+def is_false(answer: object) -> bool:
+    """Return True for ``False``, numpy's too; a function that returns nothing says nothing."""
+    return isinstance(answer, bool | np.bool_) and not answer

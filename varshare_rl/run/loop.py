@@ -18,7 +18,7 @@ import torch
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.envs.suite import Step, Suite, VectorEngine
-from varshare_rl.run.callbacks import Callbacks
+from varshare_rl.run.callbacks import Callbacks, is_false
 from varshare_rl.run.checkpoint import fitting, save_checkpoint
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl, shown
@@ -232,7 +232,7 @@ class Run(Stateful):
             self.tracker.log(metrics, self.transitions)
             self.console.progress(self.transitions, self._headline(metrics), updated=False)
             if self.callbacks.on_log is not None:
-                self._ended |= self.callbacks.on_log(self.transitions, metrics) is False
+                self._ended |= is_false(self.callbacks.on_log(self.transitions, metrics))
 
     def _kl(self) -> Metrics:
         """``kl/<task>`` over all layers and ``kl_layer/<layer>``, the mean over tasks; none without posteriors."""
@@ -287,7 +287,7 @@ class Run(Stateful):
             self.best_score = result.score
             self.save("best")
         if self.callbacks.on_evaluate is not None:
-            self._ended |= self.callbacks.on_evaluate(self.transitions, result) is False
+            self._ended |= is_false(self.callbacks.on_evaluate(self.transitions, result))
 
     def save(self, kind: str) -> Path:
         """Write a checkpoint: ``last`` holds everything needed to go on, ``best`` the policy."""
