@@ -279,7 +279,7 @@ def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
 def compared_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
     """Return the few options that runs are told apart by: the main choices, and what is not at its default."""
     parts = {part.name: type(getattr(config, part.name)) for part in fields(config)}
-    plain = {name: part() for name, part in parts.items() if is_dataclass(part)}
+    plain: dict[str, Any] = {name: part() for name, part in parts.items() if is_dataclass(part)}
     plain["elbo"] = ElboConfig(schedule=type(config.elbo.schedule)(), prior=type(config.elbo.prior)())
     defaults = flat_options(replace(config, **plain))
     choices = {
