@@ -252,6 +252,22 @@ def test_a_run_that_was_stopped_before_its_results_still_gets_them(command: Comm
     assert results(Path("run")) == expected
 
 
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(command: Command) -> None:
+    """To the same numbers, in every file, as if nothing had happened."""
+    overrides = (*TINY, *TINY_ALGORITHM["sac"], "checkpoint.every=160", "log.every=40", "evaluate.every=160")
+    assert command("train", *overrides, "total_transitions=480", "run_dir=whole").code == 0
+    assert command("train", *overrides, "total_transitions=320", "run_dir=hurt").code == 0
+    (newest, before) = (Path("hurt/checkpoints") / f"last-{number:012d}" for number in (320, 160))
+    assert before.is_dir()
+    (newest / "tensors.safetensors").write_bytes(b"x" * (newest / "tensors.safetensors").stat().st_size)
+    resumed = command("train", "resume=hurt", "total_transitions=480")
+    assert resumed.code == 0
+    assert "going on from the one before, last-000000000160" in resumed.err
+    assert_same(final_state(Path("hurt")), final_state(Path("whole")))
+    assert metrics(Path("hurt")) == metrics(Path("whole"))
+    assert_same(results(Path("hurt")), results(Path("whole")))
+
+
 def test_a_larger_budget_is_remembered(command: Command, folder: Path) -> None:
     """A finished run goes on with more, is stopped, and goes on by the printed command alone."""
     overrides = (*TINY, *TINY_ALGORITHM["ppo"])

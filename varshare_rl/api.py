@@ -5,7 +5,6 @@ Everything here calls what the commands call: the same options, run folders, num
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
@@ -31,6 +30,7 @@ from varshare_rl.fields import check_bounds
 from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.overrides import literal, override
+from varshare_rl.reading import read_object
 from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.evaluation import Evaluation, layer_kl
 from varshare_rl.run.loop import Interrupted
@@ -141,7 +141,7 @@ class Agent:
             raise UserError(
                 f"{self.run_dir} has no summary.json yet; go on with {override('resume', self.run_dir)}"
             )
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return read_object(path)
 
     @torch.no_grad()
     def predict(self, obs: Any, task: str, deterministic: bool = True) -> Any:

@@ -33,7 +33,7 @@ from varshare_rl.nn.parameters import ParameterCount, count_parameters, match_wi
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.kl_schedules import BandConfig
-from varshare_rl.run.checkpoint import find_checkpoint, fitting, load_checkpoint
+from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopConfig, Run
 from varshare_rl.run.process import seed_everything
@@ -210,9 +210,9 @@ def load_agent(run_dir: Path, kind: str, device: Device, makers: Mapping[str, Ma
     if kind not in ("last", "best"):
         raise UserError(f"unknown checkpoint {kind!r}; choose last or best")
     config = load_config(run_dir / "config.yaml")
-    checkpoint = find_checkpoint(run_dir, kind)
-    state = load_checkpoint(checkpoint)
-    check_unchanged(run_dir, config, state)
+    checkpoint, state = newest_checkpoint(run_dir, kind)
+    with fitting(run_dir):
+        check_unchanged(run_dir, config, state)
     chosen = choose_device(device)
     prepare_process(config.seed, config.matmul_precision)
     suite = build_suite(config, makers)
@@ -255,6 +255,7 @@ def build_run(
         evaluate_episodes=config.evaluate.episodes,
         checkpoint_every=config.checkpoint.every,
         checkpoint_minutes=config.checkpoint.minutes,
+        checkpoint_keep=config.checkpoint.keep,
         log_every=config.log.every,
         observe_every=config.observe.every,
         overlap=config.overlap,

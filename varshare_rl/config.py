@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
@@ -11,8 +11,6 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
@@ -21,6 +19,7 @@ from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.elbo import ElboConfig
 from varshare_rl.optim.gradient import GradientConfig, gradient_schema
 from varshare_rl.optim.optimizer import OptimizerConfig
+from varshare_rl.reading import STUMBLES, check_folder, read_yaml
 from varshare_rl.registry import lookup, register, registered, require_plugins
 from varshare_rl.types import Tree
 
@@ -94,6 +93,8 @@ class CheckpointConfig:
     minutes: float = bounded(2.0, least=0)
     """Minutes after which a checkpoint is due in any case, or twenty times as long as writing one takes, if that is
     more; 0: by transitions alone."""
+    keep: int = bounded(2, least=1)
+    "Checkpoints that stay, the newest ones: where the newest is damaged, the run goes on from the one before."
 
 
 @dataclass
@@ -232,8 +233,8 @@ def load_config(path: Path) -> TrainConfig:
 def is_sequence(run_dir: Path) -> bool:
     """Return True for the folder of a sequence of tasks; False where no configuration can be read."""
     try:
-        return "method" in OmegaConf.load(run_dir / "config.yaml")
-    except (OSError, YAMLError, OmegaConfBaseException, ValueError):
+        return "method" in read_yaml(run_dir / "config.yaml")
+    except UserError:
         return False
 
 
@@ -241,13 +242,15 @@ def read_config(path: Path, schema: type[AnyConfig]) -> AnyConfig:
     """Read a stored configuration, with keys as they are or were.
 
     Raises:
-        UserError: the file is missing, is not a configuration of this version, or needs a plugin.
+        UserError: the file is missing, is not a configuration of this version, or names modules that are not
+            imported; or the folder has links out of it.
     """
-    if not path.is_file():
+    if not path.exists():
         raise UserError(f"no config.yaml in {path.parent}; give the folder of a run (runs/<name>)")
+    check_folder(path.parent)
+    stored: Any = read_yaml(path)
     with _readable(path):
-        stored: Any = OmegaConf.load(path)
-        plugins = list(OmegaConf.select(stored, "plugins", default=[]))
+        plugins = [str(name) for name in OmegaConf.select(stored, "plugins", default=[])]
     require_plugins(plugins, path.parent)
     with _readable(path):
         _rename(stored)
@@ -257,7 +260,10 @@ def read_config(path: Path, schema: type[AnyConfig]) -> AnyConfig:
             key = group.replace("/", ".")
             chosen = lookup(group, OmegaConf.select(stored, f"{key}.name", throw_on_missing=True))
             OmegaConf.update(config, key, OmegaConf.structured(chosen), merge=False)
-        return cast(AnyConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
+        made = cast(AnyConfig, OmegaConf.to_object(OmegaConf.merge(config, stored)))
+    modules: Callable[[], list[str]] = getattr(made.env, "modules", list)
+    require_plugins(modules(), path.parent)
+    return made
 
 
 def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
@@ -321,8 +327,10 @@ def check_unchanged(run_dir: Path, config: TrainConfig, state: Tree) -> None:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OmegaConfBaseException, YAMLError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except UserError:
+        raise
+    except STUMBLES as error:
+        reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error
 
 

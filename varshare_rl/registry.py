@@ -110,10 +110,12 @@ def load_installed_plugins() -> None:
 
 
 def require_plugins(names: Sequence[str], run: object) -> None:
-    """Raise UserError if plugins that a run was made with are not imported: a folder alone does not run code."""
-    if any(name not in sys.modules for name in names):
+    """Raise UserError if modules that a run was made with are not imported: a folder alone does not run code."""
+    if any(name not in sys.modules or name in sys.stdlib_module_names for name in names):
         given = f"plugins=[{','.join(names)}]"
-        raise UserError(f"{run} was made with {given}, which run code of their own; give {given} to load them")
+        raise UserError(
+            f"{run} was made with modules that run code of their own; if you trust them, give {given} to load them"
+        )
 
 
 def _import(name: str, words: str) -> None:

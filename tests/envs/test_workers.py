@@ -76,6 +76,19 @@ def test_dead_worker_is_an_error() -> None:
     engine.close()
 
 
+def test_a_worker_that_does_not_answer_is_ended_and_its_tasks_are_named() -> None:
+    shared = Workers()
+    engine = make(2, processes=shared)
+    engine.reset()
+    shared.patience = 1.5
+    processes = shared.processes
+    os.kill(processes[0].pid, signal.SIGSTOP)
+    with pytest.raises(WorkerError, match=r"worker 0 did not answer for 1\.5 s; it steps task 0"):
+        engine.step(actions(0))
+    assert all(process.poll() is not None for process in processes)
+    engine.close()
+
+
 def test_engines_share_processes_and_not_their_state() -> None:
     """Steps of one between those of another change nothing; processes end with the last engine, and start again."""
     shared = Workers()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
@@ -31,13 +30,7 @@ SAMPLE = (
     ("SIGKILL", "parent", "save"),
     ("SIGSTOP", "workers", "step"),
 )
-ALL = tuple(
-    itertools.product(
-        ("SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP"),
-        ("parent", "workers", "both"),
-        ("start", "step", "update", "evaluate", "save"),
-    )
-)
+MOMENTS = ("start", "step", "update", "evaluate", "save")
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9}
 
 
@@ -104,8 +97,10 @@ def test_a_sample(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_days_worth(tmp_path: Path) -> None:
-    check(tmp_path, ALL)
+@pytest.mark.parametrize("target", ["parent", "workers", "both"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP"])
+def test_a_days_worth(tmp_path: Path, name: str, target: str) -> None:
+    check(tmp_path, tuple((name, target, moment) for moment in MOMENTS))
 
 
 def test_a_signal_in_an_evaluation_ends_it_at_once(tmp_path: Path) -> None:

@@ -13,7 +13,13 @@ import pytest
 import torch
 
 from varshare_rl.run import checkpoint
-from varshare_rl.run.checkpoint import CheckpointError, find_checkpoint, load_checkpoint, save_checkpoint
+from varshare_rl.run.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from varshare_rl.types import Tree
 
 
@@ -308,13 +314,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no state": (lambda path: (path / "state.json").unlink(), r"'.*state.json' is missing"),
     "empty state": (
         lambda path: (path / "state.json").write_text(""),
-        r"damaged checkpoint file '.*state.json'",
+        r"damaged checkpoint: cannot read .*state.json: ",
     ),
     "garbled state": (
         lambda path: (path / "state.json").write_bytes(b"\xff\xfe{]"),
-        r"damaged checkpoint file '.*state.json'",
+        r"damaged checkpoint: cannot read .*state.json: ",
     ),
-    "state is a list": (lambda path: (path / "state.json").write_text("[]"), r"damaged .*state.json'"),
+    "state is a list": (lambda path: (path / "state.json").write_text("[]"), r"damaged .*state.json: "),
     "changed number": (
         lambda path: edit_state(path, lambda document: document["tree"].update(n=3)),
         r"damaged checkpoint file '.*state.json': its content was changed",
@@ -372,3 +378,27 @@ def test_nothing_to_find(tmp_path: Path) -> None:
         CheckpointError, match=rf"no 'last' checkpoint in .*: there is '{best}', which evaluate takes"
     ):
         find_checkpoint(tmp_path)
+
+
+def test_the_newest_stay_and_the_one_before_serves_where_the_newest_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in (10, 20, 30):
+        save_checkpoint(tmp_path, "last", number, {"n": number}, keep=2)
+    save_checkpoint(tmp_path, "best", 10, {"n": 0})
+    assert names(tmp_path) == ["best-000000000010", "last-000000000020", "last-000000000030"]
+    assert newest_checkpoint(tmp_path)[1] == {"n": 30}
+    truncate(tmp_path / "checkpoints" / "last-000000000030")
+    path, tree = newest_checkpoint(tmp_path)
+    assert (path.name, tree) == ("last-000000000020", {"n": 20})
+    assert capsys.readouterr().err.startswith("warning: damaged checkpoint file")
+    save_checkpoint(tmp_path, "last", 25, {"n": 25}, keep=2)  # what went on from there has another future
+    assert names(tmp_path) == ["best-000000000010", "last-000000000020", "last-000000000025"]
+    for name in ("last-000000000020", "last-000000000025"):
+        truncate(tmp_path / "checkpoints" / name)
+    with pytest.raises(CheckpointError, match=r"last-000000000025.*best-000000000010' is complete"):
+        newest_checkpoint(tmp_path)
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import FreshInit, LowRank
+from varshare_rl.adapters.adapter import AdapterInit, LowRank
 from varshare_rl.algorithms import ppo
 from varshare_rl.algorithms.base import AgentContext, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
@@ -70,9 +70,10 @@ VARSHARE = VarShareMethodConfig(rank=RANK)
 CASES: dict[str, Callable[..., ContinualMethod]] = {
     "lora": lambda *given: LoRAMethod(LORA, *given),
     "lora_mean": lambda *given: LoRAMethod(replace(LORA, start=AdapterStart.mean, rslora=True), *given),
-    "lora_last": lambda *given: LoRAMethod(replace(LORA, layers="last", init=FreshInit.gaussian), *given),
+    "lora_last": lambda *given: LoRAMethod(replace(LORA, layers="last", init=AdapterInit.gaussian), *given),
     "lora_dropout": lambda *given: LoRAMethod(replace(LORA, layers=["layers.0", "layers.1"], dropout=0.1), *given),
     "lora_similar": lambda *given: LoRAMethod(replace(LORA, start=AdapterStart.similar, alpha=3.0), *given),
+    "lora_pissa": lambda *given: LoRAMethod(replace(LORA, init=AdapterInit.pissa), *given),
     "share": lambda *given: ShareMethod(SHARE, *given),
     "share_always": lambda *given: ShareMethod(replace(SHARE, merge=Merge.always), *given),
     "share_originals": lambda *given: ShareMethod(replace(SHARE, basis=ShareConfig(keep_originals=True)), *given),
@@ -257,7 +258,7 @@ def test_a_fresh_adapter_is_the_base() -> None:
 
 def test_adapters_of_the_chosen_layers_with_dropout() -> None:
     for layers, paths in (("last", ["layers.2"]), (["layers.0", "layers.2"], ["layers.0", "layers.2"])):
-        method = LoRAMethod(replace(LORA, layers=layers, dropout=0.25, init=FreshInit.gaussian), SPEC)
+        method = LoRAMethod(replace(LORA, layers=layers, dropout=0.25, init=AdapterInit.gaussian), SPEC)
         method.end(method.begin(0), torch.randn(1, 3, IN))
         network = method.begin(1)
         made = {path: layer for path, layer in network.named_modules() if isinstance(layer, ResidualLayer)}
@@ -304,6 +305,36 @@ def test_starts_of_adapters() -> None:
             learn(method, task, 20)
         assert torch.equal(method.begin(3, similar=1).eval()(inputs(), IDS), outputs(method, expected))
         assert torch.equal(method.begin(3).eval()(inputs(), IDS), outputs(method, 0))
+
+
+@pytest.mark.parametrize("init", [AdapterInit.pissa, AdapterInit.olora])
+def test_adapters_that_start_from_the_base_weight(init: AdapterInit) -> None:
+    """The network is the base at the start; the principal part learns, and what is kept is the difference."""
+    method = LoRAMethod(replace(LORA, rank=6, alpha=3.0, init=init), SPEC)  # the base's ends allow a rank of 4
+    learn(method, 0, 5)
+    network = method.begin(1)
+    torch.testing.assert_close(network.eval()(inputs(), IDS), outputs(method, 0))
+    weights = {path: layer.theta for path, layer in method.base.layers().items()}
+    for path, layer in network.named_modules():
+        if isinstance(layer, ResidualLayer):
+            part = layer.correction(0)
+            assert part is not None
+            assert part.rank == min(6, *weights[path].shape)
+            if init is AdapterInit.pissa:
+                u, s, vh = torch.linalg.svd(weights[path])
+                expected = u[:, : part.rank] * s[: part.rank] @ vh[: part.rank]
+            else:
+                q, r = torch.linalg.qr(weights[path])
+                expected = q[:, : part.rank] @ r[: part.rank]
+            torch.testing.assert_close(part.delta() / (0.5 if init is AdapterInit.olora else 1.0), expected)
+    before = error_of(network, 1)
+    assert steps(method, network, optimizer_of(network), 1, 60) < 0.7 * before
+    trained = network.eval()(inputs(), IDS)
+    method.end(network, inputs())
+    torch.testing.assert_close(outputs(method, 1), trained, atol=1e-5, rtol=1e-5)
+    assert method.adapter(1)["layers.1"].rank == 12
+    with pytest.raises(UserError, match=r"method\.init=olora starts from the base, method\.start=mean"):
+        replace(LORA, init=AdapterInit.olora, start=AdapterStart.mean).check("method.")
 
 
 # pretrained agents

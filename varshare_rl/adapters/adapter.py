@@ -62,30 +62,31 @@ class AdapterInfo:
         return adapter_scale(self.alpha_of(module), self.rank_of(module), self.rslora)
 
 
-class FreshInit(Enum):
-    """Start of ``a`` of an adapter that corrects nothing yet, ``b = 0``."""
+class AdapterInit(Enum):
+    """Start of an adapter's factors. The first two correct nothing, ``b = 0``; the others are a part of the base
+    weight, which is subtracted from it."""
 
-    kaiming = "kaiming"  # uniform on +-1 / sqrt(in) (Hu et al. 2021)
-    gaussian = "gaussian"  # N(0, (1 / r)^2), as peft has it
-
-
-class PrincipalInit(Enum):
-    """Part of the base weight that an adapter starts from, and which is subtracted from it."""
-
+    kaiming = "kaiming"  # a uniform on +-1 / sqrt(in) (Hu et al. 2021)
+    gaussian = "gaussian"  # a from N(0, (1 / r)^2), as peft has it
     pissa = "pissa"  # the first singular values and vectors of the base weight (Meng et al. 2024)
     olora = "olora"  # the first columns of its QR decomposition (Bueyuekakyuez 2024)
 
+    @property
+    def principal(self) -> bool:
+        """True for a start from the base weight."""
+        return self in (AdapterInit.pissa, AdapterInit.olora)
+
 
 def fresh_adapter(
-    layers: Mapping[str, Any], rank: int, scale: float, init: FreshInit = FreshInit.kaiming
+    layers: Mapping[str, Any], rank: int, scale: float, init: AdapterInit = AdapterInit.kaiming
 ) -> Adapter:
-    """Make a correction of nothing: ``b = 0``, and ``a`` as ``init`` says.
+    """Make a correction of nothing: ``b = 0``, and ``a`` as ``init`` (``kaiming`` or ``gaussian``) says.
 
     ``layers`` have ``in_features`` and ``out_features``.
     """
 
     def start(inputs: int) -> Tensor:
-        if init is FreshInit.gaussian:
+        if init is AdapterInit.gaussian:
             return torch.randn(rank, inputs) / rank
         return linear_parameters(inputs, rank, bias=False)[0].detach()
 
@@ -95,7 +96,7 @@ def fresh_adapter(
     }
 
 
-def principal_factors(weight: Tensor, rank: int, scale: float, init: PrincipalInit) -> LowRank:
+def principal_factors(weight: Tensor, rank: int, scale: float, init: AdapterInit) -> LowRank:
     """Return the part ``scale b a`` of a base weight ``[out, in]`` that PiSSA or OLoRA starts from, as `peft` does.
 
     PiSSA: ``U sqrt(S / scale)`` and ``sqrt(S / scale) V^T`` of the first ``rank`` singular triples. OLoRA: the
@@ -107,7 +108,7 @@ def principal_factors(weight: Tensor, rank: int, scale: float, init: PrincipalIn
     if rank > min(weight.shape):
         raise UserError(f"init={init.value} with rank {rank}: a weight of {tuple(weight.shape)} has a lower one")
     weight = weight.detach().to(wide_dtype(weight.dtype))
-    if init is PrincipalInit.olora:
+    if init is AdapterInit.olora:
         q, triangle = torch.linalg.qr(weight)
         return LowRank(triangle[:rank].contiguous(), q[:, :rank].contiguous(), scale)
     u, singular, vh = torch.linalg.svd(weight, full_matrices=False)

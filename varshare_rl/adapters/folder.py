@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -24,6 +23,7 @@ from varshare_rl.adapters.adapter import Adapter, AdapterInfo, LowRank, describe
 from varshare_rl.adapters.targets import clean_path, clean_paths
 from varshare_rl.errors import UserError
 from varshare_rl.files import whole_folder, write_atomically, write_json
+from varshare_rl.reading import STUMBLES, check_pattern, one_line, read_object
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -99,7 +99,7 @@ def write_adapter(
         write_atomically(hidden / TENSOR_FILE, save(tensors, metadata))
         write_json(hidden / CONFIG_FILE, _config_of(exact))
         if (folder / README_FILE).is_file():
-            shutil.copy2(folder / README_FILE, hidden / README_FILE)
+            shutil.copy2(folder / README_FILE, hidden / README_FILE, follow_symlinks=False)
 
 
 def is_adapter(folder: Path | str) -> bool:
@@ -214,14 +214,12 @@ def _read_info(folder: Path) -> AdapterInfo:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise UserError(f"no {CONFIG_FILE} in {folder}; give the folder of a LoRA adapter")
+    config = read_object(file)
     try:
-        config = json.loads(file.read_bytes())
-        if not isinstance(config, dict):
-            raise TypeError("it is not an object")
         _check_kind(folder, config)
         targets = config.get("target_modules") or ()
         for pattern in (*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})):
-            re.compile(pattern)
+            check_pattern(pattern)
         info = AdapterInfo(
             base_model=config.get("base_model_name_or_path"),
             rank=int(config.get("r", 8)),  # the defaults are those of peft
@@ -240,8 +238,8 @@ def _read_info(folder: Path) -> AdapterInfo:
             raise ValueError(f"lora_dropout is {info.dropout}")
     except UserError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise UserError(f"cannot read {file}: {type(error).__name__} {error}") from error
+    except STUMBLES as error:
+        raise UserError(f"cannot read {file}: {one_line(error)}") from error
     return info
 
 

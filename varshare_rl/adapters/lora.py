@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import (
     Adapter,
-    FreshInit,
-    PrincipalInit,
+    AdapterInit,
     adapter_scale,
     describe,
     fresh_adapter,
@@ -294,17 +293,15 @@ class AdapterSet:
 
     def _fresh(self, rank: int | None, alpha: float | None, init: str) -> tuple[Adapter, Adapter | None]:
         """Return factors to train, and what they start from if that is to be subtracted."""
-        inits: dict[str, FreshInit | PrincipalInit] = {
-            each.value: each for kinds in (FreshInit, PrincipalInit) for each in kinds
-        }
+        inits = [each.value for each in AdapterInit]
         if init not in inits:
             raise ValueError(f"init is {init!r}; choose {', '.join(inits)}")
-        kind = inits[init]
+        kind = AdapterInit(init)
         rank = self._defaults.rank if rank is None else rank
         alpha = self._defaults.alpha if alpha is None else alpha
         check_positive(rank=rank, **({} if alpha is None else {"alpha": alpha}))
         scale = adapter_scale(alpha, rank, self._defaults.rslora)
-        if isinstance(kind, FreshInit):
+        if not kind.principal:
             return fresh_adapter(self.layers, rank, scale, kind), None
         start = {
             path: principal_factors(linear_weight(layer.base), rank, scale, kind)

@@ -42,7 +42,7 @@ from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.overrides import override
 from varshare_rl.run.callbacks import Callbacks
-from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
+from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import counted
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, held_folder, new_folder
@@ -113,8 +113,9 @@ def resume(
             f"the environments of {run_dir} are Python objects; give them: "
             f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
         )
-    state = load_checkpoint(find_checkpoint(run_dir))
-    check_unchanged(run_dir, config, state)
+    _, state = newest_checkpoint(run_dir)
+    with fitting(run_dir):
+        check_unchanged(run_dir, config, state)
     if state["transitions"] >= config.total_transitions and (run_dir / "summary.json").exists():
         raise UserError(
             f"{run_dir} has done {state['transitions']} of {config.total_transitions} transitions already; "

@@ -35,7 +35,7 @@ from varshare_rl.continual.tasks import SequenceTask, measure, named_apart, new_
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
-from varshare_rl.run.checkpoint import find_checkpoint, fitting, load_checkpoint, save_checkpoint
+from varshare_rl.run.checkpoint import fitting, newest_checkpoint, save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import shown
 from varshare_rl.run.folder import CONFIG_FILE
@@ -254,7 +254,7 @@ class SequenceRun:
         if not list((folder / "checkpoints").glob("last-*")):  # a best one alone is not enough to go on
             shutil.rmtree(folder, ignore_errors=True)
             return None
-        return load_checkpoint(find_checkpoint(folder))
+        return newest_checkpoint(folder)[1]
 
     def _inherited_normalizer(self, similar: int | None) -> dict[str, Tensor]:
         """Return statistics of observations for a new task: those of the similar task, or of the last one.
@@ -342,15 +342,14 @@ class SequenceRun:
             "governor": self.networks.state(),
             "options": fixed_options(self.config),
         }
-        save_checkpoint(self.run_dir, "last", self.transitions, tree)
+        save_checkpoint(self.run_dir, "last", self.transitions, tree, self.config.checkpoint.keep)
 
     def load(self) -> Path:
         """Put back the newest checkpoint of the folder, and say which it was."""
-        checkpoint = find_checkpoint(self.run_dir)
-        tree = load_checkpoint(checkpoint)
-        check_unchanged(self.run_dir, self.config, tree)
-        self.progress = Progress(**tree["progress"])
-        self.evaluator.normalizers = self.progress.normalizers
+        checkpoint, tree = newest_checkpoint(self.run_dir)
         with fitting(self.run_dir):
+            check_unchanged(self.run_dir, self.config, tree)
+            self.progress = Progress(**tree["progress"])
+            self.evaluator.normalizers = self.progress.normalizers
             self.networks.load_state(tree["governor"])
         return checkpoint

@@ -38,6 +38,7 @@ class SlotEngine:
         evaluation: bool,
         workers: int,
         processes: Workers | None = None,
+        task_names: Sequence[str] = (),
     ) -> None:
         if envs_per_task < 1:
             raise UserError(f"envs_per_task={envs_per_task} is not possible: it must be at least 1")
@@ -55,6 +56,7 @@ class SlotEngine:
             action_dtype="float32" if box else "int64",
             seed=seed,
             evaluation=evaluation,
+            task_names=tuple(task_names),
         )
         self.workers = choose_workers(workers, envs_per_task, step_seconds)
         self._pool: WorkerPool | None = None

@@ -50,6 +50,11 @@ class GymnasiumConfig:
     success: bool | None = None
     "Environments report `info[success]` or `info[is_success]`; null looks at the first step."
 
+    def modules(self) -> list[str]:
+        """Return the modules that making the environments imports because they are named here."""
+        named = [entry.partition(":")[0] for entry in (*self.ids, *self.wrappers) if ":" in entry]
+        return [name for name in dict.fromkeys(named) if name.partition(".")[0] != "gymnasium"]
+
     def build(self) -> GymnasiumSuite:
         """Make the suite. Raises UserError for impossible options."""
         return GymnasiumSuite(self)

@@ -318,6 +318,7 @@ class MetaWorldSuite(Suite):
             evaluation=evaluation,
             workers=workers,
             processes=self._workers,
+            task_names=self.task_names,
         )
         if engine.workers > 1:
             forget_models()  # the goals were drawn here, but the environments live elsewhere

@@ -224,6 +224,7 @@ class MakerSuite(Suite):
             evaluation=evaluation,
             workers=workers,
             processes=self._processes,
+            task_names=self.task_names,
         )
 
 

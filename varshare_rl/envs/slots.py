@@ -80,6 +80,12 @@ class EngineSpec:
     action_dtype: str  # "float32" for Box, "int64" for Discrete
     seed: int
     evaluation: bool
+    task_names: tuple[str, ...] = ()
+
+    def task_name(self, slot: int) -> str:
+        """Return the name of a slot's task, or its number where tasks have no names."""
+        task = slot // self.envs_per_task
+        return self.task_names[task] if self.task_names else str(task)
 
     @property
     def num_slots(self) -> int:
@@ -195,7 +201,7 @@ class Slot:
             self._obs[:] = self.env.step(self.actions[-1])[0]
         if not np.array_equal(self._obs, state["obs"], equal_nan=True):
             raise UserError(
-                f"replaying task {self.index // self.spec.envs_per_task} does not lead back to its saved "
+                f"replaying task {self.spec.task_name(self.index)} does not lead back to its saved "
                 "observation: it is not deterministic, or its package or machine changed; resume with the "
                 "versions that the run recorded"
             )
@@ -235,7 +241,7 @@ class Chunk:
                 done += 1
         except Exception as error:
             slot = slots[done]
-            task = slot.index // slot.spec.envs_per_task
+            task = slot.spec.task_name(slot.index)
             where = f"task {task}, environment {slot.env_index}, episode {slot.episode}, step {len(slot.actions)}"
             error.add_note(f"in {where}")
             raise

@@ -14,6 +14,7 @@ import json
 import mmap
 import os
 import pickle
+import select
 import signal
 import struct
 import subprocess
@@ -45,8 +46,12 @@ _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from varshare_
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
+#: Seconds that a worker may take to answer: for a step of each of its environments, or to build them all.
+PATIENCE = 900
+
+
 class WorkerError(RuntimeError):
-    """A worker process failed or died. The message holds its traceback."""
+    """A worker process failed, died, or did not answer. The message names its tasks, or holds its traceback."""
 
 
 class Workers:
@@ -55,10 +60,12 @@ class Workers:
     They start with the first engine that wants them, more of them with one that wants more, and end with the last.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patience: float = PATIENCE) -> None:
+        self.patience = patience
         self.processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection[Any, Any]] = []
         self._pending: list[int] = []  # answers that each worker still owes
+        self._tasks: dict[int, list[str]] = {}  # that each worker has environments of
         self._stop: weakref.finalize[Any, Any] | None = None
         self._engines: set[int] = set()
         self._numbers = itertools.count()
@@ -88,6 +95,7 @@ class Workers:
             buffers = Buffers.over(spec, mmap.mmap(file.fileno(), Buffers.size(spec)))
             with contextlib.suppress(OSError):  # a worker that died at once is reported at the first receive
                 for worker, part in enumerate(parts):
+                    self._tasks[worker] = list(dict.fromkeys(spec.task_name(slot) for slot in part))
                     self._pending[worker] += 1
                     connection = self._connections[worker]
                     connection.send_bytes(OPEN + _ENGINE.pack(number) + pickle.dumps(part))
@@ -150,6 +158,7 @@ class Workers:
         answers: list[Any] = [None] * len(self._connections)
         for worker, connection in enumerate(self._connections):
             while self._pending[worker]:
+                self._await(worker)
                 try:
                     message = connection.recv_bytes()
                 except (EOFError, OSError):
@@ -164,13 +173,36 @@ class Workers:
                     raise WorkerError(f"environment worker {worker} failed:\n{answers[worker]}")
         return answers
 
+    def _await(self, worker: int) -> None:
+        """Wait until a worker says something, or is dead."""
+        waiting = select.poll()
+        waiting.register(self._connections[worker], select.POLLIN)
+        # In seconds of this process's own, so that one that was stopped with its workers does not blame them.
+        left = self.patience
+        while not waiting.poll(1000 * min(left, 1.0)):
+            left -= 1.0
+            if left <= 0:
+                self.processes[worker].kill()
+                self.shut_down()
+                steps = self._named(worker)
+                raise WorkerError(
+                    f"environment worker {worker} did not answer for {self.patience:g} s; it steps {steps}"
+                )
+
+    def _named(self, worker: int) -> str:
+        tasks = self._tasks.get(worker, [])
+        return "task " + ", ".join(tasks[:5]) + (f" and {len(tasks) - 5} more" if len(tasks) > 5 else "")
+
     def _raise_dead(self, worker: int) -> None:
         process = self.processes[worker]
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=5)
         code = process.returncode
         self.shut_down()
-        raise WorkerError(f"environment worker {worker} died with exit code {code}; its own messages are above")
+        steps = self._named(worker)
+        raise WorkerError(
+            f"environment worker {worker} died with exit code {code}; it steps {steps}; its own messages are above"
+        )
 
 
 class WorkerPool:

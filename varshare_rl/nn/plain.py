@@ -7,20 +7,19 @@ state dict.
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.nn.merge import Choose, Normalize
+from varshare_rl.reading import STUMBLES, one_line, read_object
 
 FORMAT_VERSION = 1
 MODULE_FILE = "network.json"
@@ -70,14 +69,15 @@ def read_network(folder: Path | str) -> nn.Sequential:
         if not (folder / name).is_file():
             raise UserError(f"no {name} in {folder}; give the folder of an exported network")
     try:
-        document = json.loads((folder / MODULE_FILE).read_bytes())
+        document = read_object(folder / MODULE_FILE)
         if document["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {document['format_version']!r}, and {FORMAT_VERSION} can be read")
         network = nn.Sequential(*(_build(dict(module)) for module in document["modules"]))
         network.load_state_dict(load_file(folder / TENSOR_FILE))
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"cannot read the network {folder}: {reason}") from error
+    except UserError:
+        raise
+    except STUMBLES as error:
+        raise UserError(f"cannot read the network {folder}: {one_line(error)}") from error
     return network.eval()
 
 

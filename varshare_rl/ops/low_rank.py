@@ -55,6 +55,10 @@ class LowRank:
         wide = wide_dtype(self.a.dtype, self.b.dtype)
         return LowRank(self.a.to(wide), self.b.to(wide) * self.scale)
 
+    def minus(self, other: LowRank) -> LowRank:
+        """The difference of two corrections of one scale, whose rank is the sum of theirs."""
+        return LowRank(torch.cat([self.a, other.a]), torch.cat([self.b, -other.b], dim=1), self.scale)
+
     def is_finite(self) -> bool:
         """Return True when there is neither a NaN nor an infinity in the factors and the scale."""
         finite = (factor.to(wide_dtype(factor.dtype)).isfinite().all() for factor in (self.a, self.b))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from varshare_rl.errors import UserError
+from varshare_rl.reading import read_json, read_yaml, reading
 from varshare_rl.reporting.continual_measures import measures, original_name
 
 FORMAT = "continual"
@@ -120,17 +118,12 @@ def _run_folders(folder: Path) -> list[Path]:
 
 def _read(run_dir: Path) -> ContinualRun:
     path = run_dir / SUMMARY_FILE
-    try:
-        document = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); is it damaged?") from error
+    document = read_json(path)
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UserError(f"{run_dir} is no continual run but one of another kind; give folders of continual runs")
     run = ContinualRun(run_dir, document, _options(run_dir / CONFIG_FILE))
-    try:
+    with reading(path, "it is damaged; leave this run out"):
         _check_document(run)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"damaged summary {path} ({type(error).__name__}: {error}); leave this run out") from error
     return run
 
 
@@ -138,10 +131,7 @@ def _options(path: Path) -> dict[str, str]:
     """Return options of ``OPTION_GROUPS``; none where the folder has no configuration."""
     if not path.is_file():
         return {}
-    try:
-        groups = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(f"cannot read {path} ({error}); is it damaged?") from error
+    groups = OmegaConf.to_container(read_yaml(path))
     chosen = {name: groups[name] for name in OPTION_GROUPS if name in groups} if isinstance(groups, dict) else {}
     return dict(_flat(chosen))
 

@@ -2,7 +2,8 @@
 
 ``state.json`` is the tree as readable JSON, with a reference in place of each tensor, and the size and
 SHA-256 of the tensor file. A checkpoint is written under a hidden name, brought to disk, and renamed; only
-then is the older one of its kind deleted. Nothing is pickled, so loading a checkpoint runs no code.
+then are older ones of its kind deleted, but for those that are to stay. Nothing is pickled, so loading runs no
+code.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from varshare_rl.errors import UserError
 from varshare_rl.files import sync_folder, write_atomically
+from varshare_rl.reading import STUMBLES, one_line, read_object
 from varshare_rl.types import Tree
 
 FORMAT_VERSION = 1
@@ -41,8 +43,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing or damaged. The message is one line for the user."""
 
 
-def save_checkpoint(run_dir: Path, kind: str, transitions: int, tree: Tree) -> Path:
+def save_checkpoint(run_dir: Path, kind: str, transitions: int, tree: Tree, keep: int = 1) -> Path:
     """Write ``tree`` as checkpoint ``<kind>-<transitions>`` of a run and return its folder.
+
+    It and those before it of its kind stay, ``keep`` in all.
 
     Leaves of the tree: Tensor (comes back on the CPU), ndarray, numpy scalar, int, float, str, bool, None;
     nodes: dict with str or int keys, list, tuple. Everything comes back with its type, dtype and every bit,
@@ -79,9 +83,11 @@ def save_checkpoint(run_dir: Path, kind: str, transitions: int, tree: Tree) -> P
         target.rename(aside)
     hidden.rename(target)
     sync_folder(folder)
-    for old in list(_checkpoints(folder, kind)):
-        if old != target:
-            _delete(old)
+    before = [path for path in _checkpoints(folder, kind) if _transitions(path) < transitions]
+    stay = {target, *before[max(0, len(before) - keep + 1) :]}
+    for other in list(_checkpoints(folder, kind)):
+        if other not in stay:
+            _delete(other)
     return target
 
 
@@ -102,6 +108,25 @@ def find_checkpoint(run_dir: Path, kind: str = "last") -> Path:
         else "the run ended before its first checkpoint; remove the folder and start it anew"
     )
     raise CheckpointError(f"no {kind!r} checkpoint in {str(run_dir / FOLDER)!r}: {cure}")
+
+
+def newest_checkpoint(run_dir: Path, kind: str = "last") -> tuple[Path, Tree]:
+    """Return the folder and the tree of the newest checkpoint of a kind that is whole; says which were damaged.
+
+    Raises :class:`CheckpointError`, as :func:`find_checkpoint` and :func:`load_checkpoint` for the newest.
+    """
+    newest = find_checkpoint(run_dir, kind)
+    damaged: list[CheckpointError] = []
+    for path in reversed(list(_checkpoints(run_dir / FOLDER, kind))):
+        try:
+            tree = _load(path)
+        except CheckpointError as error:
+            damaged.append(error)
+            continue
+        for damage in damaged:
+            print(f"warning: {damage}; going on from the one before, {path.name}", file=sys.stderr)
+        return path, tree
+    return newest, load_checkpoint(newest)
 
 
 def load_checkpoint(path: Path) -> Tree:
@@ -130,9 +155,11 @@ def fitting(run_dir: Path) -> Iterator[None]:
     """Raise :class:`CheckpointError` where a state, inside, does not fit what ``config.yaml`` makes."""
     try:
         yield
-    except (RuntimeError, KeyError) as error:
+    except UserError:
+        raise
+    except STUMBLES as error:
         raise CheckpointError(
-            f"the checkpoint of {str(run_dir)!r} does not fit its config.yaml ({_one_line(error)[:200]}); put back "
+            f"the checkpoint of {str(run_dir)!r} does not fit its config.yaml ({one_line(error)}); put back "
             "what was changed there: env, network, critic or algorithm"
         ) from error
 
@@ -142,8 +169,8 @@ def _load(path: Path) -> Tree:
     try:
         tensors = load_file(path / TENSOR_FILE)
         tree = _decode(document["tree"], tensors)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"damaged checkpoint {str(path)!r}: {_one_line(error)}") from error
+    except STUMBLES as error:
+        raise CheckpointError(f"damaged checkpoint {str(path)!r}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise CheckpointError(f"damaged checkpoint {str(path)!r}: its tree is not a mapping")
     return tree
@@ -166,26 +193,30 @@ def _verified_document(path: Path) -> dict[str, Any]:
         if not file.is_file():
             raise CheckpointError(f"incomplete checkpoint: {str(file)!r} is missing")
     try:
-        document = json.loads(state_file.read_bytes())
-        version = document["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"damaged checkpoint file {str(state_file)!r}: {_one_line(error)}") from error
+        document = read_object(state_file)
+        version, stated = document.get("format_version"), document.pop("sha256", None)
+        unchanged = stated == _document_digest(document)
+    except UserError as error:
+        raise CheckpointError(f"damaged checkpoint: {error}") from error
+    except STUMBLES as error:
+        raise CheckpointError(f"damaged checkpoint file {str(state_file)!r}: {one_line(error)}") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"checkpoint {str(path)!r} has format version {version!r}: this version of varshare_rl reads "
             f"version {FORMAT_VERSION}"
         )
-    if document.pop("sha256", None) != _document_digest(document):
+    if not unchanged:
         raise CheckpointError(f"damaged checkpoint file {str(state_file)!r}: its content was changed")
-    expected = document["tensors"]
-    size, digest = tensor_file.stat().st_size, expected["sha256"]
-    if size != expected["bytes"]:
-        raise CheckpointError(
-            f"damaged checkpoint file {str(tensor_file)!r}: {size} bytes instead of {expected['bytes']}"
-        )
+    try:
+        expected, digest = document["tensors"]["bytes"], document["tensors"]["sha256"]
+    except STUMBLES as error:
+        raise CheckpointError(f"damaged checkpoint file {str(state_file)!r}: {one_line(error)}") from error
+    size = tensor_file.stat().st_size
+    if size != expected:
+        raise CheckpointError(f"damaged checkpoint file {str(tensor_file)!r}: {size} bytes instead of {expected}")
     if _size_and_digest(tensor_file)[1] != digest:
         raise CheckpointError(f"damaged checkpoint file {str(tensor_file)!r}: its content was changed")
-    return dict(document)
+    return document
 
 
 def _checkpoints(folder: Path, kind: str | None = None) -> Iterator[Path]:
@@ -222,10 +253,6 @@ def _size_and_digest(file: Path, to_disk: bool = False) -> tuple[int, str]:
 
 def _document_digest(document: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 # The tree as JSON. What JSON has no word for is an object with a single key that starts with "$".

@@ -14,6 +14,7 @@ from filelock import FileLock, Timeout
 
 from varshare_rl.errors import UserError
 from varshare_rl.overrides import override
+from varshare_rl.reading import check_folder
 from varshare_rl.run.checkpoint import FOLDER
 from varshare_rl.run.tracker import METRICS_FILE
 
@@ -27,8 +28,9 @@ def held_folder(run_dir: Path) -> Iterator[None]:
     """Keep other processes out of a run folder; the system lets go of it when this process dies.
 
     Raises:
-        UserError: another process holds it, or it cannot be written.
+        UserError: another process holds it, it cannot be written, or links lead out of it.
     """
+    check_folder(run_dir)
     path = run_dir / LOCK_FILE
     lock = FileLock(path, blocking=False)
     try:

@@ -39,6 +39,7 @@ class LoopConfig:
     checkpoint_every: int
     log_every: int
     checkpoint_minutes: float = 0.0
+    checkpoint_keep: int = 2
     observe_every: int = 0
     overlap: bool = False
 
@@ -300,7 +301,8 @@ class Run(Stateful):
         with self._timed("save"):
             began = time.monotonic()
             rest = self.state() if kind == "last" else {"algorithm": self.algorithm.policy_state()}
-            path = save_checkpoint(self.run_dir, kind, self.transitions, counters | rest)
+            keep = self.config.checkpoint_keep if kind == "last" else 1
+            path = save_checkpoint(self.run_dir, kind, self.transitions, counters | rest, keep)
             if kind == "last":
                 self._saved_at = time.monotonic()
                 self._save_seconds = self._saved_at - began
@@ -319,16 +321,16 @@ class Run(Stateful):
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`save` wrote as ``last``."""
-        self.transitions = self.observed_at = state["transitions"]
         with fitting(self.run_dir):
+            self.transitions = self.observed_at = state["transitions"]
             super().load_state(state)
-        if self.best_score is not None and len(self.best_score) < 3:  # of former versions: without the tasks
-            known = all(math.isfinite(value) for value in self.best_score)
-            self.best_score = (float(self.engine.num_tasks), *self.best_score) if known else None
-        self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
-        self.scalars = state["scalars"]
-        self._observation = self.engine.load_state(state["engine"])
-        load_rng_state(state["random"])
+            if self.best_score is not None and len(self.best_score) < 3:  # of former versions: without the tasks
+                known = all(math.isfinite(value) for value in self.best_score)
+                self.best_score = (float(self.engine.num_tasks), *self.best_score) if known else None
+            self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
+            self.scalars = state["scalars"]
+            self._observation = self.engine.load_state(state["engine"])
+            load_rng_state(state["random"])
 
     def _to_device(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)

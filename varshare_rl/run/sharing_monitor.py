@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, write_atomically
+from varshare_rl.reading import read_object
 from varshare_rl.reporting.previews import heat_map
 from varshare_rl.reporting.style import DIVERGING, short_names
 from varshare_rl.run.sharing import FORMAT_VERSION, Conflict, sharing_document
@@ -69,15 +69,15 @@ def latest_observation(run_dir: Path, transitions: int) -> dict[str, Any] | None
         return None
     path = max(earlier, key=lambda path: int(path.stem))
     try:
-        document = json.loads(path.read_bytes())
-        version = document["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"damaged observation {str(path)!r}; remove that file to go on without it") from error
+        document = read_object(path)
+    except UserError as error:
+        raise UserError(f"damaged observation: {error}; remove that file to go on without it") from error
+    version = document.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
             f"{str(path)!r} has format version {version!r}; this version of varshare_rl reads {FORMAT_VERSION}"
         )
-    return dict(document)
+    return document
 
 
 def scalars(document: Mapping[str, Any]) -> Metrics:

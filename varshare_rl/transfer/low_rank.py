@@ -60,8 +60,11 @@ class FrozenBase:
         """Take the weights of the network that learnt the first task."""
         self.weights = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
-    def corrected(self, adapter: Adapter, dropout: float = 0.0) -> nn.Module:
-        """Make the network with ``adapter`` in its place, whose factors alone are trained; see :func:`correct`."""
+    def corrected(self, adapter: Adapter, dropout: float = 0.0, subtract: bool = False) -> nn.Module:
+        """Make the network with ``adapter`` in its place, whose factors alone are trained; see :func:`correct`.
+
+        ``subtract`` takes the adapter from the frozen weights, so that the network is the base at the start.
+        """
 
         def layer(path: str, inputs: int, outputs: int) -> nn.Module | None:
             if path not in adapter:
@@ -75,7 +78,12 @@ class FrozenBase:
             return made
 
         with torch.random.fork_rng(devices=[]):
-            return correct(self.network(), layer)
+            network = correct(self.network(), layer)
+        if subtract:
+            for path, factors in adapter.items():
+                theta = network.get_parameter(f"{path}.theta")
+                theta.sub_(factors.delta())
+        return network
 
     def bytes(self) -> int:
         """Return the bytes of the weights."""

@@ -8,15 +8,12 @@ adapters are kept. Nothing is pickled.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -24,6 +21,7 @@ from varshare_rl.adapters.adapter import Adapter, LowRank
 from varshare_rl.adapters.folder import check_replaceable
 from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, whole_folder, write_atomically
+from varshare_rl.reading import STUMBLES, check_folder, one_line, read_bytes, read_object
 from varshare_rl.transfer.share.config import BasisMethod, ShareConfig
 from varshare_rl.transfer.share.delta_basis import DeltaBasis
 from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
@@ -31,6 +29,8 @@ from varshare_rl.transfer.share.model import Share
 from varshare_rl.types import Tree
 
 FORMAT_VERSION = 1
+#: Most bytes of a file of tensors that is read.
+MOST_TENSOR_BYTES = 1 << 40
 BASIS_FILE = "basis.json"
 TENSOR_FILE = "tensors.safetensors"
 ORIGINALS_FILE = "originals.safetensors"
@@ -77,16 +77,21 @@ def read_basis(folder: Path | str) -> Share:
         UserError: a file is missing, damaged or of another version; names it.
     """
     folder = Path(folder)
+    check_folder(folder)
     document = _document(folder)
-    files = {name: _content(folder / name, stated) for name, stated in document["files"].items()}
     try:
+        stated = document["files"]
+        files = {name: _content(folder / name, stated[name]) for name in OWN_FILES[1:] if name in stated}
+        if "${" in to_json(document["options"]):
+            raise ValueError("its options are to be looked up")
         config = OmegaConf.merge(OmegaConf.structured(ShareConfig), document["options"])
         made: Any = OmegaConf.to_object(config)
         originals = load(files[ORIGINALS_FILE]) if ORIGINALS_FILE in files else {}
         return _unpacked(document, load(files[TENSOR_FILE]), originals, made)
-    except (SafetensorError, OmegaConfBaseException, KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"cannot read the basis {folder}: {reason}; make it again") from error
+    except UserError:
+        raise
+    except STUMBLES as error:
+        raise UserError(f"cannot read the basis {folder}: {one_line(error)}; make it again") from error
 
 
 def share_state(share: Share) -> Tree:
@@ -112,16 +117,13 @@ def _document(folder: Path) -> dict[str, Any]:
     file = folder / BASIS_FILE
     if not file.is_file():
         raise UserError(f"no {BASIS_FILE} in {folder}; give a folder that `share consolidate` wrote")
-    try:
-        document = json.loads(file.read_bytes())
-        version, stated = document["format_version"], document.pop("sha256")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read {file}: it is damaged ({type(error).__name__}); make it again") from error
+    document = read_object(file)
+    version, stated = document.get("format_version"), document.pop("sha256", None)
     if version != FORMAT_VERSION:
         raise UserError(f"{folder} has format version {version!r}, and this version reads {FORMAT_VERSION}")
     if stated != _digest(document):
         raise UserError(f"cannot read {file}: its content was changed; make it again")
-    return dict(document)
+    return document
 
 
 def _digest(document: Mapping[str, Any]) -> str:
@@ -131,7 +133,7 @@ def _digest(document: Mapping[str, Any]) -> str:
 def _content(file: Path, stated: Mapping[str, Any]) -> bytes:
     if not file.is_file():
         raise UserError(f"cannot read the basis {file.parent}: {file.name} is missing; make it again")
-    content = file.read_bytes()
+    content = read_bytes(file, MOST_TENSOR_BYTES)
     if len(content) != stated["bytes"] or hashlib.sha256(content).hexdigest() != stated["sha256"]:
         raise UserError(f"cannot read {file}: its content was changed; make it again")
     return content
