@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
+from omegaconf import OmegaConf
+
+from varshare_rl.errors import UserError
+from varshare_rl.reading import read_bytes, read_object, read_yaml
 
 CONFIG_FILE, SUMMARY_FILE, METRICS_FILE, LOCK_FILE = "config.yaml", "summary.json", "metrics.jsonl", ".lock"
 CHECKPOINTS = "checkpoints"
@@ -119,8 +122,8 @@ def _last_values(path: Path) -> dict[str, Any]:
     """Return the last value of every metric of the form ``eval/mean_*`` or ``continual/*``, and the last counts."""
     values: dict[str, Any] = {}
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+        lines = read_bytes(path).decode("utf-8", errors="replace").splitlines()
+    except UserError:
         return values
     wanted = ("transitions", "seconds", "eval/mean_", "continual/mean")
     for line in lines:
@@ -128,14 +131,15 @@ def _last_values(path: Path) -> dict[str, Any]:
             entry = json.loads(line)
         except ValueError:  # being written
             continue
-        values |= {name: value for name, value in entry.items() if name.startswith(wanted)}
+        if isinstance(entry, dict):
+            values |= {name: value for name, value in entry.items() if name.startswith(wanted)}
     return values
 
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError, UnicodeDecodeError):
+        found: Any = OmegaConf.to_container(OmegaConf.create(read_yaml(folder / CONFIG_FILE)))
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -149,7 +153,6 @@ def _name(config: Mapping[str, Any], group: str) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_object(path)
+    except UserError:
         return {}
-    return found if isinstance(found, dict) else {}
