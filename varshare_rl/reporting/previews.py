@@ -34,8 +34,8 @@ def heat_map(
     Cells hold their number where it fits. NaN is grey.
     """
     matrix = np.array(values, dtype=np.float64).reshape(len(rows), len(columns))
-    font, small = _font(FONT_SIZE), _font(FONT_SIZE - 2)
-    cell = 40 if max(matrix.shape) <= 12 else 15
+    font, numbers = _font(FONT_SIZE), _font(FONT_SIZE + 1)
+    cell = 44 if max(matrix.shape) <= 12 else 15
     left = _longest(font, rows) + 2 * GAP
     top = FONT_SIZE + _longest(font, columns) + 4 * GAP
     width = max(left + cell * len(columns) + GAP, int(font.getlength(title)) + 2 * GAP)
@@ -52,7 +52,7 @@ def heat_map(
             if cell > 2 * FONT_SIZE and not np.isnan(matrix[row, column]):
                 ink = PAPER if np.dot(colour, (0.299, 0.587, 0.114)) < 140 else INK
                 text = _printed(matrix[row, column])
-                draw.text((x + cell / 2 - 1, y + cell / 2 - 1), text, ink, small, anchor="mm")
+                draw.text((x + cell / 2 - 1, y + cell / 2 - 1), text, ink, numbers, anchor="mm")
     for column, name in enumerate(columns):
         turned = _upright(name, font)
         image.paste(turned, (left + column * cell + (cell - turned.width) // 2, top - GAP - turned.height))
@@ -64,7 +64,8 @@ def heat_map(
 def _font(size: int) -> ImageFont.FreeTypeFont:
     """Return matplotlib's bold font, found without importing it.
 
-    Pillow's own has no minus sign, and TensorBoard leaves out lines of one pixel where it makes a picture smaller.
+    Pillow's own has no minus sign. TensorBoard leaves out lines where it makes a picture smaller; at 13 pixels a
+    minus is two of them.
     """
     package = find_spec("matplotlib")
     assert package is not None

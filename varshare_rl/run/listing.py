@@ -138,7 +138,7 @@ def _last_values(path: Path) -> dict[str, Any]:
 
 def _config(folder: Path) -> dict[str, Any]:
     try:
-        found: Any = OmegaConf.to_container(OmegaConf.create(read_yaml(folder / CONFIG_FILE)))
+        found: Any = OmegaConf.to_container(read_yaml(folder / CONFIG_FILE))
     except UserError:
         return {}
     return found if isinstance(found, dict) else {}
