@@ -27,7 +27,7 @@ from metaworld.types import Task
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
 from varshare_rl.envs.metaworld_methods import forget_models
-from varshare_rl.envs.pictures import choose_gl
+from varshare_rl.envs.pictures import choose_gl, render
 from varshare_rl.envs.slots import Array, Episode, TaskEnv
 from varshare_rl.envs.suite import BoolArray, FloatArray, Provenance, Suite
 from varshare_rl.envs.workers import Workers
@@ -195,7 +195,7 @@ class MetaWorldEnv:
         return obs, float(reward), terminated, truncated, info["success"] == 1.0
 
     def render(self) -> npt.NDArray[np.uint8]:
-        frame: npt.NDArray[np.uint8] = self._env.render()
+        frame: npt.NDArray[np.uint8] = render(self._env)
         return frame[::-1, ::-1]  # the package's cameras hang upside down
 
     def close(self) -> None:

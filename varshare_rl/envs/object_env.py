@@ -18,6 +18,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from varshare_rl.envs.pictures import render
 from varshare_rl.envs.slots import Array, Episode
 from varshare_rl.envs.spaces import TaskSpaces, to_native_action, to_number, to_policy_observation
 from varshare_rl.errors import UserError
@@ -121,7 +122,7 @@ class ObjectEnv:
             raise self._named(error) from error
 
     def render(self) -> Array:
-        frame: Any = self.env.render()
+        frame = render(self.env)
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
             raise UserError(
                 f"the environment of task {self._name} gives no pictures, its render_mode is "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from ctypes.util import find_library
+from typing import Any
 
 from varshare_rl.errors import UserError
 
@@ -31,3 +32,11 @@ def choose_gl(needed: bool = True) -> None:
     given = f"MUJOCO_GL={chosen}" if chosen else "there is no screen, and MuJoCo"
     packages = LIBRARIES[chosen][1] if chosen else " or ".join(package for _, package in LIBRARIES.values())
     raise UserError(f"{given} needs a library that is not here to draw with: apt-get install {packages}")
+
+
+def render(env: Any) -> Any:
+    """Render an environment; one of MuJoCo's in its own context, which it leaves to the last one that was made."""
+    viewer = getattr(getattr(env.unwrapped, "mujoco_renderer", None), "viewer", None)
+    if viewer is not None:
+        viewer.make_context_current()
+    return env.render()
