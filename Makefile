@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dis
 .PHONY: train test test-all lint type format bench
 
 train: $(INSTALLED)  ## train on Meta-World MT10; ARGS="..." adds overrides
-	$(BIN)/python -m varshare_rl.train env=mt10 $(ARGS)
+	$(BIN)/python -m varshare_rl.train $(ARGS)
 
 test: $(INSTALLED)  ## all tests but the slow ones; ARGS="..." adds pytest's options
 	$(PYTEST) -m "not slow" $(ARGS)

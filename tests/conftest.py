@@ -13,6 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers import last_of_each
 
 from varshare_rl.commands import calibrate, evaluate, export, prune, report, runs, train
 from varshare_rl.continual import command as continual
@@ -70,7 +71,8 @@ def command(
     """``command("train", "env=pointmass", ...)``: an entry point with these arguments, in this process."""
 
     def call(name: str, *arguments: str) -> Outcome:
-        monkeypatch.setattr(sys, "argv", [f"varshare_rl.{name}", *arguments])
+        words = last_of_each(arguments) if name in ("train", "continual") else arguments
+        monkeypatch.setattr(sys, "argv", [f"varshare_rl.{name}", *words])
         code: int | str | None = 0
         try:
             COMMANDS[name].command()

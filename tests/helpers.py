@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ SEQUENCE = (
     "env.envs_per_task=4", "evaluate.every=80", "memory_transitions=20", "selection_episodes=4",
     "similar_episodes=2",
 )  # fmt: skip
+
+
+def last_of_each(arguments: Iterable[str]) -> list[str]:
+    """Arguments with the last value of every option alone: tests change what :data:`TINY` says."""
+    return list({item.partition("=")[0].lstrip("+"): item for item in arguments}.values())
 
 
 def hold_noise(module: nn.Module) -> None:

@@ -21,7 +21,7 @@ from varshare_rl.commands.evaluate import EvaluateConfig, Protocol, evaluate_age
 from varshare_rl.commands.export import Format, agent_policy, check_format, export, task_index
 from varshare_rl.commands.report_sharing import agent_sharing
 from varshare_rl.commands.train import run_config
-from varshare_rl.config import Device, TrainConfig, load_config
+from varshare_rl.config import AUTO, GROUPS, Device, TrainConfig, load_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.envs.spaces import to_native_action, to_policy_observation
@@ -35,11 +35,6 @@ from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.evaluation import Evaluation, layer_kl
 from varshare_rl.run.loop import Interrupted
 from varshare_rl.types import Metrics
-
-#: Options that choose a component; a word for one of them is a choice, a mapping has options of what is chosen.
-GROUPS = {
-    "env", "algorithm", "network", "critic", "gradient", "elbo/schedule", "elbo/prior", "experiment", "tuned",
-}  # fmt: skip
 
 
 def train(
@@ -72,7 +67,7 @@ def train(
     overrides = [*arguments, *to_overrides(options)]
     if arguments and "=" not in arguments[0]:
         overrides[0] = f"env={arguments[0]}"
-    if envs is not None and "resume" not in options:
+    if envs is not None and options.get("resume") in (None, AUTO):
         named = [item for item in overrides if item.startswith("env=")]
         if named:
             raise UserError(f"{named[0]} and envs are both given; give the name of environments, or your own")

@@ -7,27 +7,24 @@ import re
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, fields, is_dataclass
 from types import FrameType
 from typing import Any, NoReturn, cast
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from varshare_rl.config import TrainConfig, config_folder, register_schemas
+from varshare_rl.command_line import check_composed, parse, read_words, whole_numbers
+from varshare_rl.config import AUTO, GROUPS, TrainConfig, config_folder, register_schemas
 from varshare_rl.config_checks import check_config
-from varshare_rl.errors import Terminated, UserError
+from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.overrides import quote_names
 from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
 
@@ -36,31 +33,105 @@ _SILENT = [{f"override hydra/{log}": "disabled"} for log in ("job_logging", "hyd
 _NO_FOLDERS = {"hydra": {"output_subdir": None, "run": {"dir": "."}}}
 
 
-def run_command(name: str, main: Callable[[DictConfig], None], schema: type | None = None) -> None:
-    """Compose the configuration of a command with the command line and call ``main`` with it.
+@dataclass(frozen=True)
+class CommandLine:
+    """A command line as it was given: its command, overrides, plugins, and whether it is a sweep."""
 
-    It is ``configs/<name>.yaml``, or the ``schema`` alone. User errors are one line on stderr and exit code 2.
+    command: str
+    overrides: list[str]
+    plugins: list[str]
+    multirun: bool = False
+
+
+def run_command(name: str, main: Callable[[DictConfig], None], schema: type) -> None:
+    """Compose the configuration of a command from its ``schema`` and the command line, and call ``main`` with it.
+
+    User errors are one line on stderr and exit code 2.
     """
-    composing = True
-    given: list[str] = []
-
-    def job(composed: DictConfig) -> None:
-        nonlocal composing
-        composing = False
-        with errors_in_one_line():  # inside the job, or Hydra adds lines of its own
-            _put_plugins(composed, given)
-            main(composed)
-
     with errors_in_one_line():
-        given = take_plugins()
-        sys.argv[1:] = prepare(name, sys.argv[1:], schema)
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
-        try:
-            hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(job)()
-        except ValueError as error:
-            if not composing or isinstance(error, UserError):
-                raise
-            raise _group_error(error) from error
+        line = read_command_line(name, schema)
+        if line.multirun:
+            raise UserError(
+                f"-m sweeps over runs of train and continual, and {name.replace('_', ' ')} has none; "
+                "leave it out, and call the command once for each"
+            )
+        main(compose_config(line)[0])
+
+
+def read_command_line(name: str, schema: type | None = None) -> CommandLine:
+    """Read ``sys.argv``, and make known to Hydra what the command is composed of.
+
+    It is ``configs/<name>.yaml``, or the ``schema`` alone. What a flag asks to show is shown, and the command ends.
+
+    Raises:
+        UserError: a flag is unknown, a plugin is missing, or it fails.
+    """
+    plugins = take_plugins()
+    words = read_words(sys.argv[1:])
+    line = CommandLine(name, prepare(name, words.overrides, schema), plugins, words.multirun)
+    if not words.showing:
+        return line
+    overrides = compose_config(line)[1]
+    sys.argv[1:] = [*words.showing, *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
+    hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(lambda config: None)()
+    raise SystemExit(0)
+
+
+def compose_config(line: CommandLine) -> tuple[DictConfig, list[str]]:
+    """Compose the configuration of a command; also returns its overrides, with 1e6 for an integer as 1000000.
+
+    Raises:
+        UserError: what the user got wrong, in the words of the command line.
+    """
+    overrides = list(line.overrides)
+    with own_hydra():
+        parsed = parse(overrides, GROUPS)
+        while True:
+            try:
+                composed = hydra.compose(line.command, overrides=overrides)
+                break
+            except HydraException as error:
+                index = _refused_as_integer(error, overrides)
+                if index is None or whole_numbers(overrides[index]) == overrides[index]:
+                    raise
+                overrides[index] = whole_numbers(overrides[index])
+        check_composed(composed, parsed)
+    put_plugins(composed, line.plugins)
+    return composed, overrides
+
+
+def _refused_as_integer(error: HydraException, overrides: Sequence[str]) -> int | None:
+    """The position of the override whose value was refused because it is no integer."""
+    cause = error.__cause__
+    if cause is None or "could not be converted to Integer" not in str(cause):
+        return None
+    lines = (f"Error merging override {item}" for item in overrides)
+    return next((index for index, line in enumerate(lines) if str(error).startswith(line)), None)
+
+
+@contextmanager
+def own_hydra() -> Iterator[Any]:
+    """Give Hydra's composer, and put back the one of a job around it; Hydra itself would put a copy there.
+
+    Raises:
+        UserError: Hydra's errors, in one line.
+    """
+    theirs = GlobalHydra.instance()
+    ours = copy(theirs)
+    ours.clear()
+    GlobalHydra.set_instance(ours)
+    try:
+        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
+            yield GlobalHydra.instance().hydra
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(error)) from error
+    except UserError:
+        raise
+    except ValueError as error:  # a group chosen by what is not a name, such as env=true
+        raise UserError(f"{error}; a group such as env or gradient takes a name") from error
+    finally:
+        GlobalHydra.set_instance(theirs)
 
 
 def compose(command: str, overrides: Sequence[str], plugins: Sequence[str] = ()) -> Any:
@@ -73,25 +144,21 @@ def compose(command: str, overrides: Sequence[str], plugins: Sequence[str] = ())
     given, overrides = split_plugins(overrides)
     given = list(dict.fromkeys([*plugins, *given]))
     load_plugins(given)
-    overrides = prepare(command, overrides)
-    theirs = GlobalHydra.instance()  # of a job that calls this; Hydra itself would put a copy in its place
-    ours = copy(theirs)
-    ours.clear()
-    GlobalHydra.set_instance(ours)
+    composed, _ = compose_config(CommandLine(command, prepare(command, overrides), given))
+    return typed(composed)
+
+
+def typed(composed: DictConfig) -> Any:
+    """The configuration of a run as its class, checked unless the run goes on with that of its folder.
+
+    Raises:
+        UserError: names the option, its value, and what is allowed.
+    """
     try:
-        with hydra.initialize_config_dir(str(config_folder()), version_base="1.3"):
-            composed = hydra.compose(command, overrides=overrides)
-        _put_plugins(composed, given)
         config = OmegaConf.to_object(composed)
-    except (HydraException, OmegaConfBaseException) as error:
+    except OmegaConfBaseException as error:
         raise UserError(_explain(error)) from error
-    except UserError:
-        raise
-    except ValueError as error:
-        raise _group_error(error) from error
-    finally:
-        GlobalHydra.set_instance(theirs)
-    if getattr(config, "resume", None) is None:
+    if getattr(config, "resume", None) in (None, AUTO):
         check_config(cast(TrainConfig, config))
     return config
 
@@ -146,35 +213,11 @@ def split_plugins(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
     return names, others
 
 
-def _put_plugins(composed: DictConfig, given: Sequence[str]) -> None:
+def put_plugins(composed: DictConfig, given: Sequence[str]) -> None:
     """Have a configuration that is stored name the plugins that it was made with."""
     if "plugins" in composed:
         require_plugins(list(composed.plugins), "this configuration")
         composed.plugins = list(dict.fromkeys([*composed.plugins, *given]))
-
-
-def _group_error(error: ValueError) -> UserError:
-    """Hydra's word for a group chosen by what is not a name, such as ``env=true``."""
-    return UserError(f"{error}; a group such as env or gradient takes a name")
-
-
-def new_run_dir(run_dir: str | None, parts: Sequence[str]) -> Path:
-    """The folder of a new run: ``run_dir``, or a name made of the choices in ``parts``; jobs of a sweep share one.
-
-    Raises:
-        UserError: ``run_dir`` is empty.
-    """
-    if run_dir is not None:
-        if not run_dir:
-            raise UserError("run_dir is empty; give a folder, or leave it out for runs/<name>")
-        return Path(run_dir)
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        job = HydraConfig.get()
-        choices = re.sub(r"[^\w.+-]+", "_", job.job.override_dirname.replace("=", "-"))  # no = in resume=<folder>
-        if len(choices) > 150:  # file systems end names at 255 bytes
-            choices = f"{job.job.num}_{choices[:150]}"
-        return Path(job.sweep.dir) / (choices.strip("_") or str(job.job.num))
-    return Path("runs") / f"{'_'.join(parts)}_{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 @contextmanager
@@ -184,12 +227,20 @@ def errors_in_one_line() -> Iterator[None]:
     SIGTERM raises :class:`Terminated`, so that what was begun is cleared up.
     """
     try:
-        with _terminable():
+        with terminable():
             yield
     except UserError as error:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error))
+    except (RunFailure, OSError) as failure:
+        fail(str(failure), code=1)
+    except (MemoryError, OverflowError, RecursionError) as error:
+        fail(_too_large(error))
+    except RuntimeError as error:
+        if not _NO_MEMORY.search(str(error)):
+            raise
+        fail(_too_large(error))
     except KeyboardInterrupt:  # training itself catches the first one and saves
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
@@ -199,7 +250,8 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises :class:`Terminated`."""
     if threading.current_thread() is not threading.main_thread():  # which alone can have handlers
         yield
         return
@@ -214,11 +266,27 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and end with code 2."""
+#: Words of torch's allocators.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed|"
+    r"numel: integer multiplication overflow|Overflow when unpacking|invalid size, try using"
+)
+
+
+def _too_large(error: BaseException) -> str:
+    """Say that something is too large for this machine, in the words of what has failed."""
+    words = " ".join(str(error).split())[:160] or type(error).__name__
+    return (
+        f"this machine cannot hold what was asked for ({words}); give smaller sizes: network.hidden, network.rank, "
+        "env.envs_per_task, batches, replay or rollouts"
+    )
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line and end with a code: 2 for what the user got wrong."""
     line = re.sub(r"\s*\n\s*", " ", message.strip())  # other spaces may be those of a folder's name
     print(f"error: {line}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 #: Beginnings of the lines in Hydra's messages that tell a user nothing.

@@ -21,6 +21,7 @@ from varshare_rl.optim.gradient import GradientConfig, gradient_schema
 from varshare_rl.optim.optimizer import OptimizerConfig
 from varshare_rl.reading import STUMBLES, check_folder, read_yaml
 from varshare_rl.registry import lookup, register, registered, require_plugins
+from varshare_rl.run.loop import OnDivergence
 from varshare_rl.types import Tree
 
 #: Keys of stored configurations by their names of today.
@@ -43,10 +44,28 @@ FORMER_DEFAULTS = {
     "gradient.scale": "paper",
 }
 
+#: What is chosen by a name; a word for one of them is a choice, and its options are below it.
+GROUPS = frozenset(
+    {
+        "env",
+        "algorithm",
+        "network",
+        "critic",
+        "gradient",
+        "elbo/schedule",
+        "elbo/prior",
+        "method",
+        "experiment",
+        "tuned",
+    }
+)
+#: ``resume=auto`` goes on with the folder of the same name, if there is one.
+AUTO = "auto"
+
 #: Options that may be changed when a run goes on.
-RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.", "observe.")
+RESUMABLE = ("total_transitions", "device", "on_divergence", "evaluate.", "checkpoint.", "log.", "observe.")
 #: Options of a stored configuration that its checkpoint does not depend on.
-CHANGEABLE = (*RESUMABLE, "run_dir", "resume", "plugins", "env.workers", "env.spaces")
+CHANGEABLE = (*RESUMABLE, "run_dir", "resume", "overwrite", "plugins", "env.workers", "env.spaces")
 
 
 _stored: dict[tuple[str, str], Any] = {}
@@ -145,6 +164,9 @@ class TrainConfig:
     "Rates, decay and schedule of the optimisers."
     divergence_guard: DivergenceGuardConfig = field(default_factory=DivergenceGuardConfig)
     "Tasks that are left out of a step."
+    on_divergence: OnDivergence = OnDivergence.mask
+    """Where a task's loss or gradient is NaN or infinite: `mask` leaves the task out of the step, `stop` ends the
+    run, `rollback` goes on from the last checkpoint with half the learning rate."""
     total_transitions: int = bounded(1_000_000, least=1)
     "Budget in transitions of all tasks together."
     seed: int = bounded(0, least=0, most=2**32 - 1)
@@ -154,7 +176,9 @@ class TrainConfig:
     run_dir: str | None = None
     "The run folder; null: `runs/<suite>_<algorithm>_<network>_s<seed>_<time>`."
     resume: str | None = None
-    "A run folder to go on with."
+    "A run folder to go on with; `auto`: the folder of this name if it holds a run, else a new one."
+    overwrite: bool = False
+    "Start anew in a folder that holds a run, whose files are removed."
     plugins: list[str] = field(default_factory=list)
     "Modules of yours that are imported first and register components."
     matmul_precision: MatmulPrecision = MatmulPrecision.highest
@@ -320,6 +344,17 @@ def check_unchanged(run_dir: Path, config: TrainConfig, state: Tree) -> None:
             raise UserError(
                 f"{name} is {now[name]} in {run_dir / 'config.yaml'}, and its checkpoint was made with {before}; "
                 "put that back, or start a new run"
+            )
+
+
+def check_same(run_dir: Path, config: TrainConfig, stored: TrainConfig) -> None:
+    """Raise UserError unless the run in a folder is the one that ``config`` asks for, in what may not change."""
+    before = fixed_options(stored)
+    for name, now in fixed_options(config).items():
+        if name in before and before[name] != now:
+            raise UserError(
+                f"{name} is {now}, and {run_dir} holds a run with {before[name]}; give another folder, or "
+                "overwrite=true to start anew in this one"
             )
 
 

@@ -20,6 +20,8 @@ def check_config(config: TrainConfig) -> None:
         UserError: names the option, its value, and what is allowed.
     """
     check_bounds(config)
+    if config.overwrite and config.resume is not None:
+        raise UserError(f"overwrite=true starts anew, and resume={config.resume} goes on; give one of them")
     if config.matmul_precision is MatmulPrecision.bf16 and isinstance(config.algorithm, PPOConfig):
         raise UserError(
             "matmul_precision=bf16 rounds acting and updating differently, so PPO's ratio would not start at 1; "

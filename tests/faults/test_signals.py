@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import TINY, TINY_ALGORITHM
+from helpers import TINY, TINY_ALGORITHM, last_of_each
 from test_resume import assert_same, final_state, metrics, results
 
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -18,11 +18,11 @@ from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="looks processes up in /proc")
 
 #: Four environments in two workers; a checkpoint, an evaluation and several updates in every third of the run.
-RUN = (
+RUN = last_of_each((
     *TINY, *TINY_ALGORITHM["ppo"], "env=gymnasium", "env.ids=[Pendulum-v1,Pendulum-v1]", "env.horizon=30",
     "env.workers=2", "log.every=40", "evaluate.every=160", "checkpoint.every=160", "total_transitions=480",
     "observe.every=0",
-)  # fmt: skip
+))  # fmt: skip
 
 SAMPLE = (
     ("SIGTERM", "both", "start"),

@@ -14,9 +14,11 @@
     network.hidden=[128,128]   sizes of the hidden layers; its default is the environment's
     env.envs_per_task=4        environments of every task; its default is the environment's
     run_dir=null               the run folder; null: runs/<what it is>_<time>
-    resume=null                a run folder to go on with; total_transitions may grow
+    resume=null                a run folder to go on with; auto: the one of this name, if it holds a run
+    overwrite=false            true: start anew in a folder that holds a run
     +experiment=<name>         published settings in one word, such as toppo_mt10
-    -m seed=0,1                a sweep: a run for every value, or for every combination of several
+    -m seed=0,1                a sweep: a run for every value, or for every combination of several; the same command
+                               again goes on (docs/sweeps.md)
 
 All keys: docs/configuration.md; --cfg job shows them with their values.
 """
@@ -24,15 +26,24 @@ All keys: docs/configuration.md; --cfg job shows them with their values.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+import torch
+from omegaconf import OmegaConf
 
-from varshare_rl.assemble import build_run, build_suite, parameter_count
-from varshare_rl.cli import new_run_dir, run_command
-from varshare_rl.config import RESUMABLE, TrainConfig, check_unchanged, compared_options, load_config
+from varshare_rl.assemble import build_algorithm, build_run, build_suite, choose_device, parameter_count
+from varshare_rl.command_line import whole_numbers
+from varshare_rl.config import (
+    AUTO,
+    RESUMABLE,
+    TrainConfig,
+    check_same,
+    check_unchanged,
+    compared_options,
+    load_config,
+)
 from varshare_rl.config_checks import check_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
@@ -41,22 +52,17 @@ from varshare_rl.files import write_atomically, write_json
 from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.overrides import override
+from varshare_rl.reading import read_object, reading
 from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
-from varshare_rl.run.console import counted
+from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation
-from varshare_rl.run.folder import CONFIG_FILE, held_folder, new_folder
+from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
 from varshare_rl.run.loop import Interrupted, Run
 from varshare_rl.run.results import summary
+from varshare_rl.sweeps.command import RunCommand
+from varshare_rl.sweeps.sweep import run_training
 from varshare_rl.types import Tree
-
-
-def main(composed: DictConfig) -> None:
-    """Train as configured; called by Hydra, once per job of a sweep."""
-    try:
-        run_config(cast(TrainConfig, OmegaConf.to_object(composed)), HydraConfig.get().overrides.task)
-    except Interrupted as stop:
-        raise SystemExit(stop.exit_code) from None
 
 
 def run_config(
@@ -77,7 +83,7 @@ def run_config(
         UserError: whatever the user got wrong.
         Interrupted: a signal came; all is saved, and the screen says how to go on.
     """
-    if config.resume is not None:
+    if config.resume is not None and config.resume != AUTO:
         run_dir = Path(config.resume)
         if not run_dir.is_dir():
             raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
@@ -85,11 +91,49 @@ def run_config(
             resume(run_dir, overrides, makers, callbacks)
         return run_dir
     check_config(config)
+    auto, overwrite = config.resume is not None, config.overwrite
+    config = replace(config, resume=None, overwrite=False)  # which are not the run's
     suite = build_suite(config, makers)
     parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
-    with new_folder(new_run_dir(config.run_dir, parts), numbered=config.run_dir is None) as run_dir:
+    wanted = name_folder(config.run_dir, parts, dated=not auto)
+    if auto and (wanted / CONFIG_FILE).exists():
+        with held_folder(wanted):
+            if not is_done(wanted, as_built(config, makers)):
+                go_on(wanted, config, makers, callbacks)
+            else:
+                Console(config.total_transitions).message(f"done already: {wanted / 'summary.json'}")
+        return wanted
+    if overwrite:
+        as_built(config, makers)  # before anything is lost
+    with new_folder(wanted, config.run_dir is None and not auto, overwrite) as run_dir:
         train(config, build_run(config, suite, run_dir), None, callbacks)
     return run_dir
+
+
+def as_built(config: TrainConfig, makers: Mapping[str, Maker] | None = None) -> TrainConfig:
+    """Check a configuration as a start would, by building its networks, and return what ``config.yaml`` would have.
+
+    Raises:
+        UserError: whatever the user got wrong.
+    """
+    check_config(config)
+    choose_device(config.device)
+    build_algorithm(config, build_suite(config, makers), torch.device("cpu"))
+    return config
+
+
+def is_done(run_dir: Path, config: TrainConfig) -> bool:
+    """Return True if the run in a folder is that of ``config``, as built, and has come to its end.
+
+    Raises:
+        UserError: it is another.
+    """
+    check_same(run_dir, config, load_config(run_dir / CONFIG_FILE))
+    path = run_dir / SUMMARY_FILE
+    if not path.exists():
+        return False
+    with reading(path, "it is damaged; remove it"):
+        return bool(read_object(path)["transitions"] >= config.total_transitions)
 
 
 def resume(
@@ -105,9 +149,23 @@ def resume(
         allowed = ", ".join(name.rstrip(".") for name in RESUMABLE)
         raise UserError(f"{refused[0]} cannot be changed when a run is resumed; only {allowed} can")
     stored = OmegaConf.structured(load_config(run_dir / CONFIG_FILE))
-    merged = OmegaConf.merge(stored, OmegaConf.from_dotlist(overrides))
+    merged = OmegaConf.merge(stored, OmegaConf.from_dotlist([whole_numbers(item) for item in overrides]))
     config = cast(TrainConfig, OmegaConf.to_object(merged))
     check_config(config)
+    if is_done(run_dir, config):
+        raise UserError(
+            f"{run_dir} has done its {config.total_transitions} transitions already; give more total_transitions"
+        )
+    go_on(run_dir, config, makers, callbacks)
+
+
+def go_on(
+    run_dir: Path,
+    config: TrainConfig,
+    makers: Mapping[str, Maker] | None = None,
+    callbacks: Callbacks | None = None,
+) -> None:
+    """Train from the last checkpoint in ``run_dir`` to the end of ``config``."""
     if makers is None and config.env.name == ObjectsConfig.name:
         raise UserError(
             f"the environments of {run_dir} are Python objects; give them: "
@@ -116,11 +174,6 @@ def resume(
     _, state = newest_checkpoint(run_dir)
     with fitting(run_dir):
         check_unchanged(run_dir, config, state)
-    if state["transitions"] >= config.total_transitions and (run_dir / "summary.json").exists():
-        raise UserError(
-            f"{run_dir} has done {state['transitions']} of {config.total_transitions} transitions already; "
-            "give a larger total_transitions"
-        )
     if "engine" not in state:
         raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")
     suite = build_suite(config, makers)
@@ -138,7 +191,7 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
             run.start()
         else:
             run.load_state(state)
-            (run.run_dir / "summary.json").unlink(missing_ok=True)  # of a smaller budget
+            (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a smaller budget
         write_atomically(run.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
         begun = True
         run.tracker.begin(comparing_options(config, run), comparing_metrics(run))
@@ -167,7 +220,7 @@ def write_summary(config: TrainConfig, run: Run, evaluation: Evaluation) -> dict
         parameters=parameter_count(run.algorithm, len(run.suite.task_names)).as_dict(),
         provenance=run.provenance,
     )
-    write_json(run.run_dir / "summary.json", result)
+    write_json(run.run_dir / SUMMARY_FILE, result)
     return result
 
 
@@ -224,6 +277,9 @@ def comparing_metrics(run: Run) -> list[str]:
     return ["eval/mean_success"] * run.suite.has_success + ["eval/mean_return"]
 
 
+COMMAND = RunCommand("train", run_config, as_built, is_done)
+
+
 def command() -> None:
     """Run the command line."""
-    run_command("train", main)
+    run_training(COMMAND)

@@ -12,39 +12,32 @@
     network.hidden=[64,64]     sizes of the hidden layers
     seed=0                     of everything random
     run_dir=null               the run folder; null: runs/<what it is>_<time>
-    resume=null                a run folder to go on with
-    -m seed=0,1                a sweep: a run for every value, or for every combination of several
+    resume=null                a run folder to go on with; auto: the one of this name, if it holds a run
+    -m seed=0,1                a sweep: a run for every value, or for every combination of several; the same command
+                               again goes on (docs/sweeps.md)
 
 All keys: docs/continual.md and docs/configuration.md; --cfg job shows them with their values.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
-
-from varshare_rl.cli import new_run_dir, run_command
+from varshare_rl.config import AUTO, check_same
 from varshare_rl.config_checks import check_config
 from varshare_rl.continual.config import ContinualConfig, load_continual_config
 from varshare_rl.continual.sequence import SequenceRun, build_sequence
 from varshare_rl.continual.tasks import new_tasks
 from varshare_rl.errors import Terminated, UserError
 from varshare_rl.overrides import override
-from varshare_rl.run.folder import CONFIG_FILE, held_folder, new_folder
+from varshare_rl.run.console import Console
+from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
 from varshare_rl.run.loop import Interrupted
-
-
-def main(composed: DictConfig) -> None:
-    """Learn as configured; called by Hydra, once per job of a sweep."""
-    config = cast(ContinualConfig, OmegaConf.to_object(composed))
-    try:
-        run_config(config, HydraConfig.get().overrides.task)
-    except Interrupted as stop:
-        raise SystemExit(stop.exit_code) from None
+from varshare_rl.sweeps.command import RunCommand
+from varshare_rl.sweeps.sweep import run_training
 
 
 def run_config(config: ContinualConfig, overrides: Sequence[str] = ()) -> Path:
@@ -54,19 +47,57 @@ def run_config(config: ContinualConfig, overrides: Sequence[str] = ()) -> Path:
         UserError: whatever the user got wrong.
         Interrupted: a signal came; all is saved, and the screen says how to go on.
     """
-    if config.resume is not None:
+    if config.resume is not None and config.resume != AUTO:
         run_dir = Path(config.resume)
-        config = stored_config(run_dir, overrides)
-        with held_folder(run_dir):
-            sequence = build_sequence(config, run_dir)
-            sequence.load()
-            learn(sequence)
+        go_on(run_dir, stored_config(run_dir, overrides))
         return run_dir
     check_config(config)
+    auto, overwrite = config.resume is not None, config.overwrite
+    config = replace(config, resume=None, overwrite=False)  # which are not the run's
     parts = (new_tasks(config)[0].suite.name, config.algorithm.name, config.method.name, f"s{config.seed}")
-    with new_folder(new_run_dir(config.run_dir, parts), numbered=config.run_dir is None) as run_dir:
+    wanted = name_folder(config.run_dir, parts, dated=not auto)
+    if auto and (wanted / CONFIG_FILE).exists():
+        config = as_built(config)
+        if not is_done(wanted, config):
+            go_on(wanted, config)
+        else:
+            Console(config.total_transitions).message(f"done already: {wanted / 'summary.json'}")
+        return wanted
+    if overwrite:
+        as_built(config)  # before anything is lost
+    with new_folder(wanted, config.run_dir is None and not auto, overwrite) as run_dir:
         learn(build_sequence(config, run_dir))
     return run_dir
+
+
+def as_built(config: ContinualConfig) -> ContinualConfig:
+    """Check a configuration as a start would, by building its networks, and return what ``config.yaml`` would have.
+
+    Raises:
+        UserError: whatever the user got wrong.
+    """
+    check_config(config)
+    sequence = build_sequence(config, Path(os.devnull))
+    sequence.evaluator.close()
+    return sequence.config
+
+
+def is_done(run_dir: Path, config: ContinualConfig) -> bool:
+    """Return True if the sequence in a folder is that of ``config``, as built, and has come to its end.
+
+    Raises:
+        UserError: it is another.
+    """
+    check_same(run_dir, config, load_continual_config(run_dir / CONFIG_FILE))
+    return (run_dir / SUMMARY_FILE).exists()
+
+
+def go_on(run_dir: Path, config: ContinualConfig) -> None:
+    """Learn the tasks that are left in ``run_dir``."""
+    with held_folder(run_dir):
+        sequence = build_sequence(config, run_dir)
+        sequence.load()
+        learn(sequence)
 
 
 def learn(sequence: SequenceRun) -> None:
@@ -89,11 +120,14 @@ def stored_config(run_dir: Path, overrides: Sequence[str]) -> ContinualConfig:
     if given:
         raise UserError(f"{given[0]} cannot be changed when a sequence of tasks is resumed; give resume= alone")
     config = load_continual_config(run_dir / CONFIG_FILE)
-    if (run_dir / "summary.json").exists():
+    if (run_dir / SUMMARY_FILE).exists():
         raise UserError(f"{run_dir} has learnt all its tasks already; its results are in summary.json")
     return config
 
 
+COMMAND = RunCommand("continual", run_config, as_built, is_done)
+
+
 def command() -> None:
     """Run the command line."""
-    run_command("continual", main)
+    run_training(COMMAND)

@@ -6,7 +6,8 @@ import itertools
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -20,7 +21,26 @@ from varshare_rl.run.tracker import METRICS_FILE
 
 #: Written when a run can be gone on with: what makes a folder that of a run.
 CONFIG_FILE = "config.yaml"
+SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
+#: Files of a run and of what was made of it, other than exports: gone when another run takes the folder.
+RUN_FILES = (
+    CONFIG_FILE, METRICS_FILE, "events.out.tfevents.*", FOLDER, SUMMARY_FILE, "sharing", "tasks", "evaluation.json",
+    "report_sharing", "report_continual", "calibration.json", "calibration.png",
+)  # fmt: skip
+
+
+def name_folder(run_dir: str | None, parts: Sequence[str], dated: bool) -> Path:
+    """The folder of a run: ``run_dir``, or one below ``runs`` named by the ``parts`` and, if ``dated``, the time.
+
+    Raises:
+        UserError: ``run_dir`` is empty.
+    """
+    if run_dir is not None:
+        if not run_dir:
+            raise UserError("run_dir is empty; give a folder, or leave it out for runs/<name>")
+        return Path(run_dir)
+    return Path("runs") / "_".join([*parts, *([time.strftime("%Y%m%d-%H%M%S")] if dated else [])])
 
 
 @contextmanager
@@ -51,12 +71,13 @@ def held_folder(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def new_folder(wanted: Path, numbered: bool) -> Iterator[Path]:
+def new_folder(wanted: Path, numbered: bool, overwrite: bool = False) -> Iterator[Path]:
     """Make and hold the folder of a new run; what was made is removed unless there is a ``config.yaml`` in the end.
 
     Args:
         wanted: the folder; may be there if it holds no run.
         numbered: take ``<wanted>-2``, ``-3``, ... where it is there already.
+        overwrite: remove the files of a run that it holds; others stay.
 
     Raises:
         UserError: it cannot be made, is in use, or holds a run.
@@ -76,6 +97,10 @@ def new_folder(wanted: Path, numbered: bool) -> Iterator[Path]:
         if is_new:
             stack.callback(_remove_empty, run_dir)
         stack.enter_context(held_folder(run_dir))
+        if overwrite:
+            for pattern in RUN_FILES:
+                for path in run_dir.glob(pattern):
+                    _remove(path)
         _refuse_run(run_dir)
         before = set(os.listdir(run_dir))
         try:
@@ -106,9 +131,9 @@ def _refuse_run(run_dir: Path) -> None:
     metrics = run_dir / METRICS_FILE
     if not (run_dir / CONFIG_FILE).exists() and not (metrics.exists() and metrics.stat().st_size):
         return
-    begun = (run_dir / FOLDER).is_dir() or (run_dir / "summary.json").exists()
+    begun = (run_dir / FOLDER).is_dir() or (run_dir / SUMMARY_FILE).exists()
     cure = f"go on with {override('resume', run_dir)}" if begun else "it has no checkpoint to go on from: remove it"
-    raise UserError(f"{run_dir} holds a run already; {cure}, or give another run_dir")
+    raise UserError(f"{run_dir} holds a run already; {cure}, or give another run_dir or overwrite=true")
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,315 @@
+"""Sweeps: checked before the first run, named by what differs, gone on with, summed up."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Command
+from helpers import SEQUENCE, TINY, TINY_ALGORITHM, last_of_each
+from test_resume import assert_same, final_state, metrics, results
+
+from varshare_rl.commands import train
+from varshare_rl.config import load_config
+from varshare_rl.reporting.statistics import iqm
+from varshare_rl.run.folder import held_folder
+from varshare_rl.run.loop import Run
+
+RUN = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=320")
+FOUR = ("elbo.kl_weight=0.1,1", "seed=0,1")
+NAMES = [f"kl_weight-{weight}_seed-{seed}" for weight in ("0.1", "1") for seed in (0, 1)]
+
+
+def only(folder: Path) -> Path:
+    (made,) = (folder / "runs").iterdir()
+    return made
+
+
+def names(sweep: Path) -> list[str]:
+    return sorted(path.name for path in sweep.iterdir() if path.is_dir())
+
+
+def assert_refused(outcome: Any, named: str) -> None:
+    assert outcome.code == 2, outcome.err
+    assert outcome.err.count("\n") == 1, outcome.err
+    assert named in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("elbo.kl_weight=0.01,-1,1",), "run kl_weight--1: elbo.kl_weight is -1"),
+        (("seed=0,-1,2",), "run seed--1: seed is -1"),
+        (("env=pointmass,cartpole", "algorithm=sac", "algorithm.epochs=2"), "epochs"),
+        (("env.tasks=[normal_left],[nowhere]",), "nowhere"),
+        (("network=shared,moore", "network.active_parameters=100"), "network.active_parameters is 100"),
+        (("run_dir=one", "seed=0,1"), "run_dir=one is the folder of one run, and this sweep has more"),
+        (("run_dir=a,a",), "two runs of this sweep would have the folder a"),
+        (("seed=0,0",), "two runs of this sweep would have the folder"),
+        (("seed=0,1", "resume=runs/x"), "resume=runs/x is for one run"),
+        (("elbo.kl_weight=interval(0.01,1)",), "add hydra/sweeper=optuna, or give elbo.kl_weight=<a>,<b>"),
+        (("elbo.kl_wieght=0,1",), "kl_wieght"),
+        (("+elbo.kl_wieght=0,1",), "kl_wieght"),
+        (("seed=0,1", "hydra/launcher=nowhere"), "nowhere"),
+        (("seed=0,1", "hydra.sweeper.no_such=1"), "no_such"),
+    ],
+)
+def test_nothing_starts_unless_everything_can(
+    command: Command, folder: Path, words: tuple[str, ...], named: str
+) -> None:
+    assert_refused(command("train", "-m", *RUN, *words), named)
+    assert list(folder.rglob("*")) == []
+
+
+def test_the_same_command_goes_on_and_sums_up(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the second of four runs; the same command makes the rest, with the numbers of single runs."""
+    with monkeypatch.context() as patched:
+        plain, stepped = Run._after_step, []
+
+        def stopping(run: Run) -> None:
+            plain(run)
+            stepped.append(run)
+            if len(stepped) == 30:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        patched.setattr(Run, "_after_step", stopping)
+        stopped = command("train", "-m", *RUN, *FOUR)
+    assert stopped.code == 130, stopped.err
+    sweep = only(folder)
+    assert re.fullmatch(r"sweep_pointmass_kl_weight_seed_[0-9a-f]{6}", sweep.name)
+    assert names(sweep) == NAMES[:2]
+    assert "4 runs in " in stopped.out
+    assert "0 done already, 0 to go on, 4 to start" in stopped.out
+    assert f"[2/4] {NAMES[1]}, 0:00:" in stopped.out
+    assert "left for all" in stopped.out
+    line = stopped.out.splitlines()[-1].strip()
+    assert shlex.split(line)[:4] == ["python", "-m", "varshare_rl.train", "-m"]
+    before = (sweep / NAMES[0] / "summary.json").read_bytes()
+
+    again = command("train", *shlex.split(line)[3:])
+    assert again.code == 0, again.err
+    assert "1 done already, 1 to go on, 2 to start" in again.out
+    assert [line[:5] for line in again.out.splitlines() if line.startswith("[")] == ["[2/4]", "[3/4]", "[4/4]"]
+    assert names(sweep) == NAMES
+    assert (sweep / NAMES[0] / "summary.json").read_bytes() == before
+    for name in NAMES:
+        weight, seed = re.fullmatch(r"kl_weight-(.*)_seed-(.*)", name).groups()  # type: ignore[union-attr]
+        alone = command("train", *RUN, f"elbo.kl_weight={weight}", f"seed={seed}", f"run_dir={name}")
+        assert alone.code == 0, alone.err
+        assert_same(final_state(sweep / name), final_state(folder / name))
+        assert metrics(sweep / name) == metrics(folder / name)
+        assert results(sweep / name) == results(folder / name)
+    check_csv(sweep, "kl_weight-{}_seed-{}", ("0.1", "1"), ("0", "1"))
+
+    third = command("train", "-m", *RUN, *FOUR)
+    assert third.code == 0
+    assert "4 done already, 0 to go on, 0 to start" in third.out
+    more = command("train", "-m", *RUN, FOUR[0], "seed=0,1,2")  # the same sweep, with a seed more
+    assert more.code == 0, more.err
+    assert "6 runs in " in more.out
+    assert "4 done already" in more.out
+    assert names(sweep) == sorted([*NAMES, "kl_weight-0.1_seed-2", "kl_weight-1_seed-2"])
+
+
+def check_csv(sweep: Path, name: str, weights: Iterable[str], seeds: Iterable[str]) -> None:
+    rows = list(csv.DictReader((sweep / "sweep.csv").read_text().splitlines()))
+    assert [row["elbo.kl_weight"] for row in rows] == list(weights)
+    for row in rows:
+        found = [read(sweep / name.format(row["elbo.kl_weight"], seed) / "summary.json") for seed in seeds]
+        scores = np.array([[task["success"] for task in summary["tasks"].values()] for summary in found])
+        assert int(row["seeds"]) == len(scores)
+        if row["statistic"].startswith("interquartile"):
+            assert float(row["success"]) == pytest.approx(float(iqm(scores)))
+        else:
+            assert float(row["success"]) == pytest.approx(scores.mean())
+        assert float(row["success_low"]) <= float(row["success"]) <= float(row["success_high"])
+
+
+def read(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text()))
+
+
+def test_without_rliable_there_are_means_and_the_extra_is_named(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rliable", None)
+    outcome = command("train", "-m", *RUN, "seed=0,1,2")
+    assert outcome.code == 0, outcome.err
+    assert "pip install 'varshare_rl[report]'" in outcome.out
+    (row,) = csv.DictReader((only(folder) / "sweep.csv").read_text().splitlines())
+    means = [read(only(folder) / f"seed-{seed}" / "summary.json")["mean_success"] for seed in range(3)]
+    assert row["statistic"] == "mean over seeds and tasks, least and greatest seed"
+    assert float(row["success"]) == pytest.approx(sum(means) / 3)
+    assert (float(row["success_low"]), float(row["success_high"])) == pytest.approx((min(means), max(means)))
+
+
+def test_a_run_that_fails_ends_no_other(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = train.build_run
+
+    def failing(config: Any, *rest: Any, **more: Any) -> Run:
+        if config.seed == 0:
+            raise RuntimeError("out of memory")
+        return plain(config, *rest, **more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "build_run", failing)
+        outcome = command("train", "-m", *RUN, "seed=0,1")
+    assert outcome.code == 1
+    assert "error: run seed-0: " in outcome.err
+    assert "out of memory" in outcome.err
+    assert names(only(folder)) == ["seed-1"]
+    assert "1 of 2 runs are done; the same command goes on" in outcome.out
+    assert command("train", "-m", *RUN, "seed=0,1").code == 0
+    assert names(only(folder)) == ["seed-0", "seed-1"]
+
+
+def test_a_folder_with_another_run_is_refused_and_overwritten_if_wanted(command: Command, folder: Path) -> None:
+    chosen = ("hydra.sweep.dir=mine", "seed=0,1")
+    assert command("train", "-m", *RUN, *chosen).code == 0
+    stored = (folder / "mine/seed-0/summary.json").read_bytes()
+    other = command("train", "-m", *RUN, "network.rank=2", *chosen)
+    assert_refused(other, "network.rank is 2, and mine/seed-0 holds a run with 8")
+    (folder / "mine/seed-0/notes.txt").write_text("keep")
+    assert command("train", "-m", *RUN, "network.rank=2", *chosen, "overwrite=true").code == 0
+    assert load_config(folder / "mine/seed-0/config.yaml").network.rank == 2
+    assert (folder / "mine/seed-0/notes.txt").read_text() == "keep"
+    assert (folder / "mine/seed-0/summary.json").read_bytes() != stored
+
+
+def test_names_are_short_and_folders_never_the_same(command: Command, folder: Path) -> None:
+    words = ("env.tasks=[normal_left],'[normal_left, normal_right]'", "elbo/schedule=constant,ramp")
+    outcome = command("train", "-m", *RUN, *words)
+    assert outcome.code == 0, outcome.err
+    assert len(names(only(folder))) == 4
+    assert "tasks-_normal_left_schedule-ramp" in " ".join(names(only(folder)))
+    again = command("train", "-m", *RUN, "run_dir=a,b")
+    assert again.code == 0, again.err
+    assert (folder / "a/summary.json").exists()
+    assert (folder / "b/summary.json").exists()
+
+
+def test_sequences_sweep_too(command: Command, folder: Path) -> None:
+    words = ("-m", *TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE, "method=finetune,lora")
+    outcome = command("continual", *words)
+    assert outcome.code == 0, outcome.err
+    sweep = only(folder)
+    assert names(sweep) == ["method-finetune", "method-lora"]
+    rows = list(csv.DictReader((sweep / "sweep.csv").read_text().splitlines()))
+    last = read(sweep / "method-lora/summary.json")["success"][-1]
+    assert float(rows[1]["success"]) == pytest.approx(float(iqm(np.array([last]))))
+    assert "2 done already" in command("continual", *words).out
+
+
+def test_resume_auto_of_a_single_run(command: Command, folder: Path) -> None:
+    started = command("train", *RUN, "resume=auto")
+    assert started.code == 0, started.err
+    assert [path.name for path in (folder / "runs").iterdir()] == ["pointmass_ppo_varshare_lora_s0"]
+    run_dir = folder / "runs/pointmass_ppo_varshare_lora_s0"
+    stored = load_config(run_dir / "config.yaml")
+    assert (stored.resume, stored.overwrite) == (None, False)
+    done = command("train", *RUN, "resume=auto")
+    assert done.code == 0
+    assert done.out.startswith("done already: runs/")
+    more = command("train", *RUN, "resume=auto", "total_transitions=640")
+    assert more.code == 0, more.err
+    assert read(run_dir / "summary.json")["transitions"] == 640
+    assert_refused(command("train", *RUN, "resume=auto", "network.rank=2"), "network.rank is 2, and runs/")
+    own = command("train", *RUN, "resume=auto", "network.rank=2", "run_dir=own")
+    assert own.code == 0, own.err
+    with held_folder(Path("own")):
+        assert_refused(command("train", *RUN, "resume=auto", "network.rank=2", "run_dir=own"), "in use by process")
+
+
+def test_resume_auto_knows_matched_widths(command: Command, folder: Path) -> None:
+    words = (*RUN, "network.active_parameters=30000", "run_dir=run", "resume=auto")
+    assert command("train", *words).code == 0
+    assert command("train", *words).out.startswith("done already")
+    assert command("train", *words, "total_transitions=480").code == 0
+
+
+def test_overwrite_loses_nothing_where_it_cannot_start(command: Command, folder: Path) -> None:
+    assert command("train", *RUN, "run_dir=run").code == 0
+    before = {path: path.read_bytes() for path in sorted((folder / "run").rglob("*")) if path.is_file()}
+    wrong = ("network=moore", "network.active_parameters=100", "overwrite=true")
+    assert_refused(command("train", *RUN, "run_dir=run", *wrong), "active_parameters is 100")
+    assert {path: path.read_bytes() for path in sorted((folder / "run").rglob("*")) if path.is_file()} == before
+    assert command("train", *RUN, "run_dir=run", "seed=5", "overwrite=true").code == 0
+    assert load_config(folder / "run/config.yaml").seed == 5
+    assert len(list((folder / "run").glob("events*"))) == 1
+
+
+TWELVE = ("elbo.kl_weight=0.1,1,10", "seed=0,1,2,3")
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "varshare_rl.train", *last_of_each(words)], cwd=folder, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+
+def wait_for(found: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 240
+    while not found():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["", "joblib", "submitit_local"])
+def test_a_sweep_that_is_stopped_and_killed_ends_with_the_numbers_of_one_that_is_not(
+    tmp_path: Path, launcher: str
+) -> None:
+    chosen = {
+        "": (), "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
+        "submitit_local": ("hydra/launcher=submitit_local",),
+    }[launcher]  # fmt: skip
+    words = ("-m", *RUN, *TWELVE, "total_transitions=1600", "hydra.sweep.dir=sweep")
+    (tmp_path / "whole").mkdir()
+    whole = start(tmp_path / "whole", *words)
+    assert whole.wait(timeout=500) == 0, whole.communicate()
+    sweep = tmp_path / "sweep"
+
+    def written(pattern: str) -> int:
+        return len(list(sweep.glob(pattern)))
+
+    process = start(tmp_path, *words, *chosen)
+    wait_for(lambda: written("*/metrics.jsonl") >= 3 and written("*/config.yaml") >= 2, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 130, (out, err)
+    assert "the same command goes on with the others" in out
+    assert not list(sweep.glob("*/.lock"))
+    done = written("*/summary.json")
+    assert done < 12
+    process = start(tmp_path, *words, *chosen)
+    wait_for(lambda: written("*/summary.json") >= min(done + 2, 11), process)
+    process.kill()
+    process.communicate()
+    time.sleep(3)  # until those that it started have seen that it is gone
+    kept = {path: path.stat().st_mtime for path in sweep.glob("*/summary.json")}
+    process = start(tmp_path, *words, *chosen)
+    out, err = process.communicate(timeout=500)
+    assert process.returncode == 0, (out, err)
+    assert {path: path.stat().st_mtime for path in kept} == kept
+    made = sorted(path.parent.name for path in sweep.glob("*/summary.json"))
+    assert len(made) == 12
+    for name in made:
+        assert_same(final_state(sweep / name), final_state(tmp_path / "whole/sweep" / name))
+        assert metrics(sweep / name) == metrics(tmp_path / "whole/sweep" / name)
+    assert (sweep / "sweep.csv").exists()

@@ -1,0 +1,58 @@
+"""A command that runs, once or in a sweep."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from varshare_rl.cli import typed
+from varshare_rl.errors import Terminated, UserError
+from varshare_rl.run.loop import Interrupted
+
+
+@dataclass(frozen=True)
+class RunCommand:
+    """A command whose every start is a run in a folder.
+
+    Attributes:
+        name: of the command.
+        run: makes a run of a configuration and the overrides that it was composed of; returns its folder.
+        as_built: checks a configuration as a start would, and returns what ``config.yaml`` would have.
+        is_done: whether a folder holds this run, as built, at its end; UserError if it holds another.
+    """
+
+    name: str
+    run: Callable[[Any, Sequence[str]], Path]
+    as_built: Callable[[Any], Any]
+    is_done: Callable[[Path, Any], bool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The end of one run of a sweep: an exit code, and what went wrong."""
+
+    code: int = 0
+    error: str = ""
+    stopped: bool = False
+
+
+def attempt(command: RunCommand, composed: DictConfig, overrides: Sequence[str]) -> Outcome:
+    """Make one run of a sweep; what goes wrong in it is said, and ends no other run."""
+    try:
+        command.run(typed(composed), overrides)
+    except Interrupted as stop:
+        return Outcome(stop.exit_code, stopped=True)
+    except KeyboardInterrupt:
+        return Outcome(130, stopped=True)
+    except Terminated:
+        return Outcome(143, stopped=True)
+    except UserError as error:
+        return Outcome(2, str(error))
+    except Exception:
+        return Outcome(1, traceback.format_exc())
+    return Outcome()
