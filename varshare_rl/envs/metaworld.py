@@ -356,17 +356,18 @@ def official_envs(suite: MetaWorldSuite, seed: int = 0) -> gymnasium.vector.Sync
     episodes at the first success, so its returns are smaller than ours. Observations are float64 ``[T, 39]``.
     """
     make: Any = metaworld._init_each_env
+    one_stream = suite.config.benchmark in _ONE_STREAM
     makers = [
         partial(
             make,
             env_cls=ALL_V3_ENVIRONMENTS[name],
             tasks=as_tasks(name, goals),
-            seed=seed,
+            seed=seed if one_stream else seed + number,  # as the package has it
             max_episode_steps=suite.horizon,
             task_select="pseudorandom",
             reward_function_version=suite.config.reward_function_version,
         )
-        for name, goals in zip(suite.task_names, suite.goals, strict=True)
+        for number, (name, goals) in enumerate(zip(suite.task_names, suite.goals, strict=True))
     ]
     mode = gymnasium.vector.AutoresetMode.SAME_STEP
     envs = gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode)
