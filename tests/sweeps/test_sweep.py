@@ -270,6 +270,16 @@ def wait_for(found: Any, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
+def wait_for_rest(sweep: Path) -> None:
+    """Until what a killed process had started has ended, for seconds on end."""
+    quiet_since = time.monotonic()
+    while time.monotonic() < quiet_since + 5:
+        owners = [path.read_text().split()[1] for path in sweep.glob("*/.lock") if path.exists()]
+        if any(Path("/proc", owner).exists() for owner in owners):
+            quiet_since = time.monotonic()
+        time.sleep(0.2)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["", "joblib", "submitit_local"])
 def test_a_sweep_that_is_stopped_and_killed_ends_with_the_numbers_of_one_that_is_not(
@@ -301,7 +311,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_with_the_numbers_of_one_that_is
     wait_for(lambda: written("*/summary.json") >= min(done + 2, 11), process)
     process.kill()
     process.communicate()
-    time.sleep(3)  # until those that it started have seen that it is gone
+    wait_for_rest(sweep)
     kept = {path: path.stat().st_mtime for path in sweep.glob("*/summary.json")}
     process = start(tmp_path, *words, *chosen)
     out, err = process.communicate(timeout=500)
