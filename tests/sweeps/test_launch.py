@@ -59,7 +59,7 @@ def test_one_signal_reaches_every_process_once(tmp_path: Path, number: signal.Si
 def test_a_launcher_that_is_not_installed_names_its_extra(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
     for name in launch.EXTRA:
         outcome = command("train", "-m", *RUN, "seed=0,1", f"hydra/launcher={name}")
         assert outcome.code == 2
