@@ -55,7 +55,7 @@ def assert_refused(outcome: Any, named: str) -> None:
         (("seed=0,-1,2",), "run seed--1: seed is -1"),
         (
             ("network=varshare_lora,shared", "elbo.absorb.every=5"),
-            "run network-shared: network=shared has no residuals",
+            "run network-shared: network=shared has no",
         ),
         (("env.tasks=[normal_left],[nowhere]",), "nowhere"),
         (("network=shared,moore", "network.active_parameters=100"), "network.active_parameters is 100"),
