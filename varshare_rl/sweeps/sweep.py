@@ -171,6 +171,8 @@ class Runs:
                 except (KeyboardInterrupt, Terminated) as stop:
                     outcomes.append(Outcome(_code(stop), stopped=True))
                 self._made += 1
+                if outcomes[-1].error:
+                    self.say(f"{one.job.name} failed: {outcomes[-1].error.strip().splitlines()[-1]}")
         return outcomes
 
     def _left(self, runs: int) -> str:
