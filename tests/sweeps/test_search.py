@@ -48,6 +48,7 @@ def test_everything_is_checked_first(command: Command, folder: Path, words: tupl
     assert list(folder.rglob("*")) == []
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_stopped(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

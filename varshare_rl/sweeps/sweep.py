@@ -81,6 +81,7 @@ def sweep(command: RunCommand, line: CommandLine) -> int:
     results = pool(jobs)
     if results.rows and not any(outcome.stopped for outcome in outcomes):
         show(results)
+        asked.folder.mkdir(parents=True, exist_ok=True)  # where all runs have folders elsewhere
         write_atomically(asked.folder / "sweep.csv", to_csv(results))
     return runs.close(jobs, outcomes, line)
 
