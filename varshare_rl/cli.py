@@ -24,7 +24,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from varshare_rl.command_line import check_composed, parse, read_words, whole_numbers
 from varshare_rl.config import AUTO, GROUPS, TrainConfig, config_folder, register_schemas
 from varshare_rl.config_checks import check_config
-from varshare_rl.errors import Terminated, UserError
+from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.overrides import quote_names
 from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
 
@@ -233,6 +233,14 @@ def errors_in_one_line() -> Iterator[None]:
         fail(str(error))
     except (HydraException, OmegaConfBaseException) as error:
         fail(_explain(error))
+    except (RunFailure, OSError) as failure:
+        fail(str(failure), code=1)
+    except (MemoryError, OverflowError, RecursionError) as error:
+        fail(_too_large(error))
+    except RuntimeError as error:
+        if not _NO_MEMORY.search(str(error)):
+            raise
+        fail(_too_large(error))
     except KeyboardInterrupt:  # training itself catches the first one and saves
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
@@ -258,11 +266,27 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def fail(message: str) -> NoReturn:
-    """Print one line and end with code 2."""
+#: Words of torch's allocators.
+_NO_MEMORY = re.compile(
+    r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed|"
+    r"numel: integer multiplication overflow|Overflow when unpacking|invalid size, try using"
+)
+
+
+def _too_large(error: BaseException) -> str:
+    """Say that something is too large for this machine, in the words of what has failed."""
+    words = " ".join(str(error).split())[:160] or type(error).__name__
+    return (
+        f"this machine cannot hold what was asked for ({words}); give smaller sizes: network.hidden, network.rank, "
+        "env.envs_per_task, batches, replay or rollouts"
+    )
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line and end with a code: 2 for what the user got wrong."""
     line = re.sub(r"\s*\n\s*", " ", message.strip())  # other spaces may be those of a folder's name
     print(f"error: {line}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 #: Beginnings of the lines in Hydra's messages that tell a user nothing.

@@ -21,6 +21,7 @@ from varshare_rl.optim.gradient import GradientConfig, gradient_schema
 from varshare_rl.optim.optimizer import OptimizerConfig
 from varshare_rl.reading import STUMBLES, check_folder, read_yaml
 from varshare_rl.registry import lookup, register, registered, require_plugins
+from varshare_rl.run.loop import OnDivergence
 from varshare_rl.types import Tree
 
 #: Keys of stored configurations by their names of today.
@@ -62,7 +63,7 @@ GROUPS = frozenset(
 AUTO = "auto"
 
 #: Options that may be changed when a run goes on.
-RESUMABLE = ("total_transitions", "device", "evaluate.", "checkpoint.", "log.", "observe.")
+RESUMABLE = ("total_transitions", "device", "on_divergence", "evaluate.", "checkpoint.", "log.", "observe.")
 #: Options of a stored configuration that its checkpoint does not depend on.
 CHANGEABLE = (*RESUMABLE, "run_dir", "resume", "overwrite", "plugins", "env.workers", "env.spaces")
 
@@ -152,6 +153,9 @@ class TrainConfig:
     "Rates, decay and schedule of the optimisers."
     divergence_guard: DivergenceGuardConfig = field(default_factory=DivergenceGuardConfig)
     "Tasks that are left out of a step."
+    on_divergence: OnDivergence = OnDivergence.mask
+    """Where a task's loss or gradient is NaN or infinite: `mask` leaves the task out of the step, `stop` ends the
+    run, `rollback` goes on from the last checkpoint with half the learning rate."""
     total_transitions: int = bounded(1_000_000, least=1)
     "Budget in transitions of all tasks together."
     seed: int = bounded(0, least=0, most=2**32 - 1)

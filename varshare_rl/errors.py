@@ -1,4 +1,4 @@
-"""The error that a user sees, and the order to stop. Knows nothing else of the package, and no torch."""
+"""The errors that a user sees, and the order to stop. Knows nothing else of the package, and no torch."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,18 @@ class UserError(ValueError):
 
     Commands print it and exit with code 2.
     """
+
+
+class RunFailure(RuntimeError):
+    """A run that cannot go on, whatever was asked of it. The message is one line; commands exit with code 1.
+
+    Attributes:
+        details: a traceback of another process, or empty.
+    """
+
+    def __init__(self, message: str, details: str = "") -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class Terminated(BaseException):

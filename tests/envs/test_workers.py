@@ -15,6 +15,7 @@ import pytest
 from walk import BOX, Walk, actions, assert_same, make, trace
 
 from varshare_rl.envs.engine import SlotEngine
+from varshare_rl.envs.slots import EnvironmentFailure
 from varshare_rl.envs.workers import WorkerError, Workers
 from varshare_rl.errors import UserError
 
@@ -60,10 +61,13 @@ def test_failure_names_the_place_and_keeps_the_traceback(workers: int) -> None:
     engine = make(workers, fail_at=2)
     engine.reset()
     engine.step(actions(0))
-    with pytest.raises(RuntimeError, match="tripped") as caught:
+    with pytest.raises(EnvironmentFailure) as caught:
         engine.step(actions(1))
-    text = str(caught.value) + "".join(getattr(caught.value, "__notes__", []))
-    assert "task 0, environment 0, episode 0, step 1" in text
+    assert str(caught.value) == (
+        "task 0 fails with RuntimeError: the walker tripped (environment 0, episode 0, step 1)"
+    )
+    cause = caught.value.__cause__
+    assert "the walker tripped" in (caught.value.details if cause is None else str(cause))
     engine.close()
 
 

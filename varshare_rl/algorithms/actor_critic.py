@@ -209,6 +209,13 @@ class ActorCritic(Algorithm):
                 masked += step.divergence_guard.masked.cpu()
         return masked
 
+    def idle_steps(self) -> int:
+        return max(step.divergence_guard.idle for step in (self.actor_step, self.critic_step))
+
+    def slow_down(self, factor: float) -> None:
+        for step in (self.actor_step, self.critic_step):
+            step.rate_factor *= factor
+
     def trained_modules(self) -> dict[str, nn.Module]:
         return {"actor": self.actor, "critic": self.critic}
 

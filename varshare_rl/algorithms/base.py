@@ -97,6 +97,14 @@ class Algorithm(Stateful, ABC):
         """Count the steps that each task was left out of because its loss had diverged, ``[T]`` on the CPU."""
 
     @abstractmethod
+    def idle_steps(self) -> int:
+        """Count the steps in a row, up to now, that every task was left out of, of the network with the most."""
+
+    @abstractmethod
+    def slow_down(self, factor: float) -> None:
+        """Multiply all learning rates from now on."""
+
+    @abstractmethod
     def trained_modules(self) -> dict[str, nn.Module]:
         """Return the networks that are trained, by name."""
 

@@ -15,9 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from varshare_rl.envs.suite import State
-from varshare_rl.errors import UserError
+from varshare_rl.errors import RunFailure, UserError
 
 Array = npt.NDArray[Any]
+
+
+class EnvironmentFailure(RunFailure):
+    """An environment raised an error. The message names task, environment, episode and step."""
 
 
 @dataclass(frozen=True)
@@ -236,9 +240,12 @@ class Chunk:
             for slot in slots:
                 do(slot)
                 done += 1
+        except UserError:
+            raise
         except Exception as error:
             slot = slots[done]
-            task = slot.spec.task_name(slot.index)
-            where = f"task {task}, environment {slot.env_index}, episode {slot.episode}, step {len(slot.actions)}"
-            error.add_note(f"in {where}")
-            raise
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise EnvironmentFailure(
+                f"task {slot.spec.task_name(slot.index)} fails with {what} (environment {slot.env_index}, "
+                f"episode {slot.episode}, step {len(slot.actions)})"
+            ) from error

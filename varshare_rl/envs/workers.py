@@ -29,9 +29,9 @@ from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 from varshare_rl.envs.division import cores, keep_to
-from varshare_rl.envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
+from varshare_rl.envs.slots import Buffers, Chunk, EngineSpec, EnvironmentFailure, TaskEnvFactory
 from varshare_rl.envs.suite import State
-from varshare_rl.errors import UserError
+from varshare_rl.errors import RunFailure, UserError
 
 # A message is one of these bytes, the number of an engine, and for some of them a value after it.
 OPEN, RESET, STEP, STATE, LOAD, CLOSE = b"o", b"r", b"s", b"g", b"l", b"c"
@@ -50,8 +50,8 @@ _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM
 PATIENCE = 900
 
 
-class WorkerError(RuntimeError):
-    """A worker process failed, died, or did not answer. The message names its tasks, or holds its traceback."""
+class WorkerError(RunFailure):
+    """A worker process died or did not answer. The message names its tasks."""
 
 
 class Workers:
@@ -131,7 +131,7 @@ class Workers:
         if not self._engines:
             self.shut_down()
             return
-        with contextlib.suppress(UserError, WorkerError):  # somebody else's failure, met by who is next to ask
+        with contextlib.suppress(UserError, RunFailure):  # somebody else's failure, met by who is next to ask
             self.post([CLOSE + _ENGINE.pack(number)] * len(self.processes), drain=True)
             self.receive()
 
@@ -170,7 +170,7 @@ class Workers:
                 if message.startswith(_REFUSED):
                     raise UserError(answers[worker])
                 if message.startswith(_FAILED):
-                    raise WorkerError(f"environment worker {worker} failed:\n{answers[worker]}")
+                    raise EnvironmentFailure(*answers[worker])
         return answers
 
     def _await(self, worker: int) -> None:
@@ -339,4 +339,5 @@ def _unpickle(payload: bytes) -> Any:
 def _report(error: Exception) -> bytes:
     if isinstance(error, UserError):
         return _REFUSED + pickle.dumps(str(error))
-    return _FAILED + pickle.dumps("".join(traceback.format_exception(error)))
+    message = str(error) if isinstance(error, RunFailure) else f"{type(error).__name__}: {error}"
+    return _FAILED + pickle.dumps((message, "".join(traceback.format_exception(error))))

@@ -54,6 +54,7 @@ class DivergenceGuard(Stateful):
         watches_size: finite losses may be left out, too.
         fitting: ``[T]`` bool, the tasks whose losses of this step are fit to learn from or were left out already.
         masked: ``[T]``, steps that each task was left out of; None before the first.
+        idle: steps in a row that every task was left out of, as far as is known without waiting for a device.
     """
 
     state_fields = ("masked", "average=_average", "steps=_steps")
@@ -63,6 +64,7 @@ class DivergenceGuard(Stateful):
         self.watches_size = config.explosion > 0
         self.looking = False  # on CUDA: a step may wait for the device
         self.masked: Tensor | None = None
+        self.idle = 0
         self.fitting = torch.ones(0, dtype=torch.bool)
         self._average: Tensor | None = None  # [T] running |loss|
         self._steps = 0

@@ -107,14 +107,14 @@ class ScheduledAdam:
             {"params": parameters, "lr": rate, "weight_decay": decay, "eps": eps}
             for (rate, decay, eps), parameters in groups.items()
         ]
-        self.roles = trained
+        self.roles, self.factor = trained, 1.0
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
         self.adam = kind(described, lr=learning_rate, fused=True)
         self.adam.register_load_state_dict_post_hook(_expand_moments)
 
     def advance(self, fraction: float) -> None:
         """Set the rates for when ``fraction`` of the run is done."""
-        factor = schedule_factor(self.config, fraction)
+        factor = self.factor * schedule_factor(self.config, fraction)
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
 

@@ -39,7 +39,7 @@ class LossStep(Stateful):
         UserError: the aggregator needs a package that is not installed.
     """
 
-    state_fields = ("optimizer", "reduction=aggregation", "guard=divergence_guard")
+    state_fields = ("optimizer", "reduction=aggregation", "guard=divergence_guard", "rate_factor?")
 
     def __init__(
         self,
@@ -75,6 +75,7 @@ class LossStep(Stateful):
             recorded = trained if isinstance(trained, nn.Module) else None
             scale = (gradient or GradientConfig()).scale
             self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen, scale)
+        self._nothing = False  # is learnt from these losses
         self.gram: Tensor | None = None  # of the tasks' gradients, when it was last asked for
         self._gram_of: list[nn.Parameter] | None = None
 
@@ -94,6 +95,7 @@ class LossStep(Stateful):
         guard.fitting = torch.isfinite(losses)
         if guard.watches_size or not self.on_cpu or not bool(guard.fitting.all()):
             kept = guard.kept(losses, self.aggregation.waits)
+        self._nothing = kept is not None and not bool(kept.any())
         if kept is not None:
             losses = torch.where(kept, losses, 0.0)
         with nullcontext() if kept is None else contained(losses):
@@ -124,11 +126,23 @@ class LossStep(Stateful):
 
     def step(self, norm: Tensor) -> None:
         """Step Adam unless the guard forbids it for a gradient of this norm; on a device, the device decides."""
-        drop = None if self.on_cpu and bool(torch.isfinite(norm)) else self.divergence_guard.drop(norm)
-        if self.on_cpu and drop is not None and bool(drop):
+        guard = self.divergence_guard
+        drop = None if self.on_cpu and bool(torch.isfinite(norm)) else guard.drop(norm)
+        dropped = self.on_cpu and drop is not None and bool(drop)
+        guard.idle = guard.idle + 1 if dropped or self._nothing else 0
+        if dropped:
             return
         self.optimizer.found_inf = None if self.on_cpu else drop  # type: ignore[attr-defined]  # fused Adam obeys it
         self.optimizer.step()
+
+    @property
+    def rate_factor(self) -> float:
+        """Factor on all learning rates beside that of their schedule."""
+        return self.scheduled.factor
+
+    @rate_factor.setter
+    def rate_factor(self, factor: float) -> None:
+        self.scheduled.factor = factor
 
     def measure_gram(self, parameters: Sequence[nn.Parameter]) -> None:
         """Have the next call leave :func:`gradient_gram` of its losses by ``parameters`` in :attr:`gram`.

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.envs.suite import Step, Suite, VectorEngine
+from varshare_rl.errors import RunFailure
 from varshare_rl.run.checkpoint import fitting, save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl
@@ -26,6 +28,14 @@ from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
+
+
+class OnDivergence(Enum):
+    """What follows where a task's loss or gradient is NaN or infinite."""
+
+    mask = "mask"  # the step leaves the task out, see divergence_guard
+    stop = "stop"  # the run ends, with the last checkpoint to go on from
+    rollback = "rollback"  # the run goes on from the last checkpoint with half the learning rate
 
 
 @dataclass
@@ -39,8 +49,17 @@ class LoopConfig:
     log_every: int
     checkpoint_minutes: float = 0.0
     checkpoint_keep: int = 2
+    on_divergence: OnDivergence = OnDivergence.mask
     observe_every: int = 0
     overlap: bool = False
+
+
+#: Updates in a row without a loss to learn from after which a run is given up.
+MOST_IDLE_STEPS = 1000
+
+
+class Diverged(RunFailure):
+    """Losses are not finite any more. The message names tasks and transitions."""
 
 
 class Interrupted(Exception):
@@ -91,6 +110,7 @@ class Run(Stateful):
         self._turns = [slice(0, half), slice(half, None)] if self.config.overlap and half else [slice(None)]
         self._interrupted: list[int] = []  # the signals that have come
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
+        self._masked_before: dict[str, int] = {}  # steps, by a run that masked and goes on otherwise
         self._phase: str | None = None
         self._phase_since = 0.0
 
@@ -177,10 +197,32 @@ class Run(Stateful):
             self.algorithm.measure_conflict()
         with self._timed("update"):
             self.scalars = self.algorithm.update()
+        self._check_divergence()
         if due:
             self.observed_at = self.transitions
             with self._timed("sharing"):
                 self.sharing_monitor.observe(self.algorithm, self.transitions)
+
+    def _check_divergence(self) -> None:
+        """Raise Diverged where the run is to stop for it, or where nothing has been learnt for long."""
+        if self.algorithm.idle_steps() >= MOST_IDLE_STEPS:
+            raise Diverged(
+                f"after {self.transitions:,} transitions no task has had a finite loss for {MOST_IDLE_STEPS} steps "
+                "in a row; use a lower learning rate, or on_divergence=rollback"
+            )
+        if self.config.on_divergence is OnDivergence.mask:
+            return
+        masked = self.algorithm.masked_steps().tolist()
+        tasks = [
+            task
+            for task, steps in zip(self.suite.task_names, masked, strict=True)
+            if steps > self._masked_before.get(task, 0)
+        ]
+        if tasks:
+            raise Diverged(
+                f"after {self.transitions:,} transitions the loss of {', '.join(tasks[:5])} is not finite, or its "
+                "gradient"
+            )
 
     def _after_step(self) -> None:
         """Log, evaluate and save where their counts have come round."""
@@ -315,6 +357,8 @@ class Run(Stateful):
             self.scalars = state["scalars"]
             self._observation = self.engine.load_state(state["engine"])
             load_rng_state(state["random"])
+            masked = self.algorithm.masked_steps().tolist()
+            self._masked_before = dict(zip(self.suite.task_names, masked, strict=True))
 
     def _to_device(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
