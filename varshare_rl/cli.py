@@ -50,6 +50,8 @@ def run_command(name: str, main: Callable[[DictConfig], None], schema: type) -> 
     """
     with errors_in_one_line():
         line = read_command_line(name, schema)
+        if line is None:
+            return
         if line.multirun:
             raise UserError(
                 f"-m sweeps over runs of train and continual, and {name.replace('_', ' ')} has none; "
@@ -58,10 +60,10 @@ def run_command(name: str, main: Callable[[DictConfig], None], schema: type) -> 
         main(compose_config(line)[0])
 
 
-def read_command_line(name: str, schema: type | None = None) -> CommandLine:
+def read_command_line(name: str, schema: type | None = None) -> CommandLine | None:
     """Read ``sys.argv``, and make known to Hydra what the command is composed of.
 
-    It is ``configs/<name>.yaml``, or the ``schema`` alone. What a flag asks to show is shown, and the command ends.
+    It is ``configs/<name>.yaml``, or the ``schema`` alone. None after a flag has shown something instead.
 
     Raises:
         UserError: a flag is unknown, a plugin is missing, or it fails.
@@ -75,7 +77,7 @@ def read_command_line(name: str, schema: type | None = None) -> CommandLine:
     sys.argv[1:] = [*words.showing, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(lambda config: None)()
-    raise SystemExit(0)
+    return None
 
 
 def compose_config(line: CommandLine) -> tuple[DictConfig, list[str]]:

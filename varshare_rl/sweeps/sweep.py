@@ -34,6 +34,8 @@ def run_training(command: RunCommand) -> None:
     """Run the command line: one run, or with ``-m`` a sweep."""
     with errors_in_one_line():
         line = read_command_line(command.name)
+        if line is None:
+            return
         if line.multirun:
             raise SystemExit(sweep(command, line))
         composed, overrides = compose_config(line)
