@@ -231,24 +231,31 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         with terminable():
             yield
-    except UserError as error:
-        fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(_explain(error))
-    except (RunFailure, OSError) as failure:
-        fail(str(failure), code=1)
-    except (MemoryError, OverflowError, RecursionError) as error:
-        fail(_too_large(error))
-    except RuntimeError as error:
-        if not _NO_MEMORY.search(str(error)):
+    except Exception as error:
+        known = in_one_line(error)
+        if known is None:
             raise
-        fail(_too_large(error))
+        fail(*known)
     except KeyboardInterrupt:  # training itself catches the first one and saves
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Terminated:
         print("stopped", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None
+
+
+def in_one_line(error: Exception) -> tuple[str, int] | None:
+    """Return what to say of an error, and its exit code; None for one of ours, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain(error), 2
+    if isinstance(error, RunFailure | OSError):
+        return str(error), 1
+    too_large = isinstance(error, MemoryError | OverflowError | RecursionError)
+    if too_large or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return _too_large(error), 2
+    return None
 
 
 @contextmanager
