@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from varshare_rl.cli import typed
-from varshare_rl.errors import Terminated, UserError
+from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.run.loop import Interrupted
 
 
@@ -53,6 +53,8 @@ def attempt(command: RunCommand, composed: DictConfig, overrides: Sequence[str])
         return Outcome(143, stopped=True)
     except UserError as error:
         return Outcome(2, str(error))
+    except RunFailure as failure:
+        return Outcome(1, str(failure))
     except Exception:
         return Outcome(1, traceback.format_exc())
     return Outcome()
