@@ -121,7 +121,7 @@ def _record(
     nats = _row(last.get(f"kl/{task}") for task in tasks)
     scores = None
     if summary is not None:
-        scores = {name: _row(summary["tasks"][task][name] for task in tasks) for name in MEASURES}
+        scores = {name: _row(summary["tasks"][task].get(name) for task in tasks) for name in MEASURES}
         nats = _row(summary["tasks"][task].get("kl") for task in tasks)
     return RunRecord(
         folder=folder,

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import bootstrap
 
 from varshare_rl.errors import UserError
 
@@ -125,6 +124,8 @@ def mean_band(values: Scores) -> Band:
     _check(values)
     if len(values) < 2:
         return Band(values[0], None, None)
+    from scipy.stats import bootstrap  # takes a while to import, and few need it
+
     ends = bootstrap(
         (values,), np.mean, axis=0, vectorized=True, confidence_level=LEVEL, n_resamples=MEAN_RESAMPLES,
         method="percentile", batch=1000, rng=np.random.default_rng(0),
