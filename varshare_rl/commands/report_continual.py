@@ -31,6 +31,7 @@ from varshare_rl.reporting.continual_runs import (
     check_references,
     read_continual_runs,
 )
+from varshare_rl.reporting.statistics import FEW_RUNS
 from varshare_rl.run.console import PLAIN_WIDTH
 
 
@@ -88,7 +89,9 @@ def report_continual(options: ContinualReportConfig, folders: Sequence[str]) -> 
     Console(
         highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH, force_terminal=sys.stdout.isatty()
     ).print(*screen_tables(rows, found[0]["measure"]))
-    print(f"mean over seeds, 95 % bootstrap interval below; written: {out}")
+    few = any(1 < len(row["seeds"]) <= FEW_RUNS for row in rows)
+    doubt = " (of three seeds or fewer too narrow)" * few
+    print(f"mean over seeds, 95 % bootstrap interval below{doubt}; written: {out}")
 
 
 def reference_folders(given: Any) -> list[str]:
