@@ -77,7 +77,7 @@ def run(words: list[str]) -> None:
     """Run a command in this process."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        patch.setattr(sys, "argv", [f"varshare_rl.{words[0]}", *words[1:]] if words else ["varshare"])
+        patch.setattr(sys, "argv", [f"varshare_rl.{words[0]}", *last_of_each(words[1:])] if words else ["varshare"])
         try:
             (import_module(entry.COMMANDS[words[0]]).command if words else entry.main)()
         except SystemExit as stop:
@@ -89,7 +89,7 @@ def run_with_package(page: str, words: list[str]) -> None:
     """Run a command in a process of its own, where the module is that the page shows."""
     code = (PROJECT / page).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
     Path("my_package.py").write_text(code)
-    command = [sys.executable, "-m", f"varshare_rl.{words[0]}", *words[1:]]
+    command = [sys.executable, "-m", f"varshare_rl.{words[0]}", *last_of_each(words[1:])]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": f"{PROJECT}:."}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -133,7 +133,7 @@ def _unknown(config: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
     """Keys of structured nodes that their classes do not have, with the class."""
     kind = _type(config)
     known = {option.name for option in fields(kind)} if is_dataclass(kind) else None
-    for key in config:
+    for key in map(str, config):
         if known is not None and key not in known:
             yield f"{prefix}{key!s}", kind
         elif not OmegaConf.is_missing(config, key):
