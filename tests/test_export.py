@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import Command
-from helpers import TINY, TINY_ALGORITHM
+from helpers import TINY, TINY_ALGORITHM, last_of_each
 from safetensors.torch import load_file
 from test_errors import assert_one_line
 from torch import Tensor, nn
@@ -213,7 +213,8 @@ def test_what_computes_something_else_is_not_written(
     folder: Path, spaces: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     env = "pointmass" if spaces == "box" else "cartpole"
-    agent = vs.train(*TINY, *TINY_ALGORITHM["ppo"], f"env={env}", total_transitions=160, run_dir="run")
+    words = last_of_each((*TINY, *TINY_ALGORITHM["ppo"], f"env={env}"))
+    agent = vs.train(*words, total_transitions=160, run_dir="run")
     from varshare_rl.adapters.policy import NativeAction
 
     forward = NativeAction.forward
