@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import last_of_each
 
-from varshare_rl.commands import calibrate, evaluate, export, prune, report, train
+from varshare_rl.commands import calibrate, evaluate, export, prune, report, runs, train
 from varshare_rl.continual import command as continual
 
 # Small matrices: a second thread costs more than it brings, and tests run side by side.
@@ -46,6 +46,7 @@ COMMANDS: dict[str, ModuleType] = {
     "export": export,
     "prune": prune,
     "calibrate": calibrate,
+    "runs": runs,
 }
 #: Options of those that choose no components.
 OPTIONS: dict[str, type] = {

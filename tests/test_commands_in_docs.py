@@ -37,6 +37,7 @@ DEAR = re.compile(r"metaworld|mt\d+|runs/two|cw\d+|Hopper|plugins=")
 #: What stands for a placeholder, by the kind of run that a command takes.
 AGENT, SEQUENCES = "runs/trained", {"a": "runs/finetune", "b": "runs/lora", "c": "runs/reference"}
 TASKS = {AGENT: "flipped_down", SEQUENCES["b"]: "normal_right"}
+ADAPTERS = {"normal_left": "adapters/one", "normal_right": "adapters/two", "flipped_up": "another"}
 #: What a run may cost, in place of what is given.
 BUDGET = {
     "env.envs_per_task": "1", "evaluate.every": "0", "evaluate.episodes": "1", "checkpoint.every": "0",
@@ -110,9 +111,8 @@ def words_of(line: str, page: str) -> list[str]:
 
 def chosen(words: list[str]) -> list[str]:
     """The overrides of a command with the first value of each that a sweep has several of."""
-    return [
-        re.sub(r"^([^=]+=[^\[,]*),.*", r"\1", word) for word in words if word != "-m" and not word.startswith("--")
-    ]
+    options = [word for word in words if "=" in word]
+    return [re.sub(r"^([^=]+=[^\[,]*),.*", r"\1", option) for option in options]
 
 
 def cheaply(words: list[str]) -> list[str]:
@@ -125,7 +125,8 @@ def cheaply(words: list[str]) -> list[str]:
         kept = [word for word in words if word.partition("=")[0] not in given]
         return [name, *kept, *(f"{key}={BUDGET[key]}" for key in sorted(given))]
     if any(word.startswith("plugins=") for word in words):  # composing would have this process know them
-        return [name, *words, *TINY[1:], *TINY_ALGORITHM["ppo"], "network.hidden=[8,8]", "total_transitions=640"]
+        tiny = (*TINY, *TINY_ALGORITHM["ppo"], "network.hidden=[8,8]", "total_transitions=640")
+        return [name, *last_of_each((*words, *tiny))]
     config = compose(name, chosen(words))
     tasks = len(getattr(config.env, "tasks", None) or getattr(config.env, "ids", None) or range(10))
     budget = {**BUDGET, "total_transitions": str(tasks * 80)}
@@ -159,16 +160,11 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     desk = tmp_path_factory.mktemp("desk")
     with contextlib.chdir(desk):
         ppo = (*TINY, *TINY_ALGORITHM["ppo"])
-        run(["train", *ppo, "total_transitions=640", "evaluate.every=320", f"run_dir={AGENT}"])
-        for folder, method in zip(
-            SEQUENCES.values(), (["finetune"], ["lora"], ["copies", "method.start=scratch"]), strict=True
-        ):
-            run(["continual", *ppo, *SEQUENCE, f"method={method[0]}", *method[1:], f"run_dir={folder}"])
-        for task, folder in {
-            "normal_left": "adapters/one",
-            "normal_right": "adapters/two",
-            "flipped_up": "another",
-        }.items():
+        methods = (["method=finetune"], ["method=lora"], ["method=copies", "method.start=scratch"])
+        run(["train", *last_of_each((*ppo, "total_transitions=640", "evaluate.every=320")), f"run_dir={AGENT}"])
+        for folder, method in zip(SEQUENCES.values(), methods, strict=True):
+            run(["continual", *last_of_each((*ppo, *SEQUENCE)), *method, f"run_dir={folder}"])
+        for task, folder in ADAPTERS.items():
             run(["export", f"run={AGENT}", f"task={task}", "format=peft", f"out=exported/{task}"])
             shutil.copytree(f"exported/{task}/actor", folder)
     return desk

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from varshare_rl.assemble import build_suite
 from varshare_rl.cli import compose
-from varshare_rl.config import FORMER_DEFAULTS, TrainConfig, config_folder, load_config
+from varshare_rl.config import FORMER_DEFAULTS, TrainConfig, compared_options, config_folder, load_config
 from varshare_rl.nn.config import PosteriorStart, PriorUnits
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, AggregateScale
 from varshare_rl.optim.optimizer import OwnGradients
@@ -249,3 +249,20 @@ def test_makes_an_update(command: Command, folder: Path, name: str) -> None:
     losses = {name: value for line in lines for name, value in line.items() if name.startswith("loss/")}
     assert losses
     assert None not in losses.values()  # a loss that is not a number
+
+
+def test_runs_are_compared_by_their_choices_and_by_what_is_not_at_its_default() -> None:
+    changed = [
+        "elbo.kl_weight=0.5",
+        "network.rank=3",
+        "elbo/schedule=ramp",
+        "elbo.schedule.late=0.7",
+        "log.every=9",
+    ]
+    options = compared_options(compose("train", ["env=mt10", "algorithm=sac", "seed=4", *changed]))
+    assert list(options)[:6] == ["env", "algorithm", "network", "elbo.kl_weight", "seed", "total_transitions"]
+    assert options.items() >= {
+        "env": "mt10", "algorithm": "sac", "network": "varshare_lora", "elbo.kl_weight": 0.5, "seed": 4,
+        "network.rank": 3, "elbo.schedule.late": 0.7,
+    }.items()  # fmt: skip
+    assert not {"log.every", "env.horizon", "run_dir", "network.alpha"} & options.keys()

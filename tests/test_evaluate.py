@@ -67,7 +67,8 @@ def test_the_best_checkpoint_can_be_evaluated(command: Command, run: str) -> Non
     (best,) = Path("run/checkpoints").glob("best-*")
     outcome = command("evaluate", f"run={run}", "checkpoint=best", "episodes=2")
     assert outcome.code == 0, outcome.err
-    evaluation = read("run/evaluation.json")
+    assert not Path("run/evaluation.json").exists()  # which is the last one's
+    evaluation = read("run/evaluation_best.json")
     assert evaluation["conditions"]["checkpoint"] == best.name
     assert evaluation["transitions"] == int(best.name.removeprefix("best-"))
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
@@ -77,6 +78,51 @@ def test_the_best_checkpoint_can_be_evaluated(command: Command, run: str) -> Non
         if "eval/mean_return" in line and line["transitions"] == evaluation["transitions"]
     )
     assert evaluation["mean_return"] == pytest.approx(logged)
+
+
+def test_every_protocol_has_its_episodes_and_its_file(command: Command, run: str) -> None:
+    assert command("evaluate", f"run={run}").code == 0
+    found = {"fifty": read("run/evaluation.json")}
+    for protocol in ("goals", "quick"):
+        outcome = command("evaluate", f"run={run}", f"protocol={protocol}", "checkpoint=best")
+        assert outcome.code == 0, outcome.err
+        assert f"written: run/evaluation_best_{protocol}.json" in outcome.out
+        found[protocol] = read(f"run/evaluation_best_{protocol}.json")
+        assert found[protocol]["conditions"]["protocol"] == protocol
+    assert {name: result["conditions"]["episodes_per_task"] for name, result in found.items()} == {
+        "fifty": 50, "goals": 50, "quick": 5,
+    }  # fmt: skip
+    assert read("run/evaluation.json") == found["fifty"]
+    outcome = command("evaluate", f"run={run}", "protocol=official")
+    assert_one_line(
+        outcome.code, outcome.err, "env=pointmass has no evaluation of its authors; give protocol=goals"
+    )
+    outcome = command("evaluate", f"run={run}", "protocol=quick", "episodes=7")
+    assert_one_line(outcome.code, outcome.err, "protocol=quick and episodes=7 are both given")
+
+
+def test_weights_may_be_drawn(command: Command, run: str) -> None:
+    """Wide posteriors act otherwise when they are drawn, always in the same way for the same seed."""
+    assert command("evaluate", f"run={run}", "episodes=2").code == 0
+    seen = []
+    for _ in range(2):
+        assert command("evaluate", f"run={run}", "episodes=2", "draw=per_episode").code == 0
+        seen.append(read("run/evaluation_per_episode.json"))
+    mean = read("run/evaluation.json")
+    assert seen[0] == seen[1]
+    assert seen[0]["mean_return"] != mean["mean_return"]
+    assert (seen[0]["conditions"]["draw"], "draw" in mean["conditions"]) == ("per_episode", False)
+
+
+def test_a_network_without_posterior_has_no_draws(command: Command) -> None:
+    shared = ("network=shared", "total_transitions=160", "run_dir=run")
+    assert command("train", *TINY, *TINY_ALGORITHM["ppo"], *shared).code == 0
+    outcome = command("evaluate", "run=run", "draw=per_episode")
+    assert_one_line(outcome.code, outcome.err, "draw=per_episode: network=shared has no posterior to draw from")
+
+
+def test_one_episode_is_named_so(command: Command, run: str) -> None:
+    assert "1 episode per task of last-000000000960" in command("evaluate", f"run={run}", "episodes=1").out
 
 
 class Script:

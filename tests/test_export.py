@@ -213,8 +213,8 @@ def test_what_computes_something_else_is_not_written(
     folder: Path, spaces: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     env = "pointmass" if spaces == "box" else "cartpole"
-    words = last_of_each((*TINY, *TINY_ALGORITHM["ppo"], f"env={env}"))
-    agent = vs.train(*words, total_transitions=160, run_dir="run")
+    options = last_of_each((*TINY, *TINY_ALGORITHM["ppo"], f"env={env}"))
+    agent = vs.train(*options, total_transitions=160, run_dir="run")
     from varshare_rl.adapters.policy import NativeAction
 
     forward = NativeAction.forward

@@ -5,7 +5,7 @@ Everything here calls what the commands call: the same options, run folders, num
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from varshare_rl.adapters.policy import TaskPolicy
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent
 from varshare_rl.cli import compose
-from varshare_rl.commands.evaluate import EvaluateConfig, evaluate_agent
+from varshare_rl.commands.evaluate import EvaluateConfig, Protocol, evaluate_agent
 from varshare_rl.commands.export import Format, agent_policy, check_format, export, task_index
 from varshare_rl.commands.report_sharing import agent_sharing
 from varshare_rl.commands.train import run_config
@@ -23,13 +23,23 @@ from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
+from varshare_rl.nn.actor import Resample
 from varshare_rl.overrides import literal, override
 from varshare_rl.reading import read_object
-from varshare_rl.run.evaluation import layer_kl
+from varshare_rl.run.callbacks import Callbacks
+from varshare_rl.run.evaluation import Evaluation, layer_kl
 from varshare_rl.run.loop import Interrupted
+from varshare_rl.types import Metrics
 
 
-def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: Any) -> Agent:
+def train(
+    *arguments: str,
+    envs: Mapping[str, Maker] | None = None,
+    on_log: Callable[[int, Metrics], object] | None = None,
+    on_evaluate: Callable[[int, Evaluation], object] | None = None,
+    on_checkpoint: Callable[[int, Path], object] | None = None,
+    **options: Any,
+) -> Agent:
     """Train one agent on many tasks, as ``python -m varshare_rl.train`` does, and return it.
 
     ``train("mt10", "elbo.kl_weight=0.1", algorithm="sac", network={"hidden": [400, 400]})``
@@ -37,6 +47,11 @@ def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: A
     Args:
         arguments: the name of an environment first, if any, and overrides as on the command line.
         envs: environments of your own in place of a name: by task, what makes a new ``gymnasium.Env``.
+        on_log: called with the transitions so far and the metrics by name, every ``log.every`` transitions.
+        on_evaluate: called with the transitions and the ``Evaluation``, whose ``tasks`` are means over episodes and
+            whose ``mean("success")`` is that over tasks.
+        on_checkpoint: called with the transitions and the folder of the checkpoint.
+            Where ``on_log`` or ``on_evaluate`` returns ``False``, training ends, with all its results.
         options: overrides by keyword, a mapping for those below. A component is chosen by its name, or by
             ``name`` in a mapping with its options: ``elbo={"schedule": {"name": "ramp", "late": 0.1}}``.
 
@@ -54,7 +69,7 @@ def train(*arguments: str, envs: Mapping[str, Maker] | None = None, **options: A
         overrides.insert(0, f"env={ObjectsConfig.name}")
     config = compose("train", overrides)
     try:
-        run_dir = run_config(config, overrides, envs)
+        run_dir = run_config(config, overrides, envs, Callbacks(on_log, on_evaluate, on_checkpoint))
     except Interrupted as stop:
         raise KeyboardInterrupt(str(stop)) from None
     return load(run_dir, envs=envs, device=config.device)
@@ -135,14 +150,33 @@ class Agent:
         spaces = self._suite.native_spaces(index)
         return TaskPolicy(algorithm.actor, index, spaces, algorithm.normalizer).act(obs, deterministic)
 
-    def evaluate(self, episodes: int = 50, seed: int | None = None) -> dict[str, Any]:
+    def evaluate(
+        self,
+        episodes: int | None = None,
+        seed: int | None = None,
+        protocol: str | None = None,
+        draw: str | None = None,
+    ) -> dict[str, Any]:
         """Play episodes of every task; returns what is written as ``evaluation.json``: means by task in ``tasks``.
 
+        Args:
+            episodes: of every task; None: those of ``protocol``, or 50.
+            seed: of the episodes' starts; None: the run's own.
+            protocol: ``goals``, ``official`` or ``quick``.
+            draw: how weights are drawn: ``mean``, ``per_episode`` or ``per_step``; None: as the run says.
+
         Raises:
-            UserError: an impossible number of episodes, or the environments are objects and were not given.
+            UserError: an impossible choice, or the environments are objects and were not given.
         """
-        check_bounds(EvaluateConfig(str(self.run_dir), episodes, seed=seed))
-        return evaluate_agent(self._trained, self.run_dir, episodes, seed)[0]
+        options = EvaluateConfig(
+            str(self.run_dir),
+            None if protocol is None else choice(Protocol, "protocol", protocol),
+            episodes,
+            draw=None if draw is None else choice(Resample, "draw", draw),
+            seed=seed,
+        )
+        check_bounds(options)
+        return evaluate_agent(self._trained, options)[0]
 
     def export(self, task: str, path: str | PathLike[str], format: str | None = None) -> Path:
         """Write the policy of a task into a new folder, or a file that ends with ``.pt2`` or ``.onnx``.

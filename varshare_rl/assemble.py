@@ -17,6 +17,7 @@ from varshare_rl.algorithms.base import AgentContext, Algorithm, NetworkFactory,
 from varshare_rl.config import (
     Device,
     MatmulPrecision,
+    TableRows,
     TrainConfig,
     check_unchanged,
     fixed_options,
@@ -260,7 +261,7 @@ def build_run(
         observe_every=config.observe.every,
         overlap=config.overlap,
     )
-    tracker = Tracker(run_dir, resumed_at, seconds)
+    tracker = Tracker(run_dir, resumed_at, seconds, config.log.trackers, suite.task_names)
     return Run(
         suite=suite,
         provenance=run_provenance(config, suite, device),
@@ -268,7 +269,9 @@ def build_run(
         algorithm=algorithm,
         tracker=tracker,
         sharing_monitor=SharingMonitor(run_dir, suite.task_names, tracker, resumed_at),
-        console=Console(config.total_transitions, quiet=config.log.quiet),
+        console=Console(
+            config.total_transitions, quiet=config.log.quiet, all_tasks=config.log.tasks is TableRows.all
+        ),
         run_dir=run_dir,
         seed=config.seed,
         device=device,

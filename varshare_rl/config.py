@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -86,12 +86,19 @@ class Device(Enum):
     cuda = "cuda"
 
 
+class TableRows(Enum):
+    """Tasks in the table of an evaluation: all, or of many the worst ten and the others in one line."""
+
+    worst = "worst"
+    all = "all"
+
+
 @dataclass
 class EvaluationConfig:
     """Options of ``evaluate``: evaluation in the course of training."""
 
     every: int = bounded(200_000, least=0)
-    "Transitions between evaluations; 0: only at the end."
+    "Transitions between evaluations, the first one before training; 0: only at the end."
     episodes: int = bounded(5, least=1)
     "Episodes of every task."
 
@@ -115,8 +122,12 @@ class LogConfig:
 
     every: int = bounded(10_000, least=0)
     "Transitions between lines of metrics."
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    "Where metrics go besides `metrics.jsonl`: `tensorboard`, `csv`, `wandb`, `mlflow`."
     quiet: bool = False
     "Nothing on screen."
+    tasks: TableRows = TableRows.worst
+    "Tasks in the table of an evaluation; `worst`: of more than 12 the worst ten, and the others in one line."
 
 
 @dataclass
@@ -293,6 +304,28 @@ def flat_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
 
     add("", asdict(config))
     return flat
+
+
+def compared_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
+    """Return the few options that runs are told apart by: the main choices, and what is not at its default."""
+    parts = {part.name: type(getattr(config, part.name)) for part in fields(config)}
+    plain: dict[str, Any] = {name: part() for name, part in parts.items() if is_dataclass(part)}
+    plain["elbo"] = ElboConfig(schedule=type(config.elbo.schedule)(), prior=type(config.elbo.prior)())
+    defaults = flat_options(replace(config, **plain))
+    choices = {
+        "env": getattr(config.env, "benchmark", None) or config.env.name,
+        "algorithm": config.algorithm.name,
+        "network": config.network.name,
+        "elbo.kl_weight": config.elbo.kl_weight,
+        "seed": config.seed,
+        "total_transitions": config.total_transitions,
+    }
+    named = (".name", ".benchmark")
+    return choices | {
+        name: value
+        for name, value in fixed_options(config).items()
+        if value != defaults.get(name) and not name.endswith(named)
+    }
 
 
 def fixed_options(config: TrainConfig) -> dict[str, bool | int | float | str]:

@@ -21,9 +21,10 @@ COMMANDS: Mapping[str, str] = {
     "prune": "varshare_rl.commands.prune",
     "calibrate": "varshare_rl.commands.calibrate",
     "share": "varshare_rl.commands.share",
+    "runs": "varshare_rl.commands.runs",
 }
 #: Commands whose first word names what they do; they have a help for each.
-WITH_WORDS = ("report", "share")
+WITH_WORDS = ("report", "share", "runs")
 
 
 class LastingStream:

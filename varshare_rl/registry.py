@@ -29,6 +29,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "gradient": ("optim",),
     "method": ("transfer.methods",),
     "report": ("commands",),
+    "tracker": ("run.trackers",),
 }
 #: Installed packages name modules to be imported as plugins under this group of entry points.
 ENTRY_POINTS = "varshare_rl.plugins"

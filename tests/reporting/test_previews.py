@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
+from PIL import Image
 
 from varshare_rl.reporting.previews import _short, heat_map
 from varshare_rl.reporting.style import DIVERGING, MISSING, SEQUENTIAL, paint, rgb
@@ -27,6 +29,18 @@ def test_room_for_many_tasks_and_for_one() -> None:
     assert image.shape[0] > 50 * 15
     assert image.shape[1] > 50 * 15
     assert heat_map([[1.0]], ["only"], ["only"], "a title that is wider than the map", -1.0, 1.0).shape[1] > 150
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.55])
+def test_a_minus_sign_is_seen(scale: float) -> None:
+    """In the first nine columns of its cell, also where TensorBoard makes the picture smaller."""
+    seen = []
+    for value in (-0.5, 0.5):
+        picture = Image.fromarray(heat_map([[value]], ["a"], ["b"], "", -9.0, 9.0, ("#ffffff", "#ffffff")))
+        cell = picture.crop((picture.width - 50, picture.height - 92, picture.width - 6, picture.height - 48))
+        smaller = cell.resize((round(44 * scale), round(44 * scale)), Image.Resampling.NEAREST)
+        seen.append(bool((np.array(smaller)[:, : round(9 * scale)] < 140).any()))
+    assert seen == [True, False]
 
 
 def test_short_numbers() -> None:

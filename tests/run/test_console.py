@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import pytest
 
 from varshare_rl.run import console as module
-from varshare_rl.run.console import Console
+from varshare_rl.run.console import Console, counted
 
 ROWS: Mapping[str, Mapping[str, float | None]] = {
     "reach-v3": {"return": 1234.5, "success": 0.5, "KL": 41234.0},
@@ -48,6 +48,7 @@ def test_plain_line_every_half_minute(clock: Clock) -> None:
             clock.now = float(second)
             console.progress(400_000 + 2000 * second, {"mean success": 0.5, "mean return": 1234.5})
     assert stream.getvalue().splitlines() == [
+        "410,000 / 1,000,000 transitions | 2,000/s | 0:04:55 left | mean success 0.50 | mean return 1,234",
         "460,000 / 1,000,000 transitions | 2,000/s | 0:04:30 left | mean success 0.50 | mean return 1,234",
         "520,000 / 1,000,000 transitions | 2,000/s | 0:04:00 left | mean success 0.50 | mean return 1,234",
     ]
@@ -165,3 +166,87 @@ def test_forced_colours_move_no_cursor_in_a_file(monkeypatch: pytest.MonkeyPatch
         console.table("evaluation", ROWS)
     assert "500 / 1,000 transitions" in stream.getvalue()
     assert "\x1b" not in stream.getvalue()
+
+
+LONG = ["button-press-topdown-wall-v3", "plate-slide-back-side-v3", *(f"task-{number}-v3" for number in range(48))]
+
+
+def plain(stream: io.StringIO) -> str:
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).replace("\r", "\n")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_nothing_is_broken_or_too_wide(width: int, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    stream = Terminal()
+    row = {"success": 0.5, "final": 0.25, "return": -1234.5, "steps": 500.0, "nats": 12345.0}
+    with Console(200_000_000, stream=stream) as console:
+        console.describe("mt50", {"run folder": f"runs/{'x' * 39}", "tasks": f"50 ({', '.join(LONG)})"})
+        console.progress(0, {})
+        clock.now = 100.0
+        console.progress(123_456_789, {"success": 0.5})
+        console.table("evaluation", dict.fromkeys(LONG[:3], row))
+    text = plain(stream)
+    assert max(map(len, text.splitlines())) <= width
+    for name in (*LONG, "x" * 39, "-1,234", "0.50"):
+        assert name in text
+    assert ("12,345" in text, "500.0" in text) == (width >= 80, width >= 80)
+    assert re.search(r"123,456,789 / 200,000,000|123.46M / 200M", text)
+    assert "1,234,568/s | 0:01:02 left" in text
+
+
+def test_of_many_tasks_the_worst_and_the_others_together() -> None:
+    rows: Mapping[str, Mapping[str, float | None]] = {
+        f"task-{number}": {"success": (number * 7 % 50) / 100, "return": float(number)} for number in range(50)
+    }
+    shown, whole = io.StringIO(), io.StringIO()
+    Console(1, stream=shown).table("evaluation", rows)
+    Console(1, stream=whole, all_tasks=True).table("evaluation", rows)
+    cells = {
+        " ".join(line.split()[:-2]): line.split()[-2:] for line in shown.getvalue().splitlines() if line.strip()
+    }
+    assert [name for name in cells if name.startswith("task-")] == [
+        f"task-{number}" for number in sorted(range(50), key=lambda number: number * 7 % 50)[:10]
+    ]
+    others = [number for number in range(50) if number * 7 % 50 >= 10]
+    assert cells["40 others"] == [f"{sum(range(10, 50)) / 40 / 100:.2f}", f"{sum(others) / 40:.1f}"]
+    assert cells["mean"] == ["0.24", "24.5"]
+    lines = [line.split()[0] for line in whole.getvalue().splitlines() if line.strip().startswith("task-")]
+    assert lines == list(rows)
+
+
+def test_the_line_moves_without_a_line_of_metrics(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    with Console(1000, stream=stream) as console:
+        console.progress(0, {})
+        for tick in range(1, 11):
+            clock.now = 0.5 * tick
+            console.progress(tick)
+            assert console._progress.tasks[0].completed == tick
+
+
+def test_time_left_is_of_learning_and_known_within_five_seconds(clock: Clock) -> None:
+    """A thousand a second while a replay memory fills, then ten: 900 are left when five seconds of it are over."""
+    console = Console(10_950, stream=io.StringIO())
+    console.progress(0, {})
+    for second in range(1, 11):
+        clock.now = float(second)
+        console.progress(1000 * second, updated=False)
+    assert console._counts().endswith("| ? left")
+    for second in range(11, 16):
+        clock.now = float(second)
+        console.progress(10_000 + 10 * (second - 10))
+    assert console._counts() == "10,050 / 10,950 transitions | 10/s | 0:01:30 left"
+
+
+def test_days_are_named() -> None:
+    assert [module._duration(seconds) for seconds in (59.6, 3600 * 47, 3600 * 75.5)] == [
+        "0:01:00",
+        "47:00:00",
+        "3 d 3 h",
+    ]
+
+
+def test_one_is_no_plural() -> None:
+    assert [counted(number, "episode") for number in (1, 2, 1000)] == ["1 episode", "2 episodes", "1,000 episodes"]

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import random
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from helpers import TINY, TINY_ALGORITHM
 from torch import Tensor
 
+from varshare_rl.assemble import build_run
+from varshare_rl.cli import compose
 from varshare_rl.envs.cartpole import CartPoleConfig, CartPoleSuite
 from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
 from varshare_rl.envs.suite import Suite
 from varshare_rl.run.evaluation import EpisodeCursor, play
+from varshare_rl.run.process import own_random, seed_everything
+from varshare_rl.run.tracker import METRICS_FILE
 
 
 class Simple:
@@ -35,6 +45,57 @@ def played(suite: Suite, episodes: int, rounds: int, names: tuple[str, ...], goi
         means = play(lambda envs: Simple(suite), suite, engine, episodes, torch.device("cpu"), stage)
         found.append([[row[name] for name in names] for row in means.values()])
     return np.array(found, dtype=np.float64)
+
+
+class GlobalDraws(PointMassSuite):
+    """Draws from all global generators when an engine is made, reset and stepped."""
+
+    def make_engine(self, *arguments: Any, **options: Any) -> Any:
+        engine: Any = super().make_engine(*arguments, **options)
+        draw()
+        for name in ("reset", "step"):
+            method = getattr(engine, name)
+            setattr(engine, name, lambda *actions, method=method: (draw(), method(*actions))[1])
+        return engine
+
+
+def draw() -> tuple[float, float, float]:
+    return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: NPY002
+
+
+def test_what_environments_draw_in_an_evaluation_is_not_missed_by_training() -> None:
+    suite = GlobalDraws(PointMassConfig())
+    engine = suite.make_engine(2, 0, evaluation=True)
+    seed_everything(3)
+    expected = [draw() for _ in range(3)]
+    seed_everything(3)
+    found = [draw()]
+    play(lambda envs: Simple(suite), suite, engine, 2, torch.device("cpu"))
+    found.append(draw())
+    with own_random(7):
+        own = draw()
+    found.append(draw())
+    assert found == expected
+    seed_everything(7)
+    assert own == draw()
+
+
+def test_training_is_the_same_with_and_without_evaluations(tmp_path: Path) -> None:
+    """Suites that draw from numpy's and Python's generators, also while an evaluation makes its engine."""
+    after = []
+    for every in (0, 160):
+        overrides = [*TINY, *TINY_ALGORITHM["ppo"], f"evaluate.every={every}", "total_transitions=480"]
+        config = compose("train", overrides)
+        run = build_run(config, GlobalDraws(config.env), tmp_path / str(every))
+        run.start()
+        run.train()
+        run.close()
+        state = run.algorithm.state()
+        after.append([draw(), *(value.tolist() for value in state["actor"].values())])
+        lines = map(json.loads, (tmp_path / str(every) / METRICS_FILE).read_text().splitlines())
+        at = [line["transitions"] for line in lines if "eval/mean_return" in line]
+        assert at == ([0, 160, 320, 480] if every else [480])
+    assert after[0] == after[1]
 
 
 def test_episodes_go_on() -> None:

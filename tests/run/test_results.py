@@ -33,16 +33,21 @@ def make_summary(tasks: Mapping[str, Mapping[str, float | None]], **changes: Any
 
 def test_summary_has_the_published_form() -> None:
     tasks = {
-        "reach": {"return": 10.0, "success": 1.0, "success_final": 0.5, "kl": 100.0, "episodes": 50},
-        "push": {"return": -4.0, "success": 0.5, "success_final": 0.0, "kl": 200.0, "episodes": 50},
+        "reach": {"return": 10.0, "success": 1.0, "success_final": 0.5, "kl": 100.0, "episode_steps": 40.0},
+        "push": {"return": -4.0, "success": 0.5, "success_final": 0.0, "kl": 200.0, "episode_steps": 60.0},
     }
     assert json.loads(to_json(make_summary(tasks))) == {
         "mean_success": 0.75,
         "mean_success_final": 0.25,
         "mean_return": 3.0,
+        "mean_episode_steps": 50.0,
+        "iqm_success": 0.75,
+        "iqm_return": 3.0,
+        "worst_success": {"1": 0.5},
+        "worst_return": {"1": -4.0},
         "tasks": {
-            "reach": {"success": 1.0, "success_final": 0.5, "return": 10.0, "kl": 100.0},
-            "push": {"success": 0.5, "success_final": 0.0, "return": -4.0, "kl": 200.0},
+            "reach": {"success": 1.0, "success_final": 0.5, "return": 10.0, "episode_steps": 40.0, "kl": 100.0},
+            "push": {"success": 0.5, "success_final": 0.0, "return": -4.0, "episode_steps": 60.0, "kl": 200.0},
         },
         "transitions": 5000,
         "updates": 30,
@@ -55,7 +60,7 @@ def test_summary_has_the_published_form() -> None:
 
 def test_summary_of_a_suite_without_success() -> None:
     tasks: Mapping[str, Mapping[str, float | None]] = {
-        "cartpole": {"return": 500.0, "success": None, "success_final": None, "kl": None}
+        "cartpole": {"return": 500.0, "success": None, "success_final": None, "episode_steps": 9.0, "kl": None}
     }
     result = make_summary(tasks, seconds=0.0)
     assert (result["mean_success"], result["mean_success_final"], result["mean_return"]) == (
@@ -64,7 +69,18 @@ def test_summary_of_a_suite_without_success() -> None:
         500.0,
     )
     assert result["tasks"]["cartpole"]["success"] is None
+    assert (result["iqm_success"], result["worst_success"]) == (None, {})
+    assert (result["iqm_return"], result["worst_return"]) == (500.0, {"1": 500.0})
     assert result["transitions_per_second"] is None
+
+
+def test_the_middle_half_and_the_worst_few() -> None:
+    """By hand: of eleven successes two are left out at each end, and the three lowest are 0, 0.1 and 0.2."""
+    successes = [0.9, 0.0, 0.2, 0.1, 1.0, 0.3, 0.4, 0.5, 0.6, 0.8, 0.7]
+    names = dict.fromkeys(("success_final", "return", "episode_steps", "kl"), 0.0)
+    result = make_summary({str(task): {"success": value, **names} for task, value in enumerate(successes)})
+    assert result["iqm_success"] == pytest.approx((0.2 + 0.3 + 0.4 + 0.5 + 0.6 + 0.7 + 0.8) / 7)
+    assert result["worst_success"] == {"1": 0.0, "3": pytest.approx(0.1), "10": pytest.approx(0.45)}
 
 
 def test_summary_misses_nothing_silently() -> None:

@@ -42,7 +42,7 @@ from varshare_rl.config import (
     TrainConfig,
     check_same,
     check_unchanged,
-    flat_options,
+    compared_options,
     load_config,
 )
 from varshare_rl.config_checks import check_config
@@ -50,10 +50,13 @@ from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.files import write_atomically, write_json
+from varshare_rl.nn.layer import penalized_layers
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.overrides import override
 from varshare_rl.reading import read_object, reading
+from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
-from varshare_rl.run.console import Console
+from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
 from varshare_rl.run.loop import Diverged, Interrupted, OnDivergence, Run
@@ -68,7 +71,10 @@ FAILURE_FILE = "failure.txt"
 
 
 def run_config(
-    config: TrainConfig, overrides: Sequence[str] = (), makers: Mapping[str, Maker] | None = None
+    config: TrainConfig,
+    overrides: Sequence[str] = (),
+    makers: Mapping[str, Maker] | None = None,
+    callbacks: Callbacks | None = None,
 ) -> Path:
     """Train a new agent, or go on with ``config.resume``, and return the run folder.
 
@@ -76,6 +82,7 @@ def run_config(
         config: of the run; one that goes on takes its own from its folder.
         overrides: that ``config`` was composed of; one that goes on changes what they say.
         makers: of the environments where they are objects, by task.
+        callbacks: functions to call meanwhile.
 
     Raises:
         UserError: whatever the user got wrong.
@@ -86,7 +93,7 @@ def run_config(
         if not run_dir.is_dir():
             raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
         with held_folder(run_dir):
-            resume(run_dir, overrides, makers)
+            resume(run_dir, overrides, makers, callbacks)
         return run_dir
     check_config(config)
     auto, overwrite = config.resume is not None, config.overwrite
@@ -97,14 +104,14 @@ def run_config(
     if auto and (wanted / CONFIG_FILE).exists():
         with held_folder(wanted):
             if not is_done(wanted, as_built(config, makers)):
-                go_on(wanted, config, makers)
+                go_on(wanted, config, makers, callbacks)
             else:
                 Console(config.total_transitions).message(f"done already: {wanted / 'summary.json'}")
         return wanted
     if overwrite:
         as_built(config, makers)  # before anything is lost
     with new_folder(wanted, config.run_dir is None and not auto, overwrite) as run_dir:
-        train(config, build_run(config, suite, run_dir), None)
+        train(config, build_run(config, suite, run_dir), None, callbacks)
     return run_dir
 
 
@@ -134,7 +141,12 @@ def is_done(run_dir: Path, config: TrainConfig) -> bool:
         return bool(read_object(path)["transitions"] >= config.total_transitions)
 
 
-def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] | None = None) -> None:
+def resume(
+    run_dir: Path,
+    overrides: Sequence[str],
+    makers: Mapping[str, Maker] | None = None,
+    callbacks: Callbacks | None = None,
+) -> None:
     """Go on with the run in ``run_dir``; ``overrides`` may change what :data:`RESUMABLE` names."""
     overrides = [item for item in overrides if not item.startswith(("resume=", "plugins="))]
     refused = [item for item in overrides if not item.startswith(RESUMABLE)]
@@ -149,10 +161,15 @@ def resume(run_dir: Path, overrides: Sequence[str], makers: Mapping[str, Maker] 
         raise UserError(
             f"{run_dir} has done its {config.total_transitions} transitions already; give more total_transitions"
         )
-    go_on(run_dir, config, makers)
+    go_on(run_dir, config, makers, callbacks)
 
 
-def go_on(run_dir: Path, config: TrainConfig, makers: Mapping[str, Maker] | None = None) -> None:
+def go_on(
+    run_dir: Path,
+    config: TrainConfig,
+    makers: Mapping[str, Maker] | None = None,
+    callbacks: Callbacks | None = None,
+) -> None:
     """Train from the last checkpoint in ``run_dir`` to the end of ``config``."""
     if makers is None and config.env.name == ObjectsConfig.name:
         raise UserError(
@@ -166,10 +183,10 @@ def go_on(run_dir: Path, config: TrainConfig, makers: Mapping[str, Maker] | None
         raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")
     suite = build_suite(config, makers)
     run = build_run(config, suite, run_dir, resumed_at=state["transitions"], seconds=state["seconds"])
-    train(config, run, state)
+    train(config, run, state, callbacks)
 
 
-def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
+def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callbacks | None = None) -> None:
     """Run the loop to its end and write the results, from the last checkpoint where a run fails that may go on.
 
     Raises:
@@ -178,6 +195,7 @@ def train(config: TrainConfig, run: Run, state: Tree | None) -> None:
     """
     failures, halvings, furthest = 0, 0, -1
     while True:
+        run.callbacks = callbacks or run.callbacks
         before = None if state is None else state["transitions"]
         try:
             return attempt(config, run, state, 0.5**halvings)
@@ -223,9 +241,10 @@ def attempt(config: TrainConfig, run: Run, state: Tree | None, rate_factor: floa
             (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a smaller budget
         write_atomically(run.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
         begun = True
+        run.tracker.begin(comparing_options(config, run), comparing_metrics(run))
         evaluation = run.train()
-        result = write_summary(config, run, evaluation)
-        run.tracker.hparams(flat_options(config), final_metrics(result))
+        write_summary(config, run, evaluation)
+        run.tracker.end()
         run.console.message(f"done: {run.run_dir / 'summary.json'}")
     except (Interrupted, KeyboardInterrupt, Terminated) as stop:
         if begun:
@@ -261,26 +280,48 @@ def describe(config: TrainConfig, run: Run) -> None:
         f"{run.suite.name} · {config.algorithm.name} · {config.network.name}",
         {
             "run folder": str(run.run_dir),
-            "tasks": f"{len(tasks)} ({shown}), {config.env.envs_per_task} environments each",
+            "tasks": f"{len(tasks)} ({shown}), {counted(config.env.envs_per_task, 'environment')} each",
             "parameters": f"{count.stored:,} stored, {count.active_per_task:,} active per task, "
             f"{count.shared:,} shared, {count.per_task:,} per task",
             "memory": ", ".join(
                 f"{name} {size / 1e6:.1f} MB" for name, size in run.algorithm.memory_bytes().items()
             ),
-            "kl_weight": f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
-            f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}",
-            "weight draws": run.algorithm.weight_draws(),
+            **describe_posterior(config, run),
             "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
             "transitions": f"{config.total_transitions:,} in total",
+            "time": "left is told after the first updates; Ctrl-C saves, and resume goes on",
         },
     )
 
 
-def final_metrics(result: dict[str, Any]) -> dict[str, float]:
-    """Return the final numbers that the HParams tab compares runs by."""
-    chosen = {"eval/mean_success": "mean_success", "eval/mean_return": "mean_return"}
-    return {tag: result[name] for tag, name in chosen.items() if result[name] is not None}
+def describe_posterior(config: TrainConfig, run: Run) -> dict[str, str]:
+    """Describe the divergence and the draws of the networks, as far as they have any."""
+    modules, found = run.algorithm.trained_modules().values(), {}
+    if is_penalized(run):
+        found["kl_weight"] = (
+            f"{config.elbo.kl_weight:g} (divided by {config.elbo.normalization.value}), "
+            f"schedule {config.elbo.schedule.name}, prior {config.elbo.prior.name}"
+        )
+    if any(any(stochastic_layers(module)) for module in modules):
+        found["weight draws"] = run.algorithm.weight_draws()
+    return found
+
+
+def is_penalized(run: Run) -> bool:
+    """Return True if any network has a divergence, or another penalty, for ``elbo`` to weigh."""
+    return any(any(penalized_layers(module)) for module in run.algorithm.trained_modules().values())
+
+
+def comparing_options(config: TrainConfig, run: Run) -> dict[str, bool | int | float | str]:
+    """Return the options that trackers compare runs by, those of the divergence where there is any."""
+    options = compared_options(config)
+    return {k: v for k, v in options.items() if is_penalized(run) or not k.startswith("elbo.")}
+
+
+def comparing_metrics(run: Run) -> list[str]:
+    """Return the names of the scalars that trackers compare runs by."""
+    return ["eval/mean_success"] * run.suite.has_success + ["eval/mean_return"]
 
 
 COMMAND = RunCommand("train", run_config, as_built, is_done)

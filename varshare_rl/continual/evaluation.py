@@ -18,6 +18,7 @@ from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.nn.actor import Actor
 from varshare_rl.run.evaluation import EpisodeCursor, PerTaskPolicies, play
+from varshare_rl.run.process import own_random
 from varshare_rl.transfer.networks import AgentNetworks
 from varshare_rl.transfer.share.selection import ReturnBandit
 
@@ -155,7 +156,8 @@ class Evaluator:
         key = (id(suite), envs, other_starts)
         if key not in self._engines:
             seed = (self.config.seed + SEED_STEP * other_starts) % 2**32
-            self._engines[key] = suite.make_engine(envs, seed, evaluation=True)
+            with own_random():
+                self._engines[key] = suite.make_engine(envs, seed, evaluation=True)
         return self._engines[key]
 
 

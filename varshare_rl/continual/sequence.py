@@ -13,7 +13,7 @@ from torch import Tensor
 
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, build_run, choose_device, prepare_process, run_provenance
-from varshare_rl.config import Device, TrainConfig, check_unchanged, fixed_options
+from varshare_rl.config import Device, TableRows, TrainConfig, check_unchanged, fixed_options
 from varshare_rl.continual.agent import (
     all_pretrained,
     check_spaces,
@@ -37,6 +37,7 @@ from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint, save_checkpoint
 from varshare_rl.run.console import Console
+from varshare_rl.run.evaluation import shown
 from varshare_rl.run.folder import CONFIG_FILE
 from varshare_rl.run.process import seed_everything
 from varshare_rl.run.tracker import Tracker
@@ -112,7 +113,8 @@ class SequenceRun:
         self.evaluator = Evaluator(
             config, self.tasks, self.networks, self.actor, self.progress.normalizers, self.device
         )
-        self.console = Console(config.total_transitions, quiet=config.log.quiet)
+        all_tasks = config.log.tasks is TableRows.all
+        self.console = Console(config.total_transitions, quiet=config.log.quiet, all_tasks=all_tasks)
         self.started = self.task_started = time.monotonic()  # as if nothing had come between
 
     @property
@@ -133,7 +135,12 @@ class SequenceRun:
         """
         self.started = time.monotonic() - self.progress.seconds
         resumed = bool(self.progress.rows)
-        self.tracker = Tracker(self.run_dir, self.transitions if resumed else None, self.progress.seconds)
+        self.tracker = Tracker(
+            self.run_dir,
+            self.transitions if resumed else None,
+            self.progress.seconds,
+            self.config.log.trackers,
+        )
         try:
             if not self.progress.rows:
                 self._evaluate()
@@ -321,7 +328,8 @@ class SequenceRun:
         metrics = {f"continual/{name}": score for name, score in zip(names, scores, strict=True)}
         seen = scores[:learnt] or scores
         self.tracker.log(metrics | {"continual/mean_of_learnt": sum(seen) / len(seen)}, self.transitions)
-        self.console.table(f"all tasks after {learnt - self.old_tasks}", dict(zip(names, played, strict=True)))
+        rows = shown(dict(zip(names, played, strict=True)))
+        self.console.table(f"all tasks after {learnt - self.old_tasks}", rows)
 
     def _wants_similar(self) -> bool:
         start = getattr(self.config.method, "start", None)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from varshare_rl.envs.suite import FloatArray, IntArray, PendingActions, State, Step, check_identity
+from varshare_rl.envs.suite import FloatArray, Frame, IntArray, PendingActions, State, Step, check_identity
 from varshare_rl.errors import UserError
 
 Float64Array = npt.NDArray[np.float64]
@@ -62,6 +62,9 @@ class Dynamics(Protocol):
 
     def achieved(self, states: Float64Array) -> npt.NDArray[np.bool_]:
         """Return True where ending an episode at the horizon is a success, ``[T, E]``."""
+
+    def draw(self, task: int, state: Float64Array) -> Frame:
+        """Picture of one slot's state ``[S]``."""
 
     def check_actions(self, actions: npt.NDArray[Any], slots: tuple[int, int]) -> npt.NDArray[Any]:
         """The actions as ``advance`` wants them. Raises UserError for a wrong shape or choice."""
@@ -130,6 +133,10 @@ class BatchedEngine:
             success=success,
             task_id=self._task_id.copy(),
         )
+
+    def render(self) -> list[Frame]:
+        """See ``RenderingEngine.render``."""
+        return [self._dynamics.draw(task, self._states[task, 0]) for task in range(self.num_tasks)]
 
     def begin(self, actions: npt.NDArray[Any], envs: slice) -> None:
         """See ``VectorEngine.begin``; all slots are advanced together, in :meth:`finish`."""

@@ -17,9 +17,10 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 from gymnasium.spaces import Box, Discrete
+from PIL import Image, ImageDraw
 
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
-from varshare_rl.envs.suite import Provenance, Suite
+from varshare_rl.envs.suite import Frame, Provenance, Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
@@ -30,6 +31,7 @@ MASS_POLE = 0.1
 MASS_TOTAL = MASS_POLE + MASS_CART
 X_LIMIT = 2.4  # metres
 ANGLE_LIMIT = 12 * 2 * np.pi / 360  # radians
+PICTURE = (256, 256, 200)  # pixels: width, height, and where the ground is
 START = 0.05  # every component of the first state lies within this
 
 
@@ -119,6 +121,19 @@ class CartPoleDynamics:
         """A pole that still stands at the horizon is a success wherever it stands, ``[T, E]``."""
         return np.ones(states.shape[:-1], dtype=np.bool_)
 
+    def draw(self, task: int, state: Float64Array) -> Frame:
+        """From the side, the pole in its length."""
+        width, height, ground = PICTURE
+        image = Image.new("RGB", (width, height), "white")
+        pen = ImageDraw.Draw(image)
+        per_metre = width / (2 * X_LIMIT + 1)
+        x, length = width / 2 + per_metre * state[0], 2 * per_metre * self._length[task, 0]
+        pen.line((0, ground, width, ground), fill="#5d6d7e", width=2)
+        pen.rectangle((x - 20, ground - 22, x + 20, ground - 2), fill="#222222")
+        top = (x + length * np.sin(state[2]), ground - 22 - length * np.cos(state[2]))
+        pen.line((x, ground - 22, *top), fill="#d55e00", width=6)
+        return np.array(image)
+
     def check_actions(self, actions: npt.NDArray[Any], slots: tuple[int, int]) -> npt.NDArray[Any]:
         """Actions ``[T, E]``: 0 pushes left, 1 pushes right."""
         if actions.shape != slots:
@@ -158,6 +173,10 @@ class CartPoleSuite(Suite):
             "numpy": np.__version__,
             "gymnasium": gymnasium.__version__,
         }
+
+    def make_rendering_engine(self, seed: int) -> BatchedEngine:
+        """See ``Suite.make_rendering_engine``."""
+        return self.make_engine(1, seed, evaluation=True)
 
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> BatchedEngine:
         """An engine of ``T x envs_per_task`` slots; cheap."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from varshare_rl.envs.division import choose_workers, divide
 from varshare_rl.envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
-from varshare_rl.envs.suite import FloatArray, PendingActions, State, Step, check_identity
+from varshare_rl.envs.suite import FloatArray, Frame, PendingActions, State, Step, check_identity
 from varshare_rl.envs.workers import RESET, STEP, STEP_RANGE, WorkerPool, Workers
 from varshare_rl.errors import UserError
 
@@ -118,6 +118,10 @@ class SlotEngine:
             success=flags[..., 2],
             task_id=self._task_id.copy(),
         )
+
+    def render(self) -> list[Frame]:
+        """See ``RenderingEngine.render``; for engines without workers."""
+        return [slot.env.render() for slot in self._require_chunk().slots if slot.env_index == 0]
 
     def state(self) -> State:
         """See ``VectorEngine.state``: per slot the number of its episode and the actions since its start."""

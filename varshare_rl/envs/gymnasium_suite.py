@@ -10,13 +10,13 @@ import importlib.metadata
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium
 
 from varshare_rl.envs.batched import require_at_least_one
-from varshare_rl.envs.object_env import one_line
+from varshare_rl.envs.object_env import Maker, one_line
 from varshare_rl.envs.objects import MakerSuite
 from varshare_rl.envs.suite import Provenance
 from varshare_rl.errors import UserError
@@ -69,6 +69,10 @@ class GymnasiumMaker:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
 
+    def with_pictures(self) -> GymnasiumMaker:
+        """Return a maker of the same environment that can be rendered."""
+        return replace(self, kwargs={**self.kwargs, "render_mode": "rgb_array"})
+
     def __call__(self) -> gymnasium.Env[Any, Any]:
         try:
             with warnings.catch_warnings():
@@ -107,6 +111,11 @@ class GymnasiumSuite(MakerSuite):
         }
         self.config = config
         super().__init__(config.name, makers, config.workers, config.success)
+
+    def with_pictures(self, make: Maker) -> Maker:
+        """See ``MakerSuite.with_pictures``."""
+        assert isinstance(make, GymnasiumMaker)
+        return make.with_pictures()
 
     @property
     def provenance(self) -> Provenance:

@@ -12,6 +12,7 @@ import gymnasium
 
 from varshare_rl.envs.batched import require_at_least_one
 from varshare_rl.envs.gymnasium_suite import GymnasiumMaker
+from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import MakerSuite
 from varshare_rl.envs.suite import Provenance
 from varshare_rl.errors import UserError
@@ -92,6 +93,11 @@ class LunarLanderSuite(MakerSuite):
         self.config = config
         makers = {n: LunarLanderMaker(GymnasiumMaker("LunarLander-v3", config.horizon, kwargs[n])) for n in names}
         super().__init__(config.name, makers, config.workers, success=True)
+
+    def with_pictures(self, make: Maker) -> Maker:
+        """See ``MakerSuite.with_pictures``."""
+        assert isinstance(make, LunarLanderMaker)
+        return LunarLanderMaker(make.make.with_pictures())
 
     @property
     def provenance(self) -> Provenance:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib.metadata
 import pickle
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
@@ -20,13 +21,15 @@ import numpy as np
 import numpy.typing as npt
 from gymnasium.spaces import Box
 from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
+from metaworld.evaluation import evaluation
 from metaworld.types import Task
 
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
 from varshare_rl.envs.metaworld_methods import forget_models
+from varshare_rl.envs.pictures import choose_gl, render
 from varshare_rl.envs.slots import Array, Episode, TaskEnv
-from varshare_rl.envs.suite import Provenance, Suite
+from varshare_rl.envs.suite import BoolArray, FloatArray, Provenance, Suite
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
@@ -34,6 +37,8 @@ from varshare_rl.registry import register
 
 _OBSERVATION_SIZE = 39
 _ACTION_SIZE = 4
+#: Arguments of an environment that can be rendered.
+PICTURE = {"render_mode": "rgb_array", "camera_name": "corner4", "width": 256, "height": 256}
 
 BENCHMARKS: dict[str, tuple[str, ...]] = {
     "mt3": ("reach-v3", "push-v3", "pick-place-v3"),
@@ -166,9 +171,18 @@ def as_tasks(name: str, goals: npt.NDArray[np.float64]) -> list[Task]:
 class MetaWorldEnv:
     """One Meta-World task (a ``TaskEnv``). Training draws a goal per episode, evaluation sweeps."""
 
-    def __init__(self, name: str, goals: npt.NDArray[np.float64], reward_version: str, horizon: int) -> None:
-        self._env: Any = ALL_V3_ENVIRONMENTS[name](reward_function_version=reward_version)
+    def __init__(
+        self,
+        name: str,
+        goals: npt.NDArray[np.float64],
+        reward_version: str,
+        horizon: int,
+        picture: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._env: Any = ALL_V3_ENVIRONMENTS[name](reward_function_version=reward_version, **(picture or {}))
         self._env.max_path_length = horizon
+        quality = self._env.model.vis.quality
+        quality.shadowsize = quality.offsamples = 0  # without a GPU a picture would take ten times as long
         self._tasks = as_tasks(name, goals)
 
     def reset(self, episode: Episode) -> Array:
@@ -179,6 +193,10 @@ class MetaWorldEnv:
     def step(self, action: Array) -> tuple[Array, float, bool, bool, bool]:
         obs, reward, terminated, truncated, info = self._env.step(action)
         return obs, float(reward), terminated, truncated, info["success"] == 1.0
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        frame: npt.NDArray[np.uint8] = render(self._env)
+        return frame[::-1, ::-1]  # the package's cameras hang upside down
 
     def close(self) -> None:
         self._env.close()
@@ -193,11 +211,12 @@ class MetaWorldFactory:
     reward_version: str
     horizon: int
     fast: bool
+    picture: Mapping[str, Any] | None = None  # arguments of environments that can be rendered
 
     def __call__(self, task: int) -> TaskEnv:
-        if self.fast:
+        if self.fast and self.picture is None:
             return FastMetaWorldEnv(self.names[task], self.goals[task], self.horizon)
-        return MetaWorldEnv(self.names[task], self.goals[task], self.reward_version, self.horizon)
+        return MetaWorldEnv(self.names[task], self.goals[task], self.reward_version, self.horizon, self.picture)
 
 
 class MetaWorldSuite(Suite):
@@ -244,11 +263,50 @@ class MetaWorldSuite(Suite):
         one_stream = config.benchmark in _ONE_STREAM
         return make_goals(self.task_names, config.goal_seed, config.goals_per_task, one_stream, self.fast)
 
+    @property
+    def num_goals(self) -> int:
+        """See ``Suite.num_goals``."""
+        return self.config.goals_per_task
+
+    def official_evaluation(
+        self, act: Callable[[FloatArray], Array], ended: Callable[[BoolArray], None], episodes: int, seed: int
+    ) -> Mapping[str, Mapping[str, float]]:
+        """See ``Suite.official_evaluation``; the package's ends an episode at its first success."""
+        agent, envs = _OfficialAgent(act, ended, len(self.task_names)), official_envs(self, seed)
+        try:
+            _, _, successes, returns = evaluation(agent, envs, num_episodes=episodes)
+        finally:
+            envs.close()
+        return {
+            name: {
+                "return": float(np.mean(returns[name])),
+                "episode_steps": float(np.mean(steps[:episodes])),
+                "success": successes[name],
+                "success_final": successes[name],  # the last step is that of the success
+            }
+            for name, steps in zip(self.task_names, agent.episode_steps, strict=True)
+        }
+
+    def make_rendering_engine(self, seed: int) -> SlotEngine:
+        """See ``Suite.make_rendering_engine``; pictures are of the package's own environments."""
+        choose_gl()
+        return self._engine(1, seed, evaluation=True, workers=1, picture=PICTURE)
+
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> SlotEngine:
         """See ``Suite.make_engine``; evaluation episode ``k`` of a task has goal ``k % goals_per_task``."""
+        return self._engine(envs_per_task, seed, evaluation, self.config.workers)
+
+    def _engine(
+        self,
+        envs_per_task: int,
+        seed: int,
+        evaluation: bool,
+        workers: int,
+        picture: Mapping[str, Any] | None = None,
+    ) -> SlotEngine:
         config = self.config
         factory = MetaWorldFactory(
-            self.task_names, self.goals, config.reward_function_version, self.horizon, self.fast
+            self.task_names, self.goals, config.reward_function_version, self.horizon, self.fast, picture
         )
         engine = SlotEngine(
             factory,
@@ -258,13 +316,36 @@ class MetaWorldSuite(Suite):
             action_space=self.action_space,
             seed=seed,
             evaluation=evaluation,
-            workers=config.workers,
+            workers=workers,
             processes=self._workers,
             task_names=self.task_names,
         )
         if engine.workers > 1:
             forget_models()  # the goals were drawn here, but the environments live elsewhere
         return engine
+
+
+class _OfficialAgent:
+    """A policy as the package's evaluation asks it; notes the length of every episode."""
+
+    def __init__(
+        self, act: Callable[[FloatArray], Array], ended: Callable[[BoolArray], None], num_tasks: int
+    ) -> None:
+        self._act, self._ended = act, ended
+        self._steps = np.zeros(num_tasks, dtype=np.int64)
+        self.episode_steps: list[list[int]] = [[] for _ in range(num_tasks)]
+
+    def eval_action(self, observations: npt.NDArray[np.float64]) -> Array:
+        self._steps += 1
+        return self._act(observations.astype(np.float32))
+
+    def reset(self, env_mask: BoolArray) -> None:
+        if not self._steps.any():  # before the first step
+            return
+        for task in np.flatnonzero(env_mask):
+            self.episode_steps[task].append(int(self._steps[task]))
+        self._steps[env_mask] = 0
+        self._ended(env_mask)
 
 
 def official_envs(suite: MetaWorldSuite, seed: int = 0) -> gymnasium.vector.SyncVectorEnv:
@@ -275,17 +356,18 @@ def official_envs(suite: MetaWorldSuite, seed: int = 0) -> gymnasium.vector.Sync
     episodes at the first success, so its returns are smaller than ours. Observations are float64 ``[T, 39]``.
     """
     make: Any = metaworld._init_each_env
+    one_stream = suite.config.benchmark in _ONE_STREAM
     makers = [
         partial(
             make,
             env_cls=ALL_V3_ENVIRONMENTS[name],
             tasks=as_tasks(name, goals),
-            seed=seed,
+            seed=seed if one_stream else seed + number,  # as the package has it
             max_episode_steps=suite.horizon,
             task_select="pseudorandom",
             reward_function_version=suite.config.reward_function_version,
         )
-        for name, goals in zip(suite.task_names, suite.goals, strict=True)
+        for number, (name, goals) in enumerate(zip(suite.task_names, suite.goals, strict=True))
     ]
     mode = gymnasium.vector.AutoresetMode.SAME_STEP
     envs = gymnasium.vector.SyncVectorEnv(makers, autoreset_mode=mode)

@@ -187,6 +187,9 @@ class FastMetaWorldEnv:
         obs, reward, terminated, truncated, info = self._env.step(action)
         return obs, float(reward), terminated, truncated, info["success"] == 1.0
 
+    def render(self) -> npt.NDArray[np.uint8]:
+        raise NotImplementedError("models are shared here; the package's own environments are rendered")
+
     def close(self) -> None:
         self._env.close()
 

@@ -18,6 +18,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from varshare_rl.envs.pictures import render
 from varshare_rl.envs.slots import Array, Episode
 from varshare_rl.envs.spaces import TaskSpaces, to_native_action, to_number, to_policy_observation
 from varshare_rl.errors import UserError
@@ -119,6 +120,15 @@ class ObjectEnv:
             return padded, to_number(reward), bool(terminated), bool(truncated), bool(success)
         except UserError as error:
             raise self._named(error) from error
+
+    def render(self) -> Array:
+        frame = render(self.env)
+        if not isinstance(frame, np.ndarray) or frame.ndim != 3:
+            raise UserError(
+                f"the environment of task {self._name} gives no pictures, its render_mode is "
+                f"{self.env.render_mode!r}; make it with render_mode='rgb_array', or leave video=true out"
+            )
+        return frame.astype(np.uint8, copy=False)
 
     def close(self) -> None:
         self.env.close()

@@ -18,6 +18,7 @@ from gymnasium.spaces import Box, Discrete
 from varshare_rl.envs.batched import require_at_least_one
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.object_env import EnvFactory, Habits, Maker, find_habits, make_env, one_line
+from varshare_rl.envs.pictures import choose_gl
 from varshare_rl.envs.spaces import TaskSpaces
 from varshare_rl.envs.suite import Provenance, Suite
 from varshare_rl.envs.workers import Workers
@@ -198,16 +199,30 @@ class MakerSuite(Suite):
 
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> SlotEngine:
         """See ``Suite.make_engine``."""
+        return self._engine(self.makers, envs_per_task, seed, evaluation, self._workers)
+
+    def make_rendering_engine(self, seed: int) -> SlotEngine:
+        """See ``Suite.make_rendering_engine``."""
+        choose_gl(needed=False)  # only some of these are MuJoCo's
+        return self._engine(tuple(map(self.with_pictures, self.makers)), 1, seed, evaluation=True, workers=1)
+
+    def with_pictures(self, make: Maker) -> Maker:
+        """Return a maker of the same environment that can be rendered; here makers are taken as they are."""
+        return make
+
+    def _engine(
+        self, makers: tuple[Maker, ...], envs_per_task: int, seed: int, evaluation: bool, workers: int
+    ) -> SlotEngine:
         spaces = tuple(task.spaces for task in self.descriptions)
         return SlotEngine(
-            EnvFactory(self.task_names, self.makers, spaces, self.habits),
+            EnvFactory(self.task_names, makers, spaces, self.habits),
             step_seconds=[self.step_seconds] * len(self.task_names),
             envs_per_task=envs_per_task,
             observation_size=self.observation_space.shape[0],
             action_space=self.action_space,
             seed=seed,
             evaluation=evaluation,
-            workers=self._workers,
+            workers=workers,
             processes=self._processes,
             task_names=self.task_names,
         )

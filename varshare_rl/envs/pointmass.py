@@ -25,9 +25,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 from gymnasium.spaces import Box
+from PIL import Image, ImageDraw
 
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
-from varshare_rl.envs.suite import Provenance, Suite
+from varshare_rl.envs.suite import Frame, Provenance, Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
@@ -39,6 +40,7 @@ START = 0.1  # episodes start at rest within this distance of the centre, on bot
 GOAL_RADIUS = 0.3
 TOP_SPEED = 2.0  # normal dynamics: FORCE / drag
 REWARD_SCALE = 0.5
+PICTURE = 256  # pixels of a side
 
 
 class _Physics(NamedTuple):
@@ -138,6 +140,21 @@ class PointMassDynamics:
         inside: npt.NDArray[np.bool_] = self._distance(states[..., :2]) < GOAL_RADIUS
         return inside
 
+    def draw(self, task: int, state: Float64Array) -> Frame:
+        """Seen from above: the goal's disc, the mass, and a line to where it is in half a second."""
+        image = Image.new("RGB", (PICTURE, PICTURE), "white")
+        pen = ImageDraw.Draw(image)
+
+        def pixels(x: float, y: float) -> tuple[float, float]:
+            return PICTURE / 2 * (1 + x / ARENA), PICTURE / 2 * (1 - y / ARENA)
+
+        per_metre = PICTURE / (2 * ARENA)
+        pen.circle(pixels(*self.goals[task, 0]), GOAL_RADIUS * per_metre, fill="#a9dfbf", outline="#1e8449")
+        position, ahead = pixels(*state[:2]), pixels(*(state[:2] + 0.5 * state[2:]))
+        pen.line((*position, *ahead), fill="#5d6d7e", width=2)
+        pen.circle(position, 6, fill="#0072b2")
+        return np.array(image)
+
     def check_actions(self, actions: npt.NDArray[Any], slots: tuple[int, int]) -> Float64Array:
         """Actions ``[T, E, 2]`` clipped to [-1, 1]."""
         if actions.shape != (*slots, 2):
@@ -174,6 +191,10 @@ class PointMassSuite(Suite):
         stated = {"reward_scales": ", ".join(f"{scale:g}" for scale in self.reward_scales)}
         scales = stated if self.reward_scales else {}
         return {"suite": self.name, "horizon": self.horizon, "numpy": np.__version__, **scales}
+
+    def make_rendering_engine(self, seed: int) -> BatchedEngine:
+        """See ``Suite.make_rendering_engine``."""
+        return self.make_engine(1, seed, evaluation=True)
 
     def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> BatchedEngine:
         """An engine of ``T x envs_per_task`` slots; cheap."""

@@ -59,6 +59,9 @@ class TaskEnv(Protocol):
         A step that is both terminated and truncated counts as terminated.
         """
 
+    def render(self) -> npt.NDArray[np.uint8]:
+        """Picture ``[height, width, 3]`` of what is now; asked of environments that were made for it alone."""
+
     def close(self) -> None:
         """Free what the environment holds."""
 

@@ -8,7 +8,7 @@ the learner.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +22,8 @@ from varshare_rl.errors import UserError
 FloatArray = npt.NDArray[np.float32]
 BoolArray = npt.NDArray[np.bool_]
 IntArray = npt.NDArray[np.int64]
+#: A picture: height, width and three bytes of colour.
+Frame = npt.NDArray[np.uint8]
 
 #: Entries of a suite in a result: plain values by name.
 Provenance = Mapping[str, str | int | float | bool | None]
@@ -84,6 +86,13 @@ class VectorEngine(Protocol):
 
     def close(self) -> None:
         """Free processes and memory. May be called twice."""
+
+
+class RenderingEngine(VectorEngine, Protocol):
+    """An engine that can be looked at."""
+
+    def render(self) -> list[Frame]:
+        """Draw the first environment of every task as it is now; sizes may differ."""
 
 
 def check_identity(state: State, identity: State) -> None:
@@ -161,6 +170,40 @@ class Suite(Protocol):
         In evaluation episode ``j`` of slot ``e`` is episode ``j * envs_per_task + e`` of its task, and suites
         with a fixed list of goals sweep it in that order, so that ``n`` episodes see ``n`` different goals.
         """
+
+    def make_rendering_engine(self, seed: int) -> RenderingEngine:
+        """Build an evaluation engine of one environment per task, in this process, that can be looked at.
+
+        Raises:
+            UserError: there are no pictures of this suite, or they need what is not installed.
+        """
+        raise UserError(f"there are no pictures of env={self.name}; leave video=true out")
+
+    @property
+    def num_goals(self) -> int | None:
+        """Number of the fixed goals of each task, which evaluation sweeps; None: starts are drawn without end."""
+        return None
+
+    def official_evaluation(
+        self,
+        act: Callable[[FloatArray], npt.NDArray[Any]],
+        ended: Callable[[BoolArray], None],
+        episodes: int,
+        seed: int,
+    ) -> Mapping[str, Mapping[str, float]]:
+        """Evaluate as the authors of the suite publish it; means over a task's episodes, by task.
+
+        Args:
+            act: gives actions ``[T, A]`` for observations ``[T, F]``.
+            ended: takes note of the tasks whose episode has ended, ``[T]``.
+            episodes: of every task; seed: decides the order of the goals.
+
+        Raises:
+            UserError: there is no such protocol.
+        """
+        raise UserError(
+            f"env={self.name} has no evaluation of its authors; give protocol=goals or quick, or episodes=<number>"
+        )
 
     def remarks(self) -> Sequence[str]:
         """Return lines that a user should read before training, once engines can be made."""

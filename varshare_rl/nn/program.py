@@ -64,7 +64,8 @@ def read_pt2(file: Path) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]
 
     def run(x: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         with torch.no_grad():
-            return module(torch.from_numpy(x)).numpy()
+            result: torch.Tensor = module(torch.from_numpy(x))
+        return result.numpy()
 
     return run
 
@@ -76,4 +77,4 @@ def read_onnx(file: Path) -> Callable[[npt.NDArray[np.float32]], npt.NDArray[Any
     import onnxruntime
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    return lambda x: session.run(None, {INPUT: x})[0]  # type: ignore[no-any-return]
+    return lambda x: session.run(None, {INPUT: x})[0]

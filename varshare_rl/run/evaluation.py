@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.base import Algorithm, EvaluationPolicy
 from varshare_rl.envs.suite import Suite, VectorEngine
 from varshare_rl.nn.layer import penalized_layers
-from varshare_rl.run.process import load_rng_state, one_thread, rng_state
+from varshare_rl.run.process import one_thread, own_random
+
+#: Means over a task's episodes by task, see :class:`Evaluation`.
+Means = dict[str, dict[str, float | None]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Evaluation:
             looks at its last step only; ``kl`` is the nats of all networks, None without penalised layers.
     """
 
-    tasks: dict[str, dict[str, float | None]]
+    tasks: Means
 
     def mean(self, name: str) -> float | None:
         """Return the mean over tasks, or None where a task has no such number."""
@@ -61,6 +64,18 @@ class Evaluation:
             if mean is not None:
                 metrics[f"eval/mean_{name}"] = mean
         return metrics
+
+
+#: Headings of means over episodes on a screen.
+HEADINGS = {
+    "success": "success", "success_final": "final", "return": "return", "episode_steps": "steps", "kl": "nats",
+}  # fmt: skip
+
+
+def shown(tasks: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """Return rows of a table with short headings, without the columns that no task has a number in."""
+    kept = [name for name in HEADINGS if any(row.get(name) is not None for row in tasks.values())]
+    return {task: {HEADINGS[name]: row.get(name) for name in kept} for task, row in tasks.items()}
 
 
 class EvaluationStopped(Exception):
@@ -119,8 +134,40 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Run :func:`play` with the algorithm's own policy, and add the nats of its networks."""
-    device = next(next(iter(algorithm.trained_modules().values())).parameters()).device
-    tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device, stop=stop)
+    tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device_of(algorithm), stop=stop)
+    return with_kl(algorithm, tasks)
+
+
+def evaluate_officially(algorithm: Algorithm, suite: Suite, episodes: int, seed: int) -> Evaluation:
+    """Evaluate with the protocol of the suite's authors, see :meth:`Suite.official_evaluation`.
+
+    Raises:
+        UserError: the suite has none.
+    """
+    device = device_of(algorithm)
+
+    with own_random(seed), one_thread():
+        policy = algorithm.evaluation_policy(1)
+
+        def act(obs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
+            return policy.act(torch.from_numpy(obs).to(device)[:, None])[:, 0].cpu().numpy()
+
+        def ended(done: npt.NDArray[np.bool_]) -> None:
+            policy.observe(torch.from_numpy(done)[:, None])
+
+        tasks: Means = {
+            name: {**row} for name, row in suite.official_evaluation(act, ended, episodes, seed).items()
+        }
+    return with_kl(algorithm, tasks)
+
+
+def device_of(algorithm: Algorithm) -> torch.device:
+    """Return the device that an algorithm's networks are on."""
+    return next(next(iter(algorithm.trained_modules().values())).parameters()).device
+
+
+def with_kl(algorithm: Algorithm, tasks: Means) -> Evaluation:
+    """Add the nats of all networks to means over episodes."""
     layers = layer_kl(algorithm.trained_modules())
     for index, row in enumerate(tasks.values()):
         row["kl"] = float(sum(nats[index] for nats in layers.values())) if layers else None
@@ -128,6 +175,7 @@ def evaluate(
 
 
 @one_thread()
+@own_random()
 def play(
     make_policy: Callable[[int], EvaluationPolicy],
     suite: Suite,
@@ -136,13 +184,13 @@ def play(
     device: torch.device,
     cursor: EpisodeCursor | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, dict[str, float | None]]:
+) -> Means:
     """Run ``episodes`` episodes of every task; means as in :class:`Evaluation`.
 
     ``make_policy`` makes the policy for a number of environments per task. Episodes are always from the same
     starts, but with a ``cursor``, which they go on from.
 
-    Leaves torch's random state as it was, whatever draws of weights the policy makes.
+    Leaves all generators as they were, whatever the policy and the environments draw.
 
     Episode ``j`` of slot ``e`` is episode ``j * E + e`` of its task; slots step on until every task has its
     episodes, and what comes after is not counted, so short episodes are not favoured.
@@ -160,11 +208,9 @@ def play(
         obs = engine.reset()
     else:
         obs, episode = cursor.obs, episode - envs * cursor.within
-    random = rng_state()
     policy = make_policy(envs)
     while (episode < episodes).any():
         if stop():
-            load_rng_state(random)
             raise EvaluationStopped
         step = engine.step(policy.act(torch.from_numpy(obs).to(device)).cpu().numpy())
         policy.observe(torch.from_numpy(step.terminated | step.truncated))
@@ -178,8 +224,7 @@ def play(
         ended = step.terminated | step.truncated
         episode[ended] += envs
         cursor.obs, cursor.within = obs, ~ended
-    load_rng_state(random)
-    tasks: dict[str, dict[str, float | None]] = {}
+    tasks: Means = {}
     for index, name in enumerate(suite.task_names):
         row: dict[str, Any] = {key: float(value[index].mean()) for key, value in totals.items()}
         for key, value in flags.items():

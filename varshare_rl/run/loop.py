@@ -20,10 +20,11 @@ from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.envs.suite import Step, Suite, VectorEngine
 from varshare_rl.errors import RunFailure
+from varshare_rl.run.callbacks import Callbacks, is_false
 from varshare_rl.run.checkpoint import fitting, save_checkpoint
-from varshare_rl.run.console import Console
-from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl
-from varshare_rl.run.process import keep_freed_memory, load_rng_state, one_thread, rng_state
+from varshare_rl.run.console import Console, counted
+from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl, shown
+from varshare_rl.run.process import keep_freed_memory, load_rng_state, one_thread, own_random, rng_state
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.state import Stateful
@@ -101,6 +102,7 @@ class Run(Stateful):
     masked_tasks: set[str] = field(default_factory=set)  # that the screen has named
     also_evaluate: Callable[[int], Metrics] | None = None  # what else is measured then, after so many transitions
     not_finite: dict[str, int] = field(default_factory=dict)  # observations and rewards, by task
+    callbacks: Callbacks = field(default_factory=Callbacks)
 
     def __post_init__(self) -> None:
         self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
@@ -110,6 +112,7 @@ class Run(Stateful):
         self._turns = [slice(0, half), slice(half, None)] if self.config.overlap and half else [slice(None)]
         self._interrupted: list[int] = []  # the signals that have come
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
+        self._ended = False  # by a callback
         self._masked_before: dict[str, int] = {}  # steps, by a run that masked and goes on otherwise
         self._phase: str | None = None
         self._phase_since = 0.0
@@ -124,15 +127,18 @@ class Run(Stateful):
         with self.console, interruptible() as self._interrupted, self._timed("rest"):
             for remark in self.suite.remarks():
                 self.console.message(remark)
-            self.console.progress(self.transitions, {})
             obs = self._to_device(self._observation)
-            self._evaluate_if_due()  # what a signal has cut short
+            if self._evaluate_if_due():  # before the first step, or what a signal has cut short
+                self.save("last")
             self._stop_if_interrupted()
-            while self.transitions < self.config.total_transitions:
+            self.console.progress(self.transitions, {})
+            while self.transitions < self.config.total_transitions and not self._ended:
                 obs = self._vector_step(obs)
                 self.algorithm.advance(self.transitions / self.config.total_transitions)
+                updates = self.algorithm.updates
                 while self.algorithm.ready():
                     self._update()
+                self.console.progress(self.transitions, updated=self.algorithm.updates > updates)
                 self._after_step()
                 self._stop_if_interrupted()
             if self.evaluated_at != self.transitions:
@@ -241,9 +247,13 @@ class Run(Stateful):
         wait = max(60.0 * self.config.checkpoint_minutes, 20.0 * self._save_seconds)
         return self.config.checkpoint_minutes > 0 and time.monotonic() - self._saved_at >= wait
 
-    def _evaluate_if_due(self) -> None:
-        if self._due(self.config.evaluate_every) and self.evaluated_at != self.transitions:
-            self._evaluate()
+    def _evaluate_if_due(self) -> bool:
+        every = self.config.evaluate_every
+        due = self._due(every) or (self.transitions == 0 and every > 0)
+        if not due or self.evaluated_at == self.transitions:
+            return False
+        self._evaluate()
+        return self.evaluated_at == self.transitions
 
     def _stop_if_interrupted(self) -> None:
         """Save and raise Interrupted if a signal has come."""
@@ -263,7 +273,9 @@ class Run(Stateful):
             metrics["time/updates"] = float(self.algorithm.updates)
             metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
             self.tracker.log(metrics, self.transitions)
-            self.console.progress(self.transitions, self._headline(metrics))
+            self.console.progress(self.transitions, self._headline(metrics), updated=False)
+            if self.callbacks.on_log is not None:
+                self._ended |= is_false(self.callbacks.on_log(self.transitions, metrics))
 
     def _kl(self) -> Metrics:
         """``kl/<task>`` over all layers and ``kl_layer/<layer>``, the mean over tasks; none without posteriors."""
@@ -301,22 +313,24 @@ class Run(Stateful):
         return {name.removeprefix("train/mean_"): metrics[name]} if name in metrics else {}
 
     def _evaluate(self) -> None:
-        if self.evaluation_engine is None:
-            envs = min(self.config.evaluate_episodes, self.engine.envs_per_task)
-            self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
         episodes, stop = self.config.evaluate_episodes, lambda: bool(self._interrupted)
         try:
-            with self._timed("evaluate"):
+            with self._timed("evaluate"), own_random(self.seed):
+                if self.evaluation_engine is None:
+                    envs = min(episodes, self.engine.envs_per_task)
+                    self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
                 result = evaluate(self.algorithm, self.suite, self.evaluation_engine, episodes, stop)
         except EvaluationStopped:  # the run is about to end, and evaluates when it goes on
             return
         self.evaluation, self.evaluated_at = result, self.transitions
         also = {} if self.also_evaluate is None else self.also_evaluate(self.transitions)
         self.tracker.log(result.metrics() | also, self.transitions)
-        self.console.table(f"evaluation at {self.transitions:,} transitions", result.tasks)
+        self.console.table(f"evaluation at {counted(self.transitions, 'transition')}", shown(result.tasks))
         if self.best_score is None or result.score > self.best_score:
             self.best_score = result.score
             self.save("best")
+        if self.callbacks.on_evaluate is not None:
+            self._ended |= is_false(self.callbacks.on_evaluate(self.transitions, result))
 
     def save(self, kind: str) -> Path:
         """Write a checkpoint: ``last`` holds everything needed to go on, ``best`` the policy."""
@@ -334,7 +348,9 @@ class Run(Stateful):
             if kind == "last":
                 self._saved_at = time.monotonic()
                 self._save_seconds = self._saved_at - began
-            return path
+        if self.callbacks.on_checkpoint is not None:
+            self.callbacks.on_checkpoint(self.transitions, path)
+        return path
 
     def state(self) -> Tree:
         """Return everything needed to go on bit for bit, besides the counters."""

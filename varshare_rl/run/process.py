@@ -70,6 +70,18 @@ def load_rng_state(tree: Tree) -> None:
         torch.cuda.set_rng_state(state, device)
 
 
+@contextmanager
+def own_random(seed: int | None = None) -> Iterator[None]:
+    """Inside, every generator is seeded anew, or goes on where ``seed`` is None; outside all are as they were."""
+    outside = rng_state()
+    try:
+        if seed is not None:
+            seed_everything(seed)
+        yield
+    finally:
+        load_rng_state(outside)
+
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _LARGEST_THRESHOLD = 32 << 20  # glibc takes no larger one
 _NEVER = (1 << 31) - 1

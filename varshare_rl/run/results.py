@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -52,12 +52,12 @@ def summary(
     parameters: Mapping[str, int],
     provenance: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the content of ``summary.json`` and ``evaluation.json``.
+    """Return the content of ``summary.json`` and of the files of ``evaluate``.
 
     ``tasks[name]`` holds ``return`` (mean over episodes), ``success`` (at any step of an episode),
-    ``success_final`` (at its last step) and ``kl`` (nats). The successes are None in a suite that has none,
-    ``kl`` where the network has no posterior. ``transitions`` (all tasks together), ``updates`` (gradient
-    steps) and ``seconds`` are those of the training. ``parameters`` counts ``stored, active_per_task,
+    ``success_final`` (at its last step), ``episode_steps`` and ``kl`` (nats). The successes are None in a suite
+    that has none, ``kl`` where the network has no posterior. ``transitions`` (all tasks together), ``updates``
+    (gradient steps) and ``seconds`` are those of the training. ``parameters`` counts ``stored, active_per_task,
     shared, per_task``. Raises KeyError if one of these is missing.
     """
     return {
@@ -72,18 +72,48 @@ def summary(
 
 
 def scores(tasks: Mapping[str, Mapping[str, float | None]], *further: str) -> dict[str, Any]:
-    """Return the means over tasks, and of every task success, return and what ``further`` names.
+    """Return means over tasks, their interquartile means and those of the worst few, and every task's own numbers.
 
-    Raises KeyError if one of these is missing.
+    These are success, return, steps, and what ``further`` names. Raises KeyError if one of them is missing.
     """
-    names = ("success", "success_final", "return")
+    names = ("success", "success_final", "return", "episode_steps")
+    columns = {name: [row[name] for row in tasks.values()] for name in names}
     return {
-        **{f"mean_{name}": _mean([row[name] for row in tasks.values()]) for name in names},
+        **{f"mean_{name}": _mean(values) for name, values in columns.items()},
+        **{f"iqm_{name}": interquartile_mean(columns[name]) for name in ("success", "return")},
+        **{f"worst_{name}": worst(columns[name]) for name in ("success", "return")},
         "tasks": {task: {name: row[name] for name in (*names, *further)} for task, row in tasks.items()},
     }
 
 
-def _mean(values: list[float | None]) -> float | None:
+def interquartile_mean(values: Sequence[float | None]) -> float | None:
+    """Return the mean of the middle half: a quarter of the values, rounded down, is left out at each end."""
+    known = sorted(value for value in values if value is not None)
+    cut = len(known) // 4
+    return _mean(known[cut : len(known) - cut])
+
+
+def worst(values: Sequence[float | None], counts: Sequence[int] = (1, 3, 10)) -> dict[str, float | None]:
+    """Return the means of the ``k`` lowest values, by ``k``, as far as there are so many."""
+    known = sorted(value for value in values if value is not None)
+    return {str(k): _mean(known[:k]) for k in counts if k <= len(known)}
+
+
+def evaluation_file(checkpoint: str, protocol: str | None = None, draw: str | None = None) -> str:
+    """Return the name of the file that ``evaluate`` writes: of its own for every kind of evaluation.
+
+    ``evaluation.json`` is that of the last checkpoint without a protocol, ``evaluation_best_official.json`` of the
+    best one with Meta-World's.
+
+    Args:
+        checkpoint: ``last`` or ``best``.
+        protocol: its name; draw: how the policy's weights were drawn, where that was chosen.
+    """
+    parts = [checkpoint if checkpoint != "last" else None, protocol, draw]
+    return "_".join(["evaluation", *(part for part in parts if part is not None)]) + ".json"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

@@ -100,14 +100,11 @@ def scalars(document: Mapping[str, Any]) -> Metrics:
 
 
 def previews(document: Mapping[str, Any]) -> dict[str, Image]:
-    """Draw heat maps by name, small and quick to draw; matrices between tasks in the order of the tree."""
+    """Draw heat maps by name, small and quick to draw; tasks in the order of the suite, the same in every run."""
     tasks, images = document["tasks"], {}
-    order = document["clusters"]["order"] if document["clusters"] else list(range(len(tasks)))
 
     def between_tasks(matrix: list[list[float]], title: str, low: float, high: float) -> Image:
-        names = [tasks[task] for task in order]
-        rows = [[matrix[task][other] for other in order] for task in order]
-        return heat_map(rows, names, names, title, low, high, *((DIVERGING,) if low < 0 else ()))
+        return heat_map(matrix, tasks, tasks, title, low, high, *((DIVERGING,) if low < 0 else ()))
 
     if document["distance"] is not None:
         most = max(max(row) for row in document["distance"])

@@ -1,44 +1,96 @@
-"""Logs of a run while it goes on: ``metrics.jsonl`` and TensorBoard events, in the run folder."""
+"""Logs of a run while it goes on: ``metrics.jsonl`` in the run folder, and the trackers of ``log.trackers``."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
 from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, write_atomically
 from varshare_rl.overrides import override
+from varshare_rl.registry import lookup
 
 #: Height, width and three bytes of colour.
 Image = npt.NDArray[np.uint8]
+#: Options of a run by dotted name.
+Options = Mapping[str, bool | int | float | str]
 
 METRICS_FILE = "metrics.jsonl"
-FLUSH_SECONDS = 2  # what a crash may cost TensorBoard; metrics.jsonl is flushed with every line
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """A run as a tracker must know it.
+
+    Attributes:
+        run_dir: its folder.
+        resumed_at: transitions that it goes on from; None for a new run.
+        task_names: of its suite, in order.
+    """
+
+    run_dir: Path
+    resumed_at: int | None = None
+    task_names: Sequence[str] = ()
+
+
+class TrackerBackend:
+    """Takes what a run logs, at counts of transitions that never decrease; this one takes no notice of anything.
+
+    A component of the group ``tracker`` builds it from a :class:`TrackedRun`.
+    """
+
+    def begin(self, options: Options, metrics: Sequence[str]) -> None:
+        """Take note of the run's options, and of the names of the scalars that runs are compared by."""
+
+    def scalars(self, values: Mapping[str, float], transitions: int) -> None:
+        """Take scalars by metric name."""
+
+    def images(self, images: Mapping[str, Image], transitions: int) -> None:
+        """Take images ``[height, width, 3]`` by name."""
+
+    def histograms(self, histograms: Mapping[str, Mapping[str, Any]], transitions: int) -> None:
+        """Take histograms by name: ``counts`` in equal bins from ``low`` to ``high``.
+
+        ``total`` and ``squares`` are the sums of the values and of their squares.
+        """
+
+    def end(self) -> None:
+        """Take note that the run has done all of its transitions; a run that was stopped does not say so."""
+
+    def close(self) -> None:
+        """Write everything out. May be called twice."""
 
 
 class Tracker:
-    """Writes scalars by transition count to ``metrics.jsonl`` and to TensorBoard.
+    """Writes scalars by transition count to ``metrics.jsonl``, and hands them and pictures to the trackers chosen.
 
     A line is ``{"transitions": ..., "seconds": ..., <name>: <value>, ...}``: transitions of all tasks
     together, seconds of this run including those before a resume, NaN and infinities as null.
     """
 
-    def __init__(self, run_dir: Path, resumed_at: int | None = None, seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        resumed_at: int | None = None,
+        seconds: float = 0.0,
+        trackers: Sequence[str] = ("tensorboard",),
+        task_names: Sequence[str] = (),
+    ) -> None:
         """Open the files of a run, which is new unless ``resumed_at`` gives the transitions it goes on from.
 
         ``seconds`` is how long it has run before.
 
         On resume everything logged after ``resumed_at`` transitions is taken back. Raises :class:`UserError`
-        if a new run's folder already holds metrics.
+        if a new run's folder already holds metrics, or a tracker is unknown, not installed or refuses.
         """
+        builders = [lookup("tracker", name) for name in dict.fromkeys(trackers)]
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         if resumed_at is not None:
@@ -49,18 +101,25 @@ class Tracker:
                 f"{override('resume', run_dir)} to go on with it"
             )
         self._started = time.monotonic() - seconds
-        self._lines = path.open("a", encoding="utf-8")
-        # TensorBoard drops what earlier sessions wrote at this step and above. Its Python reader takes the
-        # first mark it meets for the start of the run, so a new run makes one too.
-        purge_step = 0 if resumed_at is None else resumed_at + 1
-        self._writer = SummaryWriter(str(run_dir), purge_step=purge_step, flush_secs=FLUSH_SECONDS)
-        self._latest_step = resumed_at or 0
-        self._latest_names: set[str] = set()
+        self._backends: list[TrackerBackend] = []
+        try:
+            for builder in builders:
+                self._backends.append(builder().build(TrackedRun(run_dir, resumed_at, tuple(task_names))))
+            self._lines = path.open("a", encoding="utf-8")
+        except BaseException:
+            for backend in self._backends:
+                backend.close()
+            raise
 
     @property
     def seconds(self) -> float:
         """Wall-clock seconds of this run, with those before a resume."""
         return time.monotonic() - self._started
+
+    def begin(self, options: Options, metrics: Sequence[str]) -> None:
+        """Say what the run is: its options, and the names of the scalars that runs are compared by."""
+        for backend in self._backends:
+            backend.begin(options, metrics)
 
     def log(self, metrics: Mapping[str, float], transitions: int) -> None:
         """Write scalars, by metric name, at a count of transitions that never decreases."""
@@ -68,51 +127,29 @@ class Tracker:
         values = {name: float(value) for name, value in metrics.items()}
         self._lines.write(to_json(line | values) + "\n")
         self._lines.flush()
-        if transitions != self._latest_step:
-            self._latest_step, self._latest_names = transitions, set()
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, transitions)
-        self._latest_names.update(values)
+        for backend in self._backends:
+            backend.scalars(values, transitions)
 
     def images(self, images: Mapping[str, Image], transitions: int) -> None:
-        """Show images ``[height, width, 3]`` in TensorBoard, by name."""
-        for name, image in images.items():
-            self._writer.add_image(name, image, transitions, dataformats="HWC")
+        """Show images ``[height, width, 3]``, by name."""
+        for backend in self._backends:
+            backend.images(images, transitions)
 
     def histograms(self, histograms: Mapping[str, Mapping[str, Any]], transitions: int) -> None:
-        """Show histograms in TensorBoard, by name: ``counts`` in equal bins from ``low`` to ``high``.
+        """Show histograms, by name, see :meth:`TrackerBackend.histograms`."""
+        for backend in self._backends:
+            backend.histograms(histograms, transitions)
 
-        ``total`` and ``squares`` are the sums of the values and of their squares.
-        """
-        for name, found in histograms.items():
-            counts = found["counts"]
-            limits = np.linspace(found["low"], found["high"], len(counts) + 1)[1:]
-            self._writer.add_histogram_raw(
-                name, found["low"], found["high"], sum(counts), found["total"], found["squares"],
-                limits.tolist(), counts, transitions,
-            )  # fmt: skip
-
-    def hparams(self, hparams: Mapping[str, bool | int | float | str], metrics: Mapping[str, float]) -> None:
-        """Show this run in TensorBoard's HParams tab, with final metrics. Call once, at the end.
-
-        ``SummaryWriter.add_hparams`` would make a second run in a folder below; the same summaries written
-        here belong to this run.
-        """
-        # torch writes a bool as a number, which the tab shows as 0 or 1
-        values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in hparams.items()}
-        finals = {name: float(value) for name, value in metrics.items()}
-        for name in finals.keys() - self._latest_names:
-            self._writer.add_scalar(name, finals[name], self._latest_step)
-        self._latest_names.update(finals)
-        file_writer: Any = self._writer.file_writer  # declared as None in torch, set once the writer is open
-        for summary in hparams_summaries(values, finals):  # type: ignore[no-untyped-call]
-            file_writer.add_summary(summary)
-        self._writer.flush()
+    def end(self) -> None:
+        """Say that the run has done all of its transitions."""
+        for backend in self._backends:
+            backend.end()
 
     def close(self) -> None:
         """Write everything out and close the files. May be called twice."""
         self._lines.close()
-        self._writer.close()
+        for backend in self._backends:
+            backend.close()
 
 
 def _cut_back(path: Path, resumed_at: int) -> None:

@@ -1,0 +1,1 @@
+"""Trackers, one per file: where a run's metrics go besides ``metrics.jsonl``."""
