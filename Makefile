@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Processes side by side beat threads side by side on the small matrices of the tests.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-all lint type format bench
+.PHONY: train test test-all lint type format docs bench
 
 train: $(INSTALLED)  ## train on Meta-World MT10; ARGS="..." adds overrides
 	$(BIN)/python -m varshare_rl.train $(ARGS)
@@ -29,6 +29,9 @@ type: $(INSTALLED)  ## strict type checking
 format: $(INSTALLED)  ## put the code in form
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+docs: $(INSTALLED)  ## the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
 
 bench: $(INSTALLED)  ## speed, scale and memory, on a quiet machine (15 minutes); ARGS="..." chooses
 	$(BIN)/python -m experiments.bench $(ARGS)

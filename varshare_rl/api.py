@@ -10,9 +10,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from varshare_rl.adapters.policy import TaskPolicy
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent
@@ -24,11 +21,9 @@ from varshare_rl.commands.train import run_config
 from varshare_rl.config import AUTO, GROUPS, Device, TrainConfig, load_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
-from varshare_rl.envs.spaces import to_native_action, to_policy_observation
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.nn.actor import Resample
-from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.overrides import literal, override
 from varshare_rl.reading import read_object
 from varshare_rl.run.callbacks import Callbacks
@@ -138,7 +133,6 @@ class Agent:
             )
         return read_object(path)
 
-    @torch.no_grad()
     def predict(self, obs: Any, task: str, deterministic: bool = True) -> Any:
         """Choose actions for a task from its own observations, on the posterior mean of the weights.
 
@@ -154,20 +148,7 @@ class Agent:
         index = task_index(task, self.tasks)
         algorithm = self._actor_critic()
         spaces = self._suite.native_spaces(index)
-        padded = to_policy_observation(obs, spaces)
-        if padded.ndim > 2:
-            raise UserError(f"observations have shape {padded.shape}; give one [F], or a batch [N, F]")
-        batch = torch.from_numpy(np.atleast_2d(padded)).to(self._trained.device).unsqueeze(0)
-        normalize = TaskPolicy(algorithm.actor, index, algorithm.normalizer, {}).normalize()
-        if normalize is not None:
-            batch = normalize(batch)
-        mask = torch.from_numpy(self._suite.action_mask[index : index + 1])
-        actor = algorithm.actor.with_network(algorithm.actor.network, mask).to(self._trained.device)
-        with posterior_mean(actor):
-            distribution = actor(batch, torch.tensor([index]))
-            action = distribution.mode() if deterministic else distribution.sample().action
-        found = action[0].cpu().numpy()
-        return to_native_action(found[0] if padded.ndim == 1 else found, spaces)
+        return TaskPolicy(algorithm.actor, index, spaces, algorithm.normalizer).act(obs, deterministic)
 
     def evaluate(
         self,
@@ -198,7 +179,7 @@ class Agent:
         return evaluate_agent(self._trained, options)[0]
 
     def export(self, task: str, path: str | PathLike[str], format: str | None = None) -> Path:
-        """Write the policy of a task into a new folder, or a file that ends with ``.onnx``.
+        """Write the policy of a task into a new folder, or a file that ends with ``.pt2`` or ``.onnx``.
 
         Args:
             task: its name.

@@ -50,6 +50,8 @@ def run_command(name: str, main: Callable[[DictConfig], None], schema: type) -> 
     """
     with errors_in_one_line():
         line = read_command_line(name, schema)
+        if line is None:
+            return
         if line.multirun:
             raise UserError(
                 f"-m sweeps over runs of train and continual, and {name.replace('_', ' ')} has none; "
@@ -58,10 +60,10 @@ def run_command(name: str, main: Callable[[DictConfig], None], schema: type) -> 
         main(compose_config(line)[0])
 
 
-def read_command_line(name: str, schema: type | None = None) -> CommandLine:
+def read_command_line(name: str, schema: type | None = None) -> CommandLine | None:
     """Read ``sys.argv``, and make known to Hydra what the command is composed of.
 
-    It is ``configs/<name>.yaml``, or the ``schema`` alone. What a flag asks to show is shown, and the command ends.
+    It is ``configs/<name>.yaml``, or the ``schema`` alone. None after a flag has shown something instead.
 
     Raises:
         UserError: a flag is unknown, a plugin is missing, or it fails.
@@ -75,7 +77,7 @@ def read_command_line(name: str, schema: type | None = None) -> CommandLine:
     sys.argv[1:] = [*words.showing, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(lambda config: None)()
-    raise SystemExit(0)
+    return None
 
 
 def compose_config(line: CommandLine) -> tuple[DictConfig, list[str]]:
@@ -229,24 +231,31 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         with terminable():
             yield
-    except UserError as error:
-        fail(str(error))
-    except (HydraException, OmegaConfBaseException) as error:
-        fail(_explain(error))
-    except (RunFailure, OSError) as failure:
-        fail(str(failure), code=1)
-    except (MemoryError, OverflowError, RecursionError) as error:
-        fail(_too_large(error))
-    except RuntimeError as error:
-        if not _NO_MEMORY.search(str(error)):
+    except Exception as error:
+        known = in_one_line(error)
+        if known is None:
             raise
-        fail(_too_large(error))
+        fail(*known)
     except KeyboardInterrupt:  # training itself catches the first one and saves
         print("stopped", file=sys.stderr)
         raise SystemExit(130) from None
     except Terminated:
         print("stopped", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from None
+
+
+def in_one_line(error: Exception) -> tuple[str, int] | None:
+    """Return what to say of an error, and its exit code; None for one of ours, which keeps its traceback."""
+    if isinstance(error, UserError):
+        return str(error), 2
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return _explain(error), 2
+    if isinstance(error, RunFailure | OSError):
+        return str(error), 1
+    too_large = isinstance(error, MemoryError | OverflowError | RecursionError)
+    if too_large or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return _too_large(error), 2
+    return None
 
 
 @contextmanager

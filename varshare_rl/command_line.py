@@ -133,13 +133,13 @@ def _unknown(config: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
     """Keys of structured nodes that their classes do not have, with the class."""
     kind = _type(config)
     known = {option.name for option in fields(kind)} if is_dataclass(kind) else None
-    for key in config:
+    for key in map(str, config):
         if known is not None and key not in known:
-            yield f"{prefix}{key}", kind
+            yield f"{prefix}{key!s}", kind
         elif not OmegaConf.is_missing(config, key):
             node = config._get_node(key)
             if isinstance(node, DictConfig) and not node._is_none() and not node._is_interpolation():
-                yield from _unknown(node, f"{prefix}{key}.")
+                yield from _unknown(node, f"{prefix}{key!s}.")
 
 
 def _type(node: Any) -> Any:

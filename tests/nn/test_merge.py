@@ -8,9 +8,8 @@ from naive import scramble
 from torch import nn
 
 from varshare_rl.errors import UserError
-from varshare_rl.nn import L2SoftConfig, NetworkConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
-from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
-from varshare_rl.nn.merge import Normalize, merged, merged_policy
+from varshare_rl.nn import L2SoftConfig, NetworkConfig, Posterior, SharedConfig, VarShareLoRAConfig
+from varshare_rl.nn.merge import OneTask, merged
 from varshare_rl.nn.mlp import ACTIVATIONS
 from varshare_rl.registry import registered
 
@@ -64,25 +63,15 @@ def test_parameters_are_copies() -> None:
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
 
 
-def test_policies_do_what_their_task_can() -> None:
-    obs, ids = torch.randn(TASKS, 50, IN), torch.arange(TASKS)
-    mask = torch.ones(TASKS, 3, dtype=torch.bool)
-    mask[1, 2] = False
-    for actor in (
-        TanhGaussianActor(build(VarShareLoRAConfig(hidden=[7])), mask),
-        CategoricalActor(VarShareConfig(hidden=[7]).build(IN, 3, TASKS, Posterior()), mask),
-    ):
-        scramble(actor)
-        actor.eval()
-        for task in (0, 1):
-            actions = actor(obs, ids).mode()[task]
-            torch.testing.assert_close(merged_policy(actor, task)(obs[task]), actions, rtol=0, atol=1e-6)
-    assert {int(action) for action in merged_policy(actor, 1)(obs[1])} == {0, 1}
-
-
-def test_normalize_by_hand() -> None:
-    normalize = Normalize(torch.tensor([1.0, 0.0]), torch.tensor([2.0, 0.1]), clip=3.0)
-    assert normalize(torch.tensor([[5.0, -1.0]])).tolist() == [[2.0, -3.0]]
+@pytest.mark.parametrize("name", registered("network"))
+def test_every_network_has_a_form_of_one_task(name: str) -> None:
+    network = build(registered("network")[name](hidden=[7, 6]))
+    x = torch.randn(TASKS, 5, IN)
+    wanted = network(x, torch.arange(TASKS))
+    for task in range(TASKS):
+        torch.testing.assert_close(OneTask(network, task)(x[task]), wanted[task], rtol=0, atol=1e-5)
+    with pytest.raises(IndexError, match=f"unknown task id {TASKS}"):
+        OneTask(network, TASKS)(x[0])
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -99,5 +88,3 @@ def test_what_is_no_perceptron_per_task_is_refused() -> None:
     network.get_submodule("layers")[1] = nn.Bilinear(2, 2, 2)  # type: ignore[operator]
     with pytest.raises(UserError, match="Bilinear has no weight of one task"):
         merged(network, 0)
-    with pytest.raises(UserError, match="Linear has no plain form"):
-        merged_policy(nn.Linear(2, 2), 0)

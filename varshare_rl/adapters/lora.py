@@ -52,8 +52,8 @@ def apply_lora(
         target_modules: paths or dotted ends of paths in a list (``["q_proj", "v_proj"]``), one regular expression
             that matches whole paths, or ``"all-linear"`` for all but the output head; the projections of attention
             (query, key, value, output) unless given.
-        rank, alpha: of adapters that are added without their own; alpha is the adapter's rank unless given, so
-            that ``alpha / r`` is 1.
+        rank: of adapters that are added without their own.
+        alpha: the same; it is the adapter's rank unless given, so that ``alpha / r`` is 1.
         dropout: on the input of adapters, in training.
         rslora: scale ``alpha / sqrt(r)`` (Kalajdzievski 2023) instead of ``alpha / r``.
 
@@ -139,7 +139,8 @@ class AdapterSet:
         Args:
             name: without dots.
             adapter: factors by path; None: fresh ones.
-            rank, alpha: of fresh ones.
+            rank: of a fresh one.
+            alpha: the same.
             init: of fresh ones: ``kaiming``, ``gaussian``, ``pissa`` or ``olora``. The last two start from a part
                 of the base weight and subtract it from there on: the adapter is the difference, of twice the rank.
 

@@ -1,24 +1,43 @@
-"""One task's policy: as a plain network, or in files as an adapter of the network that all tasks share."""
+"""One task's policy, from a training run or a sequence: what it does, and as a module of its own."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from safetensors.torch import save
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from varshare_rl.adapters.adapter import describe
-from varshare_rl.adapters.agent import base_network, task_adapter
-from varshare_rl.adapters.folder import write_adapter
 from varshare_rl.data.normalizers import ObservationNormalizer
-from varshare_rl.files import write_atomically
-from varshare_rl.nn.actor import Actor, CategoricalActor
-from varshare_rl.nn.merge import Normalize, merged_policy
-from varshare_rl.nn.plain import write_network
+from varshare_rl.envs.spaces import TaskSpaces, to_native_action, to_policy_observation
+from varshare_rl.errors import UserError
+from varshare_rl.nn.actor import Actor, Categorical, PolicyDistribution
+from varshare_rl.nn.merge import OneTask
+from varshare_rl.nn.stochastic import posterior_mean
 
-POSTERIOR_FILE = "varshare_posterior.safetensors"
+#: Observations that files are compared with the agent on, and the bound on their difference.
+CHECKED, TOLERANCE = 1000, 1e-5
+
+
+@dataclass(frozen=True)
+class TaskCritic:
+    """One network of a task's critic.
+
+    Attributes:
+        network: the critic's own, of all tasks.
+        units: what comes after it, to values in units of the task's return.
+        value: the agent's own values ``[N]`` of inputs ``[N, F]``, in the same units.
+    """
+
+    network: nn.Module
+    units: Sequence[nn.Module]
+    value: Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,101 +46,165 @@ class TaskPolicy:
 
     Attributes:
         actor: policies of some tasks; index: which of them it is.
+        spaces: the task's own observation and actions.
         normalizer: of the same tasks' observations.
         about: statements of ``export.json`` about its source.
-        critics: networks of the same tasks by name, if they are wanted too.
+        critics: of the same task by name, if they are wanted too.
         posterior: beside the adapter's means, by ``<network>.<layer>.<name>``; for adapters only.
     """
 
     actor: Actor
     index: int
+    spaces: TaskSpaces
     normalizer: ObservationNormalizer
-    about: dict[str, Any]
-    critics: dict[str, nn.Module] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+    critics: dict[str, TaskCritic] = field(default_factory=dict)
     posterior: dict[str, Tensor] = field(default_factory=dict)
 
-    @property
-    def discrete(self) -> bool:
-        """True if actions are choices."""
-        return isinstance(self.actor, CategoricalActor)
+    def act(self, obs: Any, deterministic: bool = True) -> Any:
+        """Return the task's own actions for its own observations, one ``[F]`` or a batch ``[N, F]``.
 
-    @property
-    def obs_size(self) -> int:
-        """Size of an observation."""
-        return self.normalizer.moments.mean.shape[1]
+        Raises:
+            UserError: observations of another shape.
+        """
+        padded = to_policy_observation(obs, self.spaces)
+        if padded.ndim > 2:
+            raise UserError(f"observations have shape {padded.shape}; give one [F], or a batch [N, F]")
+        with torch.no_grad():
+            distribution = self.distribution(np.atleast_2d(padded))
+            action = distribution.mode() if deterministic else distribution.sample().action
+        found = action[0].cpu().numpy()
+        return to_native_action(found[0] if padded.ndim == 1 else found, self.spaces)
 
-    def normalize(self) -> Normalize | None:
-        """Return the observation statistics of the task, None if observations are taken as they are."""
-        if not self.normalizer.enabled:
-            return None
-        moments = self.normalizer.moments
-        return Normalize(moments.mean[self.index].float(), moments.std()[self.index].float(), self.normalizer.clip)
+    def distribution(self, padded: npt.NDArray[np.float32]) -> PolicyDistribution:
+        """Return the policy on the posterior mean ``[1, N, ...]`` for padded observations ``[N, F]``."""
+        device = self.actor.action_mask.device
+        tasks = len(self.normalizer.moments.count)
+        rows = torch.from_numpy(padded).to(device).expand(tasks, -1, -1)
+        mask = self.actor.action_mask[self.index : self.index + 1, 0].bool()
+        actor = self.actor.with_network(self.actor.network, mask).to(device)
+        with posterior_mean(actor):
+            found: PolicyDistribution = actor(self.normalizer(rows)[self.index :][:1], torch.tensor([self.index]))
+        return found
 
-    def plain(self) -> nn.Sequential:
-        """Make the network from raw observations ``[B, F]`` to deterministic actions, on the posterior mean."""
-        policy, normalize = merged_policy(self.actor, self.index), self.normalize()
-        return policy if normalize is None else nn.Sequential(normalize, *policy).eval()
+    def module(self) -> nn.Sequential:
+        """Make the module from the task's observations ``[B, F]`` to its deterministic actions."""
+        network = OneTask(self.actor.network, self.index)
+        return nn.Sequential(self.input(), network, NativeAction(self.spaces)).eval()
+
+    def input(self) -> PolicyInput:
+        """Make the module from the task's observations to what its network takes."""
+        return PolicyInput(self.normalizer, self.index, self.spaces.obs_size)
+
+    def on_cpu(self) -> TaskPolicy:
+        """Return a copy on the CPU, where files are made and checked."""
+        actor, normalizer = deepcopy(self.actor).cpu(), deepcopy(self.normalizer).cpu()
+        return replace(self, actor=actor, normalizer=normalizer)
+
+    def check(self, run: Callable[[npt.NDArray[np.float32]], npt.NDArray[Any]]) -> float:
+        """Compare what a file computes with the agent, on observations such as it has met.
+
+        Returns:
+            the largest difference of an action, in units of 1 or of the largest bound. What is rounded or chosen
+            differs by as much as it is worse than the agent's own: ties do not count.
+
+        Raises:
+            UserError: they differ by more than 1e-5.
+        """
+        generator, moments, spaces = torch.Generator().manual_seed(0), self.normalizer.moments, self.spaces
+        rows = torch.randn(CHECKED, spaces.obs_size, generator=generator)
+        if self.normalizer.enabled:
+            mean, std = (x[self.index, : spaces.obs_size].float() for x in (moments.mean, moments.std()))
+            rows = mean + 2.0 * std * rows
+        obs, found = rows.numpy(), run(rows.numpy())
+        with exact_products():
+            return self._compare(obs, found)
+
+    @torch.no_grad()
+    def _compare(self, obs: npt.NDArray[np.float32], found: npt.NDArray[Any]) -> float:
+        spaces, wanted = self.spaces, self.act(obs)
+        distribution = self.distribution(to_policy_observation(obs, spaces))
+        if found.shape != wanted.shape or found.dtype != wanted.dtype:
+            kinds = [f"{x.dtype} {list(x.shape)}" for x in (found, wanted)]
+            raise UserError(f"the file's actions are {kinds[0]}, and the agent's {kinds[1]}")
+        if isinstance(distribution, Categorical):
+            chosen = distribution.log_probs[0].gather(1, torch.from_numpy(found - spaces.start).unsqueeze(1))
+            worst = float((distribution.log_probs[0].max(1, keepdim=True).values - chosen).max())
+        else:
+            exact = to_native_action(distribution.mode()[0].numpy(), replace(spaces, dtype="float64"))
+            rounded = 0.5 if spaces.action_dtype.kind in "iu" else 0.0
+            scale = max(1.0, *(abs(bound) for bound in (*spaces.low, *spaces.high)))
+            worst = float(np.maximum(np.abs(found.astype(np.float64) - exact) - rounded, 0.0).max()) / scale
+        if not worst <= TOLERANCE:
+            raise UserError(f"the file's actions differ from the agent's by {worst:g}, more than {TOLERANCE:g}")
+        return worst
 
 
-def write_peft(folder: Path, policy: TaskPolicy, task: str) -> None:
-    """Write every network's adapter folder and base, what LoRA has no room for, and instructions."""
-    for name, network in {"actor": policy.actor.network, **policy.critics}.items():
-        adapter, base = task_adapter(network, policy.index), base_network(network)
-        (folder / f"{name}_base").mkdir()
-        write_network(folder / f"{name}_base", base)
-        write_adapter(folder / name, adapter, describe(adapter, base_model=f"{name}_base"))
-    side, normalize = dict(policy.posterior), policy.normalize()
-    if normalize is not None:
-        side |= {"observation.mean": normalize.mean, "observation.std": normalize.std}
-    if side:
-        tensors = {key: tensor.cpu().contiguous() for key, tensor in side.items()}
-        write_atomically(folder / POSTERIOR_FILE, save(tensors))
-    write_atomically(folder / "README.md", _instructions(policy, normalize, task))
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Inside, a CPU computes large matrix products in float32, whatever training was told to."""
+    backend: Any = torch.backends.mkldnn
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        backend.matmul.fp32_precision = before
 
 
-def _instructions(policy: TaskPolicy, normalize: Normalize | None, task: str) -> str:
-    modules = "".join(f"    nn.{module},\n" for module in base_network(policy.actor.network))
-    inputs = "Observations go in as they are."
-    if normalize is not None:
-        inputs = (
-            f"Observations go in as `((obs - mean) / std).clamp(-{normalize.clip:g}, {normalize.clip:g})` with "
-            f"`observation.mean` and `observation.std` of `{POSTERIOR_FILE}`."
-        )
-    actions = policy.actor.action_mask.shape[-1]
-    outputs = (
-        f"The actor's {actions} outputs are logits; the policy takes the largest of those that the task allows."
-        if policy.discrete
-        else f"The first {actions} of the actor's {2 * actions} outputs are means: the action is their `tanh`. "
-        "The rest serve exploration."
-    )
-    posterior = ""
-    if policy.posterior:
-        prior = " and the scale of their prior" if any("prior_scale" in key for key in policy.posterior) else ""
-        posterior = f"""
-The adapter is the posterior mean. `{POSTERIOR_FILE}` holds what LoRA has no room for: by network and
-layer, `rho` of both factors (standard deviation `softplus(rho)`){prior}.
-"""
-    critics = ", ".join(f"`{name}`" for name in policy.critics)
-    also = (
-        f"The critics {critics} are built alike; a critic of actions takes observation and action joined.\n"
-        if critics
-        else ""
-    )
-    return f"""# Task {task}
+class PolicyInput(nn.Module):
+    """A task's own observations as its network takes them: normalised, what is no number 0, padded with zeros.
 
-`actor_base` is the network that all tasks share, `actor` this task's correction of it as a LoRA adapter.
+    Args:
+        normalizer: of several tasks, that has stopped learning.
+        task: which of them; obs_size: size of its own observations.
+    """
 
-```python
-from peft import PeftModel
-from safetensors.torch import load_file
-from torch import nn
+    mean: Tensor
+    std: Tensor
 
-base = nn.Sequential(
-{modules})
-base.load_state_dict(load_file("actor_base/network.safetensors"))
-network = PeftModel.from_pretrained(base, "actor").eval()
-```
+    def __init__(self, normalizer: ObservationNormalizer, task: int, obs_size: int) -> None:
+        super().__init__()
+        self.enabled, self.clip = normalizer.enabled, normalizer.clip
+        for name, values in (("mean", normalizer.moments.mean), ("std", normalizer.moments.std())):
+            self.register_buffer(name, values[task, :obs_size].float().clone())
+        self.padding = normalizer.moments.mean.shape[1] - obs_size
 
-{inputs}
-{outputs}
-{also}{posterior}"""
+    def forward(self, obs: Tensor) -> Tensor:
+        """``[B, n]`` to ``[B, F]``."""
+        if self.enabled:
+            x = torch.nan_to_num((obs - self.mean) / self.std, 0.0).clamp(-self.clip, self.clip)
+        else:
+            x = torch.nan_to_num(obs, 0.0, 0.0, 0.0)
+        return F.pad(x, (0, self.padding)) if self.padding else x
+
+
+class NativeAction(nn.Module):
+    """An actor's outputs as a task's own deterministic actions: within its bounds and of its type, or a choice.
+
+    Args:
+        spaces: of the task.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, spaces: TaskSpaces) -> None:
+        super().__init__()
+        self.size, self.discrete, self.start = spaces.action_size, spaces.discrete, spaces.start
+        if not spaces.discrete:
+            self.kind = torch.from_numpy(np.zeros(0, spaces.action_dtype)).dtype
+            exact = torch.float32 if self.kind is torch.float32 else torch.float64
+            for name, bound in (("low", spaces.low), ("high", spaces.high)):
+                self.register_buffer(name, torch.tensor(bound, dtype=exact))
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        """``[B, G]`` to ``[B, A]``, or to ``[B]`` int64."""
+        own = outputs[:, : self.size]
+        if self.discrete:
+            return own.argmax(-1) + self.start
+        half = (self.high - self.low) / 2
+        action = self.low + half + half * torch.tanh(own).to(self.low.dtype)
+        if not self.kind.is_floating_point:
+            action = action.round()
+        return torch.clamp(action, self.low, self.high).to(self.kind)

@@ -4,50 +4,59 @@
 
     run=<folder>       a run folder, also one of a sequence (needed)
     task=<name>        one of its tasks (needed)
-    format=<name>      torch, onnx (the policy as a plain network) or peft (a LoRA adapter and its base) (needed)
-    out=null           the new folder, or file.onnx; null: <run>/export/<task>_<format>
+    format=<name>      torch, onnx (the policy as a program) or peft (a LoRA adapter and its base) (needed)
+    out=null           the new folder, or file.pt2, file.onnx; null: <run>/export/<task>_<format>
     checkpoint=last    or best
     critics=false      with format=peft: the critics' adapters too
 
-All keys: docs/adapters.md, or --cfg job.
+The policy takes the task's own observations, any number of rows, and gives its own actions within its bounds.
+What is written is compared with the agent on 1000 observations; torch and onnx run without varshare_rl.
+
+All keys: docs/export.md, or --cfg job.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
 from omegaconf import MISSING, DictConfig
-from torch import nn
+from torch import Tensor, nn
 
 from varshare_rl.adapters.agent import plain_paths, task_adapter, task_rho
-from varshare_rl.adapters.policy import TaskPolicy, write_peft
+from varshare_rl.adapters.peft import write_peft
+from varshare_rl.adapters.policy import TaskCritic, TaskPolicy
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent, run_provenance
 from varshare_rl.cli import run_command
 from varshare_rl.commands.common import NEEDS_RUN, make_folder, output_folder, read_options
 from varshare_rl.config import Device, is_sequence
 from varshare_rl.continual.sequence import load_sequence
+from varshare_rl.envs.spaces import TaskSpaces
 from varshare_rl.errors import UserError
-from varshare_rl.files import whole_folder, write_atomically, write_json
+from varshare_rl.files import to_json, whole_folder, write_atomically, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
-from varshare_rl.nn.plain import write_network, write_onnx
-from varshare_rl.nn.progressive import Columns
+from varshare_rl.nn.program import read_onnx, read_pt2, trace, write_onnx, write_pt2
+from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.nn.varshare_lora import VarShareLoRAConfig
 from varshare_rl.ops.gaussian import inverse_softplus
 from varshare_rl.registry import registered
 
-ONNX_FILE = "policy.onnx"
+#: Files that hold a whole policy.
+PROGRAMS = {"torch": "policy.pt2", "onnx": "policy.onnx"}
 #: Options that must be given, with examples.
 NEEDED = {**NEEDS_RUN, "task": "<name>", "format": "peft, torch or onnx"}
 
 
 class Format(Enum):
-    """``peft``: the task's corrections as a LoRA adapter; ``torch``, ``onnx``: the policy with all folded in."""
+    """``peft``: the task's corrections as a LoRA adapter; ``torch``, ``onnx``: the policy as a program."""
 
     peft = "peft"
     torch = "torch"
@@ -63,9 +72,9 @@ class ExportConfig:
     task: str = MISSING
     "Name of one of its tasks."
     format: Format = MISSING
-    "Form of the policy: a PyTorch module, an ONNX graph, or a LoRA adapter and its base."
+    "Form of the policy: a program of `torch.export`, an ONNX graph, or a LoRA adapter and its base."
     out: str | None = None
-    "The new folder, or file.onnx; null: `<run>/export/<task>_<format>`."
+    "The new folder, or file.pt2 or file.onnx; null: `<run>/export/<task>_<format>`."
     checkpoint: str = "last"
     "Checkpoint of the run: `last` or `best`."
     critics: bool = False  # `critic` is a config group and cannot be a key
@@ -119,14 +128,16 @@ def agent_policy(agent: TrainedAgent, task: str, format: Format, critics: bool =
         "transitions": agent.state["transitions"],
         "conditions": run_provenance(agent.config, agent.suite, agent.device),
     }
-    networks = critic_networks(algorithm.critic) if critics else {}
+    found = task_critics(agent, algorithm, index) if critics else {}
+    networks = {"actor": algorithm.actor.network, **{key: critic.network for key, critic in found.items()}}
     rhos = {
         f"{network}.{key}": tensor
-        for network, module in {"actor": algorithm.actor.network, **networks}.items()
+        for network, module in networks.items()
         if format is Format.peft
         for key, tensor in task_rho(module, index).items()
     }
-    return TaskPolicy(algorithm.actor, index, algorithm.normalizer, about, networks, rhos)
+    spaces = agent.suite.native_spaces(index)
+    return TaskPolicy(algorithm.actor, index, spaces, algorithm.normalizer, about, found, rhos)
 
 
 def sequence_policy(options: ExportConfig) -> TaskPolicy:
@@ -143,10 +154,9 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
     if task >= sequence.learnt:
         learnt = ", ".join(names[: sequence.learnt]) or "none yet"
         raise UserError(f"task {options.task} is not learnt yet; learnt are {learnt}")
-    actor, normalizer = sequence.evaluator.policy(sequence.tasks[task], task)
+    chosen = sequence.tasks[task]
+    actor, normalizer = sequence.evaluator.policy(chosen, task)
     method, name = sequence.networks.method, sequence.config.method.name
-    if isinstance(actor.network, Columns):
-        raise UserError(f"a column of method={name} looks at those before it, and has no plain form to export")
     rhos = {}
     if options.format is Format.peft:
         if not sequence.config.method.low_rank:
@@ -166,38 +176,55 @@ def sequence_policy(options: ExportConfig) -> TaskPolicy:
         "transitions": sequence.progress.transitions,
         "conditions": sequence.provenance(),
     }
-    return TaskPolicy(actor, 0, normalizer, about, posterior=rhos)
+    spaces = chosen.suite.native_spaces(chosen.index)
+    return TaskPolicy(actor, 0, spaces, normalizer, about, posterior=rhos)
 
 
 def export(policy: TaskPolicy, task: str, format: Format, out: Path) -> None:
-    """Write the files of one format into a new folder; ONNX also as a single file, if ``out`` ends with ``.onnx``.
+    """Write the files of one format into a new folder, or a program as a single file if ``out`` ends as such do.
 
     Raises:
-        UserError: the policy's networks have no such form, or the folder is there already.
+        UserError: the policy's networks have no such form, there is something at ``out`` already, or the files
+            compute something else than the agent.
     """
     if out.exists():
         raise UserError(f"out={out} is there already; remove it or give another folder")
-    if format is Format.onnx and out.suffix == ".onnx":
-        with TemporaryDirectory() as folder:
-            write_onnx(Path(folder) / ONNX_FILE, policy.plain(), policy.obs_size)
+    endings = {Path(file).suffix: name for name, file in PROGRAMS.items()}
+    alone = out.suffix in endings
+    if alone and endings[out.suffix] != format.value:
+        raise UserError(f"out={out} is a file of format={endings[out.suffix]}, and format={format.value} was given")
+    policy = policy.on_cpu()
+    about = {"task": task, "format": format.value, **describe_spaces(policy.spaces), **policy.about}
+    with TemporaryDirectory() if alone else whole_folder(out) as target:
+        folder = Path(target)
+        checked = write_policy(folder, policy, task, format, about)
+        if alone:
             make_folder(out.parent)
-            write_atomically(out, (Path(folder) / ONNX_FILE).read_bytes())
-        return
-    about = {
-        "task": task,
-        "format": format.value,
-        "observation_size": policy.obs_size,
-        "action": "index of a choice" if policy.discrete else "each dimension in [-1, 1]",
-        **policy.about,
-    }
-    with whole_folder(out) as target:
-        if format is Format.peft:
-            write_peft(target, policy, task)
-        elif format is Format.torch:
-            write_network(target, policy.plain())
+            write_atomically(out, (folder / PROGRAMS[format.value]).read_bytes())
         else:
-            about["checked_with_onnxruntime"] = write_onnx(target / ONNX_FILE, policy.plain(), policy.obs_size)
-        write_json(target / "export.json", about)
+            about["largest_difference"] = checked
+            write_json(folder / "export.json", about)
+
+
+def write_policy(
+    folder: Path, policy: TaskPolicy, task: str, format: Format, about: Mapping[str, Any]
+) -> float | None:
+    """Write a policy; returns its largest difference from the agent, None where nothing here can run it."""
+    if format is Format.peft:
+        return write_peft(folder, policy, task)
+    program, file = trace(policy.module(), policy.spaces.obs_size), folder / PROGRAMS[format.value]
+    write, read = (write_pt2, read_pt2) if format is Format.torch else (write_onnx, read_onnx)
+    write(file, program, {"export.json": to_json(about)})
+    run = read(file)
+    return None if run is None else policy.check(run)
+
+
+def describe_spaces(spaces: TaskSpaces) -> dict[str, Any]:
+    """Return sizes, bounds and types of observations and actions."""
+    action: dict[str, Any] = {"choices": spaces.choices, "start": spaces.start, "dtype": "int64"}
+    if not spaces.discrete:
+        action = {"size": spaces.action_size, "low": spaces.low, "high": spaces.high, "dtype": spaces.dtype}
+    return {"observation": {"size": spaces.obs_size, "dtype": "float32"}, "action": action}
 
 
 def task_index(task: str, names: Sequence[str]) -> int:
@@ -207,12 +234,35 @@ def task_index(task: str, names: Sequence[str]) -> int:
     return list(names).index(task)
 
 
-def critic_networks(critic: nn.Module) -> dict[str, nn.Module]:
-    """Return the networks of a critic by the names that their files have."""
+def task_critics(agent: TrainedAgent, algorithm: ActorCritic, task: int) -> dict[str, TaskCritic]:
+    """Return the critics of a task by the names that their files have.
+
+    Raises:
+        UserError: the checkpoint does not say what its values are in units of.
+    """
+    critic, scaler = algorithm.critic, algorithm.reward_scaler
+    factors = scaler.factors()
+    if factors is not None and "reward_scaler" not in agent.state["algorithm"]:
+        raise UserError(
+            f"{agent.checkpoint} has no reward statistics, which values are in units of: it goes back to a best "
+            "checkpoint of an earlier version; give checkpoint=last, or leave critics out"
+        )
+    factor = 1.0 if factors is None else float(factors[task])
+    ids = torch.tensor([task])
+
+    def value(head: int, network: nn.Module, inputs: Tensor) -> Tensor:
+        with posterior_mean(network):
+            return critic.read(head, network(inputs.unsqueeze(0), ids), ids)[0] / factor
+
     if isinstance(critic, TwinQ):
-        return {f"critic_{index}": network for index, network in enumerate(critic.networks)}
-    assert isinstance(critic, ValueNetwork)
-    return {"critic": critic.network}
+        networks = {f"critic_{head}": network for head, network in enumerate(critic.networks)}
+    else:
+        assert isinstance(critic, ValueNetwork)
+        networks = {"critic": critic.network}
+    return {
+        name: TaskCritic(network, critic.units(head, task, factor), partial(value, head, network))
+        for head, (name, network) in enumerate(networks.items())
+    }
 
 
 def command() -> None:

@@ -25,6 +25,7 @@ All keys: docs/configuration.md; --cfg job shows them with their values.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ from varshare_rl.config import (
 from varshare_rl.config_checks import check_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
-from varshare_rl.errors import Terminated, UserError
+from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.files import write_atomically, write_json
 from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.variational import stochastic_layers
@@ -58,11 +59,15 @@ from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
-from varshare_rl.run.loop import Interrupted, Run
+from varshare_rl.run.loop import Diverged, Interrupted, OnDivergence, Run
 from varshare_rl.run.results import summary
 from varshare_rl.sweeps.command import RunCommand
 from varshare_rl.sweeps.sweep import run_training
 from varshare_rl.types import Tree
+
+#: Failures in a row, without having come further, after which a run is given up.
+MOST_FAILURES = 2
+FAILURE_FILE = "failure.txt"
 
 
 def run_config(
@@ -182,15 +187,57 @@ def go_on(
 
 
 def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callbacks | None = None) -> None:
+    """Run the loop to its end and write the results, from the last checkpoint where a run fails that may go on.
+
+    Raises:
+        RunFailure: it has failed too often without having come further, or may not go on by itself.
+        Interrupted: a signal came; all is saved, and the screen says how to go on.
+    """
+    failures, halvings, furthest = 0, 0, -1
+    while True:
+        run.callbacks = callbacks or run.callbacks
+        before = None if state is None else state["transitions"]
+        try:
+            return attempt(config, run, state, 0.5**halvings)
+        except RunFailure as failure:
+            diverged = isinstance(failure, Diverged)
+            failures = failures + 1 if run.transitions <= furthest else 1
+            furthest = max(furthest, run.transitions)
+            may_go_on = not diverged or config.on_divergence is OnDivergence.rollback
+            if failures > MOST_FAILURES or not may_go_on or not (run.run_dir / CONFIG_FILE).exists():
+                report_failure(run, failure)
+                raise
+            _, state = newest_checkpoint(run.run_dir)
+            halvings = diverged * (1 + halvings * (state["transitions"] == before))
+            rate = f" with {0.5**halvings:g} of the learning rate" if halvings else ""
+            run.console.message(
+                f"warning: {failure}; going on from the checkpoint at {state['transitions']:,} transitions{rate}"
+            )
+            run = build_run(config, run.suite, run.run_dir, state["transitions"], state["seconds"])
+
+
+def report_failure(run: Run, failure: RunFailure) -> None:
+    """Keep the traceback, and say how to go on."""
+    if not (run.run_dir / CONFIG_FILE).exists():
+        return
+    path = run.run_dir / FAILURE_FILE
+    write_atomically(path, "".join(traceback.format_exception(failure)) + failure.details)
+    run.console.message(
+        f"the traceback is in {path}; go on from the last checkpoint with:\n"
+        f"    python -m varshare_rl.train {override('resume', run.run_dir)}"
+    )
+
+
+def attempt(config: TrainConfig, run: Run, state: Tree | None, rate_factor: float) -> None:
     """Run the loop and write the results; on a signal, say how to go on and pass it on."""
     begun = state is not None
-    run.callbacks = callbacks or run.callbacks
     try:
         describe(config, run)
         if state is None:
             run.start()
         else:
             run.load_state(state)
+            run.algorithm.slow_down(rate_factor)
             (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a smaller budget
         write_atomically(run.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
         begun = True

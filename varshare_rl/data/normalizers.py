@@ -109,6 +109,10 @@ class RewardScaler(nn.Module):
     def refresh(self) -> None:
         """Note that networks start anew, so that a change of scale costs nothing now."""
 
+    def factors(self) -> Tensor | None:
+        """What a task's rewards are multiplied by now, ``[T]``; None: by 1."""
+        return None
+
     def forward(self, reward: Tensor) -> Tensor:
         """Scale ``[T, ...]``."""
         return _finite(reward)
@@ -146,6 +150,9 @@ class ReturnStdScaler(RewardScaler):
         self.returns = self.returns * self.discount + _finite(reward)
         self.moments.update(self.returns.unsqueeze(-1))
         self.returns = self.returns * ~done
+
+    def factors(self) -> Tensor:
+        return 1.0 / self.moments.std().squeeze(1)
 
     def forward(self, reward: Tensor) -> Tensor:
         """Scale ``[T, ...]``."""
@@ -193,6 +200,9 @@ class AdaptiveRewardScaler(RewardScaler):
     def refresh(self) -> None:
         """Take the scales that follow from all rewards so far."""
         self.scales.copy_(self._now())
+
+    def factors(self) -> Tensor:
+        return self.scales
 
     def forward(self, reward: Tensor) -> Tensor:
         """Scale ``[T, ...]``."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from varshare_rl.fields import bounded, check_below
 from varshare_rl.nn.config import Blocks, NetworkConfig
+from varshare_rl.nn.layer import plain_linear
 from varshare_rl.nn.task_rows import TaskIds, in_order
 from varshare_rl.ops.rl import categorical_cross_entropy, categorical_value, squared_error, support
 
@@ -273,9 +274,30 @@ class Critic(nn.Module):
         state = {name: value for name, value in fresh.state_dict().items() if not name.startswith("statistics.")}
         self.load_state_dict(state, strict=False)
 
-    def _value(self, head: int, outputs: Tensor, task_ids: TaskIds) -> Tensor:
+    def read(self, head: int, outputs: Tensor, task_ids: TaskIds) -> Tensor:
+        """Read outputs ``[T, B, G]`` of a network as values ``[T, B]`` in the units of the return."""
         value: Tensor = self.heads[head].value(outputs, task_ids)  # type: ignore[operator]
         return value if self.statistics is None else self.statistics.restore(value, task_ids)
+
+    def units(self, head: int, task: int, factor: float = 1.0) -> list[nn.Module]:
+        """Make modules that read a network's outputs ``[B, G]`` as values ``[B, 1]`` of one task.
+
+        ``factor`` is what rewards were multiplied by: values are in units of rewards before that. Empty where the
+        outputs are such values.
+        """
+        module: CriticHead = self.heads[head]  # type: ignore[assignment]
+        scale, offset = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        if module.affine is not None:
+            scale, offset = module.affine.scale[task].double(), module.affine.offset[task].double()
+        if self.statistics is not None:
+            std, mean = self.statistics.std[task], self.statistics.mean[task]
+            scale, offset = std * scale, std * offset + mean
+        if not module.categorical and scale == factor and offset == 0.0:
+            return []
+        weights = module.atoms.double() if module.categorical else torch.ones(1, dtype=torch.float64)
+        weight, bias = (scale / factor * weights).unsqueeze(0), (offset / factor).reshape(1)
+        last = plain_linear(weight.float(), bias.float())
+        return [nn.Softmax(-1), last] if module.categorical else [last]
 
     def _loss(self, head: int, outputs: Tensor, target: Tensor, task_ids: TaskIds) -> Tensor:
         if self.statistics is not None:
@@ -299,7 +321,7 @@ class ValueNetwork(Critic):
 
     def forward(self, obs: Tensor, task_ids: TaskIds) -> Tensor:
         """``[T, B, F]`` to values ``[T, B]`` in the units of the return."""
-        return self._value(0, self.network(obs, task_ids), task_ids)
+        return self.read(0, self.network(obs, task_ids), task_ids)
 
     def loss(self, obs: Tensor, task_ids: TaskIds, target: Tensor) -> Tensor:
         """Loss against targets ``[T, B]`` in the units of the return, ``[T]``."""
@@ -336,4 +358,4 @@ class TwinQ(Critic):
         return [network(x, task_ids) for network in self.networks]
 
     def _values(self, outputs: list[Tensor], task_ids: TaskIds) -> Tensor:
-        return torch.stack([self._value(head, y, task_ids) for head, y in enumerate(outputs)])
+        return torch.stack([self.read(head, y, task_ids) for head, y in enumerate(outputs)])

@@ -1,4 +1,4 @@
-"""Plain networks: one task's network or policy as an ``nn.Sequential`` of PyTorch's own layers.
+"""One task's network alone, and as an ``nn.Sequential`` of PyTorch's own layers.
 
 The mean of a linear layer's weight is itself a weight, so what a trained agent computes for one task on the
 posterior mean is an ordinary multilayer perceptron, which needs nothing of this package.
@@ -7,14 +7,16 @@ posterior mean is an ordinary multilayer perceptron, which needs nothing of this
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from copy import deepcopy
 from functools import partial
 
 from torch import Tensor, nn
 
 from varshare_rl.errors import UserError
-from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
-from varshare_rl.nn.layer import TaskLayer, plain_linear
+from varshare_rl.nn.layer import TaskLayer, task_layers
 from varshare_rl.nn.mlp import ACTIVATIONS, LEAKY_SLOPE, SharedLayerNorm, TaskMLP, TaskNorm
+from varshare_rl.nn.task_rows import TaskIds
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -23,37 +25,44 @@ _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "elu": nn.ELU,
     "leaky_relu": partial(nn.LeakyReLU, LEAKY_SLOPE),
 }
-#: Logit of a choice that the task does not have, as in ``ops.policy.masked_logits``.
-_NEVER = -1e8
 
 
-class Normalize(nn.Module):
-    """``clip((x - mean) / std)``: an observation normaliser of one task that has stopped learning.
+class OneTask(nn.Module):
+    """A network of many tasks as that of one, on the posterior mean; parameters are copies.
+
+    Layers that have a weight of one task are that weight alone. Every architecture has this form.
 
     Args:
-        mean: ``[F]``; std: ``[F]``; clip: bound on the result.
+        network: task network; task: its number.
+
+    Raises:
+        IndexError: an unknown task id.
     """
 
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Tensor, std: Tensor, clip: float) -> None:
+    def __init__(self, network: nn.Module, task: int) -> None:
         super().__init__()
-        self.register_buffer("mean", mean.detach().clone())
-        self.register_buffer("std", std.detach().clone())
-        self.clip = clip
+        self.network, self.task = deepcopy(network), task
+        for name, layer in list(task_layers(self)):
+            layer.check_task(task)
+            with suppress(UserError):
+                self.set_submodule(name, PlainLayer(layer.mean_linear(task)))
+        self.requires_grad_(False).eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., F]`` to ``[..., F]``."""
-        return ((x - self.mean) / self.std).clamp(-self.clip, self.clip)
+        """``[B, F]`` to ``[B, G]``."""
+        return self.network(x, self.task)  # type: ignore[no-any-return]
 
 
-class Choose(nn.Module):
-    """The index of the largest logit, the deterministic action of a categorical policy."""
+class PlainLayer(nn.Module):
+    """A linear layer in the place of a task layer; task id and temperature are accepted and ignored."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[..., A]`` to ``[...]`` int64."""
-        return x.argmax(-1)
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor, task_id: TaskIds | None = None, temperature: float = 1.0) -> Tensor:
+        """``[..., F]`` to ``[..., G]``."""
+        return self.linear(x)  # type: ignore[no-any-return]
 
 
 def merged(network: nn.Module, task: int) -> nn.Sequential:
@@ -71,31 +80,6 @@ def merged(network: nn.Module, task: int) -> nn.Sequential:
         return layer.mean_linear(task)
 
     return plain_network(network, linear, task)
-
-
-def merged_policy(actor: nn.Module, task: int) -> nn.Sequential:
-    """The deterministic policy of ``task`` on the posterior mean: normalised observations to actions.
-
-    Actions are ``tanh(mean)`` in ``[-1, 1]``, or the index of a choice; dimensions and choices that the task
-    does not have are 0 and never taken.
-
-    Raises:
-        IndexError: an unknown task id.
-        UserError: the actor or its network is of another kind, see :func:`merged`.
-    """
-    if not isinstance(actor, TanhGaussianActor | CategoricalActor):
-        raise UserError(f"a {type(actor).__name__} has no plain form; TanhGaussianActor and CategoricalActor have")
-    network = merged(actor.network, task)
-    allowed = actor.action_mask[task, 0].bool()  # [A]
-    head = network[-1]
-    assert isinstance(head, nn.Linear)
-    actions = len(allowed)  # of the squashed Gaussian's outputs the means come first
-    last = plain_linear(
-        head.weight[:actions] * allowed.unsqueeze(1),
-        head.bias[:actions].masked_fill(~allowed, 0.0 if isinstance(actor, TanhGaussianActor) else _NEVER),
-    )
-    end = nn.Tanh() if isinstance(actor, TanhGaussianActor) else Choose()
-    return nn.Sequential(*list(network)[:-1], last, end).eval()
 
 
 def plain_network(network: nn.Module, linear: Callable[[TaskLayer], nn.Linear], task: int = 0) -> nn.Sequential:

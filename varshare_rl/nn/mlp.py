@@ -203,7 +203,7 @@ class StackedLinear(nn.Module):
         """``[M, N, F]``, an input per copy, or ``[N, F]``, one input for all, to ``[M, N, G]``."""
         if x.dim() == 2:
             y = linear(x, self.weights.flatten(0, 1), self.biases.flatten())
-            return y.reshape(len(x), *self.biases.shape).transpose(0, 1)
+            return y.reshape(x.shape[0], *self.biases.shape).transpose(0, 1)
         return torch.baddbmm(self.biases.unsqueeze(1), x, self.weights.transpose(1, 2))
 
     def extra_repr(self) -> str:

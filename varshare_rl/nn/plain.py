@@ -1,4 +1,4 @@
-"""Plain networks in files: weights as safetensors with the modules as JSON, nothing pickled, or ONNX graphs.
+"""Plain networks in files: weights as safetensors with the modules as JSON, nothing pickled.
 
 ``network.json`` lists the modules of an ``nn.Sequential`` with their arguments; ``network.safetensors`` is its
 state dict.
@@ -6,31 +6,19 @@ state dict.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically, write_json
-from varshare_rl.nn.merge import Choose, Normalize
 from varshare_rl.reading import STUMBLES, one_line, read_object
 
 FORMAT_VERSION = 1
 MODULE_FILE = "network.json"
 TENSOR_FILE = "network.safetensors"
-#: Bound on the difference of the ONNX file's actions from PyTorch's, on random observations.
-ONNX_TOLERANCE = 1e-5
-
-
-def _normalize(size: int, clip: float) -> Normalize:
-    return Normalize(torch.zeros(size), torch.ones(size), clip)
-
 
 #: Maker of every kind of module, and the attributes that are its arguments.
 _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -41,8 +29,7 @@ _KINDS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "SiLU": (nn.SiLU, ()),
     "ELU": (nn.ELU, ("alpha",)),
     "LeakyReLU": (nn.LeakyReLU, ("negative_slope",)),
-    "Normalize": (_normalize, ("size", "clip")),
-    "Choose": (Choose, ()),
+    "Softmax": (nn.Softmax, ("dim",)),
 }
 
 
@@ -81,36 +68,6 @@ def read_network(folder: Path | str) -> nn.Sequential:
     return network.eval()
 
 
-def write_onnx(file: Path, policy: nn.Sequential, obs_size: int) -> bool:
-    """Write an ONNX graph ``observation [batch, F]`` to ``action``; False if it could not be compared with PyTorch.
-
-    Raises:
-        RuntimeError: onnxruntime computes other actions.
-    """
-    generator = torch.Generator().manual_seed(0)
-    obs = torch.randn(64, obs_size, generator=generator)
-    batch = torch.export.Dim("batch", min=1)
-    names: dict[str, Any] = {"input_names": ["observation"], "output_names": ["action"]}
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # packages that it does not find are not needed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the exporter calls functions of torch that are to go
-        program: Any = torch.onnx.export(
-            policy, (obs,), dynamo=True, verbose=False, dynamic_shapes=({0: batch},), **names
-        )
-    program.save(file)
-    if importlib.util.find_spec("onnxruntime") is None:
-        return False
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    (actions,) = session.run(None, {"observation": obs.numpy()})
-    with torch.no_grad():
-        difference = (torch.from_numpy(actions) - policy(obs)).abs().max().item()
-    if difference > ONNX_TOLERANCE:
-        raise RuntimeError(f"onnxruntime's actions differ from PyTorch's by {difference:g}")
-    return True
-
-
 def _describe(module: nn.Module) -> dict[str, Any]:
     kind = type(module).__name__
     if kind not in _KINDS:
@@ -118,8 +75,6 @@ def _describe(module: nn.Module) -> dict[str, Any]:
     special: dict[str, Any] = {}
     if isinstance(module, nn.Linear):
         special["bias"] = module.bias is not None
-    if isinstance(module, Normalize):
-        special["size"] = len(module.mean)
     return {"kind": kind, **{name: special.get(name, getattr(module, name, None)) for name in _KINDS[kind][1]}}
 
 

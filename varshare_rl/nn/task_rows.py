@@ -114,14 +114,14 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int, stacked: bool = True
         IndexError: an id is not one of the ``num_tasks`` tasks; the message names it.
         ValueError: the shapes of ``x`` and ``task_ids`` do not fit each other.
     """
+    if type(task_ids) is int:  # asks nothing of a tensor's values, so that a pass of one task can be traced
+        return _rows_of_one(x, task_ids, num_tasks)
     ids = torch.as_tensor(task_ids).cpu()
     if ids.dtype == torch.bool or ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"task ids have dtype {ids.dtype}; they must be integers")
     ids = ids.long()
     if ids.dim() == 0:
-        _check(ids.reshape(1), num_tasks)
-        alone = None if num_tasks == 1 else ids.reshape(1)
-        return TaskRows(x.reshape(1, -1, x.shape[-1]), alone, x.shape)
+        return _rows_of_one(x, int(ids), num_tasks)
     if ids.dim() != 1 or x.dim() not in (2, 3) or x.shape[0] != ids.shape[0]:
         raise ValueError(
             f"x of shape {tuple(x.shape)} does not fit task ids of shape {tuple(ids.shape)}; "
@@ -134,6 +134,12 @@ def task_rows(x: Tensor, task_ids: TaskIds, num_tasks: int, stacked: bool = True
         return TaskRows(x, ids, x.shape)
     _check(ids, num_tasks)
     return group_rows(x, ids)
+
+
+def _rows_of_one(x: Tensor, task: int, num_tasks: int) -> TaskRows:
+    if not 0 <= task < num_tasks:
+        raise unknown_task(task, num_tasks)
+    return TaskRows(x.reshape(1, -1, x.shape[-1]), None if num_tasks == 1 else torch.tensor([task]), x.shape)
 
 
 def _check(ids: Tensor, num_tasks: int) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from varshare_rl.cli import typed
-from varshare_rl.errors import Terminated, UserError
+from varshare_rl.cli import in_one_line, typed
+from varshare_rl.errors import Terminated
 from varshare_rl.run.loop import Interrupted
 
 
@@ -51,8 +51,7 @@ def attempt(command: RunCommand, composed: DictConfig, overrides: Sequence[str])
         return Outcome(130, stopped=True)
     except Terminated:
         return Outcome(143, stopped=True)
-    except UserError as error:
-        return Outcome(2, str(error))
-    except Exception:
-        return Outcome(1, traceback.format_exc())
+    except Exception as error:
+        message, code = in_one_line(error) or (traceback.format_exc(), 1)
+        return Outcome(code, message)
     return Outcome()

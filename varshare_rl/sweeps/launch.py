@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -199,8 +200,6 @@ def launcher_name(sweep: Sweep) -> str:
     name = given.partition("=")[2]
     if name in EXTRA:
         plugin = f"hydra_plugins.hydra_{name.partition('_')[0]}_launcher"
-        from importlib.util import find_spec
-
         try:
             missing = find_spec(plugin) is None
         except ModuleNotFoundError:

@@ -72,8 +72,8 @@ class Sweep:
     def job(self, choices: dict[str, str], *further: str) -> Job:
         """Return the run with these values; its name begins with them, and has ``further`` parts."""
         others = {key: value for key, value in choices.items() if key != "run_dir"}
-        parts = [f"{self.short[key].replace('/', '.')}-{value}" for key, value in others.items()]
-        name = _file_name("_".join([*parts, *further]) or "run")
+        parts = [f"{self.short[key].replace('/', '.')}-{_plain(value)}" for key, value in others.items()]
+        name = _file_name([*parts, *further]) or "run"
         folder = Path(choices["run_dir"].strip("'\"")) if "run_dir" in choices else self.folder / name
         own = [f"run_dir={literal(str(folder))}", "overwrite=true" if self.overwrite else "resume=auto"]
         values = [f"{key}={value}" for key, value in others.items()]
@@ -142,7 +142,7 @@ def read_sweep(line: CommandLine) -> Sweep:
     ranges = [override.input_line for override in searched.values()]
     lists = [item for item in swept.items() if item[0] != "seed"] if "hydra/sweeper=optuna" in hydra else []
     digest = _digest((line.command, line.plugins, rest, sorted(keys), ranges, lists))
-    name = _file_name("_".join(["sweep", *what, *(sweep.short[key].replace("/", ".") for key in keys)]))
+    name = _file_name(["sweep", *what, *(sweep.short[key].replace("/", ".") for key in keys)])
     return replace(sweep, folder=Path("runs") / f"{name}_{digest}" if folder is None else folder)
 
 
@@ -181,10 +181,15 @@ def check_jobs(command: RunCommand, line: CommandLine, jobs: Sequence[Job], over
     return checked
 
 
-def _file_name(text: str) -> str:
-    """A name of at most 120 letters that any file system takes."""
-    plain = re.sub(r"[^\w.+-]+", "_", text).strip("_")
-    return plain if len(plain) <= 120 else f"{plain[:112]}_{_digest(text)}"
+def _plain(text: str) -> str:
+    """Return a text with what file systems or shells may not take as underscores."""
+    return re.sub(r"[^\w.+-]+", "_", text).strip("_")
+
+
+def _file_name(parts: Sequence[str]) -> str:
+    """Return a name of at most 120 letters that begins with the parts."""
+    name = _plain("_".join(parts))
+    return name if len(name) <= 120 else f"{name[:112]}_{_digest(parts)}"
 
 
 def _digest(what: object) -> str:

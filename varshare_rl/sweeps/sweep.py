@@ -34,6 +34,8 @@ def run_training(command: RunCommand) -> None:
     """Run the command line: one run, or with ``-m`` a sweep."""
     with errors_in_one_line():
         line = read_command_line(command.name)
+        if line is None:
+            return
         if line.multirun:
             raise SystemExit(sweep(command, line))
         composed, overrides = compose_config(line)
@@ -81,6 +83,7 @@ def sweep(command: RunCommand, line: CommandLine) -> int:
     results = pool(jobs)
     if results.rows and not any(outcome.stopped for outcome in outcomes):
         show(results)
+        asked.folder.mkdir(parents=True, exist_ok=True)  # where all runs have folders elsewhere
         write_atomically(asked.folder / "sweep.csv", to_csv(results))
     return runs.close(jobs, outcomes, line)
 
@@ -171,6 +174,8 @@ class Runs:
                 except (KeyboardInterrupt, Terminated) as stop:
                     outcomes.append(Outcome(_code(stop), stopped=True))
                 self._made += 1
+                if outcomes[-1].error:
+                    self.say(f"{one.job.name} failed: {outcomes[-1].error.strip().splitlines()[-1]}")
         return outcomes
 
     def _left(self, runs: int) -> str:
