@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass, replace
 from enum import Enum
-from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -18,6 +14,7 @@ from varshare_rl.commands.export import ExportConfig
 from varshare_rl.commands.prune import PruneConfig
 from varshare_rl.config import TrainConfig
 from varshare_rl.continual.config import ContinualConfig
+from varshare_rl.fields import sentences
 from varshare_rl.registry import registered
 
 PAGE = Path(__file__).with_name("configuration.md")
@@ -61,26 +58,6 @@ class Option:
     default: str
     bounds: str
     sentence: str
-
-
-@cache
-def sentences(config: type) -> dict[str, str]:
-    """Return the sentence under every field of a config class, base classes' included."""
-    found: dict[str, str] = {}
-    for base in reversed(config.__mro__):
-        if not is_dataclass(base):
-            continue
-        try:
-            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
-        except (OSError, TypeError):  # a class that was made, not written
-            continue
-        assert isinstance(body, ast.ClassDef)
-        for statement, following in zip(body.body, [*body.body[1:], None], strict=True):
-            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                assert isinstance(statement.target, ast.Name)
-                if isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
-                    found[statement.target.id] = " ".join(following.value.value.split())
-    return found
 
 
 def options(config: type, prefix: str = "", own: bool = False) -> Iterator[Option]:

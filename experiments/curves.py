@@ -12,10 +12,11 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
-import matplotlib
+from matplotlib.ticker import EngFormatter
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from varshare_rl.files import write_atomically
+from varshare_rl.reporting.figures import legend_below, new_figure, plain, plain_axes, styled, to_file
+from varshare_rl.reporting.style import INK, PAGE, look
 
 Curve = list[tuple[int, float]]
 
@@ -34,25 +35,28 @@ def read_curves(run_dir: Path, tag: str) -> dict[str, Curve]:
     return curves
 
 
+@styled
 def draw(run_dirs: list[Path], tag: str, target: Path) -> None:
     """One panel per run folder, written to ``target``."""
-    figure, axes = plt.subplots(1, len(run_dirs), figsize=(7.6 * len(run_dirs), 4.2), squeeze=False)
     found = [read_curves(run_dir, tag) for run_dir in run_dirs]
     for run_dir, curves in zip(run_dirs, found, strict=True):
         if not curves:
             raise SystemExit(f"error: {run_dir} has no evaluations of {tag}; choose --tag success or return")
+    tasks = list(dict.fromkeys(task for curves in found for task in curves if task != "mean"))
+    figure = new_figure(PAGE, 2.8 + 0.06 * len(tasks))
+    panels = figure.subplots(1, len(run_dirs), squeeze=False, sharey=tag != "return")[0]
     longest = max(curve[-1][0] for curves in found for curve in curves.values())
-    for axis, run_dir, curves in zip(axes[0], run_dirs, found, strict=True):
+    lines = {}
+    for axes, run_dir, curves in zip(panels, run_dirs, found, strict=True):
         for task, curve in curves.items():
-            style = {"color": "black", "linewidth": 2.5} if task == "mean" else {"linewidth": 1.2}
-            axis.plot(*zip(*curve, strict=True), label=task, **style)
-        axis.set(title=run_dir.name, xlabel="transitions, all tasks together", ylabel=f"evaluation {tag}")
-        axis.grid(alpha=0.3)
-        axis.set_xlim(0, longest)
-        axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    figure.tight_layout()
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+            line = {"color": INK, "linewidth": 2.4} if task == "mean" else look(tasks.index(task)).line
+            (lines[task],) = axes.plot(*zip(*curve, strict=True), **line)
+        axes.set(title=plain(run_dir.name), xlabel="transitions, all tasks together", xlim=(0, longest))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        plain_axes(axes, grid="y")
+    panels[0].set_ylabel(f"evaluation {tag}")
+    legend_below(figure, list(lines.values()), list(lines))
+    write_atomically(target, to_file(figure))
 
 
 def main() -> None:

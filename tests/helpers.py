@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from varshare_rl.assemble import build_algorithm, build_suite
+from varshare_rl.cli import compose
 from varshare_rl.config import TrainConfig
 from varshare_rl.config_checks import check_config
 from varshare_rl.envs.suite import Suite, VectorEngine
@@ -158,4 +160,56 @@ def write_continual(folder: Path | str, document: Mapping[str, Any], config: str
     (path / "summary.json").write_text(json.dumps(document))
     if config is not None:
         (path / "config.yaml").write_text(config)
+    return path
+
+
+def write_run(
+    folder: Path | str,
+    *overrides: str,
+    seed: int = 0,
+    scores: Mapping[str, float | None] | None = None,
+    success: bool = True,
+    finished: bool = True,
+    transitions: int = 1000,
+    nats: float | None = None,
+    sharing: float | None = None,
+    **conditions: Any,
+) -> Path:
+    """The folder of a training run, from made-up numbers; ``overrides`` are those of its configuration.
+
+    Its evaluations, at a quarter, a half and all of its transitions, rise to ``scores`` by task in a straight line,
+    and its return is ten times the success.
+    """
+    given = [*TINY, f"seed={seed}", f"total_transitions={transitions}", *overrides]
+    config = compose("train", list({item.partition("=")[0]: item for item in given}.values()))
+    scores = {"left": 0.5, "right": 1.0} if scores is None else scores
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+    def row(value: float | None, share: float = 1.0) -> dict[str, float | None]:
+        scaled = None if value is None else value * share
+        high = None if scaled is None else 10 * scaled
+        return {"success": scaled, "success_final": scaled, "return": high} if success else {"return": high}
+
+    shares = (0.25, 0.5, 1.0) if finished else (0.25, 0.5)
+    lines = [
+        {"transitions": int(share * transitions), "seconds": 10 * share}
+        | {f"eval/{task}/{name}": n for task, value in scores.items() for name, n in row(value, share).items()}
+        for share in shares
+    ]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if finished:
+        blank = {"success": None, "success_final": None, "kl": nats}
+        document = {
+            "tasks": {task: blank | row(value) for task, value in scores.items()},
+            "transitions": transitions,
+            "seconds": 10.0,
+            "parameters": {"stored": 400, "active_per_task": 200, "shared": 100, "per_task": 100},
+            "conditions": {"seed": seed, "suite": config.env.name, "horizon": 40, "git_commit": "abc"} | conditions,
+        }
+        (path / "summary.json").write_text(json.dumps(document))
+    if sharing is not None:
+        (path / "sharing").mkdir()
+        (path / "sharing" / "000000001000.json").write_text(json.dumps({"sharing": sharing}))
     return path

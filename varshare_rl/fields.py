@@ -1,10 +1,14 @@
-"""Fields of config classes with bounds, and the check of them. Knows no more of the package than its error."""
+"""Fields of config classes: bounds, their check, what they mean. Knows no more of the package than its error."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import textwrap
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from functools import cache
 from typing import Any, TypeVar, cast
 
 from varshare_rl.errors import UserError
@@ -87,3 +91,38 @@ def check_below(config: Any, prefix: str, low: str, high: str) -> None:
     first, second = getattr(config, low), getattr(config, high)
     if not first < second:
         raise UserError(f"{prefix}{low} is {first}; it must be below {high}, {second}")
+
+
+@cache
+def sentences(config: type) -> dict[str, str]:
+    """Return the sentence under every field of a config class, base classes' included."""
+    found: dict[str, str] = {}
+    for base in reversed(config.__mro__):
+        if not is_dataclass(base):
+            continue
+        try:
+            body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        except (OSError, TypeError):  # a class that was made, not written
+            continue
+        assert isinstance(body, ast.ClassDef)
+        for statement, following in zip(body.body, [*body.body[1:], None], strict=True):
+            if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+                assert isinstance(statement.target, ast.Name)
+                if isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
+                    found[statement.target.id] = " ".join(following.value.value.split())
+    return found
+
+
+def option_sentence(config: Any, name: str) -> str:
+    """Return the sentence of an option of a config by its dotted name; nothing where there is none.
+
+    A component's ``name`` is what chooses it: its sentence is that of the component.
+    """
+    path = name.removesuffix(".name").split(".")
+    for part in path[:-1]:
+        config = getattr(config, part, None)
+    if not is_dataclass(config):
+        return ""
+    made = {entry.name: str(entry.metadata.get("sentence", "")) for entry in fields(config)}
+    kind: type = type(config)
+    return sentences(kind).get(path[-1], made.get(path[-1], ""))

@@ -8,22 +8,19 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
-import numpy as np
-
 from experiments.architectures.grid import NETWORKS, SUITES
 from experiments.results import finished_runs
 from varshare_rl.config import load_config
 from varshare_rl.errors import UserError
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from varshare_rl.files import write_atomically
+from varshare_rl.reporting.figures import new_figure, plain_axes, styled, to_file
+from varshare_rl.reporting.statistics import mean_interval
+from varshare_rl.reporting.style import PAGE, QUALITATIVE
 
 COLUMNS = (
     "suite", "network", "seed", "success", "per_task", "return", "hidden", "stored", "active", "transitions",
     "seconds", "git_commit",
 )  # fmt: skip
-RESAMPLES = 10_000
 
 Row = dict[str, Any]
 #: (suite, network) to median, lower and upper quartile of an update's time over that of ``shared``.
@@ -88,10 +85,9 @@ def _place(name: str, names: list[str]) -> tuple[int, str]:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % percentile interval of the mean by bootstrap (Efron 1979): runs drawn with replacement."""
-    draws = np.random.default_rng(0).choice(np.asarray(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(draws.mean(1), (0.025, 0.975))
-    return float(low), float(high)
+    """95 % interval of the mean over runs; of one run, that run."""
+    found = mean_interval(values)
+    return (found.point, found.point) if found.low is None or found.high is None else (found.low, found.high)
 
 
 def groups(rows: Sequence[Row]) -> dict[str, dict[str, list[Row]]]:
@@ -151,24 +147,22 @@ def rows_of(networks: Mapping[str, list[Row]]) -> list[Row]:
     return [row for group in networks.values() for row in group]
 
 
+@styled
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """One panel per suite: a line per architecture with mean and interval, and a dot for every run."""
     suites = groups(rows)
     most = max(len(networks) for networks in suites.values())
-    figure, axes = plt.subplots(1, len(suites), figsize=(5.2 * len(suites), 1.2 + 0.34 * most), squeeze=False)
-    for axis, (suite, networks) in zip(axes[0], suites.items(), strict=True):
+    figure = new_figure(PAGE, 0.8 + 0.22 * most)
+    for axes, (suite, networks) in zip(
+        figure.subplots(1, len(suites), squeeze=False)[0], suites.items(), strict=True
+    ):
         for line, group in enumerate(networks.values()):
             values = [row["success"] for row in group]
-            low, high = interval(values)
-            axis.plot([low, high], [line, line], color="C0", lw=2)
-            axis.plot(mean(values), line, "o", color="C0", ms=6)
-            axis.scatter(values, [line + 0.25] * len(values), s=8, alpha=0.6, color="C1")
-        axis.set_yticks(range(len(networks)), list(networks))
-        axis.invert_yaxis()
-        axis.set_xlim(-0.02, 1.02)
-        axis.set_xlabel("mean success")
-        axis.set_title(suite)
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+            axes.plot(interval(values), [line, line], color=QUALITATIVE[0], linewidth=1.8)
+            axes.plot(mean(values), line, "o", color=QUALITATIVE[0], markersize=5)
+            axes.plot(values, [line + 0.25] * len(values), ".", color=QUALITATIVE[1], markersize=4)
+        axes.set_yticks(range(len(networks)), list(networks))
+        axes.set_ylim(len(networks) - 0.4, -0.6)
+        axes.set(xlim=(-0.02, 1.02), xlabel="mean success", title=suite)
+        plain_axes(axes, grid="both")
+    write_atomically(path, to_file(figure))

@@ -9,21 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
 import torch
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from experiments.results import finished_runs, write_csv
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device, TrainConfig
+from varshare_rl.files import write_atomically
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.ops.gaussian import softplus_sigma
+from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
+from varshare_rl.reporting.style import INK, PAGE, QUALITATIVE, Look, look
 from varshare_rl.run.sharing import sharing_document
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 SPREADS = tuple(f"sigma_{round(100 * quantile)}" for quantile in QUANTILES)
@@ -33,8 +33,8 @@ COLUMNS = (
 )  # fmt: skip
 SUITES = ("pointmass", "cartpole identical", "cartpole variants", "metaworld")
 #: Networks whose penalty has the weight; those of the others are lines.
-DIALLED = {"varshare_lora": "C0", "l2_soft": "C1"}
-LEVEL = {"lora": ("C2", "--"), "shared": ("C3", "-."), "independent": ("C4", ":")}
+DIALLED = {"varshare_lora": look(0), "l2_soft": look(1)}
+LEVEL = {"lora": look(2), "shared": look(3), "independent": look(4)}
 MEASURES = {"success": "success", "nats": "policy, nats", "critic_nats": "critic, nats", "sharing": "sharing"}
 
 Row = dict[str, object]
@@ -105,49 +105,51 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]
     return groups
 
 
+@styled
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """One column of panels per suite, one row per measure; lines are means over seeds, dots are runs."""
     groups = grouped(rows)
     suites = [suite for suite in SUITES if any(key[0] == suite for key in groups)]
-    figure, axes = plt.subplots(len(MEASURES), len(suites), figsize=(3.6 * len(suites), 9.6), squeeze=False)
+    figure = new_figure(PAGE, 7.6)
+    axes = figure.subplots(len(MEASURES), len(suites), squeeze=False)
     for column, suite in enumerate(suites):
         for line, (measure, label) in enumerate(MEASURES.items()):
             axis = axes[line][column]
-            for network, color in DIALLED.items():
-                _dial(axis, groups.get((suite, network), {}), measure, network, color)
-            for network, (color, style) in LEVEL.items():
+            for network, seen in DIALLED.items():
+                _dial(axis, groups.get((suite, network), {}), measure, seen)
+            for network, seen in LEVEL.items():
                 runs = [row for found in groups.get((suite, network), {}).values() for row in found]
                 if runs and "nats" not in measure:
                     level = mean(number(row, measure) for row in runs)
-                    axis.axhline(level, color=color, linestyle=style, label=network)
+                    axis.axhline(level, **seen.line)
             axis.set_xscale("log")
             if "nats" in measure:
                 axis.set_yscale("log")
-            axis.grid(alpha=0.3)
+            plain_axes(axis, grid="both")
             if column == 0:
                 axis.set_ylabel(label)
             if line == 0:
                 axis.set_title(suite)
         axes[-1][column].set_xlabel("kl_weight")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=len(labels), fontsize=9)
-    figure.tight_layout(rect=(0, 0.04, 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    looks = DIALLED | LEVEL
+    legend_below(figure, [Line2D([], [], **seen.line) for seen in looks.values()], list(looks))
+    write_atomically(path, to_file(figure))
 
 
-def _dial(axis: Axes, by_weight: Mapping[float, Sequence[Row]], measure: str, label: str, color: str) -> None:
+def _dial(axis: Axes, by_weight: Mapping[float, Sequence[Row]], measure: str, seen: Look) -> None:
     points = {weight: [number(row, measure) for row in found] for weight, found in by_weight.items()}
-    axis.plot([*points], [mean(values) for values in points.values()], color=color, label=label)
+    axis.plot([*points], [mean(values) for values in points.values()], **seen.line)
     for weight, values in points.items():
-        axis.scatter([weight] * len(values), values, s=9, alpha=0.5, color=color)
+        axis.scatter([weight] * len(values), values, s=9, alpha=0.5, color=seen.colour)
 
 
+@styled
 def draw_posteriors(path: Path, rows: Sequence[Row]) -> None:
     """Quantiles of the posteriors' standard deviations over their priors', and the nats of the tasks."""
     groups = {suite: found for (suite, network), found in grouped(rows).items() if network == "varshare_lora"}
     suites = [suite for suite in SUITES if suite in groups]
-    figure, axes = plt.subplots(2, len(suites), figsize=(3.6 * len(suites), 5.4), squeeze=False, sharex="col")
+    figure = new_figure(PAGE, 4.4)
+    axes = figure.subplots(2, len(suites), squeeze=False, sharex="col")
     for column, suite in enumerate(suites):
         weights, upper, lower = [*groups[suite]], axes[0][column], axes[1][column]
         sigma = {
@@ -155,26 +157,24 @@ def draw_posteriors(path: Path, rows: Sequence[Row]) -> None:
         }
         for inside, alpha, label in ((0, 0.2, "5 to 95 %"), (1, 0.4, "25 to 75 %")):
             low, high = sigma[SPREADS[inside]], sigma[SPREADS[-1 - inside]]
-            upper.fill_between(weights, low, high, alpha=alpha, color="C0", label=label)
-        upper.plot(weights, sigma[SPREADS[2]], color="C0", label="median")
-        upper.axhline(1.0, color="black", linewidth=0.8, linestyle=":", label="start")
+            upper.fill_between(weights, low, high, alpha=alpha, color=QUALITATIVE[0], label=label)
+        upper.plot(weights, sigma[SPREADS[2]], color=QUALITATIVE[0], label="median")
+        upper.axhline(1.0, color=INK, linewidth=0.8, linestyle=":", label="start")
         for name, style in (("most_nats", "--"), ("nats", "-"), ("least_nats", "-.")):
             values = [mean(number(row, name) for row in found) for found in groups[suite].values()]
             label = {"most_nats": "dearest task", "nats": "mean", "least_nats": "cheapest task"}[name]
-            lower.plot(weights, values, color="C0", linestyle=style, label=label)
+            lower.plot(weights, values, color=QUALITATIVE[0], linestyle=style, label=label)
         upper.set_title(suite)
         upper.set_xscale("log")
         lower.set_yscale("log")
         lower.set_xlabel("kl_weight")
         for axis in (upper, lower):
-            axis.grid(alpha=0.3)
+            plain_axes(axis, grid="both")
     axes[0][0].set_ylabel("sigma over the prior's")
     axes[1][0].set_ylabel("policy, nats")
-    axes[0][0].legend(fontsize=7)
-    axes[1][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    axes[0][0].legend()
+    axes[1][0].legend()
+    write_atomically(path, to_file(figure))
 
 
 def print_table(rows: Sequence[Row]) -> None:

@@ -6,13 +6,13 @@ import csv
 import io
 from typing import Any
 
-import numpy as np
 import pytest
 from helpers import continual_document
 from rich.console import Console
 
 from varshare_rl.reporting.continual_measures import measures
-from varshare_rl.reporting.continual_table import bootstrap_interval, compare, group_labels, screen_tables, to_csv
+from varshare_rl.reporting.continual_table import compare, group_labels, screen_tables, to_csv
+from varshare_rl.reporting.statistics import mean_interval
 
 
 def table(*documents: dict[str, Any], reference: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -31,9 +31,8 @@ def test_means_intervals_and_costs_by_hand() -> None:
     # two tasks: 0.8 - 0.5 and 0.8 at the end; 0.6 - 0.5 and 0.6
     assert finetune["performance"]["runs"] == pytest.approx([0.55, 0.35])
     assert finetune["performance"]["mean"] == pytest.approx(0.45)
-    interval = bootstrap_interval([0.55, 0.35])
-    assert interval is not None
-    assert (finetune["performance"]["low"], finetune["performance"]["high"]) == pytest.approx(interval)
+    interval = mean_interval([0.55, 0.35])
+    assert (finetune["performance"]["low"], finetune["performance"]["high"]) == (interval.low, interval.high)
     assert finetune["forgetting"]["mean"] == pytest.approx(0.25)
     assert finetune["backward_transfer"]["mean"] == pytest.approx(-0.5)
     # areas 0.4 and 0.3 against 0.2
@@ -99,28 +98,3 @@ def test_screen_leaves_out_what_nobody_has() -> None:
     assert "FT" not in shown
     assert "old tasks" not in shown.replace("change of old tasks", "")
     assert "3,250" in shown  # bytes in all
-
-
-# intervals
-
-
-def test_one_run_has_no_interval() -> None:
-    assert bootstrap_interval([]) is None
-    assert bootstrap_interval([0.5]) is None
-
-
-def test_two_runs() -> None:
-    """Means of two draws are 0, 1/2 or 1 with probabilities 1/4, 1/2, 1/4: the quantiles are the ends."""
-    assert bootstrap_interval([0.0, 1.0]) == (0.0, 1.0)
-    assert bootstrap_interval([0.3, 0.3]) == (0.3, 0.3)
-
-
-def test_many_runs_as_the_normal_approximation() -> None:
-    values = np.random.default_rng(1).normal(2.0, 3.0, 400)
-    error = values.std() / np.sqrt(len(values))
-    found = bootstrap_interval(values.tolist())
-    assert found is not None
-    assert found == pytest.approx(
-        (values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.05 * error * 2
-    )
-    assert found == bootstrap_interval(values.tolist())

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from varshare_rl.nn import IndependentConfig, Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
-from varshare_rl.reporting.figures import to_png
+from varshare_rl.reporting.figures import to_file
 from varshare_rl.reporting.sharing_figures import sharing_figures
 from varshare_rl.reporting.style import short_names
 from varshare_rl.run.sharing import Conflict, sharing_document
@@ -47,7 +47,7 @@ def test_every_document_has_its_figures(option: Any, tasks: int, trained: bool, 
     assert set(figures) == expected
     if tasks != 3 or not trained or expected != ALL:  # drawing takes a second, and these have nothing new
         for figure in figures.values():
-            assert to_png(figure, dpi=40).startswith(b"\x89PNG")
+            assert to_file(figure, dpi=40).startswith(b"\x89PNG")
 
 
 def test_a_figure_shows_the_numbers_and_names() -> None:

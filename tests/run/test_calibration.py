@@ -15,7 +15,7 @@ from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.nn.layer import posterior_layers
-from varshare_rl.reporting.reliability import draw_reliability
+from varshare_rl.reporting.calibration_figure import calibration_figure
 from varshare_rl.run.calibration import (
     GRID,
     Comparison,
@@ -143,5 +143,6 @@ def test_figures_leave_out_what_is_not_counted(tmp_path: Path) -> None:
     assert len(result["mean"]["curve"]) == len(GRID)
     other = calibration(replace(comparison, std=zeros + 0.1), ("a", "b"))
     assert other["mean"]["coverage"]["0.95"] == 0.0
-    draw_reliability(result, tmp_path / "picture.png")
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    axes = calibration_figure(result).axes[0]
+    curves = [np.asarray(line.get_ydata()).tolist() for line in axes.lines]
+    assert curves[1:] == [result["tasks"]["a"]["curve"], result["tasks"]["b"]["curve"], result["mean"]["curve"]]

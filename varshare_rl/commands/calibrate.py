@@ -27,9 +27,10 @@ from varshare_rl.commands.common import evaluation_engine, evaluation_seed, read
 from varshare_rl.config import Device
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.files import write_json
+from varshare_rl.files import write_atomically, write_json
 from varshare_rl.nn.layer import posterior_layers
-from varshare_rl.reporting.reliability import draw_reliability
+from varshare_rl.reporting.calibration_figure import calibration_figure
+from varshare_rl.reporting.figures import to_file
 from varshare_rl.run.calibration import calibration, compare
 from varshare_rl.run.console import Console
 from varshare_rl.run.episode_recording import record
@@ -60,7 +61,7 @@ def main(composed: DictConfig) -> None:
     agent = load_agent(run_dir, options.checkpoint, options.device)
     result = calibrate_agent(agent, run_dir, options)
     write_json(run_dir / "calibration.json", result)
-    draw_reliability(result, run_dir / "calibration.png")
+    write_atomically(run_dir / "calibration.png", to_file(calibration_figure(result)))
     console, mean = Console(agent.state["transitions"]), result["mean"]
     shown = ", ".join(f"{100 * float(level):g} %: {share:.3f}" for level, share in mean["coverage"].items())
     console.message(f"coverage at {shown}; calibration error {mean['calibration_error']:.3f}")

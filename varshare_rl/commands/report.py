@@ -1,8 +1,10 @@
 """Draw figures and write numbers from what runs left behind.
 
+    python -m varshare_rl.report compare runs/<a> runs/<b> runs/<sweep>
     python -m varshare_rl.report sharing run=runs/<folder>
     python -m varshare_rl.report continual runs/<a> runs/<b> reference=runs/<single tasks>
 
+    compare            runs side by side, seeds pooled: a page, figures and tables
     sharing            what the tasks of a run share, from a checkpoint
     continual          continual-learning methods compared over seeds
 

@@ -31,6 +31,7 @@ from varshare_rl.reporting.continual_runs import (
     check_references,
     read_continual_runs,
 )
+from varshare_rl.reporting.statistics import FEW_RUNS
 from varshare_rl.run.console import PLAIN_WIDTH
 
 
@@ -88,7 +89,9 @@ def report_continual(options: ContinualReportConfig, folders: Sequence[str]) -> 
     Console(
         highlight=False, width=None if sys.stdout.isatty() else PLAIN_WIDTH, force_terminal=sys.stdout.isatty()
     ).print(*screen_tables(rows, found[0]["measure"]))
-    print(f"mean over seeds, 95 % bootstrap interval below; written: {out}")
+    few = any(1 < len(row["seeds"]) <= FEW_RUNS for row in rows)
+    doubt = " (of three seeds or fewer too narrow)" * few
+    print(f"mean over seeds, 95 % bootstrap interval below{doubt}; written: {out}")
 
 
 def reference_folders(given: Any) -> list[str]:
@@ -103,7 +106,7 @@ def write_continual(out: Path, runs: Sequence[ContinualRun], document: dict[str,
     """Write the comparison, and the figures of every run, in folders of their own where there are several."""
     from varshare_rl.reporting.continual_figures import comparison_figures, run_figures
     from varshare_rl.reporting.continual_table import to_csv
-    from varshare_rl.reporting.figures import to_png
+    from varshare_rl.reporting.figures import to_file
 
     labels = [run["label"] for run in document["runs"]]
     compared = comparison_figures(document["methods"], document["measure"], labels, [run.document for run in runs])
@@ -112,7 +115,7 @@ def write_continual(out: Path, runs: Sequence[ContinualRun], document: dict[str,
         figures |= {out / name / figure: made for figure, made in run_figures(run.document).items()}
     for path, figure in figures.items():
         make_folder(path.parent)
-        write_atomically(path.with_name(f"{path.name}.png"), to_png(figure))
+        write_atomically(path.with_name(f"{path.name}.png"), to_file(figure))
     write_atomically(out / "continual.csv", to_csv(document["methods"]))
     write_json(out / "continual.json", document)
 

@@ -70,10 +70,10 @@ def agent_sharing(agent: TrainedAgent, run_dir: Path) -> dict[str, Any]:
 
 def write_figures(out: Path, document: dict[str, Any]) -> None:
     """Write the document and a PNG for every figure that it has numbers for."""
-    from varshare_rl.reporting.figures import to_png  # takes a while to import: after what can be wrong
+    from varshare_rl.reporting.figures import to_file  # takes a while to import: after what can be wrong
     from varshare_rl.reporting.sharing_figures import sharing_figures
 
     make_folder(out)
     for name, figure in sharing_figures(document).items():
-        write_atomically(out / f"{name}.png", to_png(figure))
+        write_atomically(out / f"{name}.png", to_file(figure))
     write_json(out / "sharing.json", document)

@@ -7,15 +7,11 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 from rich import box
 from rich.table import Table
-from scipy.stats import bootstrap
 
 from varshare_rl.reporting.continual_measures import Document, mean_or_none
-
-LEVEL = 0.95  # of bootstrap intervals
-RESAMPLES = 9999
+from varshare_rl.reporting.statistics import mean_interval
 
 Row = dict[str, Any]
 Number = float | None
@@ -91,7 +87,7 @@ def compare(labels: Sequence[str], documents: Sequence[Document], found: Sequenc
     """Make a row per label, in the order met: ``label, method, seeds``, and per column ``mean, low, high, runs``.
 
     A mean is over the runs that have the value, with the 95 % interval of
-    :func:`bootstrap_interval`; ``runs`` has the values in the order of the seeds.
+    :func:`~varshare_rl.reporting.statistics.mean_interval`; ``runs`` has the values in the order of the seeds.
     """
     rows = []
     for label in dict.fromkeys(labels):
@@ -106,21 +102,6 @@ def compare(labels: Sequence[str], documents: Sequence[Document], found: Sequenc
             row[name] = _estimate([column.value(documents[index], found[index]) for index in of_label])
         rows.append(row)
     return rows
-
-
-def bootstrap_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of the mean by the bootstrap (Efron 1979), the same for the same values.
-
-    ``RESAMPLES`` times as many values are drawn with replacement; the ends are the 2.5 and 97.5 % quantiles of
-    their means. None for fewer than two values. With few values it is too narrow.
-    """
-    if len(values) < 2:
-        return None
-    found = bootstrap(
-        (np.asarray(values, dtype=np.float64),), np.mean, confidence_level=LEVEL, n_resamples=RESAMPLES,
-        method="percentile", rng=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
-    return float(found.low), float(found.high)
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -169,8 +150,8 @@ def _cell(estimate: Mapping[str, Any], show: Callable[[float], str]) -> str:
 
 def _estimate(values: Sequence[Number]) -> dict[str, Any]:
     known = [value for value in values if value is not None]
-    low, high = bootstrap_interval(known) or (None, None)
-    return {"mean": mean_or_none(known), "low": low, "high": high, "runs": list(values)}
+    interval = mean_interval(known)
+    return {"mean": mean_or_none(known), "low": interval.low, "high": interval.high, "runs": list(values)}
 
 
 def _settings(document: Document) -> dict[str, str]:

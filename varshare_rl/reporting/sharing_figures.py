@@ -11,12 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import dendrogram
 
-from varshare_rl.reporting.figures import ANNOTATED, INK, Matrix, draw_heat_map, new_figure, plain_axes
-from varshare_rl.reporting.style import QUALITATIVE, short_names
+from varshare_rl.reporting.figures import ANNOTATED, Matrix, draw_heat_map, new_figure, plain_axes, styled
+from varshare_rl.reporting.style import INK, QUALITATIVE, short_names
 
 Document = Mapping[str, Any]
 
 
+@styled
 def sharing_figures(document: Document) -> dict[str, Figure]:
     """Draw all figures that the document has numbers for, by file name without its ending.
 
@@ -49,7 +50,7 @@ def nats_figure(document: Document) -> Figure:
         above.bar_label(bars, fmt="%.0f", fontsize=7)
     above.set_xlim(-0.5, len(tasks) - 0.5)
     above.set_xticks([])
-    above.set_ylabel("all layers", fontsize=8)
+    above.set_ylabel("all layers")
     plain_axes(above)
     draw_heat_map(
         below, matrix, short_names(layer["name"] for layer in layers), tasks, 0.0, float(matrix.max()), "nats"
@@ -72,21 +73,24 @@ def distance_figure(document: Document) -> Figure:
     tree, axes = figure.subplots(1, 2, width_ratios=[1.0, 3.0])
     matrix = _matrix(document["distance"])
     _between_tasks(axes, document, document["distance"], "distance of weights", 0.0, float(matrix.max()))
+    in_sight = False
     if clusters["linkage"]:
         drawn = dendrogram(clusters["linkage"], no_plot=True)  # leaves at 5, 15, ...
         for positions, heights in zip(drawn["icoord"], drawn["dcoord"], strict=True):
             tree.plot(heights, positions, color=INK, linewidth=1.5)
-        tree.axvline(clusters["threshold"], color=QUALITATIVE[1], linestyle="--", linewidth=1.2)
-        tree.set_xlim(max(clusters["linkage"][-1][2], clusters["threshold"]) * 1.08, 0.0)
+        farthest = clusters["linkage"][-1][2] or clusters["threshold"]
+        in_sight = clusters["threshold"] <= 1.5 * farthest
+        if in_sight:
+            tree.axvline(clusters["threshold"], color=QUALITATIVE[1], linestyle="--", linewidth=1.2)
+        tree.set_xlim(max(farthest, clusters["threshold"] if in_sight else 0.0) * 1.08, 0.0)
         tree.set_ylim(10.0 * len(tasks), 0.0)  # the first leaf at the top, as in the heat map
     tree.set_yticks([])
     plain_axes(tree)
     tree.spines["left"].set_visible(False)
-    tree.set_xlabel("merging distance", fontsize=8)
+    tree.set_xlabel("merging distance")
     number = f"{clusters['count']} cluster{'s' * (clusters['count'] != 1)} at {clusters['threshold']:g}"
-    return _titled(
-        figure, document, f"Distance of the tasks' weights in the layer where it is largest: {number} (dashed)"
-    )
+    number += " (dashed)" * in_sight
+    return _titled(figure, document, f"Distance of the tasks' weights in the layer where it is largest: {number}")
 
 
 def layers_figure(document: Document) -> Figure:
@@ -96,7 +100,7 @@ def layers_figure(document: Document) -> Figure:
     figure = new_figure(10.0, 2.2 + 0.62 * len(layers))
     panels = figure.subplots(2, 2, sharey=True)
     named = {
-        "residual": "residual against shared weight, ||R_i|| / ||theta||",
+        "residual": r"residual against shared weight, $\|R_i\|\,/\,\|\theta\|$",
         "sigma": "posterior sigma against shared weight (rms)",
         "effective_rank": "effective rank of the residual",
     }
@@ -105,7 +109,7 @@ def layers_figure(document: Document) -> Figure:
             values = layer[key] if key in layer else layer["spread"]  # its name in documents of earlier versions
             if values is not None:
                 _dots(axes, row, np.array(values, dtype=np.float64))
-        axes.set_xlabel(label, fontsize=8)
+        axes.set_xlabel(label)
         axes.set_xlim(left=0.0)
     last = panels[1][1]
     shares = [layer["sharing"] for layer in layers]
@@ -117,7 +121,7 @@ def layers_figure(document: Document) -> Figure:
             ha="right" if inside else "left", color="white" if inside else INK,
         )  # fmt: skip
     last.set_xlim(0.0, 1.0)
-    last.set_xlabel("sharing, ||mean W||² / mean ||W_i||² (1: all tasks the same)", fontsize=8)
+    last.set_xlabel(r"sharing, $\|\overline{W}\|^2\,/\,\overline{\|W_i\|^2}$ (1: all tasks the same)")
     for axes in panels.flat:
         plain_axes(axes, grid="x")
         axes.set_yticks(range(len(layers)), names)
@@ -145,7 +149,7 @@ def posteriors_figure(document: Document) -> Figure:
                 axes.stairs(found["counts"], edges, fill=True, color=colour)
                 axes.locator_params(axis="x", nbins=4)
             if row == 0:
-                axes.set_title(key, fontsize=9)
+                axes.set_title(key)
             if column == 0:
                 axes.set_ylabel(name, fontsize=8, rotation=0, ha="right", va="center")
     return _titled(figure, document, "Parameters of the residuals, all tasks together (counts)")
@@ -162,7 +166,7 @@ def conflict_figure(document: Document) -> Figure:
         _between_tasks(axes, document, found["cosine"], "cosine of gradients", -1.0, 1.0)
         if found["negative_share"] is not None:
             summary = f"{found['negative_share']:.0%} of pairs in conflict, mean {found['mean_cosine']:.2f}"
-            axes.set_title(f"{name}: {summary}", fontsize=9)
+            axes.set_title(f"{name}: {summary}")
     title = "Gradients of the shared parameters in one minibatch"
     return _titled(figure, {"transitions": document["conflict"]["transitions"]}, title)
 
@@ -197,5 +201,5 @@ def _matrix(values: Any) -> Matrix:
 
 
 def _titled(figure: Figure, document: Document, title: str) -> Figure:
-    figure.suptitle(f"{title}\nat {document['transitions']:,} transitions", fontsize=10)
+    figure.suptitle(f"{title}\nat {document['transitions']:,} transitions")
     return figure

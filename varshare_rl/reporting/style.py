@@ -1,8 +1,9 @@
-"""Style of previews and figures: colours for those who do not see red or green too, and short names of layers."""
+"""One style of all figures: colours that all can tell apart, lines, sizes, and short names of layers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +20,46 @@ DIVERGING = (
 )  # fmt: skip
 #: No value.
 MISSING = "#bbbbbb"
-#: For a few things side by side (Okabe and Ito 2008).
-QUALITATIVE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#f0e442", "#000000")
+#: Ink of text, frames and means.
+INK = "#222222"
+#: Things side by side (Okabe and Ito 2008, without the yellow, which is hard to see on white).
+QUALITATIVE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+#: Lengths of dashes and gaps in line widths; empty: solid.
+DASHES: tuple[tuple[float, ...], ...] = (
+    (), (5, 1.6), (1, 1.2), (6, 1.5, 1, 1.5), (10, 2), (3, 1.2, 1, 1.2, 1, 1.2), (2.2, 2.2), (8, 1.5, 2, 1.5),
+)  # fmt: skip
+MARKERS = "osD^vPX<>hp"
+#: Widths of figures in inches: a column of a paper, and its page. Text has its printed size.
+COLUMN, PAGE = 3.4, 7.0
+#: Settings of matplotlib that every figure is drawn with.
+SETTINGS: dict[str, Any] = {
+    "font.family": "DejaVu Sans", "mathtext.fontset": "dejavusans", "font.size": 8, "axes.titlesize": 8,
+    "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "legend.fontsize": 7, "figure.titlesize": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7, "ytick.major.width": 0.7, "grid.color": "#dddddd", "grid.linewidth": 0.6,
+    "lines.linewidth": 1.4, "lines.markersize": 4, "legend.frameon": False, "legend.handlelength": 3.2,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
+    "pdf.fonttype": 42, "svg.hashsalt": "varshare_rl", "figure.constrained_layout.h_pad": 0.06,
+    "figure.constrained_layout.w_pad": 0.06,
+}  # fmt: skip
+
+
+class Look(NamedTuple):
+    """How a thing is drawn wherever it is: colour, dashes and marker."""
+
+    colour: str
+    dashes: tuple[float, ...]
+    marker: str
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """Arguments of a line in matplotlib."""
+        return {"color": self.colour, "linestyle": (0, self.dashes) if self.dashes else "-"}
+
+
+def look(index: int) -> Look:
+    """Return the look of the thing with this number; neighbours differ in all three, and 56 in colour or dashes."""
+    return Look(QUALITATIVE[index % len(QUALITATIVE)], DASHES[index % len(DASHES)], MARKERS[index % len(MARKERS)])
 
 
 def rgb(colour: str) -> tuple[int, int, int]:
