@@ -1,4 +1,4 @@
-# For CPUs:  docker build -t varshare_rl .
+# For CPUs:  docker build --build-arg TORCH_INDEX=<PyTorch's index of CPU wheels> -t varshare_rl .
 #            docker run --rm -v "$PWD/runs:/work/runs" varshare_rl train env=mt10
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /source
@@ -8,14 +8,14 @@ COPY configs configs
 RUN pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM python:3.11-slim-bookworm
-# PyTorch without CUDA
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Without an index of PyTorch's CPU wheels torch comes with gigabytes of CUDA
+ARG TORCH_INDEX=
 # MuJoCo draws with this, in memory
 RUN apt-get update && apt-get install -y --no-install-recommends libosmesa6 && rm -rf /var/lib/apt/lists/*
 COPY constraints.txt /tmp/constraints.txt
-RUN pip install --no-cache-dir -c /tmp/constraints.txt --extra-index-url "$TORCH_INDEX" torch
+RUN pip install --no-cache-dir -c /tmp/constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 RUN --mount=from=build,source=/wheels,target=/wheels \
-    pip install --no-cache-dir -c /tmp/constraints.txt --extra-index-url "$TORCH_INDEX" \
+    pip install --no-cache-dir -c /tmp/constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
     "$(echo /wheels/*.whl)[gradient,peft,onnx]"
 ENV MUJOCO_GL=osmesa PYTHONUNBUFFERED=1
 RUN useradd --create-home --uid 1000 user && mkdir -p /work/runs && chown -R user /work

@@ -31,6 +31,8 @@ PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
 NOT_RUN = {
     "^make ": "sets up a virtual environment; test_targets_of_make_are_there reads them",
     "hydra/(launcher|sweeper)=": "needs an extra, and a cluster or processes of its own",
+    "protocol=official": "needs an agent of Meta-World; test_official_evaluation calls it",
+    "runs rm ": "asks before it removes; test_runs answers",
 }
 #: Suites whose environments take seconds to make, and packages of the reader: in slow tests.
 DEAR = re.compile(r"metaworld|mt\d+|runs/two|cw\d+|Hopper|plugins=")

@@ -36,7 +36,7 @@ from varshare_rl.optim.kl_schedules import BandConfig
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopConfig, Run
-from varshare_rl.run.process import seed_everything
+from varshare_rl.run.process import require_memory, seed_everything
 from varshare_rl.run.results import provenance
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
@@ -123,6 +123,14 @@ def network_factory(config: TrainConfig, architecture: NetworkConfig, num_tasks:
     posterior = config.elbo.posterior()
 
     def make_network(in_features: int, out_features: int) -> nn.Module:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):  # to count, nothing is held
+            planned = architecture.build(in_features, out_features, num_tasks, posterior)
+        numbers = sum(parameter.numel() for parameter in planned.parameters())
+        require_memory(
+            TRAINED_BYTES * numbers,
+            f"a network of {numbers:,} numbers for {num_tasks} tasks, with gradients and Adam's moments,",
+            "give smaller network.hidden or network.rank",
+        )
         network = architecture.build(in_features, out_features, num_tasks, posterior)
         if architecture.blocks is Blocks.bronet and not any(isinstance(x, BroNet) for x in network.modules()):
             raise UserError(
@@ -132,6 +140,10 @@ def network_factory(config: TrainConfig, architecture: NetworkConfig, num_tasks:
         return network
 
     return make_network
+
+
+#: Bytes of a trained number: float32 itself, its gradient and Adam's two moments.
+TRAINED_BYTES = 16
 
 
 def build_elbo(config: TrainConfig, num_tasks: int) -> Elbo:
@@ -249,6 +261,13 @@ def build_run(
     device = choose_device(config.device)
     prepare_process(config.seed, config.matmul_precision)
     algorithm = build_algorithm(config, suite, device, source)
+    if device.type == "cpu":
+        sizes = algorithm.memory_bytes()
+        require_memory(
+            sum(sizes.values()),
+            f"training ({', '.join(f'{name} {size / 1e9:,.1f} GB' for name, size in sizes.items())})",
+            "give smaller networks, batches, rollouts or replay, or fewer env.envs_per_task",
+        )
     options = LoopConfig(
         total_transitions=config.total_transitions,
         evaluate_every=config.evaluate.every,

@@ -204,7 +204,7 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter_model\.bin is pickled"):
         read_adapter(tmp_path / "one")
     (tmp_path / "one" / "adapter_config.json").write_text("[1]")
-    with pytest.raises(UserError, match="not an object"):
+    with pytest.raises(UserError, match="holds no JSON object"):
         read_adapter(tmp_path / "one")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, TINY_ALGORITHM
+from helpers import TINY, TINY_ALGORITHM, last_of_each
 from torch import Tensor
 
 from varshare_rl.assemble import build_run
@@ -85,7 +85,7 @@ def test_training_is_the_same_with_and_without_evaluations(tmp_path: Path) -> No
     after = []
     for every in (0, 160):
         overrides = [*TINY, *TINY_ALGORITHM["ppo"], f"evaluate.every={every}", "total_transitions=480"]
-        config = compose("train", overrides)
+        config = compose("train", last_of_each(overrides))
         run = build_run(config, GlobalDraws(config.env), tmp_path / str(every))
         run.start()
         run.train()

@@ -114,7 +114,7 @@ def test_the_latest_observation(tmp_path: Path) -> None:
     assert found is not None
     assert found["transitions"] == 100
     (tmp_path / "sharing" / f"{100:012d}.json").write_text('{"format_ver')
-    with pytest.raises(UserError, match=r"damaged observation .*000000000100.json"):
+    with pytest.raises(UserError, match=r"damaged observation: cannot read .*000000000100.json"):
         latest_observation(tmp_path, 120)
     (tmp_path / "sharing" / f"{100:012d}.json").write_text('{"format_version": 9}')
     with pytest.raises(UserError, match="format version 9"):

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -221,9 +222,14 @@ def test_wandb_has_one_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
     pytest.importorskip("wandb")
     log_twice(tmp_path / "run", "wandb")
-    files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
     name = (tmp_path / "run" / "wandb_id.txt").read_text().strip()
-    assert [file.name for file in files] == [f"run-{name}.wandb"] * len(files)
-    content = b"".join(file.read_bytes() for file in files)
-    for part in (b"eval/mean_success", b"transitions", b"pointmass", b"0.75", b"sharing/nats"):
-        assert part in content
+    wanted = {b"eval/mean_success", b"transitions", b"pointmass", b"0.75", b"sharing/nats"}
+    deadline = time.monotonic() + 30  # W&B's own process writes the end when it ends
+    while True:
+        files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb"))
+        content = b"".join(file.read_bytes() for file in files)
+        if all(part in content for part in wanted) or time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
+    assert {part for part in wanted if part not in content} == set()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers import TINY, TINY_ALGORITHM
+from helpers import TINY, TINY_ALGORITHM, last_of_each
 from omegaconf import OmegaConf
 
 from varshare_rl.adapters import read_adapter, write_adapter
@@ -124,7 +124,7 @@ COUNTS = [pytest.param(60, id="some"), pytest.param(1500, id="many", marks=pytes
 def train_tiny(folder: Path, algorithm: str) -> Any:
     """Train a little, and return the run with its state on disk."""
     overrides = [*TINY, *TINY_ALGORITHM[algorithm], "total_transitions=320", "evaluate.every=160"]
-    config = compose("train", [*overrides, f"run_dir={folder}", "observe.every=0"])
+    config = compose("train", last_of_each([*overrides, f"run_dir={folder}", "observe.every=0"]))
     folder.mkdir()
     run = build_run(config, build_suite(config), folder)
     run.start()

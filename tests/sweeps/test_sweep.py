@@ -265,7 +265,7 @@ def test_overwrite_loses_nothing_where_it_cannot_start(command: Command, folder:
 
 
 TWELVE = (
-    "-m", *RUN, "elbo.kl_weight=0.1,1,10", "seed=0,1,2,3", "total_transitions=960", "hydra.sweep.dir=sweep",
+    "-m", *RUN, "elbo.kl_weight=0.1,1,10", "seed=0,1,2,3", "total_transitions=640", "hydra.sweep.dir=sweep",
 )  # fmt: skip
 
 

@@ -6,7 +6,8 @@ import ctypes
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,30 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (packages that suites use draw from the global generator)
     torch.manual_seed(seed)
+
+
+def available_memory() -> float:
+    """Return the bytes that this process may still take, of the machine and of its control group; or inf."""
+    left = float("inf")
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        left = 1024.0 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
+    with suppress(OSError, ValueError):  # the limit may be "max"
+        group = Path("/sys/fs/cgroup")
+        most, taken = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        left = min(left, float(most - taken))
+    return left
+
+
+def require_memory(size: float, what: str, cure: str) -> None:
+    """Refuse what cannot fit into memory, before it is made.
+
+    Raises:
+        UserError: says what would take how many of how many bytes.
+    """
+    left = available_memory()
+    if size > left:
+        raise UserError(f"{what} would take {size / 1e9:,.1f} GB of memory, {left / 1e9:,.1f} GB are free; {cure}")
 
 
 def rng_state() -> Tree:
