@@ -362,8 +362,6 @@ def check_same(run_dir: Path, config: TrainConfig, stored: TrainConfig) -> None:
 def _readable(path: Path) -> Iterator[None]:
     try:
         yield
-    except UserError:
-        raise
     except STUMBLES as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{path} is not a run configuration that this version can read: {reason}") from error
