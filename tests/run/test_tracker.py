@@ -68,6 +68,7 @@ def test_resume_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> Non
 
 def test_resume_twice(tmp_path: Path) -> None:
     for session, resumed_at in enumerate((None, 200, 100)):
+        time.sleep(1.01)  # TensorBoard reads its files in the order of the seconds in their names
         tracker = Tracker(tmp_path, resumed_at=resumed_at)
         for transitions in ((resumed_at or 0) + 100, (resumed_at or 0) + 200):
             tracker.log({"x": float(session)}, transitions)

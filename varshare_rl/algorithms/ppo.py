@@ -33,9 +33,9 @@ class PPOConfig:
     name: str = "ppo"
     rollout_transitions_per_task: int = bounded(2000, least=2)
     "Transitions of every task between updates."
-    epochs: int = bounded(10, least=1)
+    epochs: int = bounded(10, least=1, most=10**6)
     "Passes over a rollout."
-    minibatches: int = bounded(8, least=1)
+    minibatches: int = bounded(8, least=1, most=10**6)
     "Gradient steps of an epoch, each on its share of the rollout."
     learning_rate: float = bounded(3e-4, least=0)
     "Learning rate of the actor."

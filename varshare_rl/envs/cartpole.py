@@ -67,7 +67,7 @@ class CartPoleConfig:
     "Set of tasks: `variants`, or `identical` for four that are the same."
     tasks: list[str] = field(default_factory=list)
     "Names of tasks in the set; empty: all of it."
-    horizon: int = bounded(500, least=1)
+    horizon: int = bounded(500, least=1, most=10**9)
     "Steps of 0.02 s until an episode is truncated."
     envs_per_task: int = bounded(16, least=1)
     "Environments of every task."

@@ -36,7 +36,7 @@ class GymnasiumConfig:
     "Environments of every task."
     workers: int = bounded(0, least=0)
     "Processes that step the environments; 0: as many as pay, 1: this one."
-    horizon: int | None = bounded(None, least=1)
+    horizon: int | None = bounded(None, least=1, most=10**9)
     "Steps until an episode is truncated; null: each environment's registered limit."
     names: list[str] = field(default_factory=list)
     "Task names, one for every id; empty: the ids, the second of the same id with `#2`."

@@ -43,7 +43,7 @@ class LunarLanderConfig:
     "Environments of every task."
     workers: int = bounded(0, least=0)
     "Processes that step the environments; 0: as many as pay, 1: this one."
-    horizon: int = bounded(1000, least=1)
+    horizon: int = bounded(1000, least=1, most=10**9)
     "Steps until an episode is truncated."
 
     def build(self) -> LunarLanderSuite:

@@ -84,7 +84,7 @@ class MetaWorldConfig:
     "Processes that step the environments; 0: as many as pay, 1: this one."
     reward_function_version: str = "v2"
     "Rewards: `v2`, the usual ones, or the older `v1`."
-    horizon: int = bounded(500, least=1)
+    horizon: int = bounded(500, least=1, most=10**9)
     "Steps until an episode is truncated."
     goals_per_task: int = bounded(50, least=1)
     "Fixed goals of every task."

@@ -39,7 +39,7 @@ class ObjectsConfig:
     "Environments of every task that are stepped side by side."
     workers: int = bounded(1, least=0)
     "Processes; 0: as many as pay, 1: this one; more need functions that other processes can import."
-    horizon: int | None = bounded(None, least=1)
+    horizon: int | None = bounded(None, least=1, most=10**9)
     "Steps until an episode is truncated; null: each environment's own limit."
     success: bool | None = None
     "Environments report success in their info; null looks at the first step."

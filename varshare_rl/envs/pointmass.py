@@ -82,7 +82,7 @@ class PointMassConfig:
     "Names of tasks; empty: all eight. `normal_left_2` is another `normal_left`."
     reward_scales: list[float] = field(default_factory=list)
     "Factors on the rewards of the tasks; empty: 1."
-    horizon: int = bounded(40, least=1)
+    horizon: int = bounded(40, least=1, most=10**9)
     "Steps of 0.1 s until an episode is truncated."
     envs_per_task: int = bounded(16, least=1)
     "Environments of every task."
