@@ -75,7 +75,8 @@ def try_out(env_id: str, folder: Path, more: Sequence[str]) -> tuple[str, str]:
 def halves(env_id: str, folder: Path, algorithm: str, more: Sequence[str]) -> str:
     """Train in one and in two parts and compare."""
 
-    def train(*overrides: str) -> Path:
+    def train(*given: str) -> Path:
+        overrides = list({item.partition("=")[0]: item for item in given}.values())
         return run_config(compose("train", overrides), overrides)
 
     options = (*OPTIONS, *ALGORITHMS[algorithm], *more, f"env.ids=['{env_id}']")

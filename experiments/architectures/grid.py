@@ -40,5 +40,6 @@ def settings(suite: str, network: str) -> list[str]:
 
 
 def configuration(suite: str, network: str, *more: str) -> TrainConfig:
-    """What ``python -m varshare_rl.train`` makes of :func:`settings` and ``more``."""
-    return cast(TrainConfig, compose("train", [*settings(suite, network), *more]))
+    """What ``python -m varshare_rl.train`` makes of :func:`settings`, and of ``more`` in their place."""
+    options = {item.partition("=")[0]: item for item in (*settings(suite, network), *more)}
+    return cast(TrainConfig, compose("train", list(options.values())))

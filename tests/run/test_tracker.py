@@ -131,10 +131,10 @@ def test_hparams_belong_to_the_run_itself(tmp_path: Path) -> None:
     experiment = metadata.parse_experiment_plugin_data(plugin[metadata.EXPERIMENT_TAG])
     names = [info.name.tag for info in experiment.metric_infos]
     assert names == ["eval/mean_success", "eval/mean_return"]
-    # the tab takes the values from the curves of the same run: each is there once
-    assert curve(tmp_path / "run", "eval/mean_success") == [(100, 0.5)]
     tracker.end()
     tracker.close()
+    # the tab takes the values from the curves of the same run: each is there once
+    assert curve(tmp_path / "run", "eval/mean_success") == [(100, 0.5)]
     assert metadata.SESSION_END_INFO_TAG in events_of(tmp_path / "run").PluginTagToContent(metadata.PLUGIN_NAME)
 
 
