@@ -165,5 +165,5 @@ def to_native_action(action: Any, spaces: TaskSpaces) -> Any:
     if isinstance(action, np.ndarray) and action.ndim:
         return np.array([to_native_action(choice, spaces) for choice in action])
     if not 0 <= action < spaces.choices:
-        raise ValueError(f"action {action} does not exist here: this task has actions 0 to {spaces.choices - 1}")
+        raise UserError(f"action {action} does not exist here: this task has actions 0 to {spaces.choices - 1}")
     return spaces.start + int(action)
