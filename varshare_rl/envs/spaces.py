@@ -152,7 +152,7 @@ def to_native_action(action: Any, spaces: TaskSpaces) -> Any:
     """Turn a policy's actions into the task's own.
 
     A Box takes the first dimensions of ``[..., A]``, clipped to [-1, 1] and scaled to its bounds, and rounded where
-    it has whole numbers. A Discrete takes one choice (and gives an int) or an array of choices. Raises ValueError
+    it has whole numbers. A Discrete takes one choice (and gives an int) or an array of choices. Raises UserError
     for a choice that does not exist.
     """
     if not spaces.choices:
