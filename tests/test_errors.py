@@ -245,7 +245,7 @@ def test_evaluate_explains_in_one_line(
     [
         ((), "sharing"),
         (("run=runs/nowhere",), "unknown report 'run=runs/nowhere'"),
-        (("winners", "run=."), "unknown report 'winners'; there is continual, sharing"),
+        (("winners", "run=."), "unknown report 'winners'; there is compare, continual, sharing"),
         (("sharing",), "run="),
         (("sharing", "run=runs/nowhere"), "runs/nowhere"),
         (("sharing", "run=."), "config.yaml"),
@@ -376,15 +376,15 @@ def test_a_folder_without_a_checkpoint(command: Command, run: Path) -> None:
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["changed", "cut", "missing"])
 def test_a_damaged_checkpoint(command: Command, run: Path, file: str, damage: str) -> None:
-    (path,) = (run / "checkpoints").glob(f"last-*/{file}")
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    elif damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    else:
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    for path in sorted((run / "checkpoints").glob(f"last-*/{file}")):
+        content = path.read_bytes()
+        if damage == "missing":
+            path.unlink()
+        elif damage == "cut":
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            middle = len(content) // 2
+            path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     before = snapshot(run)
     for outcome in (command("train", f"resume={run}", "total_transitions=320"), command("evaluate", f"run={run}")):
         assert_one_line(outcome.code, outcome.err, str(path.parent))

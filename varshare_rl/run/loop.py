@@ -113,6 +113,7 @@ class Run(Stateful):
         self._interrupted: list[int] = []  # the signals that have come
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
         self._ended = False  # by a callback
+        self._resumed_at = -1
         self._masked_before: dict[str, int] = {}  # steps, by a run that masked and goes on otherwise
         self._phase: str | None = None
         self._phase_since = 0.0
@@ -324,7 +325,8 @@ class Run(Stateful):
             return
         self.evaluation, self.evaluated_at = result, self.transitions
         also = {} if self.also_evaluate is None else self.also_evaluate(self.transitions)
-        self.tracker.log(result.metrics() | also, self.transitions)
+        if not self.tracker.evaluated or self.transitions != self._resumed_at:  # else it was logged and not saved
+            self.tracker.log(result.metrics() | also, self.transitions)
         self.console.table(f"evaluation at {counted(self.transitions, 'transition')}", shown(result.tasks))
         if self.best_score is None or result.score > self.best_score:
             self.best_score = result.score
@@ -364,7 +366,7 @@ class Run(Stateful):
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`save` wrote as ``last``."""
         with fitting(self.run_dir):
-            self.transitions = self.observed_at = state["transitions"]
+            self.transitions = self.observed_at = self._resumed_at = state["transitions"]
             super().load_state(state)
             if self.best_score is not None and len(self.best_score) < 3:  # of former versions: without the tasks
                 known = all(math.isfinite(value) for value in self.best_score)

@@ -73,6 +73,10 @@ class Tracker:
 
     A line is ``{"transitions": ..., "seconds": ..., <name>: <value>, ...}``: transitions of all tasks
     together, seconds of this run including those before a resume, NaN and infinities as null.
+
+    Attributes:
+        evaluated: there is an evaluation at the transitions that the run goes on from; one that it makes again there
+            is the same.
     """
 
     def __init__(
@@ -93,8 +97,9 @@ class Tracker:
         builders = [lookup("tracker", name) for name in dict.fromkeys(trackers)]
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
+        self.evaluated = False
         if resumed_at is not None:
-            _cut_back(path, resumed_at)
+            self.evaluated = _cut_back(path, resumed_at)
         elif path.exists() and path.stat().st_size:
             raise UserError(
                 f"run folder {str(run_dir)!r} already holds a run: choose another run_dir, or "
@@ -152,11 +157,11 @@ class Tracker:
             backend.close()
 
 
-def _cut_back(path: Path, resumed_at: int) -> None:
-    """Drop the lines after ``resumed_at`` transitions."""
+def _cut_back(path: Path, resumed_at: int) -> bool:
+    """Drop the lines after ``resumed_at`` transitions; returns whether there is an evaluation at them."""
     if not path.exists():
-        return
-    kept: list[str] = []
+        return False
+    kept, evaluated = list[str](), False
     lines = path.read_text(encoding="utf-8", errors="replace").rstrip("\n").split("\n")
     for number, line in enumerate(lines, start=1):
         try:
@@ -171,4 +176,6 @@ def _cut_back(path: Path, resumed_at: int) -> None:
             ) from error
         if transitions <= resumed_at:
             kept.append(line + "\n")
+            evaluated = evaluated or (transitions == resumed_at and "eval/mean_return" in entry)
     write_atomically(path, "".join(kept))
+    return evaluated
