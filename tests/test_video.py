@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from ctypes.util import find_library
 from pathlib import Path
@@ -31,6 +32,7 @@ from varshare_rl.run.video import CELL, FRAMES_PER_SECOND, LABEL_HEIGHT, _unpack
 TWO = ("env.tasks=[normal_left,flipped_up]", "env.horizon=10", "total_transitions=160", "run_dir=run")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
 def test_films_of_every_task_and_of_all(command: Command) -> None:
     encoder = pytest.importorskip("imageio_ffmpeg")
     assert command("train", *TINY, *TINY_ALGORITHM["ppo"], *TWO).code == 0
@@ -43,6 +45,7 @@ def test_films_of_every_task_and_of_all(command: Command) -> None:
         reader = encoder.read_frames(f"run/video/{name}.mp4")
         assert next(reader)["size"] == (width, height + LABEL_HEIGHT)
         assert len(list(reader)) == 11 + FRAMES_PER_SECOND  # ten steps, the end, and a second of it
+    gc.collect()  # imageio-ffmpeg leaves its pipes to the collector, which is not to come in another test
 
 
 def test_a_film_is_of_the_first_evaluation_episode() -> None:

@@ -75,7 +75,7 @@ class Tracker:
     together, seconds of this run including those before a resume, NaN and infinities as null.
 
     Attributes:
-        evaluated: there is an evaluation at the transitions that the run goes on from; one that it makes again there
+        evaluated: there is an evaluation at the transitions that the run goes on from; one that is made again there
             is the same.
     """
 
