@@ -16,8 +16,7 @@ from omegaconf import OmegaConf
 
 from varshare_rl.assemble import build_algorithm, build_suite, parameter_count
 from varshare_rl.cli import compose
-from varshare_rl.commands.train import flat_options
-from varshare_rl.config import TrainConfig, config_folder
+from varshare_rl.config import TrainConfig, config_folder, flat_options
 from varshare_rl.errors import UserError
 from varshare_rl.optim.gradient import TEMPERATURE
 from varshare_rl.registry import registered
