@@ -133,7 +133,7 @@ def test_from_the_shell_help_needs_no_torch(tmp_path: Path) -> None:
     ("arguments", "named"),
     [
         (("train", "env=pointmass", "--cfg", "job"), "total_transitions: 500000"),
-        (("evaluate", "run=there", "--cfg", "job"), "episodes: 50"),
+        (("evaluate", "run=there", "--cfg", "job"), "checkpoint: last"),
         (("train", "env=pointmass", "--cfg", "hydra"), "runs/sweep_"),
     ],
 )

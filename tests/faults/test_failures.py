@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from conftest import Command
@@ -113,6 +114,12 @@ BAD_RUN = (
     *TINY[1:], *TINY_ALGORITHM["ppo"], "env=gymnasium", "env.ids=[Pendulum-v1,bad:Bad-v0]", "env.horizon=30",
     "log.every=40", "checkpoint.every=80", "total_transitions=480", "observe.every=0", "log.quiet=false",
 )  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _unregistered() -> Iterator[None]:
+    yield
+    gymnasium.registry.pop("Bad-v0", None)
 
 
 def bad_module(folder: Path, monkeypatch: pytest.MonkeyPatch, fail: str) -> None:

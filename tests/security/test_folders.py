@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 import yaml
@@ -50,6 +51,7 @@ def payload(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(folder))
     yield folder / "ran"
     sys.modules.pop("payload", None)
+    gymnasium.registry.pop("Payload-v0", None)
 
 
 def edit(path: Path, change: Callable[[Any], None]) -> None:

@@ -5,7 +5,7 @@
 
     run=<folder>       a run folder (needed); what is found is written into it
     protocol=null      goals (every goal once), official (Meta-World's own evaluation) or quick (5 episodes)
-    episodes=50        of every task, where there is no protocol
+    episodes=null      of every task, instead of a protocol; null: 50
     checkpoint=last    or best
     video=false        films of an episode of every task, and of all side by side
     draw=null          weights: mean, per_episode, per_step; null: the run's own, which is mean
