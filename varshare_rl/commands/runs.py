@@ -1,8 +1,8 @@
 """List, show and remove runs.
 
-python -m varshare_rl.runs list              # those in runs/, or in the folders given
-python -m varshare_rl.runs show runs/<folder>
-python -m varshare_rl.runs rm runs/<folder> ...
+    python -m varshare_rl.runs list              # those in runs/, or in the folders given
+    python -m varshare_rl.runs show runs/<folder>
+    python -m varshare_rl.runs rm runs/<folder> ...
 
 list   state (done, running, stopped), success, return, transitions and time of every run
 show   the same of one run, every task's results, and what is in its folder
