@@ -131,7 +131,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             if line == 0:
                 axis.set_title(suite)
         axes[-1][column].set_xlabel("kl_weight")
-    looks = DIALLED | LEVEL
+    present = {network for _, network in groups}
+    looks = {name: seen for name, seen in (DIALLED | LEVEL).items() if name in present}
     legend_below(figure, [Line2D([], [], **seen.line) for seen in looks.values()], list(looks))
     write_atomically(path, to_file(figure))
 

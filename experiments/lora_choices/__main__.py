@@ -123,20 +123,22 @@ def kept_rows(table: Path) -> list[dict[str, Any]]:
         return [dict(row) for row in csv.DictReader(file) if not row["git_commit"]]
 
 
-def run_row(run_dir: Path) -> dict[str, Any]:
-    """One row from a run folder: the mean of its curve of success."""
+def run_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Rows from a run folder, the mean of its curve of success: of its rank, or of its ratio of rates, or both."""
     summary, config = json.loads((run_dir / "summary.json").read_text()), load_config(run_dir / "config.yaml")
     ratio = config.optimizer.b_lr_ratio
     curve = read_curves(run_dir, "success")["mean"]
-    return {
+    choices: dict[str, Any] = {"rank": config.network.rank} if ratio == 1 else {}
+    if config.network.rank == USUAL["rank"] and config.env.name == "pointmass":
+        choices["ratio"] = int(ratio)
+    row = {
         "problem": config.env.name,
-        "choice": "rank" if ratio == 1 else "ratio",
-        "value": config.network.rank if ratio == 1 else ratio,
         "seed": config.seed,
         "score": round(mean(value for _, value in curve), 4),
         "parameters": summary["parameters"]["active_per_task"],
         "git_commit": summary["conditions"]["git_commit"],
     }
+    return [{**row, "choice": choice, "value": value} for choice, value in choices.items()]
 
 
 def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -179,7 +181,7 @@ def main() -> None:
         if given.keep
         else [*transformer_rows(given.base_updates, given.updates), *regression_rows()]
     )
-    found = map(run_row, finished_runs(given.runs))
+    found = [row for run in finished_runs(given.runs) for row in run_rows(run)]
     rows += sorted(found, key=lambda row: (row["problem"], row["choice"], row["value"], row["seed"]))
     write_csv(table, COLUMNS, rows)
     draw(given.folder / "choices.png", rows)
