@@ -288,7 +288,8 @@ def wait_for_rest(sweep: Path) -> None:
     """Until what a killed process had started has ended, for seconds on end."""
     quiet_since = time.monotonic()
     while time.monotonic() < quiet_since + 5:
-        owners = [path.read_text().split()[1] for path in sweep.glob("*/.lock") if path.exists()]
+        locks = [path.read_text().split() for path in sweep.glob("*/.lock") if path.exists()]
+        owners = [words[1] for words in locks if words]
         if any(Path("/proc", owner).exists() for owner in owners):
             quiet_since = time.monotonic()
         time.sleep(0.2)
