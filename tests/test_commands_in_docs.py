@@ -38,6 +38,8 @@ NOT_RUN = {
 DEAR = re.compile(r"metaworld|mt\d+|runs/two|cw\d+|Hopper|plugins=")
 #: What stands for a placeholder, by the kind of run that a command takes.
 AGENT, SEQUENCES = "runs/trained", {"a": "runs/finetune", "b": "runs/lora", "c": "runs/reference"}
+#: An agent of Meta-World, for the pages that go on from one.
+ARM = "runs/arm"
 TASKS = {AGENT: "flipped_down", SEQUENCES["b"]: "normal_right"}
 ADAPTERS = {"normal_left": "adapters/one", "normal_right": "adapters/two", "flipped_up": "another"}
 #: What a run may cost, in place of what is given.
@@ -103,10 +105,13 @@ def words_of(line: str, page: str) -> list[str]:
     filled: list[str] = []
     for word in words:
         folder = SEQUENCES["b"] if sequence and not word.startswith("from=") else AGENT
-        word = re.sub(r"runs/<([abc])>", lambda found: SEQUENCES[found[1]], word)
+        if word.startswith("from=") and "env=metaworld" in words:
+            folder = ARM
+        if words[:2] != ["report", "compare"]:
+            word = re.sub(r"runs/<([abc])>", lambda found: SEQUENCES[found[1]], word)
         word = re.sub(r"runs/<[^>]*>", folder, word).replace("<folder>", "given")
         if "<" in line:
-            word = re.sub(r"^task=(<name>|reach-v3)$", f"task={TASKS[folder]}", word)
+            word = re.sub(r"^task=(<name>|reach-v3)$", f"task={TASKS.get(folder, 'reach-v3')}", word)
         filled += sorted(glob.glob(word)) if "*" in word else [word]
     return filled
 
@@ -215,6 +220,9 @@ def test_cheap_commands_run(page_folder: Path, page: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", of_kind(dear=True))
 def test_dear_commands_run(page_folder: Path, page: str) -> None:
+    if any("env=metaworld" in line and "from=runs/" in line for line in PAGES[page]):
+        arm = ("env=metaworld", "env.tasks=[reach-v3,push-v3]", "env.workers=1", "total_transitions=160")
+        run(["train", *last_of_each((*TINY, *TINY_ALGORITHM["ppo"], *arm)), f"run_dir={ARM}"])
     type_commands(page, dear=True)
 
 

@@ -7,6 +7,8 @@
 list   state (done, running, stopped), success, return, transitions and time of every run
 show   the same of one run, every task's results, and what is in its folder
 rm     asks before it removes run folders, unless yes=true or --yes; refuses those of running ones
+
+More: docs/evaluation.md.
 """
 
 from __future__ import annotations
