@@ -1,5 +1,5 @@
 # For CPUs:  docker build --build-arg TORCH_INDEX=<PyTorch's index of CPU wheels> -t varshare_rl .
-#            docker run --rm -v "$PWD/runs:/work/runs" varshare_rl train env=mt10
+#            docker run --rm -v "$PWD/runs:/app/runs" varshare_rl train env=mt10
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /source
 COPY pyproject.toml README.md LICENSE ./
@@ -18,8 +18,8 @@ RUN --mount=from=build,source=/wheels,target=/wheels \
     pip install --no-cache-dir -c /tmp/constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
     "$(echo /wheels/*.whl)[gradient,peft,onnx]"
 ENV MUJOCO_GL=osmesa PYTHONUNBUFFERED=1
-RUN useradd --create-home --uid 1000 user && mkdir -p /work/runs && chown -R user /work
+RUN useradd --create-home --uid 1000 user && mkdir -p /app/runs && chown -R user /app
 USER user
-WORKDIR /work
+WORKDIR /app
 ENTRYPOINT ["varshare"]
 CMD ["--help"]

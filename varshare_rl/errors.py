@@ -22,3 +22,9 @@ class RunFailure(RuntimeError):
 
 class Terminated(BaseException):
     """SIGTERM came where nothing has to be saved. Like KeyboardInterrupt it is no error, and nobody's to catch."""
+
+
+def one_line(error: BaseException, most: int | None = 200) -> str:
+    """Return an error's kind and message in one line, cut after so many characters; None: whole."""
+    line = " ".join(f"{type(error).__name__}: {error}".split())
+    return line if most is None or len(line) <= most else f"{line[:most]}..."

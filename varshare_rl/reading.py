@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, one_line
 
 #: Most bytes of a file of JSON or YAML: a thousand times those of the largest that runs write.
 MOST_BYTES = 1 << 30
@@ -48,12 +48,6 @@ def reading(what: object, advice: str = "") -> Iterator[None]:
         raise
     except STUMBLES as error:
         raise UserError(f"cannot read {what}: {one_line(error)}{advice and f'; {advice}'}") from error
-
-
-def one_line(error: BaseException, most: int = 200) -> str:
-    """Return an error's kind and message in one line of at most so many characters."""
-    line = " ".join(f"{type(error).__name__}: {error}".split())
-    return line if len(line) <= most else f"{line[:most]}..."
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:

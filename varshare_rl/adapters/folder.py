@@ -21,9 +21,9 @@ from torch import Tensor
 
 from varshare_rl.adapters.adapter import Adapter, AdapterInfo, LowRank, describe
 from varshare_rl.adapters.targets import clean_path, clean_paths
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, one_line
 from varshare_rl.files import whole_folder, write_atomically, write_json
-from varshare_rl.reading import STUMBLES, check_pattern, one_line, read_object
+from varshare_rl.reading import STUMBLES, check_pattern, read_object
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from varshare_rl.envs.suite import State
-from varshare_rl.errors import RunFailure, UserError
+from varshare_rl.errors import RunFailure, UserError, one_line
 
 Array = npt.NDArray[Any]
 
@@ -247,7 +247,7 @@ class Chunk:
             raise
         except Exception as error:
             slot = slots[done]
-            what = " ".join(f"{type(error).__name__}: {error}".split())
+            what = one_line(error, most=None)
             raise EnvironmentFailure(
                 f"task {slot.spec.task_name(slot.index)} fails with {what} (environment {slot.env_index}, "
                 f"episode {slot.episode}, step {len(slot.actions)})"

@@ -12,9 +12,9 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import nn
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, one_line
 from varshare_rl.files import write_atomically, write_json
-from varshare_rl.reading import STUMBLES, one_line, read_object
+from varshare_rl.reading import STUMBLES, read_object
 
 FORMAT_VERSION = 1
 MODULE_FILE = "network.json"

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, one_line
 from varshare_rl.files import sync_folder, write_atomically
-from varshare_rl.reading import STUMBLES, one_line, read_object
+from varshare_rl.reading import STUMBLES, read_object
 from varshare_rl.types import Tree
 
 FORMAT_VERSION = 1

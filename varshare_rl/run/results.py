@@ -10,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import varshare_rl
+from varshare_rl.reporting.statistics import WORST, iqm
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "metaworld")
 PROJECT = Path(varshare_rl.__file__).resolve().parent.parent
@@ -87,13 +89,12 @@ def scores(tasks: Mapping[str, Mapping[str, float | None]], *further: str) -> di
 
 
 def interquartile_mean(values: Sequence[float | None]) -> float | None:
-    """Return the mean of the middle half: a quarter of the values, rounded down, is left out at each end."""
-    known = sorted(value for value in values if value is not None)
-    cut = len(known) // 4
-    return _mean(known[cut : len(known) - cut])
+    """Return the interquartile mean of the values that there are; None without any."""
+    known = [value for value in values if value is not None]
+    return float(iqm(np.array([known]))) if known else None
 
 
-def worst(values: Sequence[float | None], counts: Sequence[int] = (1, 3, 10)) -> dict[str, float | None]:
+def worst(values: Sequence[float | None], counts: Sequence[int] = WORST) -> dict[str, float | None]:
     """Return the means of the ``k`` lowest values, by ``k``, as far as there are so many."""
     known = sorted(value for value in values if value is not None)
     return {str(k): _mean(known[:k]) for k in counts if k <= len(known)}

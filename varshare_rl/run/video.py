@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.envs.suite import Frame, RenderingEngine, Suite
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, one_line
 from varshare_rl.run.evaluation import device_of
 from varshare_rl.run.process import one_thread, own_random
 
@@ -71,7 +71,7 @@ def film(algorithm: Algorithm, suite: Suite, seed: int) -> list[Film]:
         except UserError:
             raise
         except Exception as error:
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            reason = one_line(error, most=None)
             raise UserError(
                 f"nothing could be drawn of env={suite.name} ({reason}); without a screen MuJoCo needs "
                 "MUJOCO_GL=osmesa (apt-get install libosmesa6) or MUJOCO_GL=egl (libegl1)"

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from varshare_rl.adapters.adapter import Adapter, LowRank
 from varshare_rl.adapters.folder import check_replaceable
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, one_line
 from varshare_rl.files import to_json, whole_folder, write_atomically
-from varshare_rl.reading import STUMBLES, check_folder, one_line, read_bytes, read_object
+from varshare_rl.reading import STUMBLES, check_folder, read_bytes, read_object
 from varshare_rl.transfer.share.config import BasisMethod, ShareConfig
 from varshare_rl.transfer.share.delta_basis import DeltaBasis
 from varshare_rl.transfer.share.layer_basis import Coefficients, LayerBasis
