@@ -26,6 +26,7 @@ from varshare_rl.config import AUTO, GROUPS, TrainConfig, config_folder, registe
 from varshare_rl.config_checks import check_config
 from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.overrides import quote_names
+from varshare_rl.ranks import speaks
 from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
 
 #: Hydra without logs and folders of its own.
@@ -235,13 +236,14 @@ def errors_in_one_line() -> Iterator[None]:
         known = in_one_line(error)
         if known is None:
             raise
+        if not speaks(error):
+            raise SystemExit(known[1]) from None
         fail(*known)
-    except KeyboardInterrupt:  # training itself catches the first one and saves
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Terminated:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
+    except (KeyboardInterrupt, Terminated) as stop:  # training itself catches the first one and saves
+        if speaks():
+            print("stopped", file=sys.stderr)
+        number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
+        raise SystemExit(128 + number) from None
 
 
 def in_one_line(error: Exception) -> tuple[str, int] | None:

@@ -181,6 +181,8 @@ class TrainConfig:
     "Start anew in a folder that holds a run, whose files are removed."
     plugins: list[str] = field(default_factory=list)
     "Modules of yours that are imported first and register components."
+    tasks_per_rank: int | None = bounded(None, least=1)
+    "Tasks whose environments a process holds where torchrun starts several; null: some environments of every task."
     matmul_precision: MatmulPrecision = MatmulPrecision.highest
     "`bf16` rounds the factors of large products (SAC on a CPU)."
     overlap: bool = False

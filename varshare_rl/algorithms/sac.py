@@ -119,8 +119,9 @@ class SAC(ActorCritic):
         )
         self.replay = ReplayBuffer(
             spec.num_tasks, config.replay_capacity_per_task, spec.obs_size, spec.action_size,
-            spec.device,
+            spec.device, context.ranks,
         )  # fmt: skip
+        context.ranks.require_even(config.batch_per_task, "algorithm.batch_per_task")
         self.task_subset = TaskSubset(
             spec.num_tasks, config.tasks_per_update or spec.num_tasks,
             [self.actor, self.critic, self.target_critic, self.normalizer, self.reward_scaler], [self.log_alpha],
@@ -160,20 +161,22 @@ class SAC(ActorCritic):
     def update(self) -> Scalars:
         """Make one step of critics, actor, entropy coefficients and targets, for the tasks whose turn it is."""
         held = len(self.replay)  # transitions of a task
-        with self.task_subset.turn() as subset:
+        with self.ranks.dividing(), self.task_subset.turn() as subset:
             self.task_ids = self.spec.task_ids if subset is None else subset
-            batch = self._normalized(self.replay.sample(self.config.batch_per_task, subset))
+            batch = self._prepared(self.replay.sample(self.config.batch_per_task, subset))
             with drawn_once(self.actor), drawn_once(self.critic):
                 target = self._target(batch)
-                self.critic.track(target, self.target_critic)
+                if self.critic.statistics is not None:
+                    self.critic.track(self.ranks.all_rows(target), self.target_critic)
                 critic_losses, q = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
+                critic_losses, value = self.ranks.mean(critic_losses, q.mean())
                 self.critic_step.aggregate(
                     critic_losses + self.penalty("critic", held, self.critic.nat(critic_losses))
                 )
                 critic_norm = self.critic_step.clip()
                 self.critic_step.step(critic_norm)
 
-                actor_losses, log_prob = self._actor_losses(batch)
+                actor_losses, log_prob = self.ranks.mean(*self._actor_losses(batch))
                 self.actor_step.aggregate(actor_losses + self.penalty("actor", held, self.log_alpha.detach().exp()))
                 actor_norm = self.actor_step.clip()
                 self.actor_step.step(actor_norm)
@@ -187,7 +190,7 @@ class SAC(ActorCritic):
             scalars: Scalars = {
                 "loss/critic": critic_losses.detach().mean(),
                 "loss/actor": actor_losses.detach().mean(),
-                "loss/value": q.mean(),
+                "loss/value": value,
                 "loss/entropy": -log_prob.mean(),
                 "loss/entropy_coefficient": self.log_alpha.detach().exp().mean(),
                 "loss/actor_grad_norm": actor_norm,
@@ -201,13 +204,11 @@ class SAC(ActorCritic):
         return scalars
 
     @torch.no_grad()
-    def _normalized(self, batch: ReplayBatch) -> ReplayBatch:
+    def _prepared(self, batch: ReplayBatch) -> ReplayBatch:
+        """Return this rank's rows of a batch, normalised."""
+        obs, action, reward, terminated, next_obs = map(self.ranks.rows, vars(batch).values())
         return ReplayBatch(
-            self.normalizer(batch.obs),
-            batch.action,
-            self.reward_scaler(batch.reward),
-            batch.terminated,
-            self.normalizer(batch.next_obs),
+            self.normalizer(obs), action, self.reward_scaler(reward), terminated, self.normalizer(next_obs)
         )
 
     @torch.no_grad()
@@ -232,7 +233,8 @@ class SAC(ActorCritic):
     def _loss_gap(self, batch: ReplayBatch, target: Tensor, losses: Tensor) -> Tensor:
         """Return the critics' losses with theta alone minus their ``losses [T]``."""
         with theta_only(self.critic):
-            alone, _ = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
+            losses_alone, _ = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
+            (alone,) = self.ranks.mean(losses_alone)
         return alone - losses
 
     def _target_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -242,6 +244,9 @@ class SAC(ActorCritic):
         unused = {id(parameter) for parameter in sigmas}
         kept = [pair for pair in zip(targets, sources, strict=True) if id(pair[1]) not in unused]
         return [target for target, _ in kept], [source for _, source in kept]
+
+    def own_state(self) -> Tree:
+        return {"replay": self.replay.state()}
 
     def measure_conflict(self) -> None:
         """Have the next update measure it if it is of all tasks."""

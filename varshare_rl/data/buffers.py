@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.state import Stateful
 from varshare_rl.types import Transition
 
@@ -90,17 +91,25 @@ class ReplayBuffer(Stateful):
         obs_size: ``F``.
         action_size: ``A``.
         device: where the memory lives.
+        ranks: each of them is given all transitions and holds every ``size``-th; batches are of those of all.
     """
 
     state_fields = ("position", "filled", "rows=filled_rows")
 
     def __init__(
-        self, num_tasks: int, capacity_per_task: int, obs_size: int, action_size: int, device: torch.device
+        self,
+        num_tasks: int,
+        capacity_per_task: int,
+        obs_size: int,
+        action_size: int,
+        device: torch.device,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.num_tasks, self.capacity = num_tasks, capacity_per_task
+        self.num_tasks, self.capacity, self.ranks = num_tasks, capacity_per_task, ranks
+        held = self._held(capacity_per_task)
         self.sizes = [obs_size, action_size, 1, 1, obs_size]
-        self.rows = torch.zeros(num_tasks, capacity_per_task, sum(self.sizes), device=device)
-        self.offsets = (torch.arange(num_tasks, device=device) * capacity_per_task).unsqueeze(1)
+        self.rows = torch.zeros(num_tasks, held, sum(self.sizes), device=device)
+        self.offsets = (torch.arange(num_tasks, device=device) * held).unsqueeze(1)
         self.position = 0
         self.filled = 0
 
@@ -111,11 +120,11 @@ class ReplayBuffer(Stateful):
     @property
     def filled_rows(self) -> Tensor:
         """The filled part of the memory, ``[T, filled, row]``."""
-        return self.rows[:, : self.filled]
+        return self.rows[:, : self._held(self.filled)]
 
     @filled_rows.setter
     def filled_rows(self, rows: Tensor) -> None:
-        self.rows[:, : self.filled] = rows
+        self.rows[:, : self._held(self.filled)] = rows
 
     def add(self, transition: Transition) -> None:
         """Append one vector step: ``E`` transitions of every task."""
@@ -129,9 +138,9 @@ class ReplayBuffer(Stateful):
         new = torch.cat(parts, dim=-1)  # [T, E, row]
         count = new.shape[1]
         first = min(count, self.capacity - self.position)
-        self.rows[:, self.position : self.position + first] = new[:, :first]
+        self._put(self.position, new[:, :first])
         if first < count:
-            self.rows[:, : count - first] = new[:, first:]
+            self._put(0, new[:, first:])
         self.position = (self.position + count) % self.capacity
         self.filled = min(self.filled + count, self.capacity)
 
@@ -139,7 +148,21 @@ class ReplayBuffer(Stateful):
         """Draw transitions of every task, or of ``task_ids [K]``, uniformly and with replacement."""
         offsets = self.offsets if task_ids is None else self.offsets[task_ids.to(self.offsets.device)]
         shape = (len(offsets), batch_per_task)
-        index = torch.randint(self.filled, shape, device=self.rows.device) + offsets
-        rows = self.rows.view(-1, self.rows.shape[-1]).index_select(0, index.view(-1)).view(*shape, -1)
+        index = torch.randint(self.filled, shape, device=self.rows.device)
+        size, rank = self.ranks.size, self.ranks.rank
+        places = index if size == 1 else (index // size).clamp_max(self.rows.shape[1] - 1)
+        rows = self.rows.view(-1, self.rows.shape[-1]).index_select(0, (places + offsets).view(-1)).view(*shape, -1)
+        if size > 1:
+            rows = self.ranks.unite(torch.where((index % size == rank).unsqueeze(-1), rows, 0.0))
         obs, action, reward, terminated, next_obs = torch.split(rows, self.sizes, dim=-1)
         return ReplayBatch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)
+
+    def _put(self, position: int, rows: Tensor) -> None:
+        """Write ``rows [T, K, row]`` from ``position`` of the ring on, as far as they are this rank's."""
+        own = rows[:, (self.ranks.rank - position) % self.ranks.size :: self.ranks.size]
+        first = self._held(position)
+        self.rows[:, first : first + own.shape[1]] = own
+
+    def _held(self, positions: int) -> int:
+        """Return the number of this rank's among the first positions of the ring."""
+        return len(range(self.ranks.rank, positions, self.ranks.size))
