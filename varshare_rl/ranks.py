@@ -1,8 +1,8 @@
-"""The processes that train one agent together, started by torchrun: what is divided, and what they tell each other.
+"""The processes that torchrun has train one agent together: what is divided, and what they tell each other.
 
-All ranks hold the same networks, statistics and random generators, and see all transitions, so that they decide alike
-without asking. Divided are the environments, the replay, and the rows of every batch: losses and gradients are means
-over ranks. One process alone is :data:`ALONE`, and everything here is then what it would be without.
+All ranks hold the same networks, statistics and random generators and see all transitions, so that they decide
+alike without asking. Divided are the environments, the replay, and the rows of every batch: losses and gradients
+are means over ranks. One process alone is :data:`ALONE`, and everything here is then what it would be without.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from varshare_rl.envs.division import cores
 from varshare_rl.errors import RunFailure, UserError, one_line
 
 T = TypeVar("T")
@@ -40,9 +39,11 @@ class Ranks:
 
     Attributes:
         rank: number of this process; size: number of all.
+        local: number among those of this machine; on_machine: number of these.
     """
 
     rank, size = 0, 1
+    local, on_machine = 0, 1
 
     def __init__(self) -> None:
         self._said = dict.fromkeys(WORDS, 0)
@@ -108,6 +109,10 @@ class Ranks:
     def require_even(self, rows: int, what: str) -> None:
         """Raise UserError unless a batch of so many rows can be divided."""
 
+    def least(self, number: int) -> int:
+        """Return the least number of all ranks."""
+        return number
+
     def require_same(self, tensors: Sequence[Tensor], what: str) -> None:
         """Raise RunFailure unless all ranks have the same bits in tensors."""
 
@@ -136,11 +141,10 @@ class RankGroup(Ranks):
     def __init__(self) -> None:
         super().__init__()
         self._heard = dict.fromkeys(WORDS, 0)
-        self.rank, self.size, local, machine = (int(os.environ[name]) for name in _TOLD[:4])
-        self._machine = machine
+        self.rank, self.size, self.local, self.on_machine = (int(os.environ[name]) for name in _TOLD[:4])
         backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(local % torch.cuda.device_count())
+            torch.cuda.set_device(self.local % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
         try:
             dist.init_process_group(backend, timeout=PATIENCE)
@@ -149,24 +153,11 @@ class RankGroup(Ranks):
             raise UserError(
                 f"rank {self.rank} of {self.size} cannot join the others at {where} ({one_line(error)})"
             ) from error
-        self._take_cores(local, machine)
-
-    def _take_cores(self, local: int, machine: int) -> None:
-        """Keep to this rank's share of the machine's cores, with as many threads on every rank."""
-        places = cores()
-        share = len(places) // machine
-        if share and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, set().union(*places[local * share : (local + 1) * share]))
-        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))  # to which torchrun sets it where it is not given
-        threads = max(share, 1) if threads == 1 else threads
-        least = torch.tensor([threads])
-        self._reduce(least, dist.ReduceOp.MIN)
-        torch.set_num_threads(int(least))
 
     @property
     def launcher(self) -> str:
-        machines = self.size // self._machine
-        return f"torchrun {f'--nnodes {machines} ' * (machines > 1)}--nproc-per-node {self._machine}"
+        machines = self.size // self.on_machine
+        return f"torchrun {f'--nnodes {machines} ' * (machines > 1)}--nproc-per-node {self.on_machine}"
 
     def silence(self) -> None:
         super().silence()
@@ -199,7 +190,7 @@ class RankGroup(Ranks):
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         self._reduce(flat)
         flat /= self.size
-        pieces = flat.split([tensor.numel() for tensor in tensors])
+        pieces = torch.split(flat, [tensor.numel() for tensor in tensors])
         torch._foreach_copy_(list(tensors), [piece.view_as(t) for piece, t in zip(pieces, tensors, strict=True)])
 
     def rows(self, x: Tensor) -> Tensor:
@@ -228,16 +219,21 @@ class RankGroup(Ranks):
     def require_even(self, rows: int, what: str) -> None:
         if rows % self.size:
             raise UserError(
-                f"{what} is {rows} rows, which cannot be divided over {self.size} ranks; give a multiple of {self.size}"
+                f"{what} has {rows} rows, which {self.size} ranks cannot divide; give a multiple of {self.size}"
             )
+
+    def least(self, number: int) -> int:
+        found = torch.tensor([number])
+        self._reduce(found, dist.ReduceOp.MIN)
+        return int(found)
 
     def require_same(self, tensors: Sequence[Tensor], what: str) -> None:
         own = torch.zeros(self.size, 1, dtype=torch.int64)
         own[self.rank] = sum(int(_bits(tensor).sum(dtype=torch.int64)) for tensor in tensors)
         self._reduce(own)
-        if len(own.unique()) > 1:
+        if bool((own != own[0]).any()):
             raise RunFailure(
-                f"{what} is not the same on all ranks: their processors or packages differ; use machines of one kind"
+                f"{what} differs between ranks, and so their processors or packages; use machines of one kind"
             )
 
     def together(self, action: Callable[[], T]) -> T:
@@ -254,14 +250,11 @@ class RankGroup(Ranks):
             dist.all_gather_object(told, news)
         if error is not None:
             raise error
-        for rank, news in enumerate(told):
-            if news is not None:
-                is_user, message, details = news
-                raise (
-                    UserError(f"rank {rank}: {message}")
-                    if is_user
-                    else RunFailure(f"rank {rank}: {message}", details)
-                )
+        for rank, other in enumerate(told):
+            if other is not None:
+                is_user, message, details = other
+                message = f"rank {rank}: {message}"
+                raise UserError(message) if is_user else RunFailure(message, details)
         return result  # type: ignore[return-value]
 
     def from_first(self, action: Callable[[], T]) -> T:
@@ -297,6 +290,8 @@ class _Mean(torch.autograd.Function):
     def forward(ctx: Any, group: RankGroup, *values: Tensor) -> tuple[Tensor, ...]:
         means = [value.detach().clone() for value in values]
         group.average(means)
+        pairs = zip(means, values, strict=True)
+        ctx.mark_non_differentiable(*[mean for mean, value in pairs if not value.requires_grad])
         return tuple(means)
 
     @staticmethod

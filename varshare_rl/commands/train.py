@@ -55,7 +55,7 @@ from varshare_rl.files import write_atomically, write_json
 from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.overrides import override
-from varshare_rl.ranks import ALONE, LostRank, Ranks, join
+from varshare_rl.ranks import ALONE, LostRank, Ranks
 from varshare_rl.reading import read_object, reading
 from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
@@ -63,6 +63,7 @@ from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
 from varshare_rl.run.loop import Diverged, Interrupted, OnDivergence, Run
+from varshare_rl.run.process import joined_ranks
 from varshare_rl.run.results import summary
 from varshare_rl.sweeps.command import RunCommand
 from varshare_rl.sweeps.sweep import run_training
@@ -95,7 +96,7 @@ def run_config(
         run_dir = Path(config.resume)
         if not run_dir.is_dir():
             raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
-        ranks = join()
+        ranks = joined_ranks()
         with ranks.entered(held_folder(run_dir)):
             resume(run_dir, overrides, makers, callbacks, ranks)
         return run_dir
@@ -106,7 +107,7 @@ def run_config(
     config = replace(config, resume=None, overwrite=False)  # which are not the run's
     suite = build_suite(config, makers)
     parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
-    ranks = join()
+    ranks = joined_ranks()
     wanted = ranks.from_first(lambda: name_folder(config.run_dir, parts, dated=not auto))
     if auto and ranks.from_first((wanted / CONFIG_FILE).exists):
         with ranks.entered(held_folder(wanted)):
@@ -196,8 +197,8 @@ def go_on(
         check_unchanged(run_dir, config, state)
     if state.get("ranks", 1) != ranks.size:
         raise UserError(
-            f"{run_dir} was trained by {counted(state.get('ranks', 1), 'process', 'processes')} together, and there "
-            f"{'is 1' if ranks.size == 1 else f'are {ranks.size}'}; start as many, see docs/howto/machines.md"
+            f"{run_dir} was trained by {counted(state.get('ranks', 1), 'rank')} and not {ranks.size}; start as "
+            "many: torchrun --nproc-per-node <ranks> -m varshare_rl.train ..."
         )
     if "engine" not in state:
         raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")

@@ -254,8 +254,8 @@ class Chunk:
             raise
         except Exception as error:
             slot = slots[done]
-            what = one_line(error, most=None)
+            what, number = one_line(error, most=None), slot.spec.place(slot.index)[1]
             raise EnvironmentFailure(
-                f"task {slot.spec.task_name(slot.index)} fails with {what} (environment {slot.spec.place(slot.index)[1]}, "
+                f"task {slot.spec.task_name(slot.index)} fails with {what} (environment {number}, "
                 f"episode {slot.episode}, step {len(slot.actions)})"
             ) from error

@@ -5,8 +5,8 @@ SHA-256 of the tensor file. A checkpoint is written under a hidden name, brought
 then are older ones of its kind deleted, but for those that are to stay. Nothing is pickled, so loading runs no
 code.
 
-Where several ranks train, the tree says how many (``ranks``), and ``rank-<n>/`` has in the same form what each of the
-others has of its own.
+Where several ranks train, the tree says how many (``ranks``), and ``rank-<n>/`` has in the same form what each of
+the others has of its own.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def save_checkpoint(
 ) -> Path:
     """Write ``tree`` as checkpoint ``<kind>-<transitions>`` of a run and return its folder.
 
-    It and those before it of its kind stay, ``keep`` in all. Of ``ranks`` other than the first the tree has what they
-    alone have, and nothing where it is empty; that of the first says how many there are (``ranks``) where they write.
+    It and those before it of its kind stay, ``keep`` in all. The tree of ``ranks`` other than the first is what
+    they have of their own, or empty; then they write nothing, else the first's says how many there are (``ranks``).
 
     Leaves of the tree: Tensor (comes back on the CPU), ndarray, numpy scalar, int, float, str, bool, None;
     nodes: dict with str or int keys, list, tuple. Everything comes back with its type, dtype and every bit,

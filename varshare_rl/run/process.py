@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from varshare_rl.envs.division import cores
 from varshare_rl.errors import UserError
+from varshare_rl.ranks import Ranks, join
 from varshare_rl.types import Tree
 
 MAX_SEED = 2**32 - 1  # the limit of numpy's global generator
@@ -92,6 +95,27 @@ def load_rng_state(tree: Tree) -> None:
     torch.set_rng_state(tree["torch"])
     if tree["cuda"] and torch.cuda.is_available():  # former versions kept those of all devices, the first in use
         torch.cuda.set_rng_state(tree["cuda"][0])
+
+
+def joined_ranks() -> Ranks:
+    """Return the ranks that this process trains with, once all are there, and keep to its share of the machine.
+
+    Each has as many cores, and as many threads, unless ``OMP_NUM_THREADS`` is more than the 1 that torchrun gives.
+
+    Raises:
+        UserError: they cannot be reached.
+    """
+    ranks = join()
+    if ranks.size == 1:
+        return ranks
+    places = cores()
+    share = len(places) // ranks.on_machine
+    if share and hasattr(os, "sched_setaffinity"):
+        own = places[ranks.local * share : (ranks.local + 1) * share]
+        os.sched_setaffinity(0, set().union(*own))
+    given = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    torch.set_num_threads(ranks.least(given if given > 1 else max(share, 1)))
+    return ranks
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def make_engine(
     ]
     if not evaluation and not all(part.envs for part in parts):
         raise UserError(
-            f"env.envs_per_task={envs_per_task} cannot be divided over {ranks.size} ranks; give more, or tasks_per_rank"
+            f"{ranks.size} ranks cannot divide env.envs_per_task={envs_per_task}; give more, or tasks_per_rank"
         )
     part = parts[ranks.rank]
 
