@@ -38,12 +38,10 @@ class Ranks:
     """One process alone. :class:`RankGroup` has the meaning of everything where there are several.
 
     Attributes:
-        rank: number of this process; size: number of all.
-        local: number among those of this machine; on_machine: number of these.
+        rank: number of this process; size: number of all; on_machine: number of those of this machine.
     """
 
-    rank, size = 0, 1
-    local, on_machine = 0, 1
+    rank, size, on_machine = 0, 1, 1
 
     def __init__(self) -> None:
         self._said = dict.fromkeys(WORDS, 0)
@@ -141,10 +139,10 @@ class RankGroup(Ranks):
     def __init__(self) -> None:
         super().__init__()
         self._heard = dict.fromkeys(WORDS, 0)
-        self.rank, self.size, self.local, self.on_machine = (int(os.environ[name]) for name in _TOLD[:4])
+        self.rank, self.size, local, self.on_machine = (int(os.environ[name]) for name in _TOLD[:4])
         backend = "gloo"
         if torch.cuda.is_available():
-            torch.cuda.set_device(self.local % torch.cuda.device_count())
+            torch.cuda.set_device(local % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
         try:
             dist.init_process_group(backend, timeout=PATIENCE)

@@ -45,7 +45,7 @@ def run_ranks(
         )
     try:
         meanwhile(processes)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 500
         codes: dict[int, int] = {}
         while len(codes) < size and time.monotonic() < deadline:
             for process in processes:

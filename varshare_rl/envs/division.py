@@ -30,14 +30,14 @@ def cores() -> list[frozenset[int]]:
 
 
 def physical_cores() -> int:
-    """Number of them that this process may keep busy: a cgroup's quota may allow fewer."""
+    """Number of them that this process may keep busy: a quota may allow fewer, and torchrun's others have some."""
     count = len(cores())
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.exists():
         limit, period = quota.read_text().split()
         if limit != "max":
             count = min(count, int(limit) // int(period))
-    return max(1, count)
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def keep_to(process: int, core: frozenset[int]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from varshare_rl.envs.division import cores
+from varshare_rl.envs.division import physical_cores
 from varshare_rl.errors import UserError
 from varshare_rl.ranks import Ranks, join
 from varshare_rl.types import Tree
@@ -98,9 +98,10 @@ def load_rng_state(tree: Tree) -> None:
 
 
 def joined_ranks() -> Ranks:
-    """Return the ranks that this process trains with, once all are there, and keep to its share of the machine.
+    """Return the ranks that this process trains with, once all are there, and compute with as many threads as each.
 
-    Each has as many cores, and as many threads, unless ``OMP_NUM_THREADS`` is more than the 1 that torchrun gives.
+    They are a rank's share of the machine's cores, or ``OMP_NUM_THREADS`` if that is more than the 1 that torchrun
+    gives: results depend on the number, and replicas must not differ.
 
     Raises:
         UserError: they cannot be reached.
@@ -108,13 +109,8 @@ def joined_ranks() -> Ranks:
     ranks = join()
     if ranks.size == 1:
         return ranks
-    places = cores()
-    share = len(places) // ranks.on_machine
-    if share and hasattr(os, "sched_setaffinity"):
-        own = places[ranks.local * share : (ranks.local + 1) * share]
-        os.sched_setaffinity(0, set().union(*own))
     given = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    torch.set_num_threads(ranks.least(given if given > 1 else max(share, 1)))
+    torch.set_num_threads(ranks.least(given if given > 1 else physical_cores()))
     return ranks
 
 
