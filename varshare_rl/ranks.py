@@ -8,6 +8,7 @@ are means over ranks. One process alone is :data:`ALONE`, and everything here is
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -279,7 +280,7 @@ class RankGroup(Ranks):
         except RuntimeError as error:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
             raise LostRank(
-                f"another rank of the {self.size} has ended or does not answer ({one_line(error)}); all end"
+                f"another rank of the {self.size} has ended or does not answer ({_reason(error)}); all end"
             ) from error
 
 
@@ -300,6 +301,11 @@ class _Mean(torch.autograd.Function):
 def _bits(tensor: Tensor) -> Tensor:
     """Return the bits of a tensor, flat and a copy: sums of them with zeros are exact, whatever they stand for."""
     return tensor.detach().reshape(-1).clone().view(torch.int32)
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return what gloo says, without the place in its code and its advice."""
+    return re.sub(r"^\[[^\]]*\] ?", "", str(error)).partition(". ")[0][:100]
 
 
 ALONE = Ranks()

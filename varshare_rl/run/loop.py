@@ -345,18 +345,10 @@ class Run(Stateful):
 
     def save(self, kind: str) -> Path:
         """Write a checkpoint: ``last`` holds everything needed to go on, ``best`` the policy."""
-        counters: Tree = {
-            "transitions": self.transitions,
-            "updates": self.algorithm.updates,
-            "seconds": self.tracker.seconds,
-            "options": self.options,
-        }
         with self._timed("save"):
             began = time.monotonic()
             keep = self.config.checkpoint_keep if kind == "last" else 1
-            path = save_checkpoint(
-                self.run_dir, kind, self.transitions, counters | self._tree(kind), keep, self.ranks
-            )
+            path = save_checkpoint(self.run_dir, kind, self.transitions, self._tree(kind), keep, self.ranks)
             if kind == "last":
                 self._saved_at = time.monotonic()
                 self._save_seconds = self._saved_at - began
@@ -366,13 +358,22 @@ class Run(Stateful):
 
     def _tree(self, kind: str) -> Tree:
         """Return what a checkpoint of a kind holds: all of it on the first rank, on others what is their own."""
+        if kind == "last":
+            networks = [module.parameters() for module in self.algorithm.trained_modules().values()]
+            self.ranks.require_same(list(chain(*networks)), f"a network, after {self.transitions:,} transitions,")
+        if not self.ranks.first:
+            if kind != "last":
+                return {}
+            return {"engine": self.engine.state(), "algorithm": self.algorithm.own_state()}
+        counters: Tree = {
+            "transitions": self.transitions,
+            "updates": self.algorithm.updates,
+            "seconds": self.tracker.seconds,
+            "options": self.options,
+        }
         if kind != "last":
-            return {"algorithm": self.algorithm.policy_state()} if self.ranks.first else {}
-        networks = [module.parameters() for module in self.algorithm.trained_modules().values()]
-        self.ranks.require_same(list(chain(*networks)), f"a network, after {self.transitions:,} transitions,")
-        if self.ranks.first:
-            return self.state() | ({"ranks": self.ranks.size} if self.ranks.size > 1 else {})
-        return {"engine": self.engine.state(), "algorithm": self.algorithm.own_state()}
+            return counters | {"algorithm": self.algorithm.policy_state()}
+        return counters | ({"ranks": self.ranks.size} if self.ranks.size > 1 else {}) | self.state()
 
     def state(self) -> Tree:
         """Return everything needed to go on bit for bit, besides the counters."""
