@@ -290,6 +290,7 @@ def build_run(
         checkpoint_every=config.checkpoint.every,
         checkpoint_minutes=config.checkpoint.minutes,
         checkpoint_keep=config.checkpoint.keep,
+        checkpoint_wait_minutes=config.checkpoint.wait_minutes,
         on_divergence=config.on_divergence,
         log_every=config.log.every,
         observe_every=config.observe.every,

@@ -236,14 +236,17 @@ class RankGroup(Ranks):
             )
 
     def together(self, action: Callable[[], T]) -> T:
-        error, result = None, None
+        error: UserError | RunFailure | None = None
+        result = None
         try:
             result = action()
         except LostRank:
             raise
-        except (UserError, RunFailure, OSError, MemoryError) as caught:
+        except (UserError, RunFailure) as caught:
             error = caught
-        news = None if error is None else (isinstance(error, UserError), str(error), getattr(error, "details", ""))
+        except (OSError, MemoryError) as caught:
+            error = RunFailure(one_line(caught))
+        news = None if error is None else (type(error), str(error))
         told: list[Any] = [None] * self.size
         with self._losing():
             dist.all_gather_object(told, news)
@@ -251,9 +254,8 @@ class RankGroup(Ranks):
             raise error
         for rank, other in enumerate(told):
             if other is not None:
-                is_user, message, details = other
-                message = f"rank {rank}: {message}"
-                raise UserError(message) if is_user else RunFailure(message, details)
+                kind, message = other
+                raise kind(f"rank {rank}: {message}")
         return result  # type: ignore[return-value]
 
     def from_first(self, action: Callable[[], T]) -> T:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,6 +36,9 @@ class SACConfig:
     name: str = "sac"
     replay_capacity_per_task: int = bounded(100_000, least=1)
     "Transitions of every task that the replay holds."
+    replay_folder: str | None = None
+    """A folder for a file that the replay is mapped to, where it is too large for memory; it is gone with the
+    process."""
     batch_per_task: int = bounded(128, least=1)
     "Transitions of every task in an update."
     tasks_per_update: int | None = bounded(None, least=1)
@@ -65,6 +70,13 @@ class SACConfig:
     the largest one of a task (`ars`)."""
     resets: int = bounded(0, least=0)
     "Times that networks start anew, spread evenly over the budget; the replay stays."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for a replay folder that is not there."""
+        if self.replay_folder is not None and not os.path.isdir(self.replay_folder):
+            raise UserError(
+                f"{prefix}replay_folder is {self.replay_folder}, which is no folder; give one that is there"
+            )
 
     def build(self, context: AgentContext) -> SAC:
         """Make the algorithm. Raises UserError if the actions are discrete."""
@@ -119,7 +131,7 @@ class SAC(ActorCritic):
         )
         self.replay = ReplayBuffer(
             spec.num_tasks, config.replay_capacity_per_task, spec.obs_size, spec.action_size,
-            spec.device, context.ranks,
+            spec.device, config.replay_folder, context.ranks,
         )  # fmt: skip
         context.ranks.require_even(config.batch_per_task, "algorithm.batch_per_task")
         self.task_subset = TaskSubset(
@@ -266,7 +278,7 @@ class SAC(ActorCritic):
         return {
             **self.common_bytes(share=self.task_subset.share),
             "targets": 4 * sum(parameter.numel() for parameter in self.target_critic.parameters()),
-            "replay": 4 * self.replay.rows.numel(),
+            "replay": 0 if self.config.replay_folder is not None else 4 * math.prod(self.replay.shape),
         }
 
     def take_over_critic(self, state: Tree) -> None:

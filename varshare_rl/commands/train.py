@@ -51,7 +51,7 @@ from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import RunFailure, Terminated, UserError
-from varshare_rl.files import write_atomically, write_json
+from varshare_rl.files import DiskFull, write_atomically, write_json
 from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.overrides import override
@@ -220,8 +220,8 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
         try:
             return attempt(config, run, state, 0.5**halvings)
         except RunFailure as failure:
-            if isinstance(failure, LostRank):
-                raise LostRank(f"{failure}; go on from the last checkpoint with {going_on(run)}") from failure
+            if isinstance(failure, LostRank | DiskFull):
+                raise type(failure)(f"{failure}; go on from the last checkpoint with {going_on(run)}") from failure
             diverged = isinstance(failure, Diverged)
             failures = failures + 1 if run.transitions <= furthest else 1
             furthest = max(furthest, run.transitions)

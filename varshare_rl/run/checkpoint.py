@@ -28,7 +28,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varshare_rl.errors import UserError, one_line
-from varshare_rl.files import sync_folder, write_atomically
+from varshare_rl.files import Patience, sync_folder, write_atomically
 from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.reading import STUMBLES, read_object
 from varshare_rl.types import Tree
@@ -49,7 +49,13 @@ class CheckpointError(UserError):
 
 
 def save_checkpoint(
-    run_dir: Path, kind: str, transitions: int, tree: Tree, keep: int = 1, ranks: Ranks = ALONE
+    run_dir: Path,
+    kind: str,
+    transitions: int,
+    tree: Tree,
+    keep: int = 1,
+    ranks: Ranks = ALONE,
+    patience: Patience = Patience(),  # noqa: B008
 ) -> Path:
     """Write ``tree`` as checkpoint ``<kind>-<transitions>`` of a run and return its folder.
 
@@ -64,9 +70,15 @@ def save_checkpoint(
     """
     folder = run_dir / FOLDER
     hidden, target = folder / f"{_HIDDEN}{kind}-{transitions:012d}", folder / f"{kind}-{transitions:012d}"
-    ranks.from_first(lambda: _begin(folder, hidden))
-    ranks.together(lambda: _write(_part(hidden, ranks.rank), kind, transitions, tree) if tree else None)
-    ranks.from_first(lambda: _finish(folder, hidden, target, keep))
+    part = _part(hidden, ranks.rank)
+    ranks.from_first(lambda: patience(lambda: _begin(folder, hidden), run_dir))
+    try:
+        ranks.together(lambda: patience(lambda: _write(part, kind, transitions, tree), run_dir) if tree else None)
+        ranks.from_first(lambda: patience(lambda: _finish(folder, hidden, target, keep), run_dir))
+    except Exception:
+        if ranks.first:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise
     return target
 
 
@@ -85,7 +97,11 @@ def _write(part: Path, kind: str, transitions: int, tree: Tree) -> None:
     part.mkdir(exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     encoded = _encode(tree, (), tensors)
-    save_file(_storable(tensors), part / TENSOR_FILE)
+    try:
+        save_file(_storable(tensors), part / TENSOR_FILE)
+    except Exception:
+        (part / TENSOR_FILE).unlink(missing_ok=True)  # room that others may need while this waits
+        raise
     size, digest = _size_and_digest(part / TENSOR_FILE, to_disk=True)
     document = {
         "format_version": FORMAT_VERSION,
@@ -367,13 +383,16 @@ def _from_numpy(array: np.ndarray[Any, Any], path: tuple[str, ...]) -> torch.Ten
 
 def _storable(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors contiguous, on the CPU and each in memory of its own, as safetensors asks."""
-    seen: set[int] = set()
+    taken: dict[int, list[tuple[int, int]]] = {}  # by storage: bytes that are in a tensor already
     result = {}
     for name, tensor in tensors.items():
         stored = tensor.cpu().contiguous()
-        address = stored.untyped_storage().data_ptr()
-        result[name] = stored.clone() if address in seen else stored
-        seen.add(address)
+        begin = stored.data_ptr()
+        end = begin + stored.nbytes
+        others = taken.setdefault(stored.untyped_storage().data_ptr(), [])
+        shared = any(first < end and begin < last for first, last in others)
+        result[name] = stored.clone() if shared else stored
+        others.append((begin, end))
     return result
 
 

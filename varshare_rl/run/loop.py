@@ -21,6 +21,7 @@ from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.envs.suite import Step, Suite, VectorEngine
 from varshare_rl.errors import RunFailure
+from varshare_rl.files import Patience
 from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.run.callbacks import Callbacks, is_false
 from varshare_rl.run.checkpoint import fitting, save_checkpoint
@@ -53,6 +54,7 @@ class LoopConfig:
     log_every: int
     checkpoint_minutes: float = 0.0
     checkpoint_keep: int = 2
+    checkpoint_wait_minutes: float = 0.0
     on_divergence: OnDivergence = OnDivergence.mask
     observe_every: int = 0
     overlap: bool = False
@@ -115,6 +117,9 @@ class Run(Stateful):
         half = self.engine.envs_per_task // 2
         # Acting in two turns lets the workers step the first half while the policy acts for the second.
         self._turns = [slice(0, half), slice(half, None)] if self.config.overlap and half else [slice(None)]
+        self._room = Patience(
+            self.config.checkpoint_wait_minutes, self.console.message, lambda: bool(self.ranks.said("signal"))
+        )
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
         self._resumed_at = -1
         self._masked_before: dict[str, int] = {}  # steps, by a run that masked and goes on otherwise
@@ -212,6 +217,7 @@ class Run(Stateful):
             self.observed_at = self.transitions
         if due and self.ranks.first:
             with self._timed("sharing"):
+                self._room.for_logs(self.run_dir)
                 self.sharing_monitor.observe(self.algorithm, self.transitions)
 
     def _check_divergence(self) -> None:
@@ -279,6 +285,7 @@ class Run(Stateful):
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
             metrics["time/updates"] = float(self.algorithm.updates)
             metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
+            self._room.for_logs(self.run_dir)
             self.tracker.log(metrics, self.transitions)
             self.console.progress(self.transitions, self._headline(metrics), updated=False)
             if self.callbacks.on_log is not None and is_false(self.callbacks.on_log(self.transitions, metrics)):
@@ -334,6 +341,7 @@ class Run(Stateful):
         self.evaluation, self.evaluated_at = result, self.transitions
         also = {} if self.also_evaluate is None else self.also_evaluate(self.transitions)
         if not self.tracker.evaluated or self.transitions != self._resumed_at:  # else it was logged and not saved
+            self._room.for_logs(self.run_dir)
             self.tracker.log(result.metrics() | also, self.transitions)
         self.console.table(f"evaluation at {counted(self.transitions, 'transition')}", shown(result.tasks))
         if self.best_score is None or result.score > self.best_score:
@@ -348,7 +356,9 @@ class Run(Stateful):
         with self._timed("save"):
             began = time.monotonic()
             keep = self.config.checkpoint_keep if kind == "last" else 1
-            path = save_checkpoint(self.run_dir, kind, self.transitions, self._tree(kind), keep, self.ranks)
+            path = save_checkpoint(
+                self.run_dir, kind, self.transitions, self._tree(kind), keep, self.ranks, self._room
+            )
             if kind == "last":
                 self._saved_at = time.monotonic()
                 self._save_seconds = self._saved_at - began

@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,10 +158,10 @@ class Tracker:
             backend.end()
 
     def close(self) -> None:
-        """Write everything out and close the files. May be called twice."""
-        self._lines.close()
-        for backend in self._backends:
-            backend.close()
+        """Write everything out, as far as there is room, and close the files. May be called twice."""
+        for close in (self._lines.close, *(backend.close for backend in self._backends)):
+            with suppress(OSError):
+                close()
 
 
 def _cut_back(path: Path, resumed_at: int) -> bool:
