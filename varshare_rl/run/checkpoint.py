@@ -116,13 +116,14 @@ def _write(part: Path, kind: str, transitions: int, tree: Tree) -> None:
 
 def _finish(folder: Path, hidden: Path, target: Path, keep: int) -> None:
     """Give a checkpoint that is complete its name, and delete those that it replaces."""
-    if target.exists():  # a folder that is not empty cannot be renamed over
-        aside = folder / (target.name + _REPLACED)
-        if aside.exists():
-            _delete(aside)
-        target.rename(aside)
-    sync_folder(hidden)
-    hidden.rename(target)
+    if hidden.exists():  # else it was named before the disk was full
+        sync_folder(hidden)
+        if target.exists():  # a folder that is not empty cannot be renamed over
+            aside = folder / (target.name + _REPLACED)
+            if aside.exists():
+                _delete(aside)
+            target.rename(aside)
+        hidden.rename(target)
     sync_folder(folder)
     kind, transitions = target.name.partition("-")[0], _transitions(target)
     before = [path for path in _checkpoints(folder, kind) if _transitions(path) < transitions]
