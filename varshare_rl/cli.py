@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -253,7 +254,7 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain(error), 2
     if isinstance(error, RunFailure | OSError):
-        return str(error), 1
+        return str(error), 2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1
     too_large = isinstance(error, MemoryError | OverflowError | RecursionError)
     if too_large or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         return _too_large(error), 2
@@ -277,6 +278,9 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+#: Characters of an error's line; of more the middle is left out.
+LONGEST_LINE = 1200
+
 #: Words of torch's allocators.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed|"
@@ -296,6 +300,8 @@ def _too_large(error: BaseException) -> str:
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print one line and end with a code: 2 for what the user got wrong."""
     line = re.sub(r"\s*\n\s*", " ", message.strip())  # other spaces may be those of a folder's name
+    if len(line) > LONGEST_LINE:  # of a value without end; what is allowed comes last
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 3 :]}"
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -27,7 +27,8 @@ from varshare_rl.registry import registered
 BAD = (
     "abc", "''", "null", "nan", "inf", "-1", "-1e300", "1e300", "1e999", "1.5", "9" * 400, "[", "{", "]", "[1,[2]]",
     "{a: 1}", "true", "[true]", "${seed}", "${oc.env:HOME}", "${nothing:}", "a=b", "'", '"', "$x", "../x",
-    "/dev/null", "\u00e9", "\udcff", "a" * 3000, "[" * 300, "[" + "a," * 3000 + "a]", "1,2", "range(3)", "glob(*)", " ",
+    "/dev/null", "\u00e9", "\udcff", "a" * 3000, "[" * 300, "[" + "a," * 3000 + "a]", "1,2", "range(3)", "glob(*)",
+    " ",
 )  # fmt: skip
 #: Words that are no override.
 WORDS = (
@@ -39,8 +40,8 @@ WORDS = (
     "critic=nothing", "gradient=nothing", "elbo/schedule=x", "elbo/prior=x", "+experiment=nothing",
     "plugins=[nothing]", "plugins=nothing", "plugins=[1]", "plugins=[a-b]", "plugins=[", "resume=nowhere",
     "resume=''", "run_dir=''", "run_dir=/dev/null/x", f"run_dir={'x' * 300}", "run_dir=/proc/x",
-    "resume=auto overwrite=true", "\0", "seed=\0", "\n", "seed=1\nseed=2", "seed=1 seed=2", "hydra/launcher=nothing",
-    "hydra.run.dir=x", "hydra.sweep.dir=x", "algorithm.name=sac", "env.name=cartpole",
+    "resume=auto overwrite=true", "\0", "seed=\0", "\n", "seed=1\nseed=2", "seed=1 seed=2",
+    "hydra/launcher=nothing", "hydra.run.dir=x", "hydra.sweep.dir=x", "algorithm.name=sac", "env.name=cartpole",
 )  # fmt: skip
 REPORTS = ("sharing", "compare", "continual")
 STARTS = ("env=pointmass", "device=cpu", "total_transitions=640")

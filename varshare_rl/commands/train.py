@@ -316,6 +316,7 @@ def describe(config: TrainConfig, run: Run) -> None:
             **describe_posterior(config, run),
             "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
+            **({"ranks": f"{run.ranks.size}, which divide environments and batches"} if run.ranks.size > 1 else {}),
             "transitions": f"{config.total_transitions:,} in total",
             "time": "left is told after the first updates; Ctrl-C saves, and resume goes on",
         },
