@@ -30,6 +30,7 @@ from rich.text import Text
 from varshare_rl.adapters import Adapter, read_adapter, write_adapter
 from varshare_rl.adapters.folder import is_adapter, maker
 from varshare_rl.cli import errors_in_one_line
+from varshare_rl.command_line import is_folder
 from varshare_rl.entry import wants_help
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
@@ -243,7 +244,7 @@ def main(arguments: Sequence[str]) -> None:
     if wants_help(arguments):
         print(inspect.getdoc(schema))
         return
-    folders = [item for item in arguments[1:] if "=" not in item or Path(item).is_dir()]
+    folders = [item for item in arguments[1:] if "=" not in item or is_folder(item)]
     config = [item for item in arguments[1:] if item not in folders]
     if any(item.startswith("k=") for item in config):
         raise UserError("k is a rule, not a number; give one of k.max_error, k.explained and k.fixed")
