@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
@@ -360,6 +361,22 @@ def test_torchrun_restarts_what_a_lost_rank_has_ended(folder: Path) -> None:
     assert "another rank of the 2 has ended" in outcomes[0].stderr
     assert "has ended" not in outcomes[1].stderr
     assert_same_run(folder / "run", folder / "other")
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves(folder: Path) -> None:
+    words = [*last_of_each((*FAULTS, "total_transitions=10000000", "run_dir=run", "log.quiet=false"))]
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / TORCHRUN[0]), *TORCHRUN[1:3], *TORCHRUN[5:], *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not Path("run/checkpoints/last-000000000080").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert "all saved; go on with:\n    torchrun --nproc-per-node 2 -m varshare_rl.train resume=run" in out, err
+    assert load_checkpoint(find_checkpoint(Path("run")))["transitions"] >= 80
 
 
 @pytest.mark.slow
