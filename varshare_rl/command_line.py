@@ -65,6 +65,8 @@ def read_words(arguments: Sequence[str]) -> Words:
             words.showing += ["--cfg", shown]
         elif flag in _SHOWING:
             following = _SHOWING[flag]
+            if equals and isinstance(following, tuple) and value not in following:
+                raise UserError(f"{flag} {value!r} shows nothing; give one of {', '.join(following)}")
             words.showing.append(item)
             if not equals and following is True:
                 words.showing.append(next(left, ""))
