@@ -127,6 +127,7 @@ def test_the_same_command_goes_on_and_sums_up(
     assert "6 runs in " in more.out
     assert "4 done already" in more.out
     assert names(sweep) == sorted([*NAMES, "kl_weight-0.1_seed-2", "kl_weight-1_seed-2"])
+    assert "intervals of 3 seeds or fewer are too narrow" in more.out
 
 
 def check_csv(sweep: Path, name: str, weights: Iterable[str], seeds: Iterable[str]) -> None:
