@@ -15,6 +15,7 @@ from varshare_rl.reporting.figures import (
     draw_heat_map,
     grid_of_panels,
     legend_below,
+    legend_height,
     log_axis,
     new_figure,
     plain,
@@ -163,7 +164,7 @@ def profiles_figure(section: Section, looks: Looks) -> Figure | None:
     """Draw which share of runs and tasks is above a score, for every score."""
     if not section.scored:
         return None
-    figure = new_figure(COLUMN, 2.8)
+    figure = new_figure(COLUMN, 2.4 + legend_height(COLUMN, [group.label for group in section.scored]))
     axes = figure.subplots()
     for group in section.scored:
         assert group.profile is not None
