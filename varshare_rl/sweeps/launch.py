@@ -108,7 +108,7 @@ def _heeding(stop: Path) -> Iterator[None]:
 
 @cache
 def _end_with(owner: int) -> None:
-    """Send this process SIGTERM once its parent ``owner`` has gone: a run saves, one that waits for work just ends."""
+    """Send this process SIGTERM without its parent ``owner``: a run saves, one that waits for work just ends."""
 
     def watch() -> None:
         while os.getppid() == owner:
