@@ -313,7 +313,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_with_the_numbers_of_one_that_is
 ) -> None:
     chosen = {
         "": (), "joblib": ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2"),
-        "submitit_local": ("hydra/launcher=submitit_local",),
+        "submitit_local": ("hydra/launcher=submitit_local", "hydra.sweeper.max_batch_size=4"),
     }[launcher]  # fmt: skip
     sweep = tmp_path / "sweep"
 
