@@ -155,9 +155,9 @@ def test_a_time_limit_is_bootstrapped_and_an_end_is_not(monkeypatch: pytest.Monk
     targets: list[Tensor] = []
     plain = ValueNetwork.loss
 
-    def watched(critic: ValueNetwork, obs: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+    def watched(critic: ValueNetwork, obs: Tensor, ids: Tensor, target: Tensor, *rest: Any) -> Tensor:
         targets.append(target)
-        return plain(critic, obs, ids, target)
+        return plain(critic, obs, ids, target, *rest)
 
     monkeypatch.setattr(ValueNetwork, "loss", watched)
     env = PointMassConfig(tasks=["normal_left", "normal_right"], envs_per_task=ENVS)
