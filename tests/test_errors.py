@@ -124,7 +124,10 @@ WITHOUT_RUN = {
         ("env=pointmass", "algorithm.value_clip=0.2", "critic.loss=categorical"), "algorithm.value_clip=0.2 bounds",
     ),
     "no_value_clip": (("env=pointmass", "algorithm.value_clip=0"), "algorithm.value_clip is 0.0"),
-    "no_scales": (("env=pointmass", "algorithm.observation_statistics=suite"), "a suite that knows the scales"),
+    "no_scales": (
+        ("env=pointmass", "algorithm.observation_statistics=suite", "algorithm.normalize_observations=true"),
+        "a suite that knows the scales",
+    ),
     "scales_of_nothing": (
         ("env=mt1", "env.tasks=[reach-v3]", "algorithm=sac", "algorithm.observation_statistics=suite"),
         "algorithm.normalize_observations=false",

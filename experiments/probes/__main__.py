@@ -2,8 +2,8 @@
 
     python -m experiments.probes runs/<probes> ...
 
-Runs that were stopped count as far as they came. A run replaces an earlier one of its task, setting and seed; without
-runs, figure and table are those of ``curves.csv``.
+Runs that were stopped count as far as they came. A run replaces an earlier one of its task, setting and seed;
+without runs, figure and table are those of ``curves.csv``.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from varshare_rl.reporting.style import PAGE, look
 
 #: The setting that the others depart from.
 BASE = (
-    "env=metaworld", "env.tasks=[pick-place-v3]", "env.envs_per_task=10", "env.workers=1", "algorithm=ppo", "network=shared",
-    "network.hidden=[128,128]", "critic=popart_layer_norm", "algorithm.reward_scale=none",
+    "env=metaworld", "env.tasks=[pick-place-v3]", "env.envs_per_task=10", "env.workers=1", "algorithm=ppo",
+    "network=shared", "network.hidden=[128,128]", "critic=popart_layer_norm", "algorithm.reward_scale=none",
     "algorithm.rollout_transitions_per_task=5000", "algorithm.minibatches=16", "algorithm.gae_lambda=0.97",
     "algorithm.policy=clipped_gaussian", "algorithm.initial_log_std=-0.5", "algorithm.max_log_std=0",
     "algorithm.min_observation_std=0.05", "total_transitions=2000000",
@@ -46,10 +46,8 @@ Probe = tuple[str, str, str]  # task, setting, seed
 def setting(config: TrainConfig) -> str:
     """Return the options that differ from :data:`BASE`, as words."""
     base = fixed_options(cast(TrainConfig, compose("train", BASE)))
-    own = fixed_options(config)
-    words = [
-        f"{name}={value}" for name, value in own.items() if base.get(name) != value and name not in INDIFFERENT
-    ]
+    differing = {name: value for name, value in fixed_options(config).items() if base.get(name) != value}
+    words = [f"{name}={value}" for name, value in differing.items() if name not in INDIFFERENT]
     return " ".join(words) or "base"
 
 

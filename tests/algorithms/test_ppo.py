@@ -153,7 +153,7 @@ def test_values_are_held_near_those_of_the_rollout(popart: bool) -> None:
     seen = learner.rollout.fields["obs"].flatten(1, 2)
     torch.testing.assert_close(data["value"], learner.critic(seen, learner.task_ids).detach())
     with torch.no_grad():
-        learner.critic.network.layers[-1].bias += 0.3
+        learner.critic.network.layers[-1].bias -= 0.3
     value, old, target = learner.critic(data["obs"], learner.task_ids), data["value"], data["target"]
     if popart:
         value, old, target = (
