@@ -32,6 +32,7 @@ def test_runs_become_curves_a_table_and_a_figure(
     config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1").replace("pick-place-v3", "reach-v3"))
     folder = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["probes", str(tmp_path / "runs"), "--folder", str(folder)])
+    capsys.readouterr()
     main()
     table = capsys.readouterr().out
     rows = list(csv.DictReader((folder / "curves.csv").read_text().splitlines()))
