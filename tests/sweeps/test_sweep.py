@@ -127,6 +127,7 @@ def test_the_same_command_goes_on_and_sums_up(
     assert "6 runs in " in more.out
     assert "4 done already" in more.out
     assert names(sweep) == sorted([*NAMES, "kl_weight-0.1_seed-2", "kl_weight-1_seed-2"])
+    assert "intervals of 3 seeds or fewer are too narrow" in more.out
 
 
 def check_csv(sweep: Path, name: str, weights: Iterable[str], seeds: Iterable[str]) -> None:
@@ -331,7 +332,7 @@ def test_a_sweep_that_is_stopped_and_killed_ends_with_the_numbers_of_one_that_is
     process = start(tmp_path, *TWELVE, *chosen)
     wait_for(lambda: written("*/summary.json") >= min(done + 2, 11), process)
     process.kill()
-    process.communicate()
+    process.communicate(timeout=200)  # the output of joblib's processes ends with them
     wait_for_rest(sweep)
     kept = {path: path.stat().st_mtime for path in sweep.glob("*/summary.json")}
     process = start(tmp_path, *TWELVE, *chosen)
