@@ -27,6 +27,7 @@ from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.nn.config import Blocks, NetworkConfig
+from varshare_rl.nn.initialization import initialize
 from varshare_rl.nn.layer import posterior_layers
 from varshare_rl.nn.mlp import ACTIVATIONS, BroNet
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, match_width, with_width
@@ -132,6 +133,7 @@ def network_factory(config: TrainConfig, architecture: NetworkConfig, num_tasks:
             "give smaller network.hidden or network.rank",
         )
         network = architecture.build(in_features, out_features, num_tasks, posterior)
+        initialize(network, architecture)
         if architecture.blocks is Blocks.bronet and not any(isinstance(x, BroNet) for x in network.modules()):
             raise UserError(
                 f"network={architecture.name} puts its layers together in its own way, without blocks=bronet; "
@@ -187,7 +189,7 @@ def matched_hidden(config: TrainConfig, architecture: NetworkConfig, spec: TaskS
 
 def build_task_spec(suite: Suite, envs_per_task: int, device: torch.device) -> TaskSpec:
     """Facts of the suite that the algorithm has to know."""
-    actions = suite.action_space
+    actions, scale = suite.action_space, suite.observation_scale
     discrete = isinstance(actions, gymnasium.spaces.Discrete)
     return TaskSpec(
         num_tasks=len(suite.task_names),
@@ -198,6 +200,7 @@ def build_task_spec(suite: Suite, envs_per_task: int, device: torch.device) -> T
         action_mask=torch.from_numpy(suite.action_mask),
         device=device,
         horizon=suite.horizon,
+        obs_scale=None if scale is None else (torch.from_numpy(scale[0]), torch.from_numpy(scale[1])),
     )
 
 

@@ -68,6 +68,22 @@ def test_suite_follows_the_protocol_and_states_its_conditions() -> None:
     assert MetaWorldSuite(MetaWorldConfig(benchmark="mt1", tasks=["sweep-v3"])).name == "mt1"
 
 
+def test_fixed_scales_bring_observations_near_one() -> None:
+    made = suite("pick-place-v3", "peg-insert-side-v3", "drawer-open-v3", horizon=50)
+    mean, std = made.observation_scale
+    assert mean.dtype == std.dtype == np.float32
+    engine = made.make_engine(1, seed=0)
+    rng = np.random.default_rng(0)
+    seen = [engine.reset()]
+    for _ in range(60):
+        seen.append(engine.step(rng.uniform(-1, 1, (3, 1, 4)).astype(np.float32)).obs)
+    engine.close()
+    scaled = (np.concatenate(seen, axis=1) - mean) / std
+    assert np.abs(scaled).max() < 10
+    assert np.abs(scaled[..., :7]).max() < 5  # hand, opening, first object
+    assert scaled[..., :3].std() > 0.1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

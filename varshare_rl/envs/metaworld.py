@@ -257,6 +257,19 @@ class MetaWorldSuite(Suite):
         }
 
     @property
+    def observation_scale(self) -> tuple[FloatArray, FloatArray]:
+        """See ``Suite.observation_scale``: positions on the table in metres, an opening of 0 to 1, quaternions.
+
+        An observation is hand, opening and two objects (position, quaternion), those of the step before, the goal.
+        """
+        places, sizes = np.array([0.0, 0.6, 0.15]), np.full(3, 0.1)
+        centre = np.concatenate([places, [0.5], places, np.zeros(4), np.zeros(7)])
+        size = np.concatenate([sizes, [0.5], sizes, np.full(4, 0.5), np.full(3, 0.3), np.full(4, 0.5)])
+        found = (np.concatenate([x, x, goal]) for x, goal in ((centre, places), (size, sizes)))
+        mean, std = (array.astype(np.float32) for array in found)
+        return mean, std
+
+    @property
     def goals(self) -> tuple[npt.NDArray[np.float64], ...]:
         """The fixed goals, one array ``[goals_per_task, size]`` per task."""
         config = self.config
