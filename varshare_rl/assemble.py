@@ -37,7 +37,7 @@ from varshare_rl.optim.kl_schedules import BandConfig
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopConfig, Run
-from varshare_rl.run.process import require_memory, seed_everything
+from varshare_rl.run.process import require_memory, seed_everything, threads_for
 from varshare_rl.run.results import provenance
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
@@ -286,7 +286,7 @@ def build_run(
     tracker = Tracker(run_dir, resumed_at, seconds, config.log.trackers, suite.task_names)
     return Run(
         suite=suite,
-        provenance=run_provenance(config, suite, device),
+        provenance=run_provenance(config, suite, device) | {"threads": threads_for(algorithm.largest_product())},
         engine=suite.make_engine(config.env.envs_per_task, config.seed),
         algorithm=algorithm,
         tracker=tracker,

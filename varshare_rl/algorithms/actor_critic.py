@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Protocol
@@ -246,6 +248,15 @@ class ActorCritic(Algorithm):
             "draws": self.weight_sampler.memory_bytes(vector_steps, spec.horizon),
         }
         return {name: size for name, size in held.items() if size}
+
+    def largest_product(self) -> int:
+        modules = self.trained_modules().values()
+        weights = [math.prod(p.shape[-2:]) for module in modules for p in module.parameters() if p.dim() > 1]
+        return self.rows_per_update() * max(weights, default=0)
+
+    @abstractmethod
+    def rows_per_update(self) -> int:
+        """Return the transitions, of all tasks together, that an update's products have as rows."""
 
     def policy_state(self) -> Tree:
         return self.declared_state("policy_fields")

@@ -122,6 +122,10 @@ class Algorithm(Stateful, ABC):
         """Predict the bytes of everything training holds, by its purpose."""
 
     @abstractmethod
+    def largest_product(self) -> int:
+        """Return the multiplications in the largest product of an update."""
+
+    @abstractmethod
     def policy_state(self) -> Tree:
         """Return the state of policy and critic, and of the units of its values."""
 

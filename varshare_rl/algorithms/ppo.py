@@ -272,6 +272,10 @@ class PPO(ActorCritic):
             alone = self._value_losses(batch)
         return alone - losses
 
+    def rows_per_update(self) -> int:
+        spec = self.spec
+        return spec.num_tasks * max(self.rollout.vector_steps * spec.envs_per_task // self.config.minibatches, 1)
+
     def memory_bytes(self) -> dict[str, int]:
         """Add the rollout: observations, action, two floats, two flags, which draws."""
         spec = self.spec

@@ -260,6 +260,9 @@ class SAC(ActorCritic):
             self.log_alpha.fill_(self.config.initial_entropy_coefficient).log_()
         self.entropy_step.forget()
 
+    def rows_per_update(self) -> int:
+        return round(self.task_subset.share * self.spec.num_tasks) * self.config.batch_per_task
+
     def memory_bytes(self) -> dict[str, int]:
         """Add the target critics and the replay."""
         return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
 import sys
 from collections.abc import Iterator
@@ -129,6 +130,31 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
+#: Multiplications from which on a product gains more by a second thread than it loses by waiting for it.
+_WORTH_THREADS = 1 << 24
+
+
+def threads_for(multiplications: int) -> int:
+    """Return how many threads training should compute with whose largest product has so many multiplications.
+
+    One where that is small: two are a fifth quicker alone, but every product waits for a thread whose core another
+    process has. ``OMP_NUM_THREADS`` decides where it is set.
+    """
+    small = multiplications < _WORTH_THREADS and "OMP_NUM_THREADS" not in os.environ
+    return 1 if small else torch.get_num_threads()
+
+
+@contextmanager
+def compute_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside, torch computes with one thread.
@@ -136,9 +162,5 @@ def one_thread() -> Iterator[None]:
     The small products of acting gain nothing from more, and a thread that waits for another one that the
     environment workers have pushed off its core waits for milliseconds.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with compute_threads(1):
         yield
-    finally:
-        torch.set_num_threads(threads)
