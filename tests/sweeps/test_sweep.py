@@ -278,7 +278,7 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def wait_for(found: Any, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while not found():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -307,6 +307,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3000)
 @pytest.mark.parametrize("launcher", ["", "joblib", "submitit_local"])
 def test_a_sweep_that_is_stopped_and_killed_ends_with_the_numbers_of_one_that_is_not(
     tmp_path: Path, whole: Path, launcher: str
