@@ -123,9 +123,8 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         (
             *TINY, *TINY_ALGORITHM["ppo"], "algorithm.policy=clipped_gaussian", "algorithm.log_std=parameter",
             "algorithm.initial_log_std=-0.5", "algorithm.max_log_std=0", "algorithm.min_observation_std=0.05",
-            "algorithm.entropy_schedule=linear", "algorithm.value_clip=0.2", "algorithm.advantage_scale=rollout",
-            "optimizer.schedule=linear", "network.initialization=orthogonal", "network.output_gain=0.01",
-            "critic.output_gain=1",
+            "algorithm.value_clip=0.2", "algorithm.advantage_scale=rollout", "network.initialization=orthogonal",
+            "network.output_gain=0.01", "critic.output_gain=1",
         ),
     ),
     "ppo_critic_kit": (
