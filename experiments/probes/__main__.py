@@ -52,19 +52,21 @@ def setting(config: TrainConfig) -> str:
 
 
 def rows_of(run_dir: Path) -> list[Row]:
-    """Return the evaluations of a run, one row each."""
+    """Return the evaluations of a run, one row for each and every task; transitions are those of a task."""
     config = load_config(run_dir / "config.yaml")
     run = read_run(run_dir, {"seed": config.seed})
-    probe = {"task": run.tasks[0], "setting": setting(config), "seed": str(config.seed)}
-    curves = run.curves
+    curves, words = run.curves, setting(config)
     return [
         {
-            **probe,
-            "transitions": str(int(curves.transitions[moment])),
-            "success": f"{curves.values['success'][moment, 0]:.2f}",
-            "return": f"{curves.values['return'][moment, 0]:.0f}",
+            "task": task,
+            "setting": words,
+            "seed": str(config.seed),
+            "transitions": str(int(curves.transitions[moment]) // len(run.tasks)),
+            "success": f"{curves.values['success'][moment, index]:.2f}",
+            "return": f"{curves.values['return'][moment, index]:.0f}",
             "seconds": f"{curves.seconds[moment]:.0f}",
         }
+        for index, task in enumerate(run.tasks)
         for moment in range(len(curves.transitions))
     ]
 

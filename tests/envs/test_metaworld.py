@@ -177,6 +177,34 @@ def test_workers_and_repeats_give_the_same_steps() -> None:
     assert_same(*traces)
 
 
+def test_time_is_the_last_entry_of_an_observation() -> None:
+    made, plain = (suite("reach-v3", "push-v3", horizon=4, observe_time=time) for time in (True, False))
+    assert made.observation_space.shape == (40,)
+    assert [len(part) for part in made.observation_scale] == [40, 40]
+    engine, other = made.make_engine(2, 0), plain.make_engine(2, 0)
+    seen, without = [engine.reset()], [other.reset()]
+    for trace, stepped in ((seen, engine), (without, other)):
+        steps = roll(stepped, 6)
+        trace += steps[0::5]  # what is acted on next
+    engine.close()
+    other.close()
+    assert_same([obs[..., :39] for obs in seen], without)
+    assert [obs[..., 39].tolist() for obs in seen] == [
+        [[x] * 2] * 2 for x in (-1.0, -0.5, 0.0, 0.5, -1.0, -0.5, 0.0)
+    ]
+
+
+def test_the_official_evaluation_tells_the_time() -> None:
+    made, times = suite("reach-v3", "drawer-close-v3", horizon=5, observe_time=True), []
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        times.append(obs[:, 39].tolist())
+        return np.zeros((2, 4), np.float32)
+
+    made.official_evaluation(act, lambda done: None, episodes=2, seed=0)
+    assert np.allclose(times[:7], [[t, t] for t in (-1.0, -0.6, -0.2, 0.2, 0.6, -1.0, -0.6)])
+
+
 @pytest.mark.filterwarnings("ignore:Constant")  # the scripted policies warn that actions get clipped
 def test_agrees_with_the_official_evaluation() -> None:
     """Scripted policies, one of them spoilt: the success rates must agree, not only at 0 and 1."""
