@@ -15,7 +15,10 @@ from mkdocs.structure.pages import Page
 
 PROJECT = Path(__file__).resolve().parent.parent
 #: Pages of the repository by their place on the site.
-PAGES = {"index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PAGES = {
+    "index.md": "README.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md",
+    "experiments/README.md": "experiments/README.md",
+}  # fmt: skip
 #: Endings of files beside a result's page that are on the site too.
 FIGURES = (".png", ".csv", ".json")
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s:#]+)(#[^)\s]*)?\)")
@@ -31,7 +34,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
             if isinstance(entries, list):
                 section[name] = [entry for entry in entries if is_page(*entry.values())]
         if "Results" in section:
-            section["Results"] = ["experiments/index.md", *(str(path.relative_to(PROJECT)) for path in results())]
+            section["Results"] = ["experiments/README.md", *(str(path.relative_to(PROJECT)) for path in results())]
         if "Decisions" in section:
             notes = sorted((PROJECT / "docs" / "decisions").glob("0*.md"))
             section["Decisions"] = ["decisions/README.md", *(f"decisions/{path.name}" for path in notes)]
@@ -50,7 +53,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for path in results():
         for file in (path, *(f for f in path.parent.rglob("*") if f.suffix in FIGURES)):
             files.append(File.generated(config, str(file.relative_to(PROJECT)), abs_src_path=str(file)))
-    files.append(File.generated(config, "experiments/index.md", content=overview()))
     files.append(File.generated(config, "examples/index.md", content=examples()))
     return files
 
@@ -63,12 +65,6 @@ def results() -> list[Path]:
 def title(page: Path) -> str:
     """Return the heading of a page."""
     return page.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ").strip()
-
-
-def overview() -> str:
-    """Return a page that lists the results."""
-    listed = "\n".join(f"- [{title(path)}]({path.parent.name}/README.md)" for path in results())
-    return f"# Results\n\nRuns and measurements, each with its commands and conditions.\n\n{listed}\n"
 
 
 def examples() -> str:

@@ -46,7 +46,7 @@ def test_every_option_has_a_sentence(generate: ModuleType) -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    pages = [*PROJECT.glob("*.md"), *DOCS.rglob("*.md"), *PROJECT.glob("experiments/*/README.md")]
+    pages = [*PROJECT.glob("*.md"), *DOCS.rglob("*.md"), *PROJECT.glob("experiments/**/README.md")]
     links = {
         (page, link)
         for page in pages
@@ -64,6 +64,13 @@ def test_every_page_is_in_the_navigation() -> None:
     assert pages - set(re.findall(r": (\S+\.md)$", text, re.MULTILINE)) == set()
 
 
+def test_every_study_is_listed() -> None:
+    listed = re.findall(
+        r"^\| \[(\w+)\]\(\1/README.md\)", (PROJECT / "experiments/README.md").read_text(), re.MULTILINE
+    )
+    assert sorted(listed) == sorted(page.parent.name for page in PROJECT.glob("experiments/*/README.md"))
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
@@ -77,6 +84,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "WARNING" not in done.stderr
     home = (site / "index.html").read_text(encoding="utf-8")
     assert 'href="method.html"' in home
+    assert 'href="sharing/index.html"' in (site / "experiments/index.html").read_text(encoding="utf-8")
     assert (site / "experiments" / "sharing" / "nats.png").stat().st_size > 1000
     reference = (site / "api.html").read_text(encoding="utf-8")
     assert 'id="varshare_rl.api.Agent.predict"' in reference

@@ -120,6 +120,20 @@ WITHOUT_RUN = {
         ("env=pointmass", "network=l2_soft", "network.rank=null", "network.alpha=4"), "network.alpha is 4.0"
     ),
     "crossed_log_stds": (("env=pointmass", "algorithm.min_log_std=3"), "min_log_std is 3"),
+    "clip_of_a_distribution": (
+        ("env=pointmass", "algorithm.value_clip=0.2", "critic.loss=categorical"), "algorithm.value_clip=0.2 bounds",
+    ),
+    "no_value_clip": (("env=pointmass", "algorithm.value_clip=0"), "algorithm.value_clip is 0.0"),
+    "no_scales": (
+        ("env=pointmass", "algorithm.observation_statistics=suite", "algorithm.normalize_observations=true"),
+        "a suite that knows the scales",
+    ),
+    "scales_of_nothing": (
+        ("env=mt1", "env.tasks=[reach-v3]", "algorithm=sac", "algorithm.observation_statistics=suite"),
+        "algorithm.normalize_observations=false",
+    ),
+    "no_observation_std": (("env=pointmass", "algorithm.min_observation_std=0"), "min_observation_std is 0"),
+    "unknown_policy": (("env=pointmass", "algorithm.policy=beta"), "tanh_gaussian"),
     "bf16_with_ppo": (("env=pointmass", "matmul_precision=bf16"), "matmul_precision=bf16"),
     "negative_absorb_every": (("env=pointmass", "elbo.absorb.every=-1"), "elbo.absorb.every is -1"),
     "large_absorb_rate": (("env=pointmass", "elbo.absorb.rate=2"), "elbo.absorb.rate is 2"),

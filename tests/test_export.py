@@ -61,6 +61,12 @@ def loaded(file: str) -> nn.Module:
     return torch.export.load(file).module()
 
 
+#: Policies whose bounds are often met.
+CLIPPED = (
+    "algorithm.policy=clipped_gaussian", "algorithm.log_std=parameter", "algorithm.min_observation_std=0.3",
+    "network.output_gain=5",
+)  # fmt: skip
+
 NETWORKS = {
     **dict.fromkeys(registered("network"), ()),
     "bronet": ("network.blocks=bronet",),
@@ -81,6 +87,14 @@ def test_torch_files_compute_the_actions_of_evaluation(command: Command, name: s
     policy = loaded("policy/policy.pt2")
     for rows in (slice(None), slice(1), slice(7)):
         torch.testing.assert_close(policy(obs[rows]), actions[rows], rtol=0, atol=1e-5)
+
+
+def test_clipped_policies_are_exported_with_their_bounds(command: Command) -> None:
+    agent = train(command, *CLIPPED)
+    export(command, f"task={TASK}", "format=torch", "out=policy")
+    obs, actions = observations_and_actions(agent, TASK)
+    assert 0.05 < (actions.abs() == 1).float().mean() < 0.95
+    torch.testing.assert_close(loaded("policy/policy.pt2")(obs), actions, rtol=0, atol=1e-5)
 
 
 def test_discrete_policies_are_exported_with_their_choice(command: Command) -> None:
@@ -243,6 +257,7 @@ def test_files_say_what_they_are(command: Command) -> None:
 ONNX = {
     "ppo": ("ppo", ()),
     "sac": ("sac", ("network.activation=silu", "network.layer_norm=true")),
+    "clipped": ("ppo", CLIPPED),
     "discrete": ("ppo", ("env=cartpole", "env.envs_per_task=2", "network.activation=elu")),
 }
 
@@ -295,10 +310,10 @@ def actions_of_readme(folder: str, obs: Tensor) -> Tensor:
     return names["act"](obs)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("makers", [levers, choices])
-def test_the_readme_of_an_adapter_acts_as_the_agent(folder: Path, makers: Any) -> None:
+@pytest.mark.parametrize(("makers", "more"), [(levers, ()), (levers, CLIPPED), (choices, ())])
+def test_the_readme_of_an_adapter_acts_as_the_agent(folder: Path, makers: Any, more: tuple[str, ...]) -> None:
     pytest.importorskip("peft")
-    options = [item for item in (*TINY, *TINY_ALGORITHM["ppo"]) if not item.startswith("env=")]
+    options = [item for item in (*TINY, *TINY_ALGORITHM["ppo"], *more) if not item.startswith("env=")]
     agent = vs.train(*options, envs=makers(), total_transitions=480, run_dir="run", env={"horizon": 20})
     for task in agent.tasks:
         agent.export(task, task, format="peft")

@@ -118,6 +118,15 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         ),
     ),
     "ppo_overlap": (528, (*TINY, *TINY_ALGORITHM["ppo"], "overlap=true")),
+    "ppo_clipped": (
+        528,
+        (
+            *TINY, *TINY_ALGORITHM["ppo"], "algorithm.policy=clipped_gaussian", "algorithm.log_std=parameter",
+            "algorithm.initial_log_std=-0.5", "algorithm.max_log_std=0", "algorithm.min_observation_std=0.05",
+            "algorithm.value_clip=0.2", "algorithm.advantage_scale=rollout", "network.initialization=orthogonal",
+            "network.output_gain=0.01", "critic.output_gain=1",
+        ),
+    ),
     "ppo_critic_kit": (
         528,
         (*TINY, *TINY_ALGORITHM["ppo"], "critic=popart", "critic.blocks=bronet", "algorithm.reward_scale=ars"),

@@ -5,6 +5,7 @@ are imported when they are first used, so that ``import varshare_rl`` stays ligh
 import this package and need no torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Agent", "UserError", "__version__", "load", "train"]
 __version__ = "0.1.0"
+
+
+# Threads that wait for each other's part of a product would turn in circles for a millisecond, on cores that
+# other processes need; read when torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.nn.config import Blocks, NetworkConfig
+from varshare_rl.nn.initialization import initialize
 from varshare_rl.nn.layer import posterior_layers
 from varshare_rl.nn.mlp import ACTIVATIONS, BroNet
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, match_width, with_width
@@ -38,7 +39,7 @@ from varshare_rl.ranks import ALONE, Ranks, several
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopConfig, Run
-from varshare_rl.run.process import require_memory, seed_everything
+from varshare_rl.run.process import require_memory, seed_everything, threads_for
 from varshare_rl.run.ranked_engine import make_engine
 from varshare_rl.run.results import provenance
 from varshare_rl.run.sharing_monitor import SharingMonitor
@@ -146,6 +147,7 @@ def network_factory(config: TrainConfig, architecture: NetworkConfig, num_tasks:
             "give smaller network.hidden or network.rank",
         )
         network = architecture.build(in_features, out_features, num_tasks, posterior)
+        initialize(network, architecture)
         if architecture.blocks is Blocks.bronet and not any(isinstance(x, BroNet) for x in network.modules()):
             raise UserError(
                 f"network={architecture.name} puts its layers together in its own way, without blocks=bronet; "
@@ -201,7 +203,7 @@ def matched_hidden(config: TrainConfig, architecture: NetworkConfig, spec: TaskS
 
 def build_task_spec(suite: Suite, envs_per_task: int, device: torch.device) -> TaskSpec:
     """Facts of the suite that the algorithm has to know."""
-    actions = suite.action_space
+    actions, scale = suite.action_space, suite.observation_scale
     discrete = isinstance(actions, gymnasium.spaces.Discrete)
     return TaskSpec(
         num_tasks=len(suite.task_names),
@@ -212,6 +214,7 @@ def build_task_spec(suite: Suite, envs_per_task: int, device: torch.device) -> T
         action_mask=torch.from_numpy(suite.action_mask),
         device=device,
         horizon=suite.horizon,
+        obs_scale=None if scale is None else (torch.from_numpy(scale[0]), torch.from_numpy(scale[1])),
     )
 
 
@@ -300,9 +303,11 @@ def build_run(
     written = run_dir if ranks.first else None
     tracker = Tracker(written, resumed_at, seconds, config.log.trackers, suite.task_names)
     screen = None if ranks.first else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    conditions: dict[str, Any] = {"threads": threads_for(algorithm.largest_product())}
+    conditions |= {"ranks": ranks.size} if ranks.size > 1 else {}
     return Run(
         suite=suite,
-        provenance=run_provenance(config, suite, device) | ({"ranks": ranks.size} if ranks.size > 1 else {}),
+        provenance=run_provenance(config, suite, device) | conditions,
         engine=make_engine(suite, config.env.envs_per_task, config.seed, False, ranks, config.tasks_per_rank),
         algorithm=algorithm,
         tracker=tracker,

@@ -5,9 +5,11 @@ from __future__ import annotations
 from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.config import MatmulPrecision, TrainConfig
+from varshare_rl.data.normalizers import ObservationStatistics
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.nn.config import Blocks
+from varshare_rl.nn.critic import ValueLoss
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE
 from varshare_rl.optim.kl_schedules import DualConfig
 from varshare_rl.optim.priors import FixedPriorConfig
@@ -26,6 +28,18 @@ def check_config(config: TrainConfig) -> None:
         raise UserError(
             "matmul_precision=bf16 rounds acting and updating differently, so PPO's ratio would not start at 1; "
             "use highest with algorithm=ppo"
+        )
+    algorithm = config.algorithm
+    if getattr(algorithm, "value_clip", None) is not None and config.critic.loss is ValueLoss.categorical:
+        raise UserError(
+            f"algorithm.value_clip={algorithm.value_clip} bounds a number, and critic.loss=categorical learns a "
+            "distribution; give null, or critic.loss=squared"
+        )
+    scales = getattr(algorithm, "observation_statistics", None) is ObservationStatistics.suite
+    if scales and not algorithm.normalize_observations:
+        raise UserError(
+            "algorithm.observation_statistics=suite is about normalised observations, and "
+            "algorithm.normalize_observations=false; give true, or leave the former out"
         )
     for part in ("actor", "critic"):
         if getattr(config.gradient, part) == TEMPERATURE and not isinstance(config.algorithm, SACConfig):

@@ -9,22 +9,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 
 from experiments.results import write_csv
+from varshare_rl.files import write_atomically
 from varshare_rl.nn import Posterior, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.nn.config import NetworkConfig
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
+from varshare_rl.reporting.style import INK, PAGE, look
 
 TASKS, BATCH, IN, HIDDEN, OUT, RANK = 10, 128, 39, 128, 8, 8
 SIGMAS = (0.0067, 0.02, 0.05, 0.1, 0.2)
 CONTENDERS = {
     "weight": ("weight", 1),
-    "weight, 4 particles": ("weight", 4),
+    "weight, 4 samples": ("weight", 4),
     "flipout": ("flipout", 1),
     "local": ("local", 1),
 }
@@ -48,15 +47,15 @@ def build(network: str, estimator: str, weight_samples: int, sigma: float) -> nn
 
 
 def gradients(made: nn.Module, x: Tensor, target: Tensor, draws: int) -> Iterator[dict[str, Tensor]]:
-    """Gradients of half the mean squared error, for theta with biases, for means and for spreads."""
+    """Gradients of half the mean squared error, for ``theta`` with biases, ``mu`` and ``rho``."""
     ids = torch.arange(TASKS)
     for _ in range(draws):
         made.zero_grad()
         torch.autograd.backward(0.5 * (made(x, ids) - target).square().mean())
-        kinds: dict[str, list[Tensor]] = {"shared": [], "means": [], "spreads": []}
+        kinds: dict[str, list[Tensor]] = {"theta": [], "mu": [], "rho": []}
         for name, parameter in made.named_parameters():
-            kind = "spreads" if "rhos" in name else "means" if "mus" in name else "shared"
-            if parameter.grad is not None:  # spreads have none under the mean
+            kind = "rho" if "rhos" in name else "mu" if "mus" in name else "theta"
+            if parameter.grad is not None:  # rho has none under the mean
                 kinds[kind].append(parameter.grad.flatten())
         yield {kind: torch.cat(parts) for kind, parts in kinds.items() if parts}
 
@@ -116,25 +115,27 @@ def measure_costs(rounds: int) -> list[dict[str, object]]:
     return rows
 
 
+@styled
 def draw(path: Path, rows: list[dict[str, object]]) -> None:
     """Variance of the gradient relative to ``weight`` against sigma, for each network and kind of parameter."""
-    kinds = ("shared", "means", "spreads")
-    figure, axes = plt.subplots(len(NETWORKS), len(kinds), figsize=(11, 6), sharex=True, sharey=True)
+    kinds = ("theta", "mu", "rho")
+    figure = new_figure(PAGE, 4.4)
+    axes = figure.subplots(len(NETWORKS), len(kinds), sharex=True, sharey=True)
     for line, network in zip(axes, NETWORKS, strict=True):
         for axis, kind in zip(line, kinds, strict=True):
-            for name in CONTENDERS:
+            for index, name in enumerate(CONTENDERS):
                 chosen = [row for row in rows if row["network"] == network and row["estimator"] == name]
                 values = [float(str(row[f"{kind}_to_weight"])) for row in chosen]
-                axis.loglog([float(str(row["sigma"])) for row in chosen], values, marker="o", label=name)
-            axis.axhline(0.2, color="grey", linewidth=0.8, linestyle=":")
-            axis.set_title(f"{network}: gradient of {kind}", fontsize=9)
+                axis.loglog([float(str(row["sigma"])) for row in chosen], values, label=name, **look(index).line)
+            axis.axhline(0.2, color=INK, linewidth=0.8, linestyle=":")
+            axis.set_title(f"{network}: gradient of {kind}")
+            plain_axes(axis, grid="y")
     for axis in axes[-1]:
         axis.set_xlabel("sigma of the factors")
     for axis in axes[:, 0]:
         axis.set_ylabel("variance relative to weight")
-    axes[0, 0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    legend_below(figure, *axes[0, 0].get_legend_handles_labels())
+    write_atomically(path, to_file(figure))
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
 import torch
 
 from experiments.curves import read_curves
@@ -29,13 +28,15 @@ from experiments.share_fifty.__main__ import batches
 from experiments.share_fifty.rules import Transformer, accuracy, loss_of
 from varshare_rl.adapters import apply_lora
 from varshare_rl.config import load_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from varshare_rl.files import write_atomically
+from varshare_rl.reporting.figures import grid_of_panels, new_figure, plain_axes, styled, to_file
+from varshare_rl.reporting.style import PAGE, look
 
 COLUMNS = ("problem", "choice", "value", "seed", "score", "parameters", "git_commit")
 #: The rule that the transformer's base knows, and those that its adapters learn.
 BASE, FAMILIES = (1, 3), [(1, 7), (3, 3)]
+#: Panels side by side.
+ACROSS = 3
 #: The setting from which one choice at a time departs.
 USUAL: Mapping[str, Any] = {"rank": 8, "alpha": 8, "rate": 5e-3, "ratio": 1, "dropout": 0.0, "layers": "q, v"}
 CHOICES: Mapping[str, Sequence[Any]] = {
@@ -141,27 +142,23 @@ def run_rows(run_dir: Path) -> list[dict[str, Any]]:
     return [{**row, "choice": choice, "value": value} for choice, value in choices.items()]
 
 
+@styled
 def draw(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A panel per problem and choice: points of seeds, a line through their means."""
     panels: dict[tuple[str, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         panels[str(row["problem"]), str(row["choice"])][str(row["value"])].append(float(row["score"]))
-    columns = 3
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(4.2 * columns, 2.9 * lines), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.axis("off")
-    for axis, ((problem, choice), found) in zip(axes.flat, panels.items(), strict=False):
+    figure = new_figure(PAGE, 1.9 * -(-len(panels) // ACROSS))
+    axes = grid_of_panels(figure, len(panels), ACROSS)
+    for axis, ((problem, choice), found) in zip(axes, panels.items(), strict=True):
         for place, scores in enumerate(found.values()):
-            axis.plot([place] * len(scores), scores, "o", color="C0", markersize=4, alpha=0.5)
-        axis.plot([mean(scores) for scores in found.values()], color="C0")
+            axis.plot([place] * len(scores), scores, "o", color=look(0).colour, alpha=0.5)
+        axis.plot([mean(scores) for scores in found.values()], **look(0).line)
         axis.set_xticks(range(len(found)), list(found))
         axis.set(title=problem, xlabel=choice, ylim=(0, 1.05))
         axis.set_ylabel({"transformer": "accuracy", "regression": "explained"}.get(problem, "success"))
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        plain_axes(axis, grid="y")
+    write_atomically(path, to_file(figure))
 
 
 def main() -> None:

@@ -8,14 +8,15 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 
-import matplotlib
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
 from experiments.curves import Curve, read_curves
 from experiments.results import finished_runs, write_csv
 from varshare_rl.config import load_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
+from varshare_rl.files import write_atomically
+from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
+from varshare_rl.reporting.style import PAGE, look
 
 COLUMNS = (
     "suite", "matmul_precision", "seed", "success", "mean_of_curve", "transitions", "git_commit"
@@ -38,26 +39,28 @@ def read(run_dir: Path) -> tuple[dict[str, object], Curve]:
     return row, curve
 
 
+@styled
 def draw(path: Path, curves: dict[tuple[str, str], list[Curve]]) -> None:
     """A panel per suite: thin lines of runs, thick ones of their means."""
     suites = sorted({suite for suite, _ in curves})
-    figure, axes = plt.subplots(1, len(suites), figsize=(5.2 * len(suites), 3.6), squeeze=False)
-    for axis, suite in zip(axes[0], suites, strict=True):
-        for colour, precision in (("C0", "highest"), ("C1", "bf16")):
+    figure = new_figure(PAGE, 2.6)
+    axes = figure.subplots(1, len(suites), squeeze=False)[0]
+    means = {precision: look(index) for index, precision in enumerate(("highest", "bf16"))}
+    for axis, suite in zip(axes, suites, strict=True):
+        for precision, seen in means.items():
             runs = curves[suite, precision]
             for run in runs:
-                axis.plot(*zip(*run, strict=True), color=colour, linewidth=0.6, alpha=0.4)
-            places = [place for place, _ in runs[0]]
-            means = [mean(run[index][1] for run in runs) for index in range(min(map(len, runs)))]
-            axis.plot(
-                places[: len(means)], means, color=colour, linewidth=2.2, label=f"{precision}, {len(runs)} runs"
-            )
-        axis.set(title=suite, xlabel="transitions, all tasks together", ylabel="mean success")
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+                axis.plot(*zip(*run, strict=True), color=seen.colour, linewidth=0.6, alpha=0.4)
+            shortest = min(runs, key=len)
+            middle = [mean(run[index][1] for run in runs) for index in range(len(shortest))]
+            axis.plot([place for place, _ in shortest], middle, linewidth=2.2, **seen.line)
+        axis.set(
+            title=f"{suite}, {len(runs)} runs each", xlabel="transitions, all tasks together", ylabel="success"
+        )
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        plain_axes(axis, grid="y")
+    legend_below(figure, [Line2D([], [], **seen.line) for seen in means.values()], list(means))
+    write_atomically(path, to_file(figure))
 
 
 def main() -> None:

@@ -16,41 +16,45 @@ from typing import Any
 
 from experiments.results import write_csv
 from experiments.share_scale.measure import LAYERS, POLICIES, RANK, run
-from varshare_rl.files import write_json
+from varshare_rl.files import write_atomically, write_json
+from varshare_rl.reporting.figures import grid_of_panels, legend_below, new_figure, plain_axes, styled, to_file
+from varshare_rl.reporting.style import INK, PAGE, look
 from varshare_rl.run.results import provenance
 
 
+@styled
 def draw(rows: Sequence[dict[str, Any]], target: Path) -> None:
     """Error, bytes, seconds and memory against the number of tasks."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = {
         "mean_error": "mean relative error",
         "stored_bytes": "stored bytes",
         "cpu_seconds": "CPU seconds for a batch",
         "peak_mb_above_start": "peak memory above start, MB",
     }
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 4.2))
+    figure = new_figure(PAGE, 5.0)
+    axes = grid_of_panels(figure, len(panels), 2, "tasks")
+    policies = list(dict.fromkeys(str(row["policy"]) for row in rows))
     for axis, (key, label) in zip(axes, panels.items(), strict=True):
-        for policy in dict.fromkeys(row["policy"] for row in rows):
+        for index, policy in enumerate(policies):
             own = [row for row in rows if row["policy"] == policy]
-            axis.plot([row["tasks"] for row in own], [row[key] for row in own], marker="o", ms=3, label=policy)
+            seen = look(index)
+            line = {"marker": seen.marker, "markersize": 3, **seen.line}
+            axis.plot([row["tasks"] for row in own], [row[key] for row in own], label=policy, **line)
         if key == "stored_bytes":
             own = [row for row in rows if row["policy"] == rows[0]["policy"]]
             axis.plot(
-                [row["tasks"] for row in own], [row["lora_bytes"] for row in own], "k--", label="LoRA adapters"
+                [row["tasks"] for row in own],
+                [row["lora_bytes"] for row in own],
+                ":",
+                color=INK,
+                label="LoRA adapters",
             )
             axis.set_yscale("log")
-        axis.set(xlabel="tasks", ylabel=label)
+        axis.set_ylabel(label)
         axis.set_ylim(bottom=None if key == "stored_bytes" else 0)
-        axis.grid(alpha=0.3)
-    axes[1].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(target, dpi=110)
-    plt.close(figure)
+        plain_axes(axis, grid="y")
+    legend_below(figure, *axes[1].get_legend_handles_labels())
+    write_atomically(target, to_file(figure))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,16 +8,15 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import matplotlib
+from matplotlib.ticker import EngFormatter
 
 from experiments.results import finished_runs
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
-from varshare_rl.files import write_json
+from varshare_rl.files import write_atomically, write_json
+from varshare_rl.reporting.figures import grid_of_panels, new_figure, plain_axes, styled, to_file
+from varshare_rl.reporting.style import INK, PAGE, look
 from varshare_rl.run.sharing import sharing_document
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 Curve = list[tuple[int, float]]
 #: The budget of a run counts as held from this share of its transitions on.
@@ -59,6 +58,29 @@ def row(run: Path) -> dict[str, Any]:
     }
 
 
+@styled
+def draw(path: Path, curves: dict[str, list[Curve]], results: dict[str, list[dict[str, Any]]]) -> None:
+    """A panel per sweep: the nats of every run, and the budgets as dotted lines."""
+    figure = new_figure(PAGE, 2.8)
+    axes = grid_of_panels(figure, len(curves), len(curves), "transitions, all tasks together")
+    for axis, (name, found) in zip(axes, curves.items(), strict=True):
+        budgets = sorted({row["budget_nats"] for row in results[name] if row["budget_nats"] is not None})
+        for row, curve in zip(results[name], found, strict=True):
+            budget = row["budget_nats"]
+            index = row["seed"] if budget is None else budgets.index(budget)
+            label = f"seed {row['seed']}" if budget is None else f"budget {budget:g}"
+            axis.plot(*zip(*curve, strict=True), label=label, **look(index).line)
+        for budget in budgets:
+            axis.axhline(budget, color=INK, linewidth=0.8, linestyle=":")
+        axis.set(title=name, ylabel="nats per task")
+        axis.set_yscale("symlog" if name == "identical" else "log")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        plain_axes(axis, grid="y")
+        lines = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        axis.legend(list(lines.values()), list(lines))
+    write_atomically(path, to_file(figure))
+
+
 def main() -> None:
     """Collect what the command line names."""
     parser = argparse.ArgumentParser(prog="python -m experiments.sharing")
@@ -70,26 +92,8 @@ def main() -> None:
     sweeps = {"identical": arguments.identical, "conflict": arguments.conflict, "budget": arguments.budget}
     runs = {name: finished_runs([folder]) for name, folder in sweeps.items()}
     results = {name: [row(run) for run in found] for name, found in runs.items()}
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
-    for axis, (name, found) in zip(axes, runs.items(), strict=True):
-        for run, result in zip(found, results[name], strict=True):
-            budget = result["budget_nats"]
-            label = f"seed {result['seed']}" if budget is None else f"budget {budget:g}, seed {result['seed']}"
-            color = (
-                None
-                if budget is None
-                else f"C{sorted({other['budget_nats'] for other in results[name]}).index(budget)}"
-            )
-            axis.plot(*zip(*nats(run), strict=True), label=label, linewidth=1, color=color)
-            if budget is not None:
-                axis.axhline(budget, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(title=name, xlabel="transitions", ylabel="nats per task")
-        axis.set_yscale("symlog" if name == "identical" else "log")
-        axis.ticklabel_format(axis="x", style="sci", scilimits=(0, 0))
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(arguments.folder / "nats.png", dpi=110)
+    curves = {name: [nats(run) for run in found] for name, found in runs.items()}
+    draw(arguments.folder / "nats.png", curves, results)
     write_json(arguments.folder / "results.json", results)
 
 

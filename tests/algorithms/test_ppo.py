@@ -8,20 +8,23 @@ import pytest
 import torch
 from helpers import build, collect, hold_noise
 from torch import Tensor
+from torch.distributions import Normal
 
 from varshare_rl.algorithms import ppo
-from varshare_rl.algorithms.ppo import PPO, PPOConfig
+from varshare_rl.algorithms.ppo import PPO, AdvantageScale, PPOConfig
 from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.nn import IndependentConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
-from varshare_rl.nn.actor import Resample
-from varshare_rl.nn.critic import ValueNetwork
+from varshare_rl.nn.actor import GaussianFamily, LogStd, Resample
+from varshare_rl.nn.critic import CriticConfig, ValueNetwork
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.variational import stochastic_layers
+from varshare_rl.ops.rl import clipped_squared_error, normalize_per_task, squared_error
 from varshare_rl.optim.elbo import DrawConfig
 from varshare_rl.optim.gradient import GradientConfig
+from varshare_rl.optim.optimizer import Schedule
 from varshare_rl.types import Transition
 
 ENVS = 4
@@ -94,6 +97,88 @@ def test_ratio_is_one_before_the_first_step(
         assert (second.exp() - 1).abs().max() > 1e-4  # and not after it
 
 
+@pytest.mark.parametrize("log_std", list(LogStd))
+def test_a_clipped_policy_learns_from_the_action_before_clipping(log_std: LogStd, log_ratios: list[Tensor]) -> None:
+    engine, learner = make(
+        "box", "shared", minibatches=1, epochs=2, policy=GaussianFamily.clipped_gaussian, log_std=log_std,
+        initial_log_std=-0.3, max_log_std=-0.2,
+    )  # fmt: skip
+    obs = torch.from_numpy(engine.reset())
+    outputs = learner.actor.network(learner.normalizer(obs), learner.task_ids)
+    mean, own = outputs[..., :2], outputs[..., 2:] if log_std is LogStd.network else torch.zeros(8, ENVS, 2)
+    action = learner.act(obs)
+    ((_, sample),) = learner._acted
+    exact = Normal(mean, (own - 0.3).clamp(max=-0.2).exp()).log_prob(sample.raw).sum(-1)
+    torch.testing.assert_close(sample.log_prob, exact)
+    assert torch.equal(action, sample.raw.clamp(-1, 1))
+    learner._acted.clear()
+    rollout(engine, learner)
+    assert (learner.rollout.fields["raw_action"].abs() > 1).any()
+    learner.update()
+    assert (log_ratios[0].exp() - 1).abs().max() <= 1e-5
+    assert (log_ratios[1].exp() - 1).abs().max() > 1e-4
+    greedy = learner.evaluation_policy(ENVS).act(obs)
+    outputs = learner.actor.network(learner.normalizer(obs), learner.task_ids)
+    torch.testing.assert_close(greedy, outputs[..., :2].clamp(-1, 1))
+
+
+def test_the_weight_of_the_entropy_falls_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The actor's losses are those of the policy less the weighted entropy."""
+    engine, learner = make(
+        "box", "shared", minibatches=1, epochs=1, entropy_weight=0.5, entropy_schedule=Schedule.linear,
+        final_entropy=0.2, policy=GaussianFamily.clipped_gaussian,
+    )  # fmt: skip
+    given: list[Tensor] = []
+    monkeypatch.setattr(learner.actor_step, "aggregate", lambda losses: given.append(losses.detach()))
+    monkeypatch.setattr(learner.actor_step, "clip", lambda: torch.zeros(()))
+    monkeypatch.setattr(learner.actor_step, "step", lambda norm: None)
+    for fraction, weight in ((0.0, 0.5), (0.5, 0.3), (1.1, 0.1)):
+        rollout(engine, learner)
+        learner.advance(fraction)
+        assert learner.entropy_weight() == pytest.approx(weight)
+        metrics = learner.update()
+        expected = metrics["loss/policy"] - weight * metrics["loss/entropy"]
+        assert float(given.pop().mean()) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("popart", [False, True])
+def test_values_are_held_near_those_of_the_rollout(popart: bool) -> None:
+    options = replace(OPTIONS, value_clip=0.05, minibatches=1, epochs=1)
+    _, engine, learner = build(SUITES["box"](), options, NETWORKS["shared"](), critic=CriticConfig(popart=popart))
+    for _ in range(2):
+        rollout(engine, learner)
+        learner.update()
+    rollout(engine, learner)
+    data, _ = learner._training_data()
+    seen = learner.rollout.fields["obs"].flatten(1, 2)
+    torch.testing.assert_close(data["value"], learner.critic(seen, learner.task_ids).detach())
+    with torch.no_grad():
+        learner.critic.network.layers[-1].bias -= 0.3
+    value, old, target = learner.critic(data["obs"], learner.task_ids), data["value"], data["target"]
+    if popart:
+        value, old, target = (
+            learner.critic.statistics.normalize(x, learner.task_ids) for x in (value, old, target)
+        )
+    assert ((value - old).abs() > 0.05).any()
+    expected = clipped_squared_error(value, target, old, 0.05)
+    torch.testing.assert_close(learner._value_losses(data), expected)
+    assert (expected > squared_error(value, target) + 1e-4).any()
+
+
+@pytest.mark.parametrize("scale", list(AdvantageScale))
+def test_advantages_are_scaled_as_told(scale: AdvantageScale) -> None:
+    engine, learner = make("box", "shared", advantage_scale=scale)
+    rollout(engine, learner)
+    data, _ = learner._training_data()
+    advantage = data["target"] - learner.critic(data["obs"], learner.task_ids).detach()
+    expected = {
+        AdvantageScale.task: normalize_per_task(advantage),
+        AdvantageScale.rollout: (advantage - advantage.mean()) / (advantage.std() + 1e-8),
+        AdvantageScale.none: advantage,
+    }
+    torch.testing.assert_close(data["advantage"], expected[scale], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("network", STOCHASTIC)
 def test_ratio_would_not_be_one_if_weights_were_drawn_anew(
@@ -155,9 +240,9 @@ def test_a_time_limit_is_bootstrapped_and_an_end_is_not(monkeypatch: pytest.Monk
     targets: list[Tensor] = []
     plain = ValueNetwork.loss
 
-    def watched(critic: ValueNetwork, obs: Tensor, ids: Tensor, target: Tensor) -> Tensor:
+    def watched(critic: ValueNetwork, obs: Tensor, ids: Tensor, target: Tensor, *rest: Any) -> Tensor:
         targets.append(target)
-        return plain(critic, obs, ids, target)
+        return plain(critic, obs, ids, target, *rest)
 
     monkeypatch.setattr(ValueNetwork, "loss", watched)
     env = PointMassConfig(tasks=["normal_left", "normal_right"], envs_per_task=ENVS)

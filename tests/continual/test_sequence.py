@@ -196,6 +196,8 @@ WRONG = {
     "combiner": (("gradient=pcgrad",), "gradient.actor=pcgrad combines tasks"),
     "estimator": (("elbo.estimator=local",), "elbo.estimator is given"),
     "weight_samples": (("elbo.weight_samples=2", "method=varshare"), "elbo.weight_samples is given"),
+    "initialization": (("critic.initialization=orthogonal",), "critic.initialization is given"),
+    "output_gain": (("network.output_gain=0.01",), "network.output_gain is given"),
     "absorption": (("elbo.absorb.every=2",), "elbo.absorb"),
     "no_replay": (("carry.replay=true",), "carry.replay=true, and algorithm=ppo has no replay memory"),
     "no_moments": (("carry.optimizer=true", "method=lora"), "trains other parameters in every task"),
@@ -232,6 +234,18 @@ def test_hidden_ids_are_not_in_the_statistics_of_observations(command: Command) 
     assert hidden["return"][3][:2] != known["return"][3][:2]
 
 
+@pytest.mark.parametrize("method", ["ewc", "lora"])
+def test_clipped_policies_learn_a_sequence(command: Command, method: str) -> None:
+    """What a method asks of a policy's outputs it is told where the standard deviation is none of them."""
+    policy = (
+        "algorithm.policy=clipped_gaussian",
+        "algorithm.log_std=parameter",
+        "algorithm.min_observation_std=0.1",
+    )
+    assert command("continual", *PPO, f"method={method}", *policy, "run_dir=run").code == 0
+    check_document("run")
+
+
 def test_target_critics_begin_in_the_units_that_critics_take_over(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,11 +267,12 @@ def test_target_critics_begin_in_the_units_that_critics_take_over(
 def test_the_agent_says_whether_observations_are_normalised(command: Command, trained: str) -> None:
     """What its policies see is theirs to say, whatever is configured."""
     options = (*PPO, "env.tasks=[normal_right]", "algorithm.normalize_observations=false", "method=lora")
-    outcome = command("continual", *options, "algorithm.initial_log_std=-1", f"from={trained}", "run_dir=run")
+    other = ("algorithm.initial_log_std=-1", "algorithm.policy=clipped_gaussian", "algorithm.log_std=parameter")
+    outcome = command("continual", *options, *other, f"from={trained}", "run_dir=run")
     assert outcome.code == 0, outcome.err
     kept = OmegaConf.load("run/config.yaml").algorithm
     theirs = OmegaConf.load("trained/config.yaml").algorithm
-    for name in ("normalize_observations", "initial_log_std"):
+    for name in ("normalize_observations", "initial_log_std", "policy", "log_std", "min_observation_std"):
         assert kept[name] == theirs[name]
     summary = json.loads(Path("trained/summary.json").read_text())
     returns = [task["return"] for task in summary["tasks"].values()]

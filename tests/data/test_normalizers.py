@@ -58,6 +58,29 @@ def test_observations_are_normalised_per_task_and_clipped() -> None:
     assert got.dtype == torch.float32
 
 
+def test_what_hardly_moves_is_not_blown_up() -> None:
+    normalizer = ObservationNormalizer(1, 2, enabled=True, least_std=0.05)
+    obs = torch.tensor([0.001, 0.5]) * torch.randn(1, 5_000, 2) + torch.tensor([0.6, -0.2])
+    normalizer.update(obs)
+    std = obs[0].std(0, correction=0)
+    torch.testing.assert_close(normalizer.std()[0].float(), torch.stack([torch.tensor(0.05), std[1]]))
+    expected = (obs - obs.mean(1, keepdim=True)) / torch.stack([torch.tensor(0.05), std[1]])
+    torch.testing.assert_close(normalizer(obs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fixed_scales_stay_whatever_is_observed() -> None:
+    normalizer = ObservationNormalizer(3, 2, enabled=True)
+    normalizer.fix(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.1]))
+    obs = torch.rand(3, 4, 2)
+    expected = (obs - torch.tensor([1.0, -2.0])) / torch.tensor([0.5, 0.1])
+    torch.testing.assert_close(normalizer(obs), expected.clamp(-10, 10))
+    normalizer.update(torch.randn(3, 100, 2))
+    torch.testing.assert_close(normalizer(obs), expected.clamp(-10, 10))
+    restored = ObservationNormalizer(3, 2, enabled=True)
+    restored.load_state_dict(normalizer.state_dict())
+    assert torch.equal(restored(obs), normalizer(obs))
+
+
 def test_switched_off_normalisers_change_nothing() -> None:
     obs = torch.randn(2, 4, 3)
     observations = ObservationNormalizer(2, 3, enabled=False)

@@ -68,6 +68,22 @@ def test_suite_follows_the_protocol_and_states_its_conditions() -> None:
     assert MetaWorldSuite(MetaWorldConfig(benchmark="mt1", tasks=["sweep-v3"])).name == "mt1"
 
 
+def test_fixed_scales_bring_observations_near_one() -> None:
+    made = suite("pick-place-v3", "peg-insert-side-v3", "drawer-open-v3", horizon=50)
+    mean, std = made.observation_scale
+    assert mean.dtype == std.dtype == np.float32
+    engine = made.make_engine(1, seed=0)
+    rng = np.random.default_rng(0)
+    seen = [engine.reset()]
+    for _ in range(60):
+        seen.append(engine.step(rng.uniform(-1, 1, (3, 1, 4)).astype(np.float32)).obs)
+    engine.close()
+    scaled = (np.concatenate(seen, axis=1) - mean) / std
+    assert np.abs(scaled).max() < 10
+    assert np.abs(scaled[..., :7]).max() < 5  # hand, opening, first object
+    assert scaled[..., :3].std() > 0.1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -159,6 +175,34 @@ def test_workers_and_repeats_give_the_same_steps() -> None:
         assert_same(roll(engine, 20), traces[-1][1:])
         engine.close()
     assert_same(*traces)
+
+
+def test_time_is_the_last_entry_of_an_observation() -> None:
+    made, plain = (suite("reach-v3", "push-v3", horizon=4, observe_time=time) for time in (True, False))
+    assert made.observation_space.shape == (40,)
+    assert [len(part) for part in made.observation_scale] == [40, 40]
+    engine, other = made.make_engine(2, 0), plain.make_engine(2, 0)
+    seen, without = [engine.reset()], [other.reset()]
+    for trace, stepped in ((seen, engine), (without, other)):
+        steps = roll(stepped, 6)
+        trace += steps[0::5]  # what is acted on next
+    engine.close()
+    other.close()
+    assert_same([obs[..., :39] for obs in seen], without)
+    assert [obs[..., 39].tolist() for obs in seen] == [
+        [[x] * 2] * 2 for x in (-1.0, -0.5, 0.0, 0.5, -1.0, -0.5, 0.0)
+    ]
+
+
+def test_the_official_evaluation_tells_the_time() -> None:
+    made, times = suite("reach-v3", "drawer-close-v3", horizon=5, observe_time=True), []
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        times.append(obs[:, 39].tolist())
+        return np.zeros((2, 4), np.float32)
+
+    made.official_evaluation(act, lambda done: None, episodes=2, seed=0)
+    assert np.allclose(times[:7], [[t, t] for t in (-1.0, -0.6, -0.2, 0.2, 0.6, -1.0, -0.6)])
 
 
 @pytest.mark.filterwarnings("ignore:Constant")  # the scripted policies warn that actions get clipped

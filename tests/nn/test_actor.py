@@ -7,13 +7,26 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributions import Normal
 
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
-from varshare_rl.nn.actor import Categorical, CategoricalActor, TanhGaussianActor, TanhNormal
+from varshare_rl.nn.actor import (
+    Categorical,
+    CategoricalActor,
+    ClippedNormal,
+    GaussianActor,
+    GaussianConfig,
+    GaussianFamily,
+    LogStd,
+    TanhNormal,
+)
 from varshare_rl.nn.critic import CriticConfig, TwinQ, ValueNetwork
+from varshare_rl.optim.optimizer import roles
+
+BOUNDED = GaussianConfig(initial=0.2, least=-5.0, most=1.0)
 
 
-class FixedPriorConfig(nn.Module):
+class FixedOutput(nn.Module):
     """Gives the same output rows whatever the input."""
 
     def __init__(self, output: Tensor) -> None:
@@ -26,12 +39,12 @@ class FixedPriorConfig(nn.Module):
 
 def test_gaussian_actor_splits_offsets_and_clamps() -> None:
     output = torch.tensor([0.5, -0.5, 0.3, -30.0])
-    actor = TanhGaussianActor(FixedPriorConfig(output), torch.ones(2, 2, dtype=torch.bool), (-5.0, 1.0), 0.2)
+    actor = GaussianActor(FixedOutput(output), torch.ones(2, 2, dtype=torch.bool), BOUNDED)
     distribution = actor(torch.zeros(2, 3, 1), torch.arange(2))
     assert distribution.mean[1, 2].tolist() == [0.5, -0.5]
     assert distribution.log_std[0, 1].tolist() == pytest.approx([0.5, -5.0])
     torch.testing.assert_close(distribution.mode(), torch.tanh(output[:2]).expand(2, 3, 2))
-    high = TanhGaussianActor(FixedPriorConfig(torch.tensor([0.0, 9.0])), torch.ones(1, 1).bool(), (-5.0, 1.0))
+    high = GaussianActor(FixedOutput(torch.tensor([0.0, 9.0])), torch.ones(1, 1).bool(), BOUNDED)
     assert high(torch.zeros(1, 1, 1), torch.arange(1)).log_std.item() == 1.0
 
 
@@ -71,16 +84,57 @@ def test_gaussian_entropy_has_a_gradient_and_masked_dimensions_have_none() -> No
 
 def test_masked_action_dimensions_are_zero() -> None:
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    actor = TanhGaussianActor(FixedPriorConfig(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])), mask)
+    actor = GaussianActor(FixedOutput(torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0])), mask)
     distribution = actor(torch.zeros(2, 4, 1), torch.arange(2))
     for action in (distribution.sample().action, distribution.mode()):
         assert torch.equal(action != 0, mask.unsqueeze(1).expand(2, 4, 3))
 
 
+def test_a_clipped_gaussian_is_that_of_the_action_before_clipping() -> None:
+    """Log-probability and entropy against torch.distributions; what the environment sees is clipped and masked."""
+    mean, log_std = torch.randn(2, 2, 500, 3, dtype=torch.float64)
+    mask = torch.tensor([[[True, True, True]], [[True, False, True]]]).double()
+    distribution, exact = ClippedNormal(mean, log_std, mask), Normal(mean, log_std.exp())
+    sample = distribution.sample()
+    assert (sample.raw.abs() > 1).any()
+    assert torch.equal(sample.action, sample.raw.clamp(-1, 1) * mask)
+    torch.testing.assert_close(sample.log_prob, (exact.log_prob(sample.raw) * mask).sum(-1))
+    torch.testing.assert_close(distribution.log_prob(mean), (exact.log_prob(mean) * mask).sum(-1))
+    torch.testing.assert_close(distribution.entropy(), (exact.entropy() * mask).sum(-1))
+    assert torch.equal(distribution.mode(), mean.clamp(-1, 1) * mask)
+    standard = (sample.raw - mean) / log_std.exp()
+    assert abs(float(standard.mean())) < 0.1
+    assert float(standard.std()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_log_std_that_is_a_parameter_belongs_to_the_task_and_not_to_the_observation() -> None:
+    config = GaussianConfig(GaussianFamily.clipped_gaussian, LogStd.parameter, -0.5, -1.0, 0.0)
+    assert GaussianActor.outputs(config, 2) == 2
+    assert GaussianActor.outputs(BOUNDED, 2) == 4
+    actor = GaussianActor(FixedOutput(torch.tensor([0.3, -2.0])), torch.ones(3, 2, dtype=torch.bool), config)
+    assert actor.log_stds is not None
+    assert actor.log_stds.tolist() == [[-0.5, -0.5]] * 3
+    with torch.no_grad():
+        actor.log_stds.copy_(torch.tensor([[-0.7, -0.2], [5.0, -9.0], [-0.1, -0.3]]))
+    distribution = actor(torch.zeros(3, 4, 1), torch.arange(3))
+    assert isinstance(distribution, ClippedNormal)
+    torch.testing.assert_close(distribution.log_std[0], torch.tensor([-0.7, -0.2]).expand(4, 2))
+    torch.testing.assert_close(distribution.log_std[1], torch.tensor([0.0, -1.0]).expand(4, 2))
+    torch.testing.assert_close(distribution.mode(), torch.tensor([0.3, -1.0]).expand(3, 4, 2))
+    one = actor.with_network(actor.network, torch.ones(1, 2, dtype=torch.bool))
+    torch.testing.assert_close(one(torch.zeros(1, 4, 1), torch.tensor([2])).log_std[0, 0], actor.log_stds[2])
+    distribution.log_prob(torch.zeros(3, 4, 2))[2].sum().backward()
+    assert actor.log_stds.grad is not None
+    assert (actor.log_stds.grad[:2] == 0).all()
+    assert (actor.log_stds.grad[2] != 0).all()
+    (role,) = roles(actor)
+    assert (role.own, role.decays) == (True, False)
+
+
 def test_categorical_draws_with_its_probabilities_and_never_outside_the_mask() -> None:
     logits = torch.tensor([0.0, 1.0, -1.0, 3.0])
     mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    distribution = CategoricalActor(FixedPriorConfig(logits), mask)(torch.zeros(2, 40_000, 1), torch.arange(2))
+    distribution = CategoricalActor(FixedOutput(logits), mask)(torch.zeros(2, 40_000, 1), torch.arange(2))
     sample = distribution.sample()
     assert sample.action.dtype == torch.int64
     assert torch.equal(sample.action, sample.raw)

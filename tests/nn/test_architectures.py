@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -29,10 +29,12 @@ from varshare_rl.nn import (
     VarShareConfig,
     VarShareLoRAConfig,
 )
-from varshare_rl.nn.config import Blocks
-from varshare_rl.nn.layer import penalized_layers
-from varshare_rl.nn.mlp import ACTIVATIONS
+from varshare_rl.nn.config import Blocks, Initialization
+from varshare_rl.nn.initialization import initialize
+from varshare_rl.nn.layer import TaskLayer, penalized_layers
+from varshare_rl.nn.mlp import ACTIVATIONS, StackedLinear
 from varshare_rl.nn.parameters import ParameterCount, count_parameters, total_kl
+from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.nn.variational import ESTIMATORS, stochastic_layers
 from varshare_rl.optim.task_subset import TaskSubset
 
@@ -191,6 +193,35 @@ def test_batched_equals_one_task_at_a_time(network: nn.Module, training: bool) -
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=1e-12)
     flat = network(x.flatten(0, 1), ids.repeat_interleave(BATCH))
     torch.testing.assert_close(together, flat.view_as(together), rtol=1e-12, atol=1e-12)
+
+
+def test_the_last_layer_of_the_initial_values_makes_the_outputs(name: str) -> None:
+    """Without a gain there is no output, and no other layer is without one."""
+    config = replace(CASES[name].make(), output_gain=0.0)
+    network = config.build(IN, OUT, TASKS, Posterior())
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    initialize(network, config)
+    x, ids = inputs()
+    network.double()
+    with posterior_mean(network):
+        if config.name != "l2_soft":  # its residuals do not start at 0
+            assert not network(x, ids).any()
+    assert 1 <= sum(not torch.equal(value, before[key]) for key, value in network.float().state_dict().items()) <= 2
+
+
+def test_orthogonal_weights_are_those_of_every_task_and_copy(name: str) -> None:
+    config = replace(CASES[name].make(), initialization=Initialization.orthogonal, output_gain=0.01)
+    network = config.build(IN, OUT, TASKS, Posterior())
+    initialize(network, config)
+    layers = [layer for layer in network.modules() if isinstance(layer, TaskLayer | StackedLinear)]
+    for layer in layers:
+        weight, bias = layer.linear_parameters()
+        assert bias is not None
+        assert not bias.any()
+        gain = 0.01 if layer is layers[-1] else 2**0.5
+        for one in weight.detach().view(-1, *weight.shape[-2:]):
+            narrow = one if one.shape[0] <= one.shape[1] else one.T
+            torch.testing.assert_close(narrow @ narrow.T, gain**2 * torch.eye(len(narrow)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer_norm", [False, True])

@@ -18,7 +18,7 @@ from varshare_rl.nn import (
     VarShareLoRAConfig,
     VarShareLoRALayer,
 )
-from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.actor import CategoricalActor, GaussianActor
 from varshare_rl.nn.critic import CriticConfig, TwinQ, ValueNetwork
 from varshare_rl.nn.uncertainty import (
     draw_weights,
@@ -172,7 +172,7 @@ def test_actions_and_values_of_all_heads(popart: bool) -> None:
     target = torch.randn(TASKS, 30) * 7.0 + torch.tensor([[0.0], [5.0], [100.0]])
     obs = torch.randn(TASKS, 5, 6, dtype=torch.float64)
     mask = torch.tensor([[True, True], [True, False], [True, True]])
-    box = predict_actions(TanhGaussianActor(network("lora", 6, 4, -1.0), mask).double(), obs, 12)
+    box = predict_actions(GaussianActor(network("lora", 6, 4, -1.0), mask).double(), obs, 12)
     assert box.draws.shape == (12, TASKS, 5, 2)
     assert box.draws.abs().max() <= 1
     assert (box.std[1, :, 1] == 0).all()  # an action that this task does not have

@@ -6,7 +6,14 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from varshare_rl.ops.rl import finite_mean, normalize_per_task, ppo_policy_loss, squared_error
+from varshare_rl.ops.rl import (
+    clipped_squared_error,
+    finite_mean,
+    normalize_over_tasks,
+    normalize_per_task,
+    ppo_policy_loss,
+    squared_error,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +38,37 @@ def test_ppo_loss_by_hand(ratio: float, advantage: float, loss: float, slope: fl
     assert log_prob.grad.item() == pytest.approx(slope * ratio, rel=1e-12)  # d ratio / d log_prob = ratio
     assert got.clip_fraction.item() == float(abs(ratio - 1) > 0.2)
     assert got.approximate_kl.item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "slope"),
+    [
+        (1.1, 0.5 * 1.9**2, -1.9),  # near the old value 1: the plain error of the target 3
+        (1.5, 0.5 * 1.8**2, 0.0),  # nearer the target than allowed: that of 1.2, and no gradient
+        (0.5, 0.5 * 2.5**2, -2.5),  # moved the wrong way: the plain one is larger
+        (6.0, 0.5 * 3.0**2, 3.0),  # far beyond the target: as well
+    ],
+)
+def test_clipped_value_loss_by_hand(value: float, loss: float, slope: float) -> None:
+    prediction = torch.tensor([[value]], dtype=torch.float64, requires_grad=True)
+    old, target = torch.ones(1, 1, dtype=torch.float64), torch.full((1, 1), 3.0, dtype=torch.float64)
+    got = clipped_squared_error(prediction, target, old, clip=0.2)
+    assert got.shape == (1,)
+    assert got.item() == pytest.approx(loss, rel=1e-12)
+    got.sum().backward()
+    assert prediction.grad is not None
+    assert prediction.grad.item() == pytest.approx(slope, rel=1e-12)
+    torch.testing.assert_close(
+        clipped_squared_error(prediction, target, old, 1e9), squared_error(prediction, target)
+    )
+
+
+def test_advantages_of_all_tasks_together_keep_what_tells_tasks_apart() -> None:
+    advantage = torch.randn(3, 40, 2, dtype=torch.float64) * torch.tensor([1.0, 5.0, 0.1])[:, None, None] + 2.0
+    got = normalize_over_tasks(advantage)
+    assert got.mean().item() == pytest.approx(0.0, abs=1e-12)
+    assert got.std().item() == pytest.approx(1.0, rel=1e-6)
+    torch.testing.assert_close(got[1].std() / got[2].std(), advantage[1].std() / advantage[2].std())
 
 
 def test_ppo_loss_is_per_task() -> None:

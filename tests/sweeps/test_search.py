@@ -16,6 +16,7 @@ from helpers import TINY, TINY_ALGORITHM
 from varshare_rl.reading import read_object
 from varshare_rl.reporting.statistics import iqm
 from varshare_rl.run.loop import Run
+from varshare_rl.sweeps import search
 
 optuna = pytest.importorskip("optuna")
 
@@ -84,3 +85,29 @@ def test_a_search_goes_on_where_it_was_stopped(
     assert more.code == 0, more.err
     assert len(study("halves").trials) == 4
     assert "[7/8]" in more.out
+
+
+@pytest.mark.slow
+def test_the_further_seeds_of_a_poor_trial_are_left_out(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_rank(jobs: list[Any]) -> tuple[str, dict[Any, Any]]:
+        return "success", {(): np.full((len(jobs), 1), 1.0 / int(jobs[0].choices["network.rank"]))}
+
+    monkeypatch.setattr(search, "scores_by_choice", by_rank)
+    line = (*SEARCH, "hydra.sweeper.n_trials=8", "hydra.sweeper.prune=true", "hydra.sweep.dir=pruned")
+    outcome = command("train", *line)
+    assert outcome.code == 0, outcome.err
+    trials = study("pruned").trials
+    first_seeds: list[float] = []
+    for trial in trials:
+        score = 1.0 / trial.params["network.rank"]
+        poor = len(first_seeds) >= 4 and score < np.median(first_seeds)
+        assert trial.state.name == ("PRUNED" if poor else "COMPLETE")
+        name = f"kl_weight-{trial.params['elbo.kl_weight']:.6g}_rank-{trial.params['network.rank']}_seed-"
+        assert [(folder / f"pruned/{name}{seed}").exists() for seed in (0, 1)] == [True, not poor]
+        first_seeds.append(score)
+    assert any(trial.state.name == "PRUNED" for trial in trials)
+    again = command("train", *line)
+    assert again.code == 0, again.err
+    assert [trial.state.name for trial in study("pruned").trials] == [trial.state.name for trial in trials]

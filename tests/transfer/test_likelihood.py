@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
-from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.actor import CategoricalActor, GaussianActor, GaussianConfig, LogStd
 from varshare_rl.transfer.likelihood import CategoricalPolicy, GaussianPolicy, UnitGaussian, policy_likelihood
 
 MASK = torch.tensor([[[1.0, 1.0, 0.0]]])
-GAUSSIAN = GaussianPolicy(MASK, (-5.0, 1.0), 0.3)
+GAUSSIAN = GaussianPolicy(
+    GaussianActor(torch.nn.Identity(), MASK[0].bool(), GaussianConfig(initial=0.3, least=-5.0, most=1.0))
+)
 CATEGORICAL = CategoricalPolicy(torch.tensor([[[True, True, False, True]]]))
 
 
@@ -59,10 +61,14 @@ def test_sampled_scores_have_the_fisher_information() -> None:
 
 def test_actors_say_what_their_networks_mean() -> None:
     network = torch.nn.Identity()
-    gaussian = policy_likelihood(TanhGaussianActor(network, torch.tensor([[True, False]]), (-3.0, 0.5), 0.1))
+    mask = torch.tensor([[True, False]])
+    config = GaussianConfig(log_std=LogStd.parameter, initial=-0.5)
+    gaussian = policy_likelihood(GaussianActor(network, mask, config))
     assert isinstance(gaussian, GaussianPolicy)
-    assert (gaussian.log_std_range, gaussian.initial_log_std) == ((-3.0, 0.5), 0.1)
     assert gaussian.mask.flatten().tolist() == [1.0, 0.0]
+    old, new = torch.randn(2, 1, 5, 2)  # means alone: the standard deviation is the actor's
+    expected = 0.5 * ((old - new)[..., 0] / torch.tensor(-0.5).exp()).square()
+    torch.testing.assert_close(gaussian.divergence(old, new), expected)
     categorical = policy_likelihood(CategoricalActor(network, torch.tensor([[True, False]])))
     assert isinstance(categorical, CategoricalPolicy)
     assert categorical.mask.flatten().tolist() == [True, False]

@@ -15,9 +15,10 @@ from varshare_rl.adapters.adapter import describe
 from varshare_rl.adapters.agent import base_network, task_adapter
 from varshare_rl.adapters.folder import read_adapter, write_adapter
 from varshare_rl.adapters.lora import apply_lora
-from varshare_rl.adapters.policy import TOLERANCE, NativeAction, TaskCritic, TaskPolicy, exact_products
+from varshare_rl.adapters.policy import TOLERANCE, TaskCritic, TaskPolicy, exact_products
 from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically
+from varshare_rl.nn.actor import GaussianFamily
 from varshare_rl.nn.plain import read_network, write_network
 
 POSTERIOR_FILE = "varshare_posterior.safetensors"
@@ -39,12 +40,12 @@ def write_peft(folder: Path, policy: TaskPolicy, task: str) -> float:
     side, moments = dict(policy.posterior), policy.normalizer.moments
     if policy.normalizer.enabled:
         side["observation.mean"] = moments.mean[policy.index].float()
-        side["observation.std"] = moments.std()[policy.index].float()
+        side["observation.std"] = policy.normalizer.std()[policy.index].float()
     if side:
         tensors = {key: tensor.cpu().contiguous() for key, tensor in side.items()}
         write_atomically(folder / POSTERIOR_FILE, save(tensors))
     write_atomically(folder / "README.md", _instructions(policy, task))
-    acting = nn.Sequential(policy.input(), _read(folder, "actor"), NativeAction(policy.spaces))
+    acting = nn.Sequential(policy.input(), _read(folder, "actor"), policy.output())
 
     def run(obs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
         with torch.no_grad():
@@ -96,10 +97,11 @@ def _instructions(policy: TaskPolicy, task: str) -> str:
         start = f" + {spaces.start}" if spaces.start else ""
         acting.append(f"return network(x)[:, :{spaces.action_size}].argmax(-1){start}")
     else:
+        bound = "tanh()" if policy.family is GaussianFamily.tanh_gaussian else "clamp(-1, 1)"
         rounded = ".round()" if spaces.action_dtype.kind in "iu" else ""
         prepared.append(f"low, high = torch.tensor({list(spaces.low)}), torch.tensor({list(spaces.high)})")
         acting += [
-            f"action = network(x)[:, :{spaces.action_size}].tanh()  # means; the other outputs serve exploration",
+            f"action = network(x)[:, :{spaces.action_size}].{bound}  # means; other outputs serve exploration",
             f"return (low + (high - low) / 2 * (action + 1)){rounded}",
         ]
     actions = "choices `[B]`" if spaces.discrete else f"actions `[B, {spaces.action_size}]` within its bounds"
@@ -109,8 +111,8 @@ def _instructions(policy: TaskPolicy, task: str) -> str:
         names = ", ".join(f"`{name}`" for name in policy.critics)
         critics = f"""
 The critics {names} are built alike, from the modules in their `network.json`. They take observations as the
-network here does, a critic of actions also the `tanh`, joined to them, and give values in units of the task's own
-rewards.
+network here does, a critic of actions also the action between -1 and 1, joined to them, and give values in units
+of the task's own rewards.
 """
     if policy.posterior:
         prior = " and the scale of their prior" if any("prior_scale" in key for key in policy.posterior) else ""

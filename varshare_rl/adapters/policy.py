@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.envs.spaces import TaskSpaces, to_native_action, to_policy_observation
 from varshare_rl.errors import UserError
-from varshare_rl.nn.actor import Actor, Categorical, PolicyDistribution
+from varshare_rl.nn.actor import Actor, Categorical, GaussianActor, GaussianFamily, PolicyDistribution
 from varshare_rl.nn.merge import OneTask
 from varshare_rl.nn.stochastic import posterior_mean
 
@@ -90,11 +90,20 @@ class TaskPolicy:
     def module(self) -> nn.Sequential:
         """Make the module from the task's observations ``[B, F]`` to its deterministic actions."""
         network = OneTask(self.actor.network, self.index)
-        return nn.Sequential(self.input(), network, NativeAction(self.spaces)).eval()
+        return nn.Sequential(self.input(), network, self.output()).eval()
 
     def input(self) -> PolicyInput:
         """Make the module from the task's observations to what its network takes."""
         return PolicyInput(self.normalizer, self.index, self.spaces.obs_size)
+
+    def output(self) -> NativeAction:
+        """Make the module from what its network gives to the task's own actions."""
+        return NativeAction(self.spaces, self.family)
+
+    @property
+    def family(self) -> GaussianFamily:
+        """The form of its Gaussian; of no meaning for choices."""
+        return self.actor.config.policy if isinstance(self.actor, GaussianActor) else GaussianFamily.tanh_gaussian
 
     def on_cpu(self) -> TaskPolicy:
         """Return a copy on the CPU, where files are made and checked."""
@@ -114,7 +123,7 @@ class TaskPolicy:
         generator, moments, spaces = torch.Generator().manual_seed(0), self.normalizer.moments, self.spaces
         rows = torch.randn(CHECKED, spaces.obs_size, generator=generator)
         if self.normalizer.enabled:
-            mean, std = (x[self.index, : spaces.obs_size].float() for x in (moments.mean, moments.std()))
+            mean, std = (x[self.index, : spaces.obs_size].float() for x in (moments.mean, self.normalizer.std()))
             rows = mean + 2.0 * std * rows
         obs, found = rows.numpy(), run(rows.numpy())
         with exact_products():
@@ -166,7 +175,7 @@ class PolicyInput(nn.Module):
     def __init__(self, normalizer: ObservationNormalizer, task: int, obs_size: int) -> None:
         super().__init__()
         self.enabled, self.clip = normalizer.enabled, normalizer.clip
-        for name, values in (("mean", normalizer.moments.mean), ("std", normalizer.moments.std())):
+        for name, values in (("mean", normalizer.moments.mean), ("std", normalizer.std())):
             self.register_buffer(name, values[task, :obs_size].float().clone())
         self.padding = normalizer.moments.mean.shape[1] - obs_size
 
@@ -183,14 +192,15 @@ class NativeAction(nn.Module):
     """An actor's outputs as a task's own deterministic actions: within its bounds and of its type, or a choice.
 
     Args:
-        spaces: of the task.
+        spaces: of the task; family: form of a policy of Box actions.
     """
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, spaces: TaskSpaces) -> None:
+    def __init__(self, spaces: TaskSpaces, family: GaussianFamily) -> None:
         super().__init__()
+        self.bound = family.bound
         self.size, self.discrete, self.start = spaces.action_size, spaces.discrete, spaces.start
         if not spaces.discrete:
             self.kind = torch.from_numpy(np.zeros(0, spaces.action_dtype)).dtype
@@ -204,7 +214,7 @@ class NativeAction(nn.Module):
         if self.discrete:
             return own.argmax(-1) + self.start
         half = (self.high - self.low) / 2
-        action = self.low + half + half * torch.tanh(own).to(self.low.dtype)
+        action = self.low + half + half * self.bound(own).to(self.low.dtype)
         if not self.kind.is_floating_point:
             action = action.round()
         return torch.clamp(action, self.low, self.high).to(self.kind)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, Protocol
@@ -10,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.algorithms.base import AgentContext, Algorithm
-from varshare_rl.data.normalizers import ObservationNormalizer, RewardScale, reward_scaler
+from varshare_rl.data.normalizers import ObservationNormalizer, ObservationStatistics, RewardScale, reward_scaler
+from varshare_rl.errors import UserError
 from varshare_rl.nn.actor import Actor, PolicyDistribution, Resample, WeightSampler
 from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.parameters import shared_parameters
@@ -29,6 +32,8 @@ class ActorCriticConfig(Protocol):
     max_grad_norm: float
     discount: float
     normalize_observations: bool
+    observation_statistics: ObservationStatistics
+    min_observation_std: float
     reward_scale: RewardScale
     resets: int
 
@@ -108,9 +113,16 @@ class ActorCritic(Algorithm):
         )  # fmt: skip
         self.actor_step = step(self.actor, config.learning_rate, aggregator=context.gradient.actor)
         self.critic_step = step(self.critic, config.critic_learning_rate, aggregator=context.gradient.critic)
-        self.normalizer = ObservationNormalizer(spec.num_tasks, spec.obs_size, config.normalize_observations).to(
-            spec.device
-        )
+        self.normalizer = ObservationNormalizer(
+            spec.num_tasks, spec.obs_size, config.normalize_observations, config.min_observation_std
+        ).to(spec.device)
+        if config.observation_statistics is ObservationStatistics.suite:
+            if spec.obs_scale is None:
+                raise UserError(
+                    "algorithm.observation_statistics=suite needs a suite that knows the scales of its "
+                    "observations, such as metaworld; give running"
+                )
+            self.normalizer.fix(*spec.obs_scale)
         self.reward_scaler = reward_scaler(config.reward_scale, spec.num_tasks, config.discount)
         self.reward_scaler.to(spec.device)
         self.weight_sampler = WeightSampler(
@@ -236,6 +248,15 @@ class ActorCritic(Algorithm):
             "draws": self.weight_sampler.memory_bytes(vector_steps, spec.horizon),
         }
         return {name: size for name, size in held.items() if size}
+
+    def largest_product(self) -> int:
+        modules = self.trained_modules().values()
+        weights = [math.prod(p.shape[-2:]) for module in modules for p in module.parameters() if p.dim() > 1]
+        return self.rows_per_update() * max(weights, default=0)
+
+    @abstractmethod
+    def rows_per_update(self) -> int:
+        """Return the transitions, of all tasks together, that an update's products have as rows."""
 
     def policy_state(self) -> Tree:
         return self.declared_state("policy_fields")

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from varshare_rl.nn.actor import Actor, CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.actor import Actor, CategoricalActor, GaussianActor, GaussianConfig
 from varshare_rl.nn.critic import CriticConfig, TwinQ, ValueNetwork
 from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.elbo import Elbo
@@ -36,6 +36,7 @@ class TaskSpec:
     action_mask: Tensor  # [T, A] bool
     device: torch.device
     horizon: int  # the longest episode in steps
+    obs_scale: tuple[Tensor, Tensor] | None = None  # mean and standard deviation [F] that the suite knows
 
     @property
     def task_ids(self) -> Tensor:
@@ -126,6 +127,10 @@ class Algorithm(Stateful, ABC):
         return {}
 
     @abstractmethod
+    def largest_product(self) -> int:
+        """Return the multiplications in the largest product of an update."""
+
+    @abstractmethod
     def policy_state(self) -> Tree:
         """Return the state of policy and critic, and of the units of its values."""
 
@@ -134,19 +139,14 @@ class Algorithm(Stateful, ABC):
         """Put back what :meth:`policy_state` gave."""
 
 
-def build_actor(
-    spec: TaskSpec,
-    make_network: NetworkFactory,
-    log_std_range: tuple[float, float],
-    initial_log_std: float,
-) -> Actor:
-    """Return the policy that fits the action space, on the device of the tasks."""
+def build_actor(spec: TaskSpec, make_network: NetworkFactory, gaussian: GaussianConfig) -> Actor:
+    """Return the policy that fits the action space, on the device of the tasks; ``gaussian`` is for Box actions."""
     actor: Actor
     if spec.discrete:
         actor = CategoricalActor(make_network(spec.obs_size, spec.action_size), spec.action_mask)
     else:
-        network = make_network(spec.obs_size, 2 * spec.action_size)
-        actor = TanhGaussianActor(network, spec.action_mask, log_std_range, initial_log_std)
+        network = make_network(spec.obs_size, GaussianActor.outputs(gaussian, spec.action_size))
+        actor = GaussianActor(network, spec.action_mask, gaussian)
     return actor.to(spec.device)
 
 

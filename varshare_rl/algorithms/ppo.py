@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 
 import torch
@@ -13,16 +14,25 @@ from torch import Tensor
 from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import AgentContext, build_actor
 from varshare_rl.data.buffers import Rollout, RolloutStep
-from varshare_rl.data.normalizers import RewardScale
+from varshare_rl.data.normalizers import ObservationStatistics, RewardScale
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.nn.actor import Sample
-from varshare_rl.nn.critic import ValueNetwork
+from varshare_rl.nn.actor import GaussianConfig, GaussianFamily, LogStd, Sample
+from varshare_rl.nn.critic import Held, ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
-from varshare_rl.ops.rl import finite_mean, gae, normalize_per_task, ppo_policy_loss
+from varshare_rl.ops.rl import finite_mean, gae, normalize_over_tasks, normalize_per_task, ppo_policy_loss
 from varshare_rl.optim.elbo import TargetDraw
+from varshare_rl.optim.optimizer import Schedule
 from varshare_rl.registry import register
 from varshare_rl.types import Scalars, Transition
+
+
+class AdvantageScale(Enum):
+    """What advantages are brought to zero mean and unit variance over, in a rollout."""
+
+    task = "task"  # the task's own
+    rollout = "rollout"  # those of all tasks
+    none = "none"
 
 
 @register("algorithm", "ppo")
@@ -49,10 +59,24 @@ class PPOConfig:
     "Bound on how far the policy's ratio moves from 1."
     entropy_weight: float = bounded(0.005, least=0)
     "Weight of the policy's entropy in the objective."
+    entropy_schedule: Schedule = Schedule.constant
+    "Fall of the entropy's weight in the course of the budget."
+    final_entropy: float = bounded(0.0, least=0, most=1)
+    "End of `linear` and `cosine`, as a share of the entropy's weight."
+    advantage_scale: AdvantageScale = AdvantageScale.task
+    "Advantages that get zero mean and unit variance together: a task's own, those of the whole rollout, or none."
+    value_clip: float | None = bounded(None, above=0)
+    """Bound on how far the critic's loss lets values move from those of the rollout, in units of the loss (under
+    PopArt standard deviations of the targets). Null: none."""
     target_kl: float | None = bounded(0.05, least=0)
     "Nats; a rollout's updates stop before the step at which the policy's mean KL has passed it. Null: never."
     max_grad_norm: float = bounded(0.5, least=0)
     "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
+    policy: GaussianFamily = GaussianFamily.tanh_gaussian
+    """Gaussian policy of Box actions: squashed by tanh, or clipped by the environment, with the log-probability and
+    the entropy of the action before that."""
+    log_std: LogStd = LogStd.network
+    "Log standard deviation of Box actions: an output of the network, or a parameter of each task and dimension."
     initial_log_std: float = 0.0
     "Log standard deviation that Box actions start with."
     min_log_std: float = -5.0
@@ -60,7 +84,11 @@ class PPOConfig:
     max_log_std: float = 1.0
     "Largest log standard deviation of Box actions."
     normalize_observations: bool = True
-    "Normalise observations by running statistics of each task."
+    "Normalise observations, by `observation_statistics`."
+    observation_statistics: ObservationStatistics = ObservationStatistics.running
+    "Statistics that observations are normalised by: each task's own so far, or fixed scales of the suite."
+    min_observation_std: float = bounded(1e-4, above=0)
+    "Least standard deviation that observations are divided by, in their own units; what hardly moves stays small."
     reward_scale: RewardScale = RewardScale.return_std
     """Divisor of rewards: none; the deviation of the task's return (`return_std`); or the task's mean reward over
     the largest one of a task (`ars`)."""
@@ -98,11 +126,12 @@ class PPO(ActorCritic):
 
     def __init__(self, config: PPOConfig, context: AgentContext) -> None:
         spec = context.spec
-        log_std_range = (config.min_log_std, config.max_log_std)
+        gaussian = GaussianConfig(
+            config.policy, config.log_std, config.initial_log_std, config.min_log_std, config.max_log_std
+        )
 
         def build() -> Networks:
-            actor = build_actor(spec, context.make_network, log_std_range, config.initial_log_std)
-            return actor, context.value_network()
+            return build_actor(spec, context.make_network, gaussian), context.value_network()
 
         super().__init__(config, context, build, epsilon=1e-5)
         self.config = config
@@ -172,13 +201,13 @@ class PPO(ActorCritic):
                 policy_kl = finite_mean(kl)  # a task that has diverged stops nobody
                 if done and config.target_kl is not None and float(policy_kl) > config.target_kl:
                     break  # the first step is always made: there the ratio is 1
-                actor_losses = policy_losses - config.entropy_weight * entropy
+                actor_losses = policy_losses - self.entropy_weight() * entropy
                 self.actor_step.aggregate(actor_losses + self.penalty("actor", held))
                 actor_norm = self.actor_step.clip()
                 self.actor_step.step(actor_norm)
 
                 self.critic.track(batch["target"])
-                (critic_losses,) = self.ranks.mean(self.critic.loss(own["obs"], self.task_ids, own["target"]))
+                (critic_losses,) = self.ranks.mean(self._value_losses(own))
                 nat = self.critic.nat(critic_losses)
                 self.critic_step.aggregate(critic_losses + self.penalty("critic", held, nat))
                 critic_norm = self.critic_step.clip()
@@ -203,6 +232,17 @@ class PPO(ActorCritic):
         metrics["loss/minibatches"] = float(len(done))
         return metrics
 
+    def entropy_weight(self) -> float:
+        """Return the weight of the entropy for the share of the budget that is done."""
+        config = self.config
+        return config.entropy_weight * config.entropy_schedule.factor(min(self.fraction, 1.0), config.final_entropy)
+
+    def _value_losses(self, batch: dict[str, Tensor]) -> Tensor:
+        """Return the critic's losses ``[T]``."""
+        clip = self.config.value_clip
+        held = None if clip is None else Held(batch["value"], clip)
+        return self.critic.loss(batch["obs"], self.task_ids, batch["target"], held)
+
     @torch.no_grad()
     def _training_data(self) -> tuple[dict[str, Tensor], Tensor]:
         """Return the rollout as ``[T, S * E, ...]`` with advantages and value targets; the explained variance."""
@@ -223,8 +263,15 @@ class PPO(ActorCritic):
         data = {name: rollout[name].flatten(1, 2) for name in ("obs", "raw_action", "log_prob")}
         if "draws" in rollout:
             data["draws"] = rollout["draws"].flatten(1, 2)
-        data["advantage"] = normalize_per_task(advantage).flatten(1, 2)
-        data["target"] = target.flatten(1, 2)
+        if self.config.advantage_scale is AdvantageScale.task:
+            scaled = normalize_per_task(advantage)
+        elif self.config.advantage_scale is AdvantageScale.rollout:
+            scaled = normalize_over_tasks(advantage)
+        else:
+            scaled = advantage
+        data["advantage"], data["target"] = scaled.flatten(1, 2), target.flatten(1, 2)
+        if self.config.value_clip is not None:
+            data["value"] = value.flatten(1, 2)
         unexplained = advantage.flatten(1).var(1) / target.flatten(1).var(1).clamp_min(1e-8)
         return data, (1.0 - unexplained).mean()
 
@@ -232,8 +279,12 @@ class PPO(ActorCritic):
     def _loss_gap(self, batch: dict[str, Tensor], losses: Tensor) -> Tensor:
         """Return the critic's losses with theta alone minus its ``losses [T]``."""
         with theta_only(self.critic):
-            (alone,) = self.ranks.mean(self.critic.loss(batch["obs"], self.task_ids, batch["target"]))
+            (alone,) = self.ranks.mean(self._value_losses(batch))
         return alone - losses
+
+    def rows_per_update(self) -> int:
+        spec = self.spec
+        return spec.num_tasks * max(self.rollout.vector_steps * spec.envs_per_task // self.config.minibatches, 1)
 
     def memory_bytes(self) -> dict[str, int]:
         """Add the rollout: observations, action, two floats, two flags, which draws."""

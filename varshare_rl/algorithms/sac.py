@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.actor_critic import ActorCritic, Networks
 from varshare_rl.algorithms.base import AgentContext, build_actor
 from varshare_rl.data.buffers import ReplayBatch, ReplayBuffer
-from varshare_rl.data.normalizers import RewardScale
+from varshare_rl.data.normalizers import ObservationStatistics, RewardScale
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.nn.actor import drawn_once
+from varshare_rl.nn.actor import GaussianConfig, drawn_once
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen, rho_parameters
 from varshare_rl.nn.stochastic import theta_only
@@ -64,7 +64,11 @@ class SACConfig:
     max_grad_norm: float = bounded(1.0, least=0)
     "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
     normalize_observations: bool = False
-    "Normalise observations by running statistics of each task."
+    "Normalise observations, by `observation_statistics`."
+    observation_statistics: ObservationStatistics = ObservationStatistics.running
+    "Statistics that observations are normalised by: each task's own so far, or fixed scales of the suite."
+    min_observation_std: float = bounded(1e-4, above=0)
+    "Least standard deviation that observations are divided by, in their own units; what hardly moves stays small."
     reward_scale: RewardScale = RewardScale.none
     """Divisor of rewards: none; the deviation of the task's return (`return_std`); or the task's mean reward over
     the largest one of a task (`ars`)."""
@@ -114,7 +118,7 @@ class SAC(ActorCritic):
             raise UserError("algorithm=sac needs Box actions, and this suite's are Discrete; use algorithm=ppo")
 
         def build() -> Networks:
-            return build_actor(spec, context.make_network, (-20.0, 2.0), 0.0), context.twin_critic()
+            return build_actor(spec, context.make_network, GaussianConfig()), context.twin_critic()
 
         log_alpha = torch.full((spec.num_tasks,), config.initial_entropy_coefficient).log()
         self.log_alpha = nn.Parameter(log_alpha.to(spec.device))
@@ -272,6 +276,9 @@ class SAC(ActorCritic):
         with torch.no_grad():
             self.log_alpha.fill_(self.config.initial_entropy_coefficient).log_()
         self.entropy_step.forget()
+
+    def rows_per_update(self) -> int:
+        return round(self.task_subset.share * self.spec.num_tasks) * self.config.batch_per_task
 
     def memory_bytes(self) -> dict[str, int]:
         """Add the target critics and the replay."""

@@ -95,7 +95,10 @@ def go_on_from(config: ContinualConfig, agent: TrainedAgent) -> ContinualConfig:
     names = ("hidden", "activation", "layer_norm", "blocks")
     network = replace(config.network, **{name: getattr(theirs, name) for name in names})
     # Parts of its policies that are in no network: its base's view of observations, and the noise of its actions.
-    kept = ("normalize_observations", "initial_log_std")
+    kept = (
+        "normalize_observations", "observation_statistics", "min_observation_std", "policy", "log_std",
+        "initial_log_std",
+    )  # fmt: skip
     own = {name: getattr(agent.config.algorithm, name) for name in kept if hasattr(config.algorithm, name)}
     algorithm = replace(config.algorithm, **own)
     return replace(config, algorithm=algorithm, network=network, critic=agent.config.critic)

@@ -57,7 +57,7 @@ class ContinualConfig(TrainConfig):
     pretrained: str | None = None
     """`from=` on the command line: a run folder of `network=varshare_lora`, `lora` or `l2_soft` to go on from. Its
     shared weights are the base and its tasks the old ones (one that is learnt again is `<task> (2)`); `network`,
-    `critic`, whether observations are normalised and `initial_log_std` are as there."""
+    `critic`, how observations are normalised, `policy`, `log_std` and `initial_log_std` are as there."""
     repeats: int = bounded(1, least=1)
     "Times that the tasks come round."
     carry: CarryConfig = field(default_factory=CarryConfig)
@@ -83,6 +83,10 @@ class ContinualConfig(TrainConfig):
             )
         if self.network.active_parameters is not None:
             raise UserError("network.active_parameters counts parameters of many tasks; give network.hidden here")
+        for name, part in (("network", self.network), ("critic", self.critic)):
+            for key in ("initialization", "output_gain"):
+                if getattr(part, key) != getattr(type(part)(), key):
+                    raise UserError(f"{name}.{key} is given, and here the method makes the layers; leave it out")
         if self.algorithm.resets:
             raise UserError(
                 f"algorithm.resets is {self.algorithm.resets}; a task's network cannot start anew here, give 0"

@@ -142,7 +142,9 @@ class Evaluator:
         mask = torch.from_numpy(task.suite.action_mask[task.index : task.index + 1])
         actor = self.actor.with_network(network, mask).to(self.device)
         size = self.networks.specs["actor"][0].in_features
-        normalizer = ObservationNormalizer(1, size, self.config.algorithm.normalize_observations).to(self.device)
+        options = self.config.algorithm
+        normalizer = ObservationNormalizer(1, size, options.normalize_observations, options.min_observation_std)
+        normalizer.to(self.device)
         if learnt is not None:
             normalizer.load_state_dict(self.normalizers[learnt])
         return actor, normalizer

@@ -271,7 +271,8 @@ class SequenceRun:
 
     def _hand_over(self, agent: ActorCritic, similar: int | None) -> None:
         """Give the new task's training its part of the last one's state."""
-        agent.normalizer.load_state_dict(self._inherited_normalizer(similar))
+        if self.progress.normalizers:
+            agent.normalizer.load_state_dict(self._inherited_normalizer(similar))
         carried = self.progress.carried
         if carried is None:
             return

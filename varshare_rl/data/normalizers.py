@@ -8,6 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+#: The smallest standard deviation that anything is divided by, unless told otherwise.
+LEAST_STD = 1e-4
+
 
 class RunningMoments(nn.Module):
     """Mean and variance per task and feature over everything seen that is finite.
@@ -46,7 +49,7 @@ class RunningMoments(nn.Module):
         self.squared_deviations += batch_deviations + difference.square() * (self.count * share)
         self.count.copy_(total)
 
-    def std(self, floor: float = 1e-4) -> Tensor:
+    def std(self, floor: float = LEAST_STD) -> Tensor:
         """Standard deviation ``[T, F]``, at least ``floor``; 1 for a task with less than two samples."""
         std = (self.squared_deviations / self.count.clamp_min(1.0)).sqrt().clamp_min(floor)
         return torch.where(self.count < 2, 1.0, std)
@@ -66,18 +69,33 @@ class ObservationNormalizer(nn.Module):
         num_tasks: ``T``.
         obs_size: ``F``.
         enabled: when False finite observations pass unchanged, and others become 0.
+        least_std: the smallest standard deviation that they are divided by, in their own units.
         clip: bound on the normalised values.
     """
 
-    def __init__(self, num_tasks: int, obs_size: int, enabled: bool, clip: float = 10.0) -> None:
+    def __init__(
+        self, num_tasks: int, obs_size: int, enabled: bool, least_std: float = LEAST_STD, clip: float = 10.0
+    ) -> None:
         super().__init__()
-        self.enabled, self.clip = enabled, clip
+        self.enabled, self.least_std, self.clip = enabled, least_std, clip
+        self.fixed = False
         self.moments = RunningMoments(num_tasks, obs_size)
+
+    def fix(self, mean: Tensor, std: Tensor) -> None:
+        """Take ``mean [F]`` and ``std [F]`` for every task from now on, whatever is observed."""
+        moments, self.fixed = self.moments, True
+        moments.count.fill_(2.0)
+        moments.mean.copy_(mean.expand_as(moments.mean))
+        moments.squared_deviations.copy_((2.0 * std.double().square()).expand_as(moments.mean))
 
     def update(self, obs: Tensor) -> None:
         """Take in observations ``[T, B, F]``."""
-        if self.enabled:
+        if self.enabled and not self.fixed:
             self.moments.update(obs)
+
+    def std(self) -> Tensor:
+        """Standard deviations that observations are divided by, ``[T, F]``."""
+        return self.moments.std(self.least_std)
 
     def forward(self, obs: Tensor) -> Tensor:
         """Normalise ``[T, ..., F]``."""
@@ -85,8 +103,15 @@ class ObservationNormalizer(nn.Module):
             return torch.nan_to_num(obs, 0.0, 0.0, 0.0)
         shape = (obs.shape[0], *[1] * (obs.dim() - 2), obs.shape[-1])
         mean = self.moments.mean.float().view(shape)
-        std = self.moments.std().float().view(shape)
+        std = self.std().float().view(shape)
         return torch.nan_to_num((obs - mean) / std, 0.0).clamp(-self.clip, self.clip)
+
+
+class ObservationStatistics(Enum):
+    """Origins of the statistics that observations are normalised by."""
+
+    running = "running"  # of each task's observations so far
+    suite = "suite"  # fixed scales that the suite knows
 
 
 class RewardScale(Enum):

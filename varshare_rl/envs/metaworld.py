@@ -29,7 +29,7 @@ from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
 from varshare_rl.envs.metaworld_methods import forget_models
 from varshare_rl.envs.pictures import choose_gl, render
-from varshare_rl.envs.slots import Array, Episode, TaskEnv
+from varshare_rl.envs.slots import Array, Episode, TaskEnv, TimedEnv, with_time
 from varshare_rl.envs.suite import BoolArray, FloatArray, Provenance, Suite
 from varshare_rl.envs.workers import Workers
 from varshare_rl.errors import UserError
@@ -91,6 +91,8 @@ class MetaWorldConfig:
     "Fixed goals of every task."
     goal_seed: int = 0
     "Seed of the fixed goals; the same as `seed` of Meta-World's own benchmarks."
+    observe_time: bool = False
+    "Observations end with the share of the horizon that has passed, from -1 to 1."
     fast: bool = True
     "The quicker environments with the same results to the bit (v2 rewards only)."
 
@@ -212,12 +214,17 @@ class MetaWorldFactory:
     reward_version: str
     horizon: int
     fast: bool
+    observe_time: bool = False
     picture: Mapping[str, Any] | None = None  # arguments of environments that can be rendered
 
     def __call__(self, task: int) -> TaskEnv:
+        name, goals = self.names[task], self.goals[task]
+        env: TaskEnv
         if self.fast and self.picture is None:
-            return FastMetaWorldEnv(self.names[task], self.goals[task], self.horizon)
-        return MetaWorldEnv(self.names[task], self.goals[task], self.reward_version, self.horizon, self.picture)
+            env = FastMetaWorldEnv(name, goals, self.horizon)
+        else:
+            env = MetaWorldEnv(name, goals, self.reward_version, self.horizon, self.picture)
+        return TimedEnv(env, self.horizon) if self.observe_time else env
 
 
 class MetaWorldSuite(Suite):
@@ -238,7 +245,7 @@ class MetaWorldSuite(Suite):
         self.horizon = config.horizon
         self._workers = Workers()
         self.fast = config.fast and version == "v2" and is_supported()
-        self.observation_space = Box(-np.inf, np.inf, (_OBSERVATION_SIZE,), np.float32)
+        self.observation_space = Box(-np.inf, np.inf, (_OBSERVATION_SIZE + config.observe_time,), np.float32)
         self.action_space = Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
         self.action_mask = np.ones((len(self.task_names), _ACTION_SIZE), dtype=np.bool_)
 
@@ -258,6 +265,20 @@ class MetaWorldSuite(Suite):
         }
 
     @property
+    def observation_scale(self) -> tuple[FloatArray, FloatArray]:
+        """See ``Suite.observation_scale``: positions on the table in metres, an opening of 0 to 1, quaternions.
+
+        An observation is hand, opening and two objects (position, quaternion), those of the step before, the goal.
+        """
+        places, sizes = np.array([0.0, 0.6, 0.15]), np.full(3, 0.1)
+        centre = np.concatenate([places, [0.5], places, np.zeros(4), np.zeros(7)])
+        size = np.concatenate([sizes, [0.5], sizes, np.full(4, 0.5), np.full(3, 0.3), np.full(4, 0.5)])
+        time = ([0.0], [1.0]) if self.config.observe_time else ([], [])
+        found = zip((centre, size), (places, sizes), time, strict=True)
+        mean, std = (np.concatenate([x, x, goal, end]).astype(np.float32) for x, goal, end in found)
+        return mean, std
+
+    @property
     def goals(self) -> tuple[npt.NDArray[np.float64], ...]:
         """The fixed goals, one array ``[goals_per_task, size]`` per task."""
         config = self.config
@@ -273,7 +294,8 @@ class MetaWorldSuite(Suite):
         self, act: Callable[[FloatArray], Array], ended: Callable[[BoolArray], None], episodes: int, seed: int
     ) -> Mapping[str, Mapping[str, float]]:
         """See ``Suite.official_evaluation``; the package's ends an episode at its first success."""
-        agent, envs = _OfficialAgent(act, ended, len(self.task_names)), official_envs(self, seed)
+        time = self.horizon if self.config.observe_time else None
+        agent, envs = _OfficialAgent(act, ended, len(self.task_names), time), official_envs(self, seed)
         try:
             _, _, successes, returns = evaluation(agent, envs, num_episodes=episodes)
         finally:
@@ -310,13 +332,14 @@ class MetaWorldSuite(Suite):
     ) -> SlotEngine:
         config = self.config
         factory = MetaWorldFactory(
-            self.task_names, self.goals, config.reward_function_version, self.horizon, self.fast, picture
-        )
+            self.task_names, self.goals, config.reward_function_version, self.horizon, self.fast,
+            config.observe_time, picture,
+        )  # fmt: skip
         engine = SlotEngine(
             factory,
             step_seconds=[STEP_MICROSECONDS[name] * 1e-6 for name in self.task_names],
             envs_per_task=envs_per_task,
-            observation_size=_OBSERVATION_SIZE,
+            observation_size=self.observation_space.shape[0],
             action_space=self.action_space,
             seed=seed,
             evaluation=evaluation,
@@ -331,18 +354,28 @@ class MetaWorldSuite(Suite):
 
 
 class _OfficialAgent:
-    """A policy as the package's evaluation asks it; notes the length of every episode."""
+    """A policy as the package's evaluation asks it; notes the length of every episode.
+
+    ``horizon``: of the time at the end of its observations, if it sees one.
+    """
 
     def __init__(
-        self, act: Callable[[FloatArray], Array], ended: Callable[[BoolArray], None], num_tasks: int
+        self,
+        act: Callable[[FloatArray], Array],
+        ended: Callable[[BoolArray], None],
+        num_tasks: int,
+        horizon: int | None = None,
     ) -> None:
-        self._act, self._ended = act, ended
+        self._act, self._ended, self._horizon = act, ended, horizon
         self._steps = np.zeros(num_tasks, dtype=np.int64)
         self.episode_steps: list[list[int]] = [[] for _ in range(num_tasks)]
 
     def eval_action(self, observations: npt.NDArray[np.float64]) -> Array:
+        seen = observations.astype(np.float32)
+        if self._horizon is not None:
+            seen = with_time(seen, self._steps, self._horizon)
         self._steps += 1
-        return self._act(observations.astype(np.float32))
+        return self._act(seen)
 
     def reset(self, env_mask: BoolArray) -> None:
         if not self._steps.any():  # before the first step

@@ -67,6 +67,34 @@ class TaskEnv(Protocol):
         """Free what the environment holds."""
 
 
+class TimedEnv:
+    """A ``TaskEnv`` around another: observations end with the share of the horizon that has passed, -1 to 1."""
+
+    def __init__(self, env: TaskEnv, horizon: int) -> None:
+        self.env, self.horizon, self.steps = env, horizon, 0
+
+    def reset(self, episode: Episode) -> Array:
+        self.steps = 0
+        return with_time(self.env.reset(episode), 0, self.horizon)
+
+    def step(self, action: Array) -> tuple[Array, float, bool, bool, bool]:
+        self.steps += 1
+        obs, reward, terminated, truncated, success = self.env.step(action)
+        return with_time(obs, self.steps, self.horizon), reward, terminated, truncated, success
+
+    def render(self) -> npt.NDArray[np.uint8]:
+        return self.env.render()
+
+    def close(self) -> None:
+        self.env.close()
+
+
+def with_time(obs: Array, steps: Array | int, horizon: int) -> Array:
+    """Return observations ``[..., F]`` with ``2 steps / horizon - 1`` as another entry."""
+    time = np.asarray(2.0 * np.asarray(steps) / horizon - 1.0, obs.dtype)
+    return np.concatenate([obs, time[..., None]], axis=-1)
+
+
 class TaskEnvFactory(Protocol):
     """Makes the environment of a task. Must be picklable: workers receive it when they start."""
 

@@ -211,6 +211,11 @@ class Suite(Protocol):
             f"env={self.name} has no evaluation of its authors; give protocol=goals or quick, or episodes=<number>"
         )
 
+    @property
+    def observation_scale(self) -> tuple[FloatArray, FloatArray] | None:
+        """Centre and size ``[F]`` of what observations vary over, where the suite knows; None: it does not."""
+        return None
+
     def remarks(self) -> Sequence[str]:
         """Return lines that a user should read before training, once engines can be made."""
         return ()

@@ -1,4 +1,4 @@
-"""Policies, tanh-squashed Gaussian for Box actions and categorical for Discrete ones, and the weights they draw."""
+"""Policies, Gaussian for Box actions and categorical for Discrete ones, and the weights they draw."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn.stochastic import Noise, RowNoise, WeightNoise, drawn_layers, holding, posterior_mean
-from varshare_rl.nn.task_rows import TaskIds
+from varshare_rl.nn.task_rows import TaskIds, task_rows
+from varshare_rl.ops.gaussian import normal_entropy, normal_log_prob
 from varshare_rl.ops.rl import (
     categorical_entropy,
     categorical_log_prob,
@@ -24,10 +25,10 @@ from varshare_rl.state import Stateful
 
 
 class Sample(NamedTuple):
-    """A drawn action. ``raw`` is what ``log_prob`` is evaluated at: the action before squashing."""
+    """A drawn action. ``raw`` is what ``log_prob`` is evaluated at: the action before it is squashed or clipped."""
 
     action: Tensor  # [T, B, A] in [-1, 1], or [T, B] int64
-    raw: Tensor  # the same before tanh, or the same integers
+    raw: Tensor  # the same before tanh or clipping, or the same integers
     log_prob: Tensor  # [T, B]
 
 
@@ -71,6 +72,32 @@ class TanhNormal:
 
 
 @dataclass(frozen=True)
+class ClippedNormal:
+    """``raw ~ N(mean, exp(log_std)^2)``, which the environment sees clipped to ``[-1, 1]``; else as ``TanhNormal``.
+
+    Log-probability and entropy are those of ``raw``, as is usual with PPO (Schulman et al. 2017): clipping is left
+    to the environment.
+    """
+
+    mean: Tensor  # [T, B, A]
+    log_std: Tensor  # [T, B, A]
+    mask: Tensor  # [T, 1, A] float
+
+    def sample(self) -> Sample:
+        raw = torch.addcmul(self.mean, self.log_std.exp(), for_rows(torch.randn_like, self.mean))
+        return Sample(raw.clamp(-1.0, 1.0) * self.mask, raw, self.log_prob(raw))
+
+    def log_prob(self, raw: Tensor) -> Tensor:
+        return (normal_log_prob(raw, self.mean, self.log_std) * self.mask).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (normal_entropy(self.log_std) * self.mask).sum(-1)
+
+    def mode(self) -> Tensor:
+        return self.mean.clamp(-1.0, 1.0) * self.mask
+
+
+@dataclass(frozen=True)
 class Categorical:
     """A choice with normalised log-probabilities; choices outside the task's mask are never drawn."""
 
@@ -91,40 +118,86 @@ class Categorical:
         return self.log_probs.argmax(-1)
 
 
-class TanhGaussianActor(nn.Module):
-    """Policy for Box actions in ``[-1, 1]``: a task network gives mean and log standard deviation.
+class GaussianFamily(Enum):
+    """Ways for a Gaussian's draws to become actions in ``[-1, 1]``."""
+
+    tanh_gaussian = "tanh_gaussian"  # squashed by tanh
+    clipped_gaussian = "clipped_gaussian"  # clipped by the environment
+
+    def bound(self, raw: Tensor) -> Tensor:
+        """Return actions in ``[-1, 1]``, element by element."""
+        return torch.tanh(raw) if self is GaussianFamily.tanh_gaussian else raw.clamp(-1.0, 1.0)
+
+
+class LogStd(Enum):
+    """Origins of the log standard deviation of a Gaussian policy."""
+
+    network = "network"  # an output for each action dimension, beside the mean
+    parameter = "parameter"  # a number of each task and action dimension, whatever the observation
+
+
+@dataclass(frozen=True)
+class GaussianConfig:
+    """Form of a Gaussian policy: see the options of the same names of PPO."""
+
+    policy: GaussianFamily = GaussianFamily.tanh_gaussian
+    log_std: LogStd = LogStd.network
+    initial: float = 0.0
+    least: float = -20.0
+    most: float = 2.0
+
+
+class GaussianActor(nn.Module):
+    """Policy for Box actions in ``[-1, 1]``: a task network gives the mean, and the log standard deviation or not.
 
     Args:
-        network: task network with ``2 A`` outputs.
+        network: task network with :meth:`outputs` of ``A`` dimensions.
         action_mask: ``[T, A]`` bool, False where a task has no such action dimension.
-        log_std_range: bounds that the log standard deviation is clamped to.
-        initial_log_std: added to the network's log standard deviation output.
+        config: see :class:`GaussianConfig`.
+
+    Attributes:
+        log_stds: ``[T, A]`` where the log standard deviation is a parameter, else None.
     """
 
-    per_task_buffers = ("action_mask",)
+    per_task_parameters: tuple[str, ...] = ()
+    per_task_buffers: ClassVar[tuple[str, ...]] = ("action_mask",)
     action_mask: Tensor
 
-    def __init__(
-        self,
-        network: nn.Module,
-        action_mask: Tensor,
-        log_std_range: tuple[float, float] = (-20.0, 2.0),
-        initial_log_std: float = 0.0,
-    ) -> None:
+    def __init__(self, network: nn.Module, action_mask: Tensor, config: GaussianConfig | None = None) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.config = network, config or GaussianConfig()
         self.register_buffer("action_mask", action_mask.float().unsqueeze(1), persistent=False)
-        self.log_std_range = log_std_range
-        self.initial_log_std = initial_log_std
+        self.log_stds: nn.Parameter | None = None
+        if self.config.log_std is LogStd.parameter:
+            self.per_task_parameters = ("log_stds",)
+            self.log_stds = nn.Parameter(torch.full(action_mask.shape, self.config.initial))
 
-    def with_network(self, network: nn.Module, action_mask: Tensor) -> TanhGaussianActor:
+    @staticmethod
+    def outputs(config: GaussianConfig, action_size: int) -> int:
+        """Width of the network's output for ``A`` action dimensions."""
+        return action_size if config.log_std is LogStd.parameter else 2 * action_size
+
+    def with_network(self, network: nn.Module, action_mask: Tensor) -> GaussianActor:
         """The same kind of policy for another network, of the tasks in ``action_mask [T, A]``."""
-        return TanhGaussianActor(network, action_mask, self.log_std_range, self.initial_log_std)
+        actor = GaussianActor(network, action_mask, self.config)
+        actor.log_stds = self.log_stds
+        return actor
 
-    def forward(self, obs: Tensor, task_ids: TaskIds) -> TanhNormal:
+    def split(self, outputs: Tensor, task_ids: TaskIds) -> tuple[Tensor, Tensor]:
+        """Split the network's outputs ``[T, B, G]`` into mean and log standard deviation, each ``[T, B, A]``."""
+        config = self.config
+        if self.log_stds is None:
+            mean, log_std = outputs.chunk(2, dim=-1)
+            return mean, (log_std + config.initial).clamp(config.least, config.most)
+        rows = task_rows(outputs, task_ids, len(self.log_stds))
+        own = rows.select(self.log_stds).clamp(config.least, config.most)
+        return outputs, rows.restore(own.unsqueeze(1).expand_as(rows.x))
+
+    def forward(self, obs: Tensor, task_ids: TaskIds) -> TanhNormal | ClippedNormal:
         """``obs [T, B, F]`` for all tasks in order to their action distributions."""
-        mean, log_std = self.network(obs, task_ids).chunk(2, dim=-1)
-        return TanhNormal(mean, (log_std + self.initial_log_std).clamp(*self.log_std_range), self.action_mask)
+        mean, log_std = self.split(self.network(obs, task_ids), task_ids)
+        kind = TanhNormal if self.config.policy is GaussianFamily.tanh_gaussian else ClippedNormal
+        return kind(mean, log_std, self.action_mask)
 
 
 class CategoricalActor(nn.Module):
@@ -153,7 +226,7 @@ class CategoricalActor(nn.Module):
 
 
 #: A policy of either kind.
-Actor = TanhGaussianActor | CategoricalActor
+Actor = GaussianActor | CategoricalActor
 
 
 class Resample(Enum):

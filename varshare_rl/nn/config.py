@@ -23,6 +23,13 @@ class Blocks(Enum):
     bronet = "bronet"
 
 
+class Initialization(Enum):
+    """Distributions of the initial weights of linear layers."""
+
+    uniform = "uniform"  # that of torch.nn.Linear
+    orthogonal = "orthogonal"  # of gain sqrt(2), and 1 for the last layer; biases are 0
+
+
 class PriorUnits(Enum):
     """Units of ``elbo.prior_scale``."""
 
@@ -115,6 +122,12 @@ class NetworkConfig(ABC):
     "One width for all hidden layers that gives the agent about so many active parameters per task; null: `hidden`."
     blocks: Blocks = Blocks.mlp
     "Blocks of the hidden layers: a plain stack, or residual ones with LayerNorm."
+
+    initialization: Initialization = Initialization.uniform
+    """Initial weights: uniform as PyTorch's linear layers have them, or orthogonal with gain sqrt(2), 1 in the last
+    layer, and biases 0. `elbo.prior_scale` stays in units of the uniform one."""
+    output_gain: float = bounded(1.0, least=0)
+    "Factor on the initial weights and biases of the last layer; small ones begin near the action 0."
 
     @abstractmethod
     def build(self, in_features: int, out_features: int, num_tasks: int, posterior: Posterior) -> nn.Module:

@@ -16,10 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.fields import bounded, check_below
-from varshare_rl.nn.config import Blocks, NetworkConfig
+from varshare_rl.nn.config import Blocks, Initialization, NetworkConfig
 from varshare_rl.nn.layer import plain_linear
 from varshare_rl.nn.task_rows import TaskIds, in_order
-from varshare_rl.ops.rl import categorical_cross_entropy, categorical_value, squared_error, support
+from varshare_rl.ops.rl import (
+    categorical_cross_entropy,
+    categorical_value,
+    clipped_squared_error,
+    squared_error,
+    support,
+)
 
 #: Bounds on the standard deviation that values are measured in.
 LEAST_STD, LARGEST_STD = 1e-4, 1e6
@@ -44,6 +50,10 @@ class CriticConfig:
     "LayerNorm in the critics; null: as `network.layer_norm`."
     blocks: Blocks | None = None
     "Blocks of the critics' hidden layers; null: as `network.blocks`."
+    initialization: Initialization | None = None
+    "Initial weights of the critics; null: as `network.initialization`."
+    output_gain: float | None = bounded(None, least=0)
+    "Factor on the critics' initial last layer; null: as `network.output_gain`."
     loss: ValueLoss = ValueLoss.squared
     "Loss of the critics: the squared error of a value, or the cross-entropy of a distribution of values."
     bins: int = bounded(101, least=2)
@@ -68,10 +78,17 @@ class CriticConfig:
 
     def architecture(self, network: NetworkConfig) -> NetworkConfig:
         """The architecture of the critic's networks: ``network`` with what is given here."""
-        names = ("hidden", "activation", "layer_norm", "blocks")
+        names = ("hidden", "activation", "layer_norm", "blocks", "initialization", "output_gain")
         own = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         changed: NetworkConfig = replace(network, **own)
         return changed
+
+
+class Held(NamedTuple):
+    """What a critic's values are held near, see :func:`~varshare_rl.ops.rl.clipped_squared_error`."""
+
+    old: Tensor  # [T, B]
+    clip: float  # in the units of the loss
 
 
 class Move(NamedTuple):
@@ -208,11 +225,12 @@ class CriticHead(nn.Module):
         value = outputs.squeeze(-1)
         return value if self.affine is None else self.affine(value, task_ids)
 
-    def loss(self, outputs: Tensor, target: Tensor, task_ids: TaskIds) -> Tensor:
-        """Loss against normalised targets ``[T, B]``, ``[T]``."""
+    def loss(self, outputs: Tensor, target: Tensor, task_ids: TaskIds, held: Held | None = None) -> Tensor:
+        """Loss against normalised targets ``[T, B]``, ``[T]``; a squared one may be ``held`` near such values."""
         if self.categorical:
             return categorical_cross_entropy(outputs, target, self.low, self.high)
-        return squared_error(self.value(outputs, task_ids), target)
+        value = self.value(outputs, task_ids)
+        return squared_error(value, target) if held is None else clipped_squared_error(value, target, *held)
 
 
 class Critic(nn.Module):
@@ -299,10 +317,14 @@ class Critic(nn.Module):
         last = plain_linear(weight.float(), bias.float())
         return [nn.Softmax(-1), last] if module.categorical else [last]
 
-    def _loss(self, head: int, outputs: Tensor, target: Tensor, task_ids: TaskIds) -> Tensor:
+    def _loss(
+        self, head: int, outputs: Tensor, target: Tensor, task_ids: TaskIds, held: Held | None = None
+    ) -> Tensor:
         if self.statistics is not None:
             target = self.statistics.normalize(target, task_ids)
-        loss: Tensor = self.heads[head].loss(outputs, target, task_ids)  # type: ignore[operator]
+            if held is not None:
+                held = held._replace(old=self.statistics.normalize(held.old, task_ids))
+        loss: Tensor = self.heads[head].loss(outputs, target, task_ids, held)  # type: ignore[operator]
         return loss
 
 
@@ -323,9 +345,9 @@ class ValueNetwork(Critic):
         """``[T, B, F]`` to values ``[T, B]`` in the units of the return."""
         return self.read(0, self.network(obs, task_ids), task_ids)
 
-    def loss(self, obs: Tensor, task_ids: TaskIds, target: Tensor) -> Tensor:
-        """Loss against targets ``[T, B]`` in the units of the return, ``[T]``."""
-        return self._loss(0, self.network(obs, task_ids), target, task_ids)
+    def loss(self, obs: Tensor, task_ids: TaskIds, target: Tensor, held: Held | None = None) -> Tensor:
+        """Loss against targets ``[T, B]`` in the units of the return, ``[T]``; ``held`` near such values or not."""
+        return self._loss(0, self.network(obs, task_ids), target, task_ids, held)
 
 
 class TwinQ(Critic):

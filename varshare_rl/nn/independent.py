@@ -34,6 +34,9 @@ class IndependentLayer(TaskLayer):
         weights = rows.select(self.weights).transpose(1, 2)
         return rows.restore(torch.baddbmm(rows.select(self.biases).unsqueeze(1), rows.x, weights))
 
+    def linear_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        return self.weights, self.biases
+
     def mean_linear(self, task: int) -> nn.Linear:
         return plain_linear(self.weights[task], self.biases[task])
 

@@ -104,6 +104,10 @@ class TaskLayer(TaskModule):
         check_positive(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
 
+    def linear_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """The weight ``[..., G, F]`` and the bias ``[..., G]`` that it starts with, before corrections."""
+        return self.get_parameter("theta"), None if self.bias is None else self.get_parameter("bias")
+
     def record(self, ids: Tensor | None = None) -> GradientRecord | None:
         """Record for a product with ``theta``, for blocks that are the tasks in order (``ids`` is None).
 

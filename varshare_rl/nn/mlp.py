@@ -199,6 +199,10 @@ class StackedLinear(nn.Module):
         assert biases is not None
         self.biases = biases
 
+    def linear_parameters(self) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """The weights ``[M, G, F]`` and the biases ``[M, G]``."""
+        return self.weights, self.biases
+
     def forward(self, x: Tensor) -> Tensor:
         """``[M, N, F]``, an input per copy, or ``[N, F]``, one input for all, to ``[M, N, G]``."""
         if x.dim() == 2:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from varshare_rl.nn.actor import CategoricalActor, TanhGaussianActor
+from varshare_rl.nn.actor import Actor, CategoricalActor
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
 from varshare_rl.nn.layer import TaskLayer, posterior_layers
 from varshare_rl.nn.stochastic import posterior_mean
@@ -125,7 +125,7 @@ def sample_outputs(
 
 
 def predict_actions(
-    actor: TanhGaussianActor | CategoricalActor, obs: Tensor, draws: int, temperature: float = 1.0, at_once: int = 8
+    actor: Actor, obs: Tensor, draws: int, temperature: float = 1.0, at_once: int = 8
 ) -> Prediction:
     """Deterministic actions ``[T, B, A]`` in [-1, 1] under draws of the weights; for Discrete actions the choices'
     probabilities. ``obs [T, B, F]`` as the actor takes them (normalised)."""

@@ -130,6 +130,11 @@ def normal_log_prob(value: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     return -0.5 * (z.square() + math.log(2.0 * math.pi)) - log_std
 
 
+def normal_entropy(log_std: Tensor) -> Tensor:
+    """Entropy ``log_std + (1 + log(2 pi)) / 2`` of ``N(mean, exp(log_std)^2)`` in nats, element by element."""
+    return log_std + 0.5 * (1.0 + math.log(2.0 * math.pi))
+
+
 def prior_nats(mu: Tensor, sigma: Tensor, prior: Tensor) -> Tensor:
     """``KL(N(mu, sigma^2) || N(0, prior^2))`` element by element, exact also where it is next to nothing.
 

@@ -62,6 +62,11 @@ def normalize_per_task(advantage: Tensor, epsilon: float = 1e-8) -> Tensor:
     return normalized.view_as(advantage)
 
 
+def normalize_over_tasks(advantage: Tensor, epsilon: float = 1e-8) -> Tensor:
+    """Zero mean and unit variance over all tasks together; ``[T, ...]`` in and out."""
+    return (advantage - advantage.mean()) / (advantage.std() + epsilon)
+
+
 def tanh_log_det(raw: Tensor) -> Tensor:
     """``log(1 - tanh(raw)^2)`` element by element, stable for large ``|raw|``.
 
@@ -121,6 +126,16 @@ def ppo_policy_loss(log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, c
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Half the mean squared error per task; ``[T, B]`` in, ``[T]`` out."""
     return 0.5 * (prediction - target).square().mean(-1)
+
+
+def clipped_squared_error(prediction: Tensor, target: Tensor, old: Tensor, clip: float) -> Tensor:
+    """Half the mean of the larger squared error of a value and of that value held near ``old``, per task.
+
+    ``0.5 E[max((v - y)^2, (old + clamp(v - old, -clip, clip) - y)^2)]``, as OpenAI Baselines' PPO has it (Engstrom
+    et al. 2020, section 3). All ``[T, B]`` in, ``[T]`` out.
+    """
+    held = old + (prediction - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((prediction - target).square(), (held - target).square()).mean(-1)
 
 
 def finite_mean(values: Tensor) -> Tensor:

@@ -15,11 +15,23 @@ from varshare_rl.fields import bounded
 
 
 class Schedule(Enum):
-    """Ways for learning rates to fall, once warm, with the share of ``total_transitions`` that is done."""
+    """Ways for learning rates and weights to fall with the share of ``total_transitions`` that is done."""
 
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+
+    def factor(self, done: float, end: float) -> float:
+        """Return 1 at ``done = 0`` and, unless constant, ``end`` at ``done = 1``.
+
+        With ``p = done`` and ``e = end`` it is 1 (constant), ``1 - (1 - e) p`` (linear), or
+        ``e + (1 - e) (1 + cos(pi p)) / 2`` (cosine; Loshchilov and Hutter 2017, without restarts).
+        """
+        if self is Schedule.linear:
+            return 1.0 - (1.0 - end) * done
+        if self is Schedule.cosine:
+            return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0
 
 
 class OwnGradients(Enum):
@@ -61,20 +73,12 @@ class OptimizerConfig:
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:
     """Return the factor on every learning rate when ``fraction`` of the run is done.
 
-    It rises linearly to 1 until ``fraction = warmup``. From there, with ``p`` the share done of what remains and
-    ``e = final_rate``, it is 1 (constant), ``1 - (1 - e) p`` (linear), or ``e + (1 - e) (1 + cos(pi p)) / 2``
-    (cosine; Loshchilov and Hutter 2017, without restarts).
+    It rises linearly to 1 until ``fraction = warmup``, and from there falls as :meth:`Schedule.factor` says.
     """
     fraction = min(max(fraction, 0.0), 1.0)
     if fraction < config.warmup:
         return fraction / config.warmup
-    done = (fraction - config.warmup) / (1.0 - config.warmup)
-    end = config.final_rate
-    if config.schedule is Schedule.linear:
-        return 1.0 - (1.0 - end) * done
-    if config.schedule is Schedule.cosine:
-        return end + (1.0 - end) * 0.5 * (1.0 + math.cos(math.pi * done))
-    return 1.0
+    return config.schedule.factor((fraction - config.warmup) / (1.0 - config.warmup), config.final_rate)
 
 
 class ScheduledAdam:

@@ -15,6 +15,7 @@ from varshare_rl.reporting.figures import (
     draw_heat_map,
     grid_of_panels,
     legend_below,
+    legend_height,
     log_axis,
     new_figure,
     plain,
@@ -30,6 +31,8 @@ Looks = Mapping[str, Look]
 
 #: Panels side by side for many tasks, and marks in a figure of them; more become a heat map.
 ACROSS, MOST_MARKS = 4, 60
+#: Groups whose bands can be told apart in a small panel, up to this many.
+BANDED = 6
 #: Pairs that are drawn as a row each; more become a heat map.
 MOST_PAIRS = 12
 
@@ -78,7 +81,7 @@ def learning_figure(section: Section, looks: Looks) -> Figure | None:
 
 
 def tasks_learning_figure(section: Section, looks: Looks) -> Figure | None:
-    """Draw a panel per task: the mean over runs against transitions, with its band."""
+    """Draw a panel per task: the mean over runs against transitions; bands of many groups would hide each other."""
     groups = [group for group in section.groups if "transitions" in group.curves]
     number = len(section.tasks)
     if not groups or number < 2:
@@ -87,10 +90,12 @@ def tasks_learning_figure(section: Section, looks: Looks) -> Figure | None:
     across = -(-number // -(-number // most))
     figure = new_figure(PAGE, 0.8 + 1.35 * -(-number // across))
     panels = grid_of_panels(figure, number, across, "transitions", sharex=True, sharey=section.measure != "return")
+    banded = len(groups) <= BANDED
     for index, axes in enumerate(panels):
         for group in groups:
             curve = group.curves["transitions"]
-            _draw_band(axes, curve.at, curve.tasks.row(index), looks[group.label], width=1.1)
+            band = curve.tasks.row(index)
+            _draw_band(axes, curve.at, band if banded else Band(band.points, None, None), looks[group.label], 1.1)
         axes.set_title(plain(section.tasks[index], 24), fontsize=7, pad=3)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(3))
@@ -98,7 +103,7 @@ def tasks_learning_figure(section: Section, looks: Looks) -> Figure | None:
         _score_axis(axes, section, "y")
     figure.supylabel(f"{_named(section.measure)}, mean of runs", fontsize=8)
     _legend(figure, groups, looks)
-    figure.suptitle(f"{section.name}: learning of every task, with 95 % bands")
+    figure.suptitle(f"{section.name}: learning of every task" + ", with 95 % bands" * banded)
     return figure
 
 
@@ -159,7 +164,7 @@ def profiles_figure(section: Section, looks: Looks) -> Figure | None:
     """Draw which share of runs and tasks is above a score, for every score."""
     if not section.scored:
         return None
-    figure = new_figure(COLUMN, 2.8)
+    figure = new_figure(COLUMN, 2.4 + legend_height(COLUMN, [group.label for group in section.scored]))
     axes = figure.subplots()
     for group in section.scored:
         assert group.profile is not None

@@ -68,9 +68,21 @@ def plain(name: str, width: int = 60) -> str:
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str], title: str | None = None) -> None:
     """Put a legend below the axes, in as many columns as the labels leave room for."""
     shown = [plain(label) for label in labels]
+    figure.legend(
+        handles, shown, loc="outside lower center", ncols=_across(figure.get_figwidth(), shown), title=title
+    )
+
+
+def legend_height(width: float, labels: Sequence[str]) -> float:
+    """Return how high :func:`legend_below` will be in a figure of this width, in inches."""
+    shown = [plain(label) for label in labels]
+    lines = max((label.count("\n") + 1 for label in shown), default=0)
+    return 0.16 * lines * -(-len(shown) // _across(width, shown))
+
+
+def _across(width: float, shown: Sequence[str]) -> int:
     longest = max((len(line) for label in shown for line in label.split("\n")), default=0)
-    across = max(1, min(len(shown), int(figure.get_figwidth() * 17 / (longest + 9))))
-    figure.legend(handles, shown, loc="outside lower center", ncols=across, title=title)
+    return max(1, min(len(shown), int(width * 17 / (longest + 9))))
 
 
 def grid_of_panels(figure: Figure, number: int, across: int, label: str = "", **shared: Any) -> list[Axes]:

@@ -27,7 +27,14 @@ from varshare_rl.run.callbacks import Callbacks, is_false
 from varshare_rl.run.checkpoint import fitting, save_checkpoint
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl, shown
-from varshare_rl.run.process import keep_freed_memory, load_rng_state, one_thread, own_random, rng_state
+from varshare_rl.run.process import (
+    compute_threads,
+    keep_freed_memory,
+    load_rng_state,
+    one_thread,
+    own_random,
+    rng_state,
+)
 from varshare_rl.run.ranked_engine import make_engine
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
@@ -133,7 +140,8 @@ class Run(Stateful):
             Interrupted: a signal came; the state has been saved.
         """
         keep_freed_memory()
-        with self.console, interruptible(self.ranks), self._timed("rest"):
+        threads = compute_threads(self.provenance["threads"])
+        with self.console, interruptible(self.ranks), threads, self._timed("rest"):
             for remark in self.suite.remarks():
                 self.console.message(remark)
             obs = self._to_device(self._observation)

@@ -109,8 +109,9 @@ def joined_ranks() -> Ranks:
     ranks = join()
     if ranks.size == 1:
         return ranks
-    given = int(os.environ.get("OMP_NUM_THREADS", "1"))
-    torch.set_num_threads(ranks.least(given if given > 1 else physical_cores()))
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]
+    torch.set_num_threads(ranks.least(int(os.environ.get("OMP_NUM_THREADS", physical_cores()))))
     return ranks
 
 
@@ -148,6 +149,31 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
+#: Multiplications from which on a product gains more by a second thread than it loses by waiting for it.
+_WORTH_THREADS = 1 << 24
+
+
+def threads_for(multiplications: int) -> int:
+    """Return how many threads training should compute with whose largest product has so many multiplications.
+
+    One where that is small: two are a fifth quicker alone, but every product waits for a thread whose core another
+    process has. ``OMP_NUM_THREADS`` decides where it is set.
+    """
+    small = multiplications < _WORTH_THREADS and "OMP_NUM_THREADS" not in os.environ
+    return 1 if small else torch.get_num_threads()
+
+
+@contextmanager
+def compute_threads(count: int) -> Iterator[None]:
+    """Inside, torch computes with so many threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Inside, torch computes with one thread.
@@ -155,9 +181,5 @@ def one_thread() -> Iterator[None]:
     The small products of acting gain nothing from more, and a thread that waits for another one that the
     environment workers have pushed off its core waits for milliseconds.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with compute_threads(1):
         yield
-    finally:
-        torch.set_num_threads(threads)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
@@ -43,6 +45,7 @@ class Task:
     Attributes:
         names: of the runs, in the order in which they are launched.
         threads: that a run may compute with, None for no bound.
+        owner: process without which runs end, saved; None where they outlive it.
     """
 
     command: RunCommand
@@ -50,11 +53,14 @@ class Task:
     folder: Path
     names: tuple[str, ...]
     threads: int | None
+    owner: int | None
 
     def __call__(self, composed: DictConfig) -> Outcome:
         stop = self.folder / STOP_FILE
         if stop.exists():
             return Outcome(stopped=True)
+        if self.owner is not None:
+            _end_with(self.owner)
         job = HydraConfig.get()
         load_installed_plugins()
         load_plugins(self.plugins)
@@ -65,7 +71,10 @@ class Task:
             log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file),
             terminable(), _heeding(stop),
         ):  # fmt: skip
-            return attempt(self.command, composed, list(job.overrides.task))
+            outcome = attempt(self.command, composed, list(job.overrides.task))
+        if self.owner not in (None, os.getpid(), os.getppid()):
+            os._exit(1)  # joblib's processes would wait for further work
+        return outcome
 
 
 def _cap(composed: DictConfig, threads: int | None) -> None:
@@ -95,6 +104,19 @@ def _heeding(stop: Path) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
+
+
+@cache
+def _end_with(owner: int) -> None:
+    """Send this process SIGTERM without its parent ``owner``: a run saves, one that waits for work just ends."""
+
+    def watch() -> None:
+        while os.getppid() == owner:
+            time.sleep(POLL_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if owner != os.getpid():
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class Launcher:
@@ -128,7 +150,8 @@ class Launcher:
         folder = self._sweep.folder
         self.logs.mkdir(parents=True, exist_ok=True)
         names = tuple(one.job.name for one in prepared)
-        task: Any = Task(self._command, tuple(self._line.plugins), folder.absolute(), names, threads)
+        owner = os.getpid() if self.name == "joblib" else None
+        task: Any = Task(self._command, tuple(self._line.plugins), folder.absolute(), names, threads, owner)
         outcomes: list[Outcome] = []
         with own_hydra() as composer, _passing_on(folder / STOP_FILE) as received:
             context = HydraContext(config_loader=composer.config_loader, callbacks=Callbacks(self._config))

@@ -19,7 +19,7 @@ from rich.text import Text
 
 from varshare_rl.errors import UserError
 from varshare_rl.reading import read_object
-from varshare_rl.reporting.statistics import Interval, Scores, iqm_interval
+from varshare_rl.reporting.statistics import FEW_RUNS, Interval, Scores, iqm_interval
 from varshare_rl.run.console import PLAIN_WIDTH
 from varshare_rl.run.folder import SUMMARY_FILE
 from varshare_rl.sweeps.plan import Job
@@ -48,7 +48,7 @@ class Results:
     Attributes:
         measure: ``success`` or ``return``, what the scores are of.
         statistic: what a score and its interval are.
-        remark: what the user can do for better ones, if anything.
+        remark: what is wrong with them, and what to do about it, if anything.
     """
 
     rows: list[Row]
@@ -86,6 +86,8 @@ def pool(jobs: Sequence[Job]) -> Results:
     statistic, remark = "interquartile mean over seeds and tasks, 95 % interval", ""
     try:
         intervals = {others: iqm_interval(array) for others, array in scores.items()}
+        if any(1 < interval.runs <= FEW_RUNS for interval in intervals.values()):
+            remark = f"intervals of {FEW_RUNS} seeds or fewer are too narrow"
     except UserError as error:
         statistic, remark = "mean over seeds and tasks, least and greatest seed", str(error)
         intervals = {others: spread(array) for others, array in scores.items()}

@@ -5,28 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from varshare_rl.nn.actor import Actor, CategoricalActor
+from varshare_rl.nn.actor import Actor, CategoricalActor, GaussianActor
 from varshare_rl.ops.gaussian import normal_log_prob
 from varshare_rl.ops.rl import masked_logits
 
 
 class GaussianPolicy:
-    """Outputs are mean and log standard deviation of an action before squashing, ``[1, N, 2 A]``.
+    """Outputs are what an actor of one task reads as mean and log standard deviation, ``[1, N, G]``.
 
-    The squashing is the same for old and new policies, so divergences are those before it.
+    Squashing or clipping is the same for old and new policies, so divergences are those before it. A log standard
+    deviation that is no output is the actor's.
 
     Args:
-        mask: ``[1, 1, A]``, 0 for dimensions that the task does not have.
-        log_std_range: bounds of the log standard deviation.
-        initial_log_std: added to it.
+        actor: of one task, with its mask.
     """
 
-    def __init__(self, mask: Tensor, log_std_range: tuple[float, float], initial_log_std: float) -> None:
-        self.mask, self.log_std_range, self.initial_log_std = mask, log_std_range, initial_log_std
+    def __init__(self, actor: GaussianActor) -> None:
+        self.actor, self.mask = actor, actor.action_mask
 
     def _parameters(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = outputs.chunk(2, dim=-1)
-        return mean, (log_std + self.initial_log_std).clamp(*self.log_std_range)
+        return self.actor.split(outputs, 0)
 
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
         """Return ``log N(a | mean, std)`` of ``a`` drawn from it, ``[1, N]``."""
@@ -81,4 +79,4 @@ def policy_likelihood(actor: Actor) -> GaussianPolicy | CategoricalPolicy:
     """Return the meaning of an actor's outputs; its action mask is that of one task."""
     if isinstance(actor, CategoricalActor):
         return CategoricalPolicy(actor.action_mask.bool())
-    return GaussianPolicy(actor.action_mask, actor.log_std_range, actor.initial_log_std)
+    return GaussianPolicy(actor)

@@ -1,0 +1,1 @@
+"""One task of Meta-World at a time: settings of PPO that learn it."""

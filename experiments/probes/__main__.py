@@ -1,0 +1,141 @@
+"""Put the curves of single-task runs into ``curves.csv``, and write ``probes.png`` and a table from it.
+
+    python -m experiments.probes runs/<probes> ...
+
+Runs that were stopped count as far as they came. A run replaces an earlier one of its task, setting and seed;
+without runs, figure and table are those of ``curves.csv``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import cast
+
+from matplotlib.ticker import EngFormatter
+
+from experiments.results import write_csv
+from varshare_rl.cli import compose
+from varshare_rl.config import TrainConfig, fixed_options, load_config
+from varshare_rl.files import write_atomically
+from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
+from varshare_rl.reporting.run_records import find_runs, read_run
+from varshare_rl.reporting.style import PAGE, look
+
+#: The setting that the others depart from.
+BASE = (
+    "env=metaworld", "env.tasks=[pick-place-v3]", "env.envs_per_task=10", "env.workers=1", "algorithm=ppo",
+    "network=shared", "network.hidden=[128,128]", "critic=popart_layer_norm", "algorithm.reward_scale=none",
+    "algorithm.rollout_transitions_per_task=5000", "algorithm.minibatches=16", "algorithm.gae_lambda=0.97",
+    "algorithm.policy=clipped_gaussian", "algorithm.initial_log_std=-0.5", "algorithm.max_log_std=0",
+    "algorithm.min_observation_std=0.05", "total_transitions=2000000",
+)  # fmt: skip
+COLUMNS = ("task", "setting", "seed", "transitions", "success", "return", "seconds")
+#: Options that no learning of a single task depends on.
+INDIFFERENT = ("env.tasks", "seed", "env.workers", "plugins")
+#: A task is learnt when an evaluation has so much success.
+LEARNT = 0.9
+
+Row = Mapping[str, str]
+Probe = tuple[str, str, str]  # task, setting, seed
+
+
+def setting(config: TrainConfig) -> str:
+    """Return the options that differ from :data:`BASE`, as words."""
+    base = fixed_options(cast(TrainConfig, compose("train", BASE)))
+    differing = {name: value for name, value in fixed_options(config).items() if base.get(name) != value}
+    words = [f"{name}={value}" for name, value in differing.items() if name not in INDIFFERENT]
+    return " ".join(words) or "base"
+
+
+def rows_of(run_dir: Path) -> list[Row]:
+    """Return the evaluations of a run, one row for each and every task; transitions are those of a task."""
+    config = load_config(run_dir / "config.yaml")
+    run = read_run(run_dir, {"seed": config.seed})
+    curves, words = run.curves, setting(config)
+    return [
+        {
+            "task": task,
+            "setting": words,
+            "seed": str(config.seed),
+            "transitions": str(int(curves.transitions[moment]) // len(run.tasks)),
+            "success": f"{curves.values['success'][moment, index]:.2f}",
+            "return": f"{curves.values['return'][moment, index]:.0f}",
+            "seconds": f"{curves.seconds[moment]:.0f}",
+        }
+        for index, task in enumerate(run.tasks)
+        for moment in range(len(curves.transitions))
+    ]
+
+
+def by_probe(rows: Sequence[Row]) -> dict[Probe, list[Row]]:
+    """Return the rows of every run, in order of transitions."""
+    found: dict[Probe, list[Row]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: int(row["transitions"])):
+        found[row["task"], row["setting"], row["seed"]].append(row)
+    return dict(sorted(found.items()))
+
+
+@styled
+def draw(path: Path, probes: Mapping[Probe, Sequence[Row]]) -> None:
+    """A column of panels per task: success and return against transitions, a line per run."""
+    tasks = list(dict.fromkeys(task for task, _, _ in probes))
+    settings = list(dict.fromkeys(words for _, words, _ in probes))
+    figure = new_figure(PAGE, 4.2 + 0.16 * len(settings))
+    axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
+    lines = {}
+    for (task, words, _), rows in probes.items():
+        at = [int(row["transitions"]) for row in rows]
+        for axis, measure in zip(axes[:, tasks.index(task)], ("success", "return"), strict=True):
+            values = [float(row[measure]) for row in rows]
+            (lines[words],) = axis.plot(at, values, **look(settings.index(words)).line)
+    for column, task in enumerate(tasks):
+        axes[0][column].set(title=task, ylim=(-0.03, 1.03))
+        axes[1][column].set(xlabel="transitions")
+        for axis in axes[:, column]:
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            plain_axes(axis, grid="y")
+    axes[0][0].set_ylabel("success of 10 episodes")
+    axes[1][0].set_ylabel("return")
+    legend_below(figure, list(lines.values()), list(lines))
+    write_atomically(path, to_file(figure))
+
+
+def print_table(probes: Mapping[Probe, Sequence[Row]]) -> None:
+    """Print what became of every run as a Markdown table."""
+    columns = ("task", "setting", "seed", "transitions", "best success", "best return", f"success {LEARNT:g} at")
+    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
+    for (task, words, seed), rows in probes.items():
+        success, returns = ([float(row[name]) for row in rows] for name in ("success", "return"))
+        reached = next((f"{int(row['transitions']):,}" for row in rows if float(row["success"]) >= LEARNT), "")
+        last = f"{int(rows[-1]['transitions']):,}"
+        print(f"| {task} | `{words}` | {seed} | {last} | {max(success):.2f} | {max(returns):,.0f} | {reached} |")
+
+
+def main() -> None:
+    """Collect what the command line names."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.probes",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="*", help="run folders, or folders that hold them")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where the results go")
+    given = parser.parse_args()
+    table = given.folder / "curves.csv"
+    kept: list[Row] = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
+    new = [row for run in (find_runs(given.runs) if given.runs else []) for row in rows_of(run)]
+    probes = {**by_probe(kept), **by_probe(new)}
+    if not probes:
+        raise SystemExit("error: no runs are given and there is no curves.csv; give folders of runs")
+    probes = dict(sorted(probes.items()))
+    write_csv(table, COLUMNS, [dict(row) for rows in probes.values() for row in rows])
+    draw(given.folder / "probes.png", probes)
+    print_table(probes)
+
+
+if __name__ == "__main__":
+    main()
