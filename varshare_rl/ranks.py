@@ -340,6 +340,7 @@ def speaks(error: BaseException | None = None) -> bool:
     if isinstance(error, LostRank):
         with suppress(RuntimeError):
             return int(dist.distributed_c10d._get_default_store().add("lost", 1)) == 1
+        return True  # the store is lost, too
     known = error is None or isinstance(error, UserError | RunFailure)
     return os.environ["LOCAL_RANK"] == "0" or not known
 

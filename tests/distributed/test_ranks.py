@@ -197,14 +197,16 @@ def go_on_and_compare(name: str, whole: Path) -> None:
     assert_same_run(whole.parent / name, whole)
 
 
-def test_a_killed_rank_ends_all_in_one_line_and_what_goes_on_is_the_same(whole: Path) -> None:
-    ended = run_ranks(*FAULTS, "run_dir=run", before=at(checkpoint, "_write", 4, own(signal.SIGKILL)))
-    assert [rank.code for rank in ended] == [1, -9]
-    (line,) = ended[0].err.splitlines()
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_rank_ends_all_in_one_line_and_what_goes_on_is_the_same(whole: Path, killed: int) -> None:
+    struck = at(checkpoint, "_write", 4, own(signal.SIGKILL), killed)
+    ended = run_ranks(*FAULTS, "run_dir=run", before=struck)
+    left = ended[1 - killed]
+    assert (ended[killed].code, left.code) == (-9, 1)
+    (line,) = left.err.splitlines()
     assert line.startswith("error: another rank of the 2 has ended or does not answer (")
-    assert line.endswith(
-        "go on from the last checkpoint with torchrun --nproc-per-node 2 -m varshare_rl.train resume=run"
-    )
+    command = "torchrun --nproc-per-node 2 -m varshare_rl.train resume=run"
+    assert line.endswith(f"go on from the last checkpoint with {command}")
     go_on_and_compare("run", whole)
 
 
