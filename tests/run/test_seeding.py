@@ -35,12 +35,13 @@ def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert draw() + draw() == expected
 
 
-def test_the_state_of_a_device_is_that_of_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Former checkpoints have those of all devices, the one in use first; without a device there is none."""
+def test_the_state_of_the_device_in_use_is_put_back_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     put_back: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: put_back.append(int(state[0])))
-    state = rng_state() | {"cuda": [torch.tensor([7]), torch.tensor([8])]}
+    state = rng_state() | {"cuda": [torch.tensor([7]), torch.tensor([8])]}  # of two devices, as formerly
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     load_rng_state(state)
+    assert put_back == []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     load_rng_state(state)
     assert put_back == [7]
