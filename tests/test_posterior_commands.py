@@ -13,6 +13,7 @@ from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
 from varshare_rl.assemble import load_agent
+from varshare_rl.commands import prune
 from varshare_rl.config import Device
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 
@@ -49,6 +50,19 @@ def test_a_pruned_copy_can_be_evaluated_and_calibrated(command: Command, run: st
     assert same["tasks"] == other["tasks"]
     outcome = command("calibrate", "run=run_pruned", "episodes=1", "draws=2")
     assert outcome.code == 0, outcome.err
+
+
+def test_pruning_that_fails_leaves_nothing_in_its_own_way(
+    command: Command, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prune, "write_json", fail)
+        assert command("prune", f"run={run}", "device=cpu").code == 1
+    assert [path.name for path in Path().iterdir()] == [run]
+    assert command("prune", f"run={run}", "device=cpu").code == 0
 
 
 def test_pruning_everything_leaves_the_shared_weights(command: Command, run: str) -> None:

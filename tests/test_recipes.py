@@ -89,11 +89,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "toppo_mt50": TOPPO | {"env.benchmark": "mt50", "total_transitions": 100_000_000},
     "varshare_lora_ppo_mt10": POPART | {
         "env.benchmark": "mt10", "algorithm.name": "ppo", "gradient.actor": "fairgrad",
-        "gradient.critic": "fairgrad", "env.envs_per_task": 10, "total_transitions": 20_000_000,
-        "algorithm.rollout_transitions_per_task": 5000, "algorithm.minibatches": 16, "algorithm.gae_lambda": 0.97,
-        "algorithm.policy": "clipped_gaussian", "algorithm.log_std": "network", "algorithm.initial_log_std": -1.0,
-        "algorithm.min_log_std": -1.6, "algorithm.max_log_std": -0.7, "algorithm.min_observation_std": 0.05,
-        "algorithm.entropy_weight": 0.001, "algorithm.normalize_observations": True, "network.hidden": "[256, 256]",
+        "gradient.critic": "fairgrad",
     },
     "varshare_lora_sac_mt10": POPART | {
         "env.benchmark": "mt10", "algorithm.name": "sac", "gradient.actor": "mean", "gradient.critic": "pcgrad",

@@ -279,3 +279,18 @@ def test_the_same_from_the_shell(given: dict[str, Adapter], tmp_path: Path) -> N
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("error: unknown task 'task9'")
     assert not (tmp_path / "rebuilt").exists()
+
+
+def test_adapters_of_exported_policies_are_told_apart(tmp_path: Path, share: Command) -> None:
+    """Each is `<task>_peft/actor`; further networks of one of them have its name, too."""
+    for seed in range(3):
+        write_adapter(tmp_path / "export" / f"task{seed}_peft" / "actor", adapter(seed))
+    write_adapter(tmp_path / "export" / "task0_peft" / "critic_1", adapter(7))
+    actors = [f"export/task{seed}_peft/actor" for seed in range(3)]
+    code, _, err = share("consolidate", *actors[:2], "out=basis")
+    assert code == 0, err
+    assert share("add", "basis=basis", f"adapter={actors[2]}")[0] == 0
+    assert list(read_basis(tmp_path / "basis").tasks) == ["task0_peft", "task1_peft", "task2_peft"]
+    code, _, err = share("consolidate", *actors, "export/task0_peft/critic_1", "out=other")
+    assert code == 2
+    assert "two adapters are called 'task0_peft' (export/task0_peft/critic_1)" in err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,10 +35,12 @@ from varshare_rl.nn.parameters import ParameterCount, count_parameters, match_wi
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.kl_schedules import BandConfig
+from varshare_rl.ranks import ALONE, Ranks, several
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.loop import LoopConfig, Run
 from varshare_rl.run.process import require_memory, seed_everything, threads_for
+from varshare_rl.run.ranked_engine import make_engine
 from varshare_rl.run.results import provenance
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
@@ -50,6 +53,11 @@ def choose_device(device: Device) -> torch.device:
     if device is Device.cuda and not available:
         raise UserError("device=cuda was asked for, and torch sees no CUDA device; use device=cpu or auto")
     use_cuda = device is Device.cuda or (device is Device.auto and available)
+    if use_cuda and several() and int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+        raise UserError(
+            f"{os.environ['LOCAL_WORLD_SIZE']} ranks on this machine need as many CUDA devices, and there are "
+            f"{torch.cuda.device_count()}; give a smaller --nproc-per-node, or device=cpu"
+        )
     return torch.device("cuda" if use_cuda else "cpu")
 
 
@@ -78,9 +86,15 @@ class NetworkSource(Regularizer, Protocol):
 
 
 def build_algorithm(
-    config: TrainConfig, suite: Suite, device: torch.device, source: NetworkSource | None = None
+    config: TrainConfig,
+    suite: Suite,
+    device: torch.device,
+    source: NetworkSource | None = None,
+    ranks: Ranks = ALONE,
 ) -> Algorithm:
     """The algorithm with fresh networks, drawn from torch's global generator, or with those of a ``source``.
+
+    ``ranks`` train it together.
 
     With ``network.active_parameters`` the widths that follow from it are written to ``network.hidden`` of
     ``config``, so that they are in whatever is made of it later, ``config.yaml`` first of all.
@@ -102,7 +116,7 @@ def build_algorithm(
         actor, critic = partial(source.network, "actor"), partial(source.network, "critic")
     context = AgentContext(
         spec, actor, build_elbo(config, spec.num_tasks), config.critic, critic,
-        config.gradient, config.optimizer, config.divergence_guard, source,
+        config.gradient, config.optimizer, config.divergence_guard, source, ranks,
     )  # fmt: skip
     algorithm: Algorithm = config.algorithm.build(context)
     if config.elbo.absorb.every and not any(any(posterior_layers(m)) for m in algorithm.trained_modules().values()):
@@ -255,15 +269,16 @@ def build_run(
     resumed_at: int | None = None,
     seconds: float = 0.0,
     source: NetworkSource | None = None,
+    ranks: Ranks = ALONE,
 ) -> Run:
     """All parts of a training run: seeds, networks, logs, engine. The engine starts to get ready at once.
 
     A run that goes on was ``resumed_at`` so many transitions, after so many ``seconds``. A ``source`` gives it
-    other networks than ``config.network`` would.
+    other networks than ``config.network`` would. The first of several ``ranks`` alone writes and prints.
     """
     device = choose_device(config.device)
     prepare_process(config.seed, config.matmul_precision)
-    algorithm = build_algorithm(config, suite, device, source)
+    algorithm = build_algorithm(config, suite, device, source, ranks)
     if device.type == "cpu":
         sizes = algorithm.memory_bytes()
         require_memory(
@@ -278,25 +293,32 @@ def build_run(
         checkpoint_every=config.checkpoint.every,
         checkpoint_minutes=config.checkpoint.minutes,
         checkpoint_keep=config.checkpoint.keep,
+        checkpoint_wait_minutes=config.checkpoint.wait_minutes,
         on_divergence=config.on_divergence,
         log_every=config.log.every,
         observe_every=config.observe.every,
         overlap=config.overlap,
+        tasks_per_rank=config.tasks_per_rank,
     )
-    tracker = Tracker(run_dir, resumed_at, seconds, config.log.trackers, suite.task_names)
+    written = run_dir if ranks.first else None
+    tracker = Tracker(written, resumed_at, seconds, config.log.trackers, suite.task_names)
+    screen = None if ranks.first else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    conditions: dict[str, Any] = {"threads": threads_for(algorithm.largest_product())}
+    conditions |= {"ranks": ranks.size} if ranks.size > 1 else {}
     return Run(
         suite=suite,
-        provenance=run_provenance(config, suite, device) | {"threads": threads_for(algorithm.largest_product())},
-        engine=suite.make_engine(config.env.envs_per_task, config.seed),
+        provenance=run_provenance(config, suite, device) | conditions,
+        engine=make_engine(suite, config.env.envs_per_task, config.seed, False, ranks, config.tasks_per_rank),
         algorithm=algorithm,
         tracker=tracker,
-        sharing_monitor=SharingMonitor(run_dir, suite.task_names, tracker, resumed_at),
+        sharing_monitor=SharingMonitor(run_dir, suite.task_names, tracker, resumed_at if ranks.first else None),
         console=Console(
-            config.total_transitions, quiet=config.log.quiet, all_tasks=config.log.tasks is TableRows.all
+            config.total_transitions, config.log.quiet or not ranks.first, screen, config.log.tasks is TableRows.all
         ),
         run_dir=run_dir,
         seed=config.seed,
         device=device,
         config=options,
         options=fixed_options(config),
+        ranks=ranks,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -26,6 +27,7 @@ from varshare_rl.config import AUTO, GROUPS, TrainConfig, config_folder, registe
 from varshare_rl.config_checks import check_config
 from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.overrides import quote_names
+from varshare_rl.ranks import speaks
 from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
 
 #: Hydra without logs and folders of its own.
@@ -235,13 +237,14 @@ def errors_in_one_line() -> Iterator[None]:
         known = in_one_line(error)
         if known is None:
             raise
+        if not speaks(error):
+            raise SystemExit(known[1]) from None
         fail(*known)
-    except KeyboardInterrupt:  # training itself catches the first one and saves
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    except Terminated:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from None
+    except (KeyboardInterrupt, Terminated) as stop:  # training itself catches the first one and saves
+        if speaks():
+            print("stopped", file=sys.stderr)
+        number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
+        raise SystemExit(128 + number) from None
 
 
 def in_one_line(error: Exception) -> tuple[str, int] | None:
@@ -251,7 +254,7 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain(error), 2
     if isinstance(error, RunFailure | OSError):
-        return str(error), 1
+        return str(error), 2 if getattr(error, "errno", None) == errno.ENAMETOOLONG else 1
     too_large = isinstance(error, MemoryError | OverflowError | RecursionError)
     if too_large or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
         return _too_large(error), 2
@@ -275,6 +278,9 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+#: Characters of an error's line; of more the middle is left out.
+LONGEST_LINE = 1200
+
 #: Words of torch's allocators.
 _NO_MEMORY = re.compile(
     r"can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed|"
@@ -294,6 +300,8 @@ def _too_large(error: BaseException) -> str:
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print one line and end with a code: 2 for what the user got wrong."""
     line = re.sub(r"\s*\n\s*", " ", message.strip())  # other spaces may be those of a folder's name
+    if len(line) > LONGEST_LINE:  # of a value without end; what is allowed comes last
+        line = f"{line[: LONGEST_LINE // 2]} ... {line[-LONGEST_LINE // 3 :]}"
     print(f"error: {line}", file=sys.stderr)
     raise SystemExit(code)
 

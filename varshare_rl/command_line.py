@@ -17,10 +17,12 @@ from varshare_rl.errors import UserError
 
 #: Flags that show something instead of running, and whether a word follows: True, False, or one of a few.
 _SHOWING: dict[str, bool | tuple[str, ...]] = {
-    **dict.fromkeys(("--cfg", "-c", "--package", "-p"), True),
+    **dict.fromkeys(("--package", "-p"), True),
     **dict.fromkeys(("--resolve", "--hydra-help", "--version", "--shell-completion", "-sc"), False),
     **dict.fromkeys(("--info", "-i"), ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")),
 }
+#: What ``--cfg`` shows.
+_SHOWN = ("job", "hydra", "all")
 #: A number with a point or an exponent, outside of words.
 _DECIMAL = re.compile(r"(?<![\w.+-])[+-]?(?:\d+\.\d*(?:[eE][+-]?\d+)?|\d+[eE][+-]?\d+)(?![\w.])")
 
@@ -56,8 +58,15 @@ def read_words(arguments: Sequence[str]) -> Words:
             if not given or not folder.is_dir():
                 raise UserError(f"{flag} {given!r} is no folder; give one with configurations of yours")
             words.overrides.append(f"hydra.searchpath=['file://{folder}']")
+        elif flag in ("--cfg", "-c"):
+            shown = value if equals else next(left, "")
+            if shown not in _SHOWN:
+                raise UserError(f"{flag} {shown!r} shows nothing; give one of {', '.join(_SHOWN)}")
+            words.showing += ["--cfg", shown]
         elif flag in _SHOWING:
             following = _SHOWING[flag]
+            if equals and isinstance(following, tuple) and value not in following:
+                raise UserError(f"{flag} {value!r} shows nothing; give one of {', '.join(following)}")
             words.showing.append(item)
             if not equals and following is True:
                 words.showing.append(next(left, ""))
@@ -71,6 +80,14 @@ def read_words(arguments: Sequence[str]) -> Words:
     if words.multirun and words.showing:
         raise UserError(f"{words.showing[0]} shows one configuration, and -m is for many; leave out one of them")
     return words
+
+
+def is_folder(path: str) -> bool:
+    """Return True for a folder that is there; what no folder can be called is none."""
+    try:
+        return Path(path).is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def _one_of(choices: tuple[str, ...], arguments: Sequence[str], flag: str) -> list[str]:

@@ -65,7 +65,16 @@ AUTO = "auto"
 #: Options that may be changed when a run goes on.
 RESUMABLE = ("total_transitions", "device", "on_divergence", "evaluate.", "checkpoint.", "log.", "observe.")
 #: Options of a stored configuration that its checkpoint does not depend on.
-CHANGEABLE = (*RESUMABLE, "run_dir", "resume", "overwrite", "plugins", "env.workers", "env.spaces")
+CHANGEABLE = (
+    *RESUMABLE,
+    "run_dir",
+    "resume",
+    "overwrite",
+    "plugins",
+    "env.workers",
+    "env.spaces",
+    "algorithm.replay_folder",
+)
 
 
 _stored: dict[tuple[str, str], Any] = {}
@@ -114,6 +123,8 @@ class CheckpointConfig:
     more; 0: by transitions alone."""
     keep: int = bounded(2, least=1)
     "Checkpoints that stay, the newest ones: where the newest is damaged, the run goes on from the one before."
+    wait_minutes: float = bounded(30.0, least=0, most=10_000)
+    "Minutes that a full disk is waited for; then the run ends, with its last checkpoint to go on from."
 
 
 @dataclass
@@ -181,6 +192,8 @@ class TrainConfig:
     "Start anew in a folder that holds a run, whose files are removed."
     plugins: list[str] = field(default_factory=list)
     "Modules of yours that are imported first and register components."
+    tasks_per_rank: int | None = bounded(None, least=1)
+    "Tasks whose environments a process holds where torchrun starts several; null: some environments of every task."
     matmul_precision: MatmulPrecision = MatmulPrecision.highest
     "`bf16` rounds the factors of large products (SAC on a CPU)."
     overlap: bool = False

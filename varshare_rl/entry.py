@@ -65,6 +65,13 @@ def start(name: str) -> None:
     """Run a command on ``sys.argv``, or print its help."""
     sys.stdout, sys.stderr = (cast(TextIO, LastingStream(stream)) for stream in (sys.stdout, sys.stderr))
     arguments = sys.argv[1:]
+    if name != "train" and int(os.environ.get("WORLD_SIZE", "1")) > 1 and "LOCAL_RANK" in os.environ:
+        if os.environ["LOCAL_RANK"] == "0":
+            print(
+                f"error: {name} runs in one process, and torchrun is for train; python -m varshare_rl.{name}",
+                file=sys.stderr,
+            )
+        raise SystemExit(2)
     asks_for_word = name in WITH_WORDS and bool(arguments) and not arguments[0].startswith("-")
     if wants_help(arguments) and not asks_for_word:
         print(help_text(COMMANDS[name]))

@@ -2,19 +2,88 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import RunFailure, UserError
+
+T = TypeVar("T")
+
+#: Bytes that a disk must have free for a log to be written.
+LEAST_FREE = 4 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFull(RunFailure):
+    """A disk has been full for too long."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """Waits, where a disk is full, until there is room.
+
+    Attributes:
+        minutes: how long.
+        say: what to call with a line when it begins to wait, and when it goes on.
+        stop: ends the waiting at once where it says so.
+    """
+
+    minutes: float = 0.0
+    say: Callable[[str], None] = lambda line: None
+    stop: Callable[[], bool] = lambda: False
+    poll_seconds: float = 0.5
+
+    def __call__(self, action: Callable[[], T], folder: Path) -> T:
+        """Do it again and again while the disk of ``folder`` is full.
+
+        Raises:
+            DiskFull: there was no room in all the time.
+        """
+        ends: float | None = None
+        while True:
+            try:
+                done = action()
+            except Exception as error:
+                if not is_full(error):
+                    raise
+                left = f"the disk of {folder} is full ({shutil.disk_usage(folder).free / 1e6:,.1f} MB free)"
+                if ends is None:
+                    ends = time.monotonic() + 60 * self.minutes
+                    self.say(f"warning: {left}; waiting for room, {self.minutes:g} minutes at most")
+                if time.monotonic() >= ends or self.stop():
+                    raise DiskFull(f"{left}; make room") from error
+                time.sleep(self.poll_seconds)
+            else:
+                if ends is not None:
+                    self.say(f"there is room again in {folder}; going on")
+                return done
+
+    def for_logs(self, folder: Path) -> None:
+        """Wait until there is room for a line of a log and its pictures."""
+        self(lambda: _require_free(folder), folder)
+
+
+def _require_free(folder: Path) -> None:
+    if shutil.disk_usage(folder).free < LEAST_FREE:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def is_full(error: BaseException) -> bool:
+    """Return True for an error that says that a disk, or somebody's share of it, is full."""
+    number = error.errno if isinstance(error, OSError) else None
+    return number in _FULL or any(f"(os error {full})" in str(error) for full in _FULL)  # safetensors'
 
 
 def write_atomically(path: Path | str, content: bytes | str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from experiments.bench.contenders import Setting
 from experiments.bench.report import Section, machine, table, write
 
-CHOICES = ("layer", "update", "gradient", "engine", "train", "scale", "start", "memory")
+CHOICES = ("layer", "update", "gradient", "engine", "train", "scale", "start", "memory", "ranks")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

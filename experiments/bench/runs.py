@@ -25,10 +25,17 @@ class Outcome:
     lines: list[dict[str, Any]]
 
 
-def train(overrides: Sequence[str], setting: Setting, script: str = "") -> Outcome:
-    """Run ``python -m varshare_rl.train`` with ``overrides`` and quiet logs; ``script`` is run before it."""
+def train(overrides: Sequence[str], setting: Setting, script: str = "", ranks: int = 1) -> Outcome:
+    """Run ``python -m varshare_rl.train`` with ``overrides`` and quiet logs; ``script`` is run before it.
+
+    Of several ``ranks`` torchrun is run in its place.
+    """
     with tempfile.TemporaryDirectory() as folder:
         module = "runpy.run_module('varshare_rl.train', run_name='__main__', alter_sys=True)"
+        if ranks > 1:
+            words = ["torchrun", "--nproc-per-node", str(ranks), "-m", "varshare_rl.train"]
+            script = f"sys.argv[:1] = {words}"
+            module = "runpy.run_module('torch.distributed.run', run_name='__main__', alter_sys=True)"
         arguments = [*overrides, "log.quiet=true", "device=cpu", f"run_dir={folder}/run"]
         outcome = python(f"import runpy, sys\n{script}\n{module}", setting, arguments)
         path = Path(folder) / "run" / "metrics.jsonl"

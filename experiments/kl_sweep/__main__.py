@@ -65,6 +65,7 @@ def read(run_dir: Path) -> Row:
     by_network = {name: total_kl(part, len(agent.suite.task_names)).detach() for name, part in modules.items()}
     nats = by_network["actor"]
     sigmas = relative_sigmas({"actor": modules["actor"]})
+    sharing = sharing_document(modules, agent.suite.task_names, 0)["sharing"]  # None: no layer has weights per task
     row: Row = {
         "suite": suite_name(agent.config),
         "network": agent.config.network.name,
@@ -79,7 +80,7 @@ def read(run_dir: Path) -> Row:
         "least_nats": round(float(nats.min()), 3),
         "most_nats": round(float(nats.max()), 3),
         "critic_nats": round(float(by_network["critic"].mean()), 3),
-        "sharing": round(sharing_document(modules, agent.suite.task_names, 0)["sharing"], 6),
+        "sharing": 1.0 if sharing is None else round(sharing, 6),
         "transitions": summary["transitions"],
         "seconds": round(summary["seconds"]),
         "git_commit": summary["conditions"]["git_commit"],

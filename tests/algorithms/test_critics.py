@@ -181,7 +181,7 @@ def test_the_entropy_coefficient_counts_in_units_of_the_values(monkeypatch: pyte
             return drawn
 
     monkeypatch.setattr(learner.actor, "forward", lambda obs, ids: Watched(forward(obs, ids)))
-    batch = learner._normalized(learner.replay.sample(16))
+    batch = learner._prepared(learner.replay.sample(16))
     target = learner._target(batch)
     units = torch.tensor([[1.0], [8.0], [1.0]])  # value_std times alpha
     torch.testing.assert_close(target, -0.99 * units * log_probs[0] * (1 - batch.terminated))
@@ -204,7 +204,7 @@ def test_adaptive_scales_reach_what_is_learnt_from(algorithm: str) -> None:
     if isinstance(learner, SAC):
         learner.reward_scaler.refresh()
         raw = learner.replay.sample(16)
-        reward = learner._normalized(raw).reward
+        reward = learner._prepared(raw).reward
         ratio = reward / raw.reward
         torch.testing.assert_close(ratio, learner.reward_scaler.scales.float().unsqueeze(1).expand(TASKS, 16))
     else:

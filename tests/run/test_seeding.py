@@ -35,13 +35,16 @@ def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
     assert draw() + draw() == expected
 
 
-def test_state_of_absent_devices_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_back: list[tuple[int, int]] = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: put_back.append((int(state[0]), device)))
-    state = rng_state() | {"cuda": [torch.tensor([7]), torch.tensor([8])]}
+def test_the_state_of_the_device_in_use_is_put_back_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_back: list[int] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: put_back.append(int(state[0])))
+    state = rng_state() | {"cuda": [torch.tensor([7]), torch.tensor([8])]}  # of two devices, as formerly
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     load_rng_state(state)
-    assert put_back == [(7, 0)]
+    assert put_back == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    load_rng_state(state)
+    assert put_back == [7]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -104,12 +104,12 @@ class ActorCritic(Algorithm):
     ) -> None:
         spec = context.spec
         self.spec, self.elbo, self.task_ids = spec, context.elbo, spec.task_ids
-        self.regularizer = context.regularizer
+        self.regularizer, self.ranks = context.regularizer, context.ranks
         self.actor, self.critic = build()
         step = partial(
             LossStep, max_grad_norm=config.max_grad_norm, epsilon=epsilon, optimizer=context.optimizer,
             divergence_guard=context.divergence_guard, gradient=context.gradient, num_tasks=spec.num_tasks,
-            log_temperature=log_temperature,
+            log_temperature=log_temperature, ranks=context.ranks,
         )  # fmt: skip
         self.actor_step = step(self.actor, config.learning_rate, aggregator=context.gradient.actor)
         self.critic_step = step(self.critic, config.critic_learning_rate, aggregator=context.gradient.critic)

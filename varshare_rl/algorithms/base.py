@@ -16,6 +16,7 @@ from varshare_rl.optim.divergence_guard import DivergenceGuardConfig
 from varshare_rl.optim.elbo import Elbo
 from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.optim.optimizer import OptimizerConfig
+from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
 
@@ -121,6 +122,10 @@ class Algorithm(Stateful, ABC):
     def memory_bytes(self) -> dict[str, int]:
         """Predict the bytes of everything training holds, by its purpose."""
 
+    def own_state(self) -> Tree:
+        """Return the entries of :meth:`state` that each rank has its own of."""
+        return {}
+
     @abstractmethod
     def largest_product(self) -> int:
         """Return the multiplications in the largest product of an update."""
@@ -170,6 +175,7 @@ class AgentContext:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     divergence_guard: DivergenceGuardConfig = field(default_factory=DivergenceGuardConfig)
     regularizer: Regularizer | None = None
+    ranks: Ranks = ALONE
 
     def value_network(self) -> ValueNetwork:
         """Return a fresh state value, on the device of the tasks."""

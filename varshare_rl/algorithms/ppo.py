@@ -136,6 +136,8 @@ class PPO(ActorCritic):
         super().__init__(config, context, build, epsilon=1e-5)
         self.config = config
         self.rollout = Rollout(-(-config.rollout_transitions_per_task // spec.envs_per_task), spec.device)
+        rows = max(self.rollout.vector_steps * spec.envs_per_task // config.minibatches, 1)
+        context.ranks.require_even(rows, "a minibatch (algorithm.rollout_transitions_per_task / minibatches)")
         self._acted: list[tuple[Tensor, Sample]] = []
 
     @torch.no_grad()
@@ -186,36 +188,42 @@ class PPO(ActorCritic):
         data, explained_variance = self._training_data()
         held = data["obs"].shape[1]  # transitions of a task in the rollout
         done: list[dict[str, Tensor]] = []
-        for batch in minibatches(data, config.epochs, config.minibatches):  # sample
-            with self.weight_sampler.replay(batch.get("draws")):
-                distribution = self.policy(batch["obs"])
-            log_prob, entropy = distribution.log_prob(batch["raw_action"]), distribution.entropy().mean(-1)
-            policy = ppo_policy_loss(log_prob, batch["log_prob"], batch["advantage"], config.clip)
-            policy_kl = finite_mean(policy.approximate_kl)  # a task that has diverged stops nobody
-            if done and config.target_kl is not None and float(policy_kl) > config.target_kl:
-                break  # the first step is always made: there the ratio is 1
-            actor_losses = policy.loss - self.entropy_weight() * entropy
-            self.actor_step.aggregate(actor_losses + self.penalty("actor", held))
-            actor_norm = self.actor_step.clip()
-            self.actor_step.step(actor_norm)
+        with self.ranks.dividing():
+            for batch in minibatches(data, config.epochs, config.minibatches):  # sample
+                own = {name: self.ranks.rows(value) for name, value in batch.items()}
+                with self.weight_sampler.replay(own.get("draws")):
+                    distribution = self.policy(own["obs"])
+                log_prob, entropy = distribution.log_prob(own["raw_action"]), distribution.entropy().mean(-1)
+                policy = ppo_policy_loss(log_prob, own["log_prob"], own["advantage"], config.clip)
+                policy_losses, entropy, kl, clip_fraction = self.ranks.mean(
+                    policy.loss, entropy, policy.approximate_kl, policy.clip_fraction
+                )
+                policy_kl = finite_mean(kl)  # a task that has diverged stops nobody
+                if done and config.target_kl is not None and float(policy_kl) > config.target_kl:
+                    break  # the first step is always made: there the ratio is 1
+                actor_losses = policy_losses - self.entropy_weight() * entropy
+                self.actor_step.aggregate(actor_losses + self.penalty("actor", held))
+                actor_norm = self.actor_step.clip()
+                self.actor_step.step(actor_norm)
 
-            self.critic.track(batch["target"])
-            critic_losses = self._value_losses(batch)
-            self.critic_step.aggregate(critic_losses + self.penalty("critic", held, self.critic.nat(critic_losses)))
-            critic_norm = self.critic_step.clip()
-            self.critic_step.step(critic_norm)
+                self.critic.track(batch["target"])
+                (critic_losses,) = self.ranks.mean(self._value_losses(own))
+                nat = self.critic.nat(critic_losses)
+                self.critic_step.aggregate(critic_losses + self.penalty("critic", held, nat))
+                critic_norm = self.critic_step.clip()
+                self.critic_step.step(critic_norm)
 
-            self.elbo.step(self.trained_modules(), partial(self._loss_gap, batch, critic_losses))
-            self.updates += 1
-            done.append({
-                "policy": policy.loss.detach().mean(),
-                "value": critic_losses.detach().mean(),
-                "entropy": entropy.detach().mean(),
-                "approximate_kl": policy_kl,
-                "clip_fraction": policy.clip_fraction.mean(),
-                "actor_grad_norm": actor_norm,
-                "critic_grad_norm": critic_norm,
-            })  # fmt: skip
+                self.elbo.step(self.trained_modules(), partial(self._loss_gap, own, critic_losses))
+                self.updates += 1
+                done.append({
+                    "policy": policy_losses.detach().mean(),
+                    "value": critic_losses.detach().mean(),
+                    "entropy": entropy.detach().mean(),
+                    "approximate_kl": policy_kl,
+                    "clip_fraction": clip_fraction.mean(),
+                    "actor_grad_norm": actor_norm,
+                    "critic_grad_norm": critic_norm,
+                })  # fmt: skip
         self.rollout.position = 0
         self.finish_update(updates_before)
         self.weight_sampler.resample()
@@ -242,7 +250,9 @@ class PPO(ActorCritic):
         mean = self.elbo.config.draw.targets is TargetDraw.mean
         with posterior_mean(self.critic) if mean else nullcontext():
             value, next_value = (
-                self.critic(rollout[name].flatten(1, 2), self.task_ids).view_as(rollout["reward"])
+                self.ranks.by_rows(
+                    lambda obs: self.critic(obs, self.task_ids), rollout[name].flatten(1, 2)
+                ).view_as(rollout["reward"])
                 for name in ("obs", "next_obs")
             )
         advantage = gae(
@@ -269,7 +279,7 @@ class PPO(ActorCritic):
     def _loss_gap(self, batch: dict[str, Tensor], losses: Tensor) -> Tensor:
         """Return the critic's losses with theta alone minus its ``losses [T]``."""
         with theta_only(self.critic):
-            alone = self._value_losses(batch)
+            (alone,) = self.ranks.mean(self._value_losses(batch))
         return alone - losses
 
     def rows_per_update(self) -> int:

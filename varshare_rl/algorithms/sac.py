@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -34,6 +36,9 @@ class SACConfig:
     name: str = "sac"
     replay_capacity_per_task: int = bounded(100_000, least=1)
     "Transitions of every task that the replay holds."
+    replay_folder: str | None = None
+    """A folder for a file that the replay is mapped to, where it is too large for memory; it is gone with the
+    process."""
     batch_per_task: int = bounded(128, least=1)
     "Transitions of every task in an update."
     tasks_per_update: int | None = bounded(None, least=1)
@@ -69,6 +74,13 @@ class SACConfig:
     the largest one of a task (`ars`)."""
     resets: int = bounded(0, least=0)
     "Times that networks start anew, spread evenly over the budget; the replay stays."
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for a replay folder that is not there."""
+        if self.replay_folder is not None and not os.path.isdir(self.replay_folder):
+            raise UserError(
+                f"{prefix}replay_folder is {self.replay_folder}, which is no folder; give one that is there"
+            )
 
     def build(self, context: AgentContext) -> SAC:
         """Make the algorithm. Raises UserError if the actions are discrete."""
@@ -123,8 +135,9 @@ class SAC(ActorCritic):
         )
         self.replay = ReplayBuffer(
             spec.num_tasks, config.replay_capacity_per_task, spec.obs_size, spec.action_size,
-            spec.device,
+            spec.device, config.replay_folder, context.ranks,
         )  # fmt: skip
+        context.ranks.require_even(config.batch_per_task, "algorithm.batch_per_task")
         self.task_subset = TaskSubset(
             spec.num_tasks, config.tasks_per_update or spec.num_tasks,
             [self.actor, self.critic, self.target_critic, self.normalizer, self.reward_scaler], [self.log_alpha],
@@ -164,20 +177,22 @@ class SAC(ActorCritic):
     def update(self) -> Scalars:
         """Make one step of critics, actor, entropy coefficients and targets, for the tasks whose turn it is."""
         held = len(self.replay)  # transitions of a task
-        with self.task_subset.turn() as subset:
+        with self.ranks.dividing(), self.task_subset.turn() as subset:
             self.task_ids = self.spec.task_ids if subset is None else subset
-            batch = self._normalized(self.replay.sample(self.config.batch_per_task, subset))
+            batch = self._prepared(self.replay.sample(self.config.batch_per_task, subset))
             with drawn_once(self.actor), drawn_once(self.critic):
                 target = self._target(batch)
-                self.critic.track(target, self.target_critic)
+                if self.critic.statistics is not None:
+                    self.critic.track(self.ranks.all_rows(target), self.target_critic)
                 critic_losses, q = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
+                critic_losses, value = self.ranks.mean(critic_losses, q.mean())
                 self.critic_step.aggregate(
                     critic_losses + self.penalty("critic", held, self.critic.nat(critic_losses))
                 )
                 critic_norm = self.critic_step.clip()
                 self.critic_step.step(critic_norm)
 
-                actor_losses, log_prob = self._actor_losses(batch)
+                actor_losses, log_prob = self.ranks.mean(*self._actor_losses(batch))
                 self.actor_step.aggregate(actor_losses + self.penalty("actor", held, self.log_alpha.detach().exp()))
                 actor_norm = self.actor_step.clip()
                 self.actor_step.step(actor_norm)
@@ -191,7 +206,7 @@ class SAC(ActorCritic):
             scalars: Scalars = {
                 "loss/critic": critic_losses.detach().mean(),
                 "loss/actor": actor_losses.detach().mean(),
-                "loss/value": q.mean(),
+                "loss/value": value,
                 "loss/entropy": -log_prob.mean(),
                 "loss/entropy_coefficient": self.log_alpha.detach().exp().mean(),
                 "loss/actor_grad_norm": actor_norm,
@@ -205,13 +220,11 @@ class SAC(ActorCritic):
         return scalars
 
     @torch.no_grad()
-    def _normalized(self, batch: ReplayBatch) -> ReplayBatch:
+    def _prepared(self, batch: ReplayBatch) -> ReplayBatch:
+        """Return this rank's rows of a batch, normalised."""
+        obs, action, reward, terminated, next_obs = map(self.ranks.rows, vars(batch).values())
         return ReplayBatch(
-            self.normalizer(batch.obs),
-            batch.action,
-            self.reward_scaler(batch.reward),
-            batch.terminated,
-            self.normalizer(batch.next_obs),
+            self.normalizer(obs), action, self.reward_scaler(reward), terminated, self.normalizer(next_obs)
         )
 
     @torch.no_grad()
@@ -236,7 +249,8 @@ class SAC(ActorCritic):
     def _loss_gap(self, batch: ReplayBatch, target: Tensor, losses: Tensor) -> Tensor:
         """Return the critics' losses with theta alone minus their ``losses [T]``."""
         with theta_only(self.critic):
-            alone, _ = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
+            losses_alone, _ = self.critic.loss(batch.obs, batch.action, self.task_ids, target)
+            (alone,) = self.ranks.mean(losses_alone)
         return alone - losses
 
     def _target_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
@@ -246,6 +260,9 @@ class SAC(ActorCritic):
         unused = {id(parameter) for parameter in sigmas}
         kept = [pair for pair in zip(targets, sources, strict=True) if id(pair[1]) not in unused]
         return [target for target, _ in kept], [source for _, source in kept]
+
+    def own_state(self) -> Tree:
+        return {"replay": self.replay.state()}
 
     def measure_conflict(self) -> None:
         """Have the next update measure it if it is of all tasks."""
@@ -268,7 +285,7 @@ class SAC(ActorCritic):
         return {
             **self.common_bytes(share=self.task_subset.share),
             "targets": 4 * sum(parameter.numel() for parameter in self.target_critic.parameters()),
-            "replay": 4 * self.replay.rows.numel(),
+            "replay": 0 if self.config.replay_folder is not None else 4 * math.prod(self.replay.shape),
         }
 
     def take_over_critic(self, state: Tree) -> None:

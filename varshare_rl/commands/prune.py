@@ -27,11 +27,11 @@ from torch import Tensor
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent, run_provenance
 from varshare_rl.cli import run_command
-from varshare_rl.commands.common import evaluation_engine, make_folder, output_folder, read_options
+from varshare_rl.commands.common import evaluation_engine, output_folder, read_options
 from varshare_rl.config import Device
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.files import write_json
+from varshare_rl.files import whole_folder, write_json
 from varshare_rl.nn.actor import CategoricalActor
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.layer import posterior_layers
@@ -122,10 +122,10 @@ def write_pruned(
     saved = agent.state["algorithm"]
     tree = {name: agent.state[name] for name in ("transitions", "updates", "seconds")}
     tree["algorithm"] = {name: state for name, state in algorithm.policy_state().items() if name in saved}
-    make_folder(out)
-    save_checkpoint(out, "last", agent.state["transitions"], tree)
-    write_json(out / "pruning.json", result)
-    shutil.copyfile(run_dir / "config.yaml", out / "config.yaml")
+    with whole_folder(out) as hidden:
+        save_checkpoint(hidden, "last", agent.state["transitions"], tree)
+        write_json(hidden / "pruning.json", result)
+        shutil.copyfile(run_dir / "config.yaml", hidden / "config.yaml")
 
 
 @torch.no_grad()

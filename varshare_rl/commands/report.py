@@ -14,11 +14,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from omegaconf import DictConfig
 
 from varshare_rl.cli import errors_in_one_line, fail, run_command, take_plugins
+from varshare_rl.command_line import is_folder
 from varshare_rl.commands.common import ReportConfig, read_options
 from varshare_rl.entry import help_text, wants_help
 from varshare_rl.registry import registered
@@ -38,7 +38,7 @@ def main() -> None:
     if wants_help(sys.argv[1:]):
         print(help_text(config.__module__))
         return
-    folders = [item for item in sys.argv[1:] if config.takes_folders and is_folder(item)]
+    folders = [item for item in sys.argv[1:] if config.takes_folders and is_run_folder(item)]
     sys.argv[1:] = [item for item in sys.argv[1:] if item not in folders]
 
     def make(composed: DictConfig) -> None:
@@ -47,9 +47,9 @@ def main() -> None:
     run_command(f"report_{name}", make, config)
 
 
-def is_folder(argument: str) -> bool:
+def is_run_folder(argument: str) -> bool:
     """Return True for a folder, rather than ``key=value`` or an option of Hydra."""
-    return Path(argument).is_dir() or ("=" not in argument and not argument.startswith("-"))
+    return is_folder(argument) or ("=" not in argument and not argument.startswith("-"))
 
 
 command = main

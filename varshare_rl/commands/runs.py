@@ -164,8 +164,8 @@ def command() -> None:
         return
     try:
         main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, ValueError) as error:  # the latter of names that no folder can have
+        print("error:", " ".join(str(error).split())[:500], file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from rich.text import Text
 from varshare_rl.adapters import Adapter, read_adapter, write_adapter
 from varshare_rl.adapters.folder import is_adapter, maker
 from varshare_rl.cli import errors_in_one_line
+from varshare_rl.command_line import is_folder
 from varshare_rl.entry import wants_help
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
@@ -40,6 +42,8 @@ from varshare_rl.transfer.share.model import Share, add, consolidate
 MAKER = "share reconstruct"
 #: Layers and tasks beyond these are in basis.json and not on screen.
 SHOWN = 20
+#: Folders of the adapters of an exported policy: `<task>_peft/actor`.
+EXPORTED = re.compile(r"actor|critic(_\d+)?")
 
 
 @dataclass
@@ -48,7 +52,8 @@ class ConsolidateConfig(ShareConfig):
 
         python -m varshare_rl.share consolidate adapters/* out=basis k.max_error=0.05
 
-        <folders>          adapters in the format of the peft library; a task takes its folder's name (needed)
+        <folders>          adapters in the format of the peft library (needed); a task takes its folder's name, and
+                           that of the folder above for the actor and critic of an exported policy
         out=<folder>       of the new basis (needed)
         k.max_error=0.05   largest relative error of a task in a layer; or k.explained, or k.fixed
         method=share       or paper, delta (with centred=true: minus their mean)
@@ -69,7 +74,7 @@ class AddConfig:
 
         basis=<folder>     made by consolidate; it is replaced (needed)
         adapter=<folder>   in the format of the peft library (needed)
-        name=<name>        of the task; the folder's name unless given
+        name=<name>        of the task; as for consolidate unless given
         merge=needed       when the basis is decomposed again: needed, always or never
 
     All keys: docs/share.md.
@@ -120,7 +125,7 @@ def run_consolidate(given: ConsolidateConfig, folders: Sequence[str]) -> None:
     for folder in folders:
         name = task_name(folder)
         if name in adapters:
-            raise UserError(f"two adapters are called {name!r} ({folder}); a task takes the name of its folder")
+            raise UserError(f"two adapters are called {name!r} ({folder}); a task takes its folder's name")
         adapters[name] = read_adapter(folder)[0]
     begin = time.perf_counter()
     share = consolidate(adapters, config)
@@ -156,12 +161,13 @@ def run_reconstruct(config: ReconstructConfig, folders: Sequence[str]) -> None:
 
 
 def task_name(folder: str) -> str:
-    """Return the last part of a folder's path.
+    """Return the last part of a folder's path, or of an exported policy's, which has ``actor`` in it, that above.
 
     Raises:
         UserError: it is no text.
     """
-    name = Path(folder).resolve().name
+    path = Path(folder).resolve()
+    name = path.parent.name if EXPORTED.fullmatch(path.name) else path.name
     try:
         name.encode()
     except UnicodeEncodeError as error:
@@ -238,7 +244,7 @@ def main(arguments: Sequence[str]) -> None:
     if wants_help(arguments):
         print(inspect.getdoc(schema))
         return
-    folders = [item for item in arguments[1:] if "=" not in item or Path(item).is_dir()]
+    folders = [item for item in arguments[1:] if "=" not in item or is_folder(item)]
     config = [item for item in arguments[1:] if item not in folders]
     if any(item.startswith("k=") for item in config):
         raise UserError("k is a rule, not a number; give one of k.max_error, k.explained and k.fixed")

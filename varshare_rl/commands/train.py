@@ -25,6 +25,7 @@ All keys: docs/configuration.md; --cfg job shows them with their values.
 
 from __future__ import annotations
 
+import os
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -48,11 +49,13 @@ from varshare_rl.config import (
 from varshare_rl.config_checks import check_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
+from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import RunFailure, Terminated, UserError
-from varshare_rl.files import write_atomically, write_json
+from varshare_rl.files import DiskFull, write_atomically, write_json
 from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.overrides import override
+from varshare_rl.ranks import ALONE, LostRank, Ranks
 from varshare_rl.reading import read_object, reading
 from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
@@ -60,6 +63,7 @@ from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
 from varshare_rl.run.loop import Diverged, Interrupted, OnDivergence, Run
+from varshare_rl.run.process import joined_ranks
 from varshare_rl.run.results import summary
 from varshare_rl.sweeps.command import RunCommand
 from varshare_rl.sweeps.sweep import run_training
@@ -92,27 +96,37 @@ def run_config(
         run_dir = Path(config.resume)
         if not run_dir.is_dir():
             raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
-        with held_folder(run_dir):
-            resume(run_dir, overrides, makers, callbacks)
+        ranks = joined_ranks()
+        with ranks.entered(held_folder(run_dir)):
+            resume(run_dir, overrides, makers, callbacks, ranks)
         return run_dir
     check_config(config)
+    if config.resume is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        raise UserError("torchrun --max-restarts starts the same command again; give run_dir=<folder> resume=auto")
     auto, overwrite = config.resume is not None, config.overwrite
     config = replace(config, resume=None, overwrite=False)  # which are not the run's
     suite = build_suite(config, makers)
     parts = (suite.name, config.algorithm.name, config.network.name, f"s{config.seed}")
-    wanted = name_folder(config.run_dir, parts, dated=not auto)
-    if auto and (wanted / CONFIG_FILE).exists():
-        with held_folder(wanted):
-            if not is_done(wanted, as_built(config, makers)):
-                go_on(wanted, config, makers, callbacks)
-            else:
+    ranks = joined_ranks()
+    wanted = ranks.from_first(lambda: name_folder(config.run_dir, parts, dated=not auto))
+    if auto and ranks.from_first((wanted / CONFIG_FILE).exists):
+        with ranks.entered(held_folder(wanted)):
+            if not ranks.from_first(lambda: is_done(wanted, as_built(config, makers))):
+                go_on(wanted, config, makers, callbacks, ranks)
+            elif ranks.first:
                 Console(config.total_transitions).message(f"done already: {wanted / 'summary.json'}")
         return wanted
     if overwrite:
         as_built(config, makers)  # before anything is lost
-    with new_folder(wanted, config.run_dir is None and not auto, overwrite) as run_dir:
-        train(config, build_run(config, suite, run_dir), None, callbacks)
+    with ranks.entered(new_folder(wanted, config.run_dir is None and not auto, overwrite)) as run_dir:
+        train(config, built(config, suite, run_dir, None, ranks), None, callbacks)
     return run_dir
+
+
+def built(config: TrainConfig, suite: Suite, run_dir: Path, state: Tree | None, ranks: Ranks) -> Run:
+    """Build a run that is new, or goes on from ``state``; what fails on one of the ranks fails on all."""
+    at, seconds = (None, 0.0) if state is None else (state["transitions"], state["seconds"])
+    return ranks.together(lambda: build_run(config, suite, run_dir, at, seconds, ranks=ranks))
 
 
 def as_built(config: TrainConfig, makers: Mapping[str, Maker] | None = None) -> TrainConfig:
@@ -146,6 +160,7 @@ def resume(
     overrides: Sequence[str],
     makers: Mapping[str, Maker] | None = None,
     callbacks: Callbacks | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Go on with the run in ``run_dir``; ``overrides`` may change what :data:`RESUMABLE` names."""
     overrides = [item for item in overrides if not item.startswith(("resume=", "plugins="))]
@@ -157,11 +172,11 @@ def resume(
     merged = OmegaConf.merge(stored, OmegaConf.from_dotlist([whole_numbers(item) for item in overrides]))
     config = cast(TrainConfig, OmegaConf.to_object(merged))
     check_config(config)
-    if is_done(run_dir, config):
+    if ranks.from_first(lambda: is_done(run_dir, config)):
         raise UserError(
             f"{run_dir} has done its {config.total_transitions} transitions already; give more total_transitions"
         )
-    go_on(run_dir, config, makers, callbacks)
+    go_on(run_dir, config, makers, callbacks, ranks)
 
 
 def go_on(
@@ -169,6 +184,7 @@ def go_on(
     config: TrainConfig,
     makers: Mapping[str, Maker] | None = None,
     callbacks: Callbacks | None = None,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train from the last checkpoint in ``run_dir`` to the end of ``config``."""
     if makers is None and config.env.name == ObjectsConfig.name:
@@ -176,14 +192,18 @@ def go_on(
             f"the environments of {run_dir} are Python objects; give them: "
             f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
         )
-    _, state = newest_checkpoint(run_dir)
+    _, state = newest_checkpoint(run_dir, ranks=ranks)
     with fitting(run_dir):
         check_unchanged(run_dir, config, state)
+    if state.get("ranks", 1) != ranks.size:
+        raise UserError(
+            f"{run_dir} was trained by {counted(state.get('ranks', 1), 'rank')} and not {ranks.size}; start as "
+            "many: torchrun --nproc-per-node <ranks> -m varshare_rl.train ..."
+        )
     if "engine" not in state:
         raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")
     suite = build_suite(config, makers)
-    run = build_run(config, suite, run_dir, resumed_at=state["transitions"], seconds=state["seconds"])
-    train(config, run, state, callbacks)
+    train(config, built(config, suite, run_dir, state, ranks), state, callbacks)
 
 
 def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callbacks | None = None) -> None:
@@ -200,20 +220,23 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
         try:
             return attempt(config, run, state, 0.5**halvings)
         except RunFailure as failure:
+            if isinstance(failure, LostRank | DiskFull):
+                raise type(failure)(f"{failure}; go on from the last checkpoint with {going_on(run)}") from failure
             diverged = isinstance(failure, Diverged)
             failures = failures + 1 if run.transitions <= furthest else 1
             furthest = max(furthest, run.transitions)
             may_go_on = not diverged or config.on_divergence is OnDivergence.rollback
             if failures > MOST_FAILURES or not may_go_on or not (run.run_dir / CONFIG_FILE).exists():
-                report_failure(run, failure)
+                if run.ranks.first:
+                    report_failure(run, failure)
                 raise
-            _, state = newest_checkpoint(run.run_dir)
+            _, state = newest_checkpoint(run.run_dir, ranks=run.ranks)
             halvings = diverged * (1 + halvings * (state["transitions"] == before))
             rate = f" with {0.5**halvings:g} of the learning rate" if halvings else ""
             run.console.message(
                 f"warning: {failure}; going on from the checkpoint at {state['transitions']:,} transitions{rate}"
             )
-            run = build_run(config, run.suite, run.run_dir, state["transitions"], state["seconds"])
+            run = built(config, run.suite, run.run_dir, state, run.ranks)
 
 
 def report_failure(run: Run, failure: RunFailure) -> None:
@@ -222,10 +245,12 @@ def report_failure(run: Run, failure: RunFailure) -> None:
         return
     path = run.run_dir / FAILURE_FILE
     write_atomically(path, "".join(traceback.format_exception(failure)) + failure.details)
-    run.console.message(
-        f"the traceback is in {path}; go on from the last checkpoint with:\n"
-        f"    python -m varshare_rl.train {override('resume', run.run_dir)}"
-    )
+    run.console.message(f"the traceback is in {path}; go on from the last checkpoint with:\n    {going_on(run)}")
+
+
+def going_on(run: Run) -> str:
+    """Return the command that goes on with a run."""
+    return f"{run.ranks.launcher} -m varshare_rl.train {override('resume', run.run_dir)}"
 
 
 def attempt(config: TrainConfig, run: Run, state: Tree | None, rate_factor: float) -> None:
@@ -238,12 +263,14 @@ def attempt(config: TrainConfig, run: Run, state: Tree | None, rate_factor: floa
         else:
             run.load_state(state)
             run.algorithm.slow_down(rate_factor)
+        if run.ranks.first:
             (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a smaller budget
-        write_atomically(run.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
+            write_atomically(run.run_dir / CONFIG_FILE, OmegaConf.to_yaml(OmegaConf.structured(config)))
         begun = True
         run.tracker.begin(comparing_options(config, run), comparing_metrics(run))
         evaluation = run.train()
-        write_summary(config, run, evaluation)
+        if run.ranks.first:
+            write_summary(config, run, evaluation)
         run.tracker.end()
         run.console.message(f"done: {run.run_dir / 'summary.json'}")
     except (Interrupted, KeyboardInterrupt, Terminated) as stop:
@@ -251,7 +278,7 @@ def attempt(config: TrainConfig, run: Run, state: Tree | None, rate_factor: floa
             what = f"stopped by {stop} at {run.transitions:,} transitions, all saved; go on with:"
             if not isinstance(stop, Interrupted):  # a second signal, or none that the loop could see
                 what = "stopped at once; go on from the last checkpoint with:"
-            run.console.message(f"{what}\n    python -m varshare_rl.train {override('resume', run.run_dir)}")
+            run.console.message(f"{what}\n    {going_on(run)}")
         raise
     finally:
         run.close()
@@ -289,6 +316,7 @@ def describe(config: TrainConfig, run: Run) -> None:
             **describe_posterior(config, run),
             "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
+            **({"ranks": f"{run.ranks.size}, which divide environments and batches"} if run.ranks.size > 1 else {}),
             "transitions": f"{config.total_transitions:,} in total",
             "time": "left is told after the first updates; Ctrl-C saves, and resume goes on",
         },

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
+import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from varshare_rl.errors import UserError
+from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.state import Stateful
 from varshare_rl.types import Transition
 
@@ -90,17 +97,29 @@ class ReplayBuffer(Stateful):
         obs_size: ``F``.
         action_size: ``A``.
         device: where the memory lives.
+        folder: of a file that the memory is mapped to, which is gone with the process; None: plain memory.
+        ranks: each of them is given all transitions and holds every ``size``-th; batches are of those of all.
     """
 
     state_fields = ("position", "filled", "rows=filled_rows")
 
     def __init__(
-        self, num_tasks: int, capacity_per_task: int, obs_size: int, action_size: int, device: torch.device
+        self,
+        num_tasks: int,
+        capacity_per_task: int,
+        obs_size: int,
+        action_size: int,
+        device: torch.device,
+        folder: str | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.num_tasks, self.capacity = num_tasks, capacity_per_task
+        self.num_tasks, self.capacity, self.ranks = num_tasks, capacity_per_task, ranks
+        self.folder, self.device = folder, device if folder is None else torch.device("cpu")
+        held = self._held(capacity_per_task)
         self.sizes = [obs_size, action_size, 1, 1, obs_size]
-        self.rows = torch.zeros(num_tasks, capacity_per_task, sum(self.sizes), device=device)
-        self.offsets = (torch.arange(num_tasks, device=device) * capacity_per_task).unsqueeze(1)
+        self.shape = (num_tasks, held, sum(self.sizes))
+        self.batch_device = device
+        self.offsets = (torch.arange(num_tasks, device=self.device) * held).unsqueeze(1)
         self.position = 0
         self.filled = 0
 
@@ -108,14 +127,34 @@ class ReplayBuffer(Stateful):
         """Return the number of transitions held per task."""
         return self.filled
 
+    @cached_property
+    def rows(self) -> Tensor:
+        """The memory, ``[T, capacity, row]``; made at its first use, as an agent that only acts has none.
+
+        Raises:
+            UserError: the folder cannot hold it.
+        """
+        if self.folder is None:
+            return torch.zeros(self.shape, device=self.device)
+        size = 4 * math.prod(self.shape)
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # a page that finds no room later would end the process
+                return torch.from_numpy(np.memmap(file, np.float32, "r+", shape=self.shape))
+        except OSError as error:
+            raise UserError(
+                f"algorithm.replay_folder={self.folder} cannot hold {size / 1e9:,.1f} GB ({error.strerror})"
+            ) from error
+
     @property
-    def filled_rows(self) -> Tensor:
-        """The filled part of the memory, ``[T, filled, row]``."""
-        return self.rows[:, : self.filled]
+    def filled_rows(self) -> list[Tensor]:
+        """The filled part of the memory, ``[filled, row]`` for every task, views that need no copy."""
+        return list(self.rows[:, : self._held(self.filled)])
 
     @filled_rows.setter
-    def filled_rows(self, rows: Tensor) -> None:
-        self.rows[:, : self.filled] = rows
+    def filled_rows(self, rows: list[Tensor]) -> None:
+        for held, saved in zip(self.rows, rows, strict=True):
+            held[: self._held(self.filled)] = saved
 
     def add(self, transition: Transition) -> None:
         """Append one vector step: ``E`` transitions of every task."""
@@ -126,20 +165,35 @@ class ReplayBuffer(Stateful):
             transition.terminated.unsqueeze(-1).float(),
             transition.next_obs,
         )
-        new = torch.cat(parts, dim=-1)  # [T, E, row]
+        new = torch.cat(parts, dim=-1).to(self.device)  # [T, E, row]
         count = new.shape[1]
         first = min(count, self.capacity - self.position)
-        self.rows[:, self.position : self.position + first] = new[:, :first]
+        self._put(self.position, new[:, :first])
         if first < count:
-            self.rows[:, : count - first] = new[:, first:]
+            self._put(0, new[:, first:])
         self.position = (self.position + count) % self.capacity
         self.filled = min(self.filled + count, self.capacity)
 
     def sample(self, batch_per_task: int, task_ids: Tensor | None = None) -> ReplayBatch:
         """Draw transitions of every task, or of ``task_ids [K]``, uniformly and with replacement."""
-        offsets = self.offsets if task_ids is None else self.offsets[task_ids.to(self.offsets.device)]
+        offsets = self.offsets if task_ids is None else self.offsets[task_ids.to(self.device)]
         shape = (len(offsets), batch_per_task)
-        index = torch.randint(self.filled, shape, device=self.rows.device) + offsets
-        rows = self.rows.view(-1, self.rows.shape[-1]).index_select(0, index.view(-1)).view(*shape, -1)
+        index = torch.randint(self.filled, shape, device=self.device)
+        size, rank = self.ranks.size, self.ranks.rank
+        places = index if size == 1 else (index // size).clamp_max(self.shape[1] - 1)
+        rows = self.rows.view(-1, self.shape[-1]).index_select(0, (places + offsets).view(-1)).view(*shape, -1)
+        rows = rows.to(self.batch_device)
+        if size > 1:
+            rows = self.ranks.unite(torch.where((index % size == rank).unsqueeze(-1).to(rows.device), rows, 0.0))
         obs, action, reward, terminated, next_obs = torch.split(rows, self.sizes, dim=-1)
         return ReplayBatch(obs, action, reward.squeeze(-1), terminated.squeeze(-1), next_obs)
+
+    def _put(self, position: int, rows: Tensor) -> None:
+        """Write ``rows [T, K, row]`` from ``position`` of the ring on, as far as they are this rank's."""
+        own = rows[:, (self.ranks.rank - position) % self.ranks.size :: self.ranks.size]
+        first = self._held(position)
+        self.rows[:, first : first + own.shape[1]] = own
+
+    def _held(self, positions: int) -> int:
+        """Return the number of this rank's among the first positions of the ring."""
+        return len(range(self.ranks.rank, positions, self.ranks.size))

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from varshare_rl.envs.division import Part
 from varshare_rl.envs.suite import FloatArray, Frame, IntArray, PendingActions, State, Step, check_identity
 from varshare_rl.errors import UserError
 
@@ -77,21 +78,26 @@ class BatchedEngine:
     starts from the draw of episode ``j * E + e`` of its stream, so the same episodes are seen for any ``E``.
     """
 
-    def __init__(self, dynamics: Dynamics, envs_per_task: int, seed: int, evaluation: bool) -> None:
+    def __init__(
+        self, dynamics: Dynamics, envs_per_task: int, seed: int, evaluation: bool, part: Part | None = None
+    ) -> None:
         if envs_per_task < 1:
             raise UserError(f"envs_per_task={envs_per_task}: at least 1 is needed; give a positive number")
         if not 0 <= seed < 2**64:
             raise UserError(f"seed={seed}: seeds are whole numbers from 0 to 2**64 - 1; give one of those")
         self.num_tasks = len(dynamics.streams)
-        self.envs_per_task = envs_per_task
+        self._whole, envs = envs_per_task, range(envs_per_task) if part is None else part.envs
+        self.envs_per_task = len(envs)
+        self._part = {} if part is None else {"tasks": list(part.tasks), "envs": list(envs)}
         self._dynamics = dynamics
         self._evaluation = evaluation
         self._seed = seed
         self._key = (seed & 0xFFFFFFFF, seed >> 32)
-        self._task_id = np.repeat(np.arange(self.num_tasks, dtype=np.int64)[:, None], envs_per_task, axis=1)
-        self._stream = np.repeat(dynamics.streams[:, None], envs_per_task, axis=1)
-        self._slot = np.repeat(np.arange(envs_per_task, dtype=np.int64)[None], self.num_tasks, axis=0)
-        self._turns = PendingActions(self.num_tasks, envs_per_task)
+        tasks = np.arange(self.num_tasks, dtype=np.int64) if part is None else np.array(part.tasks, np.int64)
+        self._task_id = np.repeat(tasks[:, None], len(envs), axis=1)
+        self._stream = np.repeat(dynamics.streams[:, None], len(envs), axis=1)
+        self._slot = np.repeat(np.array(envs, dtype=np.int64)[None], self.num_tasks, axis=0)
+        self._turns = PendingActions(self.num_tasks, len(envs))
         self._actions: npt.NDArray[Any] = np.zeros(0)
         self.reset()
 
@@ -178,13 +184,14 @@ class BatchedEngine:
             "envs_per_task": self.envs_per_task,
             "seed": self._seed,
             "evaluation": self._evaluation,
+            **self._part,
         }
 
     def _starts(self, where: npt.NDArray[np.bool_]) -> Float64Array:
         """First states of the current episodes of the chosen slots, ``[N, S]``."""
         episode, slot = self._episode[where], self._slot[where]
         if self._evaluation:
-            episode, slot = episode * self.envs_per_task + slot, np.zeros_like(slot)
+            episode, slot = episode * self._whole + slot, np.zeros_like(slot)
         phase = np.full_like(slot, int(self._evaluation))
         counters = np.stack([self._stream[where], slot, episode, phase], axis=-1).astype(np.uint64)
         return self._dynamics.initial(philox(counters, self._key).astype(np.float64) / 2.0**32)

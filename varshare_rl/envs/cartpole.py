@@ -20,6 +20,7 @@ from gymnasium.spaces import Box, Discrete
 from PIL import Image, ImageDraw
 
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
+from varshare_rl.envs.division import Part
 from varshare_rl.envs.suite import Frame, Provenance, Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
@@ -178,6 +179,11 @@ class CartPoleSuite(Suite):
         """See ``Suite.make_rendering_engine``."""
         return self.make_engine(1, seed, evaluation=True)
 
-    def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> BatchedEngine:
+    def make_engine(
+        self, envs_per_task: int, seed: int, evaluation: bool = False, part: Part | None = None
+    ) -> BatchedEngine:
         """An engine of ``T x envs_per_task`` slots; cheap."""
-        return BatchedEngine(CartPoleDynamics(self._variants, self.horizon), envs_per_task, seed, evaluation)
+        dynamics = CartPoleDynamics(self._variants if part is None else part.of(self._variants), self.horizon)
+        if part is not None:
+            dynamics.streams = np.array(part.tasks, np.int64)
+        return BatchedEngine(dynamics, envs_per_task, seed, evaluation, part)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import TypeVar
 
 from varshare_rl.errors import UserError
+
+X = TypeVar("X")
 
 #: A worker is worth its synchronisation (about 0.05 ms a step) when it has at least this much to do.
 _MIN_WORK_SECONDS = 2e-4
@@ -26,14 +30,14 @@ def cores() -> list[frozenset[int]]:
 
 
 def physical_cores() -> int:
-    """Number of them that this process may keep busy: a cgroup's quota may allow fewer."""
+    """Number of them that this process may keep busy: a quota may allow fewer, and torchrun's others have some."""
     count = len(cores())
     quota = Path("/sys/fs/cgroup/cpu.max")
     if quota.exists():
         limit, period = quota.read_text().split()
         if limit != "max":
             count = min(count, int(limit) // int(period))
-    return max(1, count)
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def keep_to(process: int, core: frozenset[int]) -> None:
@@ -41,6 +45,42 @@ def keep_to(process: int, core: frozenset[int]) -> None:
     if hasattr(os, "sched_setaffinity"):
         with contextlib.suppress(OSError):
             os.sched_setaffinity(process, core)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The slots that one of several processes steps: some environments of some tasks, both by number.
+
+    Attributes:
+        envs_per_task: environments of every task in all processes together.
+    """
+
+    tasks: tuple[int, ...]
+    envs: tuple[int, ...]
+    envs_per_task: int
+
+    def of(self, per_task: Sequence[X]) -> list[X]:
+        """Return the entries of its tasks."""
+        return [per_task[task] for task in self.tasks]
+
+
+def part_of(rank: int, ranks: int, num_tasks: int, envs_per_task: int, tasks_per_rank: int | None) -> Part:
+    """Deal out slots to ``ranks``: some of the environments of every task, or of ``tasks_per_rank`` at most.
+
+    Tasks are dealt to groups of ranks, and the environments of a task within its group; a part may be empty.
+
+    Raises:
+        UserError: the groups would not be of one size.
+    """
+    groups = 1 if tasks_per_rank is None else -(-num_tasks // tasks_per_rank)
+    if ranks % groups:
+        raise UserError(
+            f"tasks_per_rank={tasks_per_rank} deals {num_tasks} tasks to {groups} groups of ranks, and there are "
+            f"{ranks} ranks; start {groups} or a multiple, or give another tasks_per_rank"
+        )
+    group, share = rank % groups, rank // groups
+    envs = range(share, envs_per_task, ranks // groups)
+    return Part(tuple(range(group, num_tasks, groups)), tuple(envs), envs_per_task)
 
 
 def can_use_workers() -> bool:

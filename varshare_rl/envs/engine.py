@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from varshare_rl.envs.division import choose_workers, divide
+from varshare_rl.envs.division import Part, choose_workers, divide
 from varshare_rl.envs.slots import Buffers, Chunk, EngineSpec, TaskEnvFactory
 from varshare_rl.envs.suite import FloatArray, Frame, PendingActions, State, Step, check_identity
 from varshare_rl.envs.workers import RESET, STEP, STEP_RANGE, WorkerPool, Workers
@@ -23,7 +23,7 @@ class SlotEngine:
     Episode ``j`` of a slot depends on the seed, the task, the slot and ``j`` alone (see
     ``EngineSpec.episode``), never on the number of workers. Engines that are given the same ``processes`` share
     them. ``step_seconds`` has a number per task: roughly what a step of its environment takes, by which tasks are
-    divided over workers.
+    divided over workers. With a ``part`` it has these slots alone, see ``Suite.make_engine``.
     """
 
     def __init__(
@@ -39,11 +39,14 @@ class SlotEngine:
         workers: int,
         processes: Workers | None = None,
         task_names: Sequence[str] = (),
+        part: Part | None = None,
     ) -> None:
         if envs_per_task < 1:
             raise UserError(f"envs_per_task={envs_per_task} is not possible: it must be at least 1")
         if seed < 0:
             raise UserError(f"seed={seed} is not possible: it must be 0 or more")
+        if part is not None:
+            step_seconds, envs_per_task = part.of(step_seconds), len(part.envs)
         num_tasks = len(step_seconds)
         box = isinstance(action_space, gymnasium.spaces.Box)
         self.num_tasks = num_tasks
@@ -57,6 +60,7 @@ class SlotEngine:
             seed=seed,
             evaluation=evaluation,
             task_names=tuple(task_names),
+            part=part,
         )
         self.workers = choose_workers(workers, envs_per_task, step_seconds)
         self._pool: WorkerPool | None = None
@@ -69,7 +73,8 @@ class SlotEngine:
             self._buffers = Buffers.over(self.spec, bytearray(Buffers.size(self.spec)))
             self._chunk = Chunk(factory, self.spec, range(self.spec.num_slots), self._buffers)
         grid = (num_tasks, envs_per_task)
-        self._task_id = np.broadcast_to(np.arange(num_tasks, dtype=np.int64)[:, None], grid)
+        tasks = np.arange(num_tasks, dtype=np.int64) if part is None else np.array(part.tasks, np.int64)
+        self._task_id = np.broadcast_to(tasks[:, None], grid)
         self._started = False
         self._turns = PendingActions(num_tasks, envs_per_task)
 
@@ -152,11 +157,13 @@ class SlotEngine:
 
     def _identity(self) -> State:
         spec = self.spec
+        part = {} if spec.part is None else {"tasks": list(spec.part.tasks), "envs": list(spec.part.envs)}
         return {
             "num_tasks": spec.num_tasks,
             "envs_per_task": spec.envs_per_task,
             "seed": spec.seed,
             "evaluation": spec.evaluation,
+            **part,
         }
 
     def _require_chunk(self) -> Chunk:

@@ -24,6 +24,7 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS, MT10_V3, MT25_V3, MT50_V3
 from metaworld.evaluation import evaluation
 from metaworld.types import Task
 
+from varshare_rl.envs.division import Part
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
 from varshare_rl.envs.metaworld_methods import forget_models
@@ -314,9 +315,11 @@ class MetaWorldSuite(Suite):
         choose_gl()
         return self._engine(1, seed, evaluation=True, workers=1, picture=PICTURE)
 
-    def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> SlotEngine:
+    def make_engine(
+        self, envs_per_task: int, seed: int, evaluation: bool = False, part: Part | None = None
+    ) -> SlotEngine:
         """See ``Suite.make_engine``; evaluation episode ``k`` of a task has goal ``k % goals_per_task``."""
-        return self._engine(envs_per_task, seed, evaluation, self.config.workers)
+        return self._engine(envs_per_task, seed, evaluation, self.config.workers, part=part)
 
     def _engine(
         self,
@@ -325,6 +328,7 @@ class MetaWorldSuite(Suite):
         evaluation: bool,
         workers: int,
         picture: Mapping[str, Any] | None = None,
+        part: Part | None = None,
     ) -> SlotEngine:
         config = self.config
         factory = MetaWorldFactory(
@@ -342,6 +346,7 @@ class MetaWorldSuite(Suite):
             workers=workers,
             processes=self._workers,
             task_names=self.task_names,
+            part=part,
         )
         if engine.workers > 1:
             forget_models()  # the goals were drawn here, but the environments live elsewhere

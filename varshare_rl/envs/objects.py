@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium.spaces import Box, Discrete
 
 from varshare_rl.envs.batched import require_at_least_one
+from varshare_rl.envs.division import Part
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.object_env import EnvFactory, Habits, Maker, find_habits, make_env, one_line
 from varshare_rl.envs.pictures import choose_gl
@@ -197,9 +198,11 @@ class MakerSuite(Suite):
     def _named_habits(self) -> Iterator[tuple[str, Habits]]:
         return zip(self.task_names, self.habits, strict=True)
 
-    def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> SlotEngine:
+    def make_engine(
+        self, envs_per_task: int, seed: int, evaluation: bool = False, part: Part | None = None
+    ) -> SlotEngine:
         """See ``Suite.make_engine``."""
-        return self._engine(self.makers, envs_per_task, seed, evaluation, self._workers)
+        return self._engine(self.makers, envs_per_task, seed, evaluation, self._workers, part)
 
     def make_rendering_engine(self, seed: int) -> SlotEngine:
         """See ``Suite.make_rendering_engine``."""
@@ -211,7 +214,13 @@ class MakerSuite(Suite):
         return make
 
     def _engine(
-        self, makers: tuple[Maker, ...], envs_per_task: int, seed: int, evaluation: bool, workers: int
+        self,
+        makers: tuple[Maker, ...],
+        envs_per_task: int,
+        seed: int,
+        evaluation: bool,
+        workers: int,
+        part: Part | None = None,
     ) -> SlotEngine:
         spaces = tuple(task.spaces for task in self.descriptions)
         return SlotEngine(
@@ -225,6 +234,7 @@ class MakerSuite(Suite):
             workers=workers,
             processes=self._processes,
             task_names=self.task_names,
+            part=part,
         )
 
 

@@ -28,6 +28,7 @@ from gymnasium.spaces import Box
 from PIL import Image, ImageDraw
 
 from varshare_rl.envs.batched import BatchedEngine, Float64Array, require_at_least_one, select
+from varshare_rl.envs.division import Part
 from varshare_rl.envs.suite import Frame, Provenance, Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
@@ -196,10 +197,15 @@ class PointMassSuite(Suite):
         """See ``Suite.make_rendering_engine``."""
         return self.make_engine(1, seed, evaluation=True)
 
-    def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> BatchedEngine:
+    def make_engine(
+        self, envs_per_task: int, seed: int, evaluation: bool = False, part: Part | None = None
+    ) -> BatchedEngine:
         """An engine of ``T x envs_per_task`` slots; cheap."""
-        dynamics = PointMassDynamics(self.task_names, self.horizon, self.reward_scales)
-        return BatchedEngine(dynamics, envs_per_task, seed, evaluation)
+        names, scales = self.task_names, self.reward_scales
+        if part is not None:
+            names, scales = tuple(part.of(names)), tuple(part.of(scales) if scales else ())
+        dynamics = PointMassDynamics(names, self.horizon, scales)
+        return BatchedEngine(dynamics, envs_per_task, seed, evaluation, part)
 
 
 def original(name: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from varshare_rl.envs.division import Part
 from varshare_rl.envs.suite import State
 from varshare_rl.errors import RunFailure, UserError, one_line
 
@@ -113,10 +114,16 @@ class EngineSpec:
     seed: int
     evaluation: bool
     task_names: tuple[str, ...] = ()
+    part: Part | None = None  # of a larger engine, whose numbers tasks and environments then have
+
+    def place(self, slot: int) -> tuple[int, int]:
+        """Return the numbers of a slot's task, and of the environment among those of its task."""
+        task, e = divmod(slot, self.envs_per_task)
+        return (task, e) if self.part is None else (self.part.tasks[task], self.part.envs[e])
 
     def task_name(self, slot: int) -> str:
         """Return the name of a slot's task, or its number where tasks have no names."""
-        task = slot // self.envs_per_task
+        task, _ = self.place(slot)
         return self.task_names[task] if self.task_names else str(task)
 
     @property
@@ -130,9 +137,9 @@ class EngineSpec:
         seeded by (seed, 1) with spawn key (task, sweep position), so that they do not depend on
         ``envs_per_task``.
         """
-        task, e = divmod(slot, self.envs_per_task)
+        task, e = self.place(slot)
         if self.evaluation:
-            sweep = index * self.envs_per_task + e
+            sweep = index * (self.envs_per_task if self.part is None else self.part.envs_per_task) + e
             return Episode(np.random.SeedSequence((self.seed, 1), spawn_key=(task, sweep)), sweep)
         return Episode(np.random.SeedSequence((self.seed, 0), spawn_key=(task, e, index)), None)
 
@@ -243,7 +250,7 @@ class Chunk:
     """Some slots, stepped one after the other in one process."""
 
     def __init__(self, factory: TaskEnvFactory, spec: EngineSpec, slots: Sequence[int], buffers: Buffers) -> None:
-        self.slots = [Slot(factory(i // spec.envs_per_task), spec, i, buffers) for i in slots]
+        self.slots = [Slot(factory(spec.place(i)[0]), spec, i, buffers) for i in slots]
 
     def reset(self) -> None:
         self._each(self.slots, lambda slot: slot.begin(0))
@@ -275,8 +282,8 @@ class Chunk:
             raise
         except Exception as error:
             slot = slots[done]
-            what = one_line(error, most=None)
+            what, number = one_line(error, most=None), slot.spec.place(slot.index)[1]
             raise EnvironmentFailure(
-                f"task {slot.spec.task_name(slot.index)} fails with {what} (environment {slot.env_index}, "
+                f"task {slot.spec.task_name(slot.index)} fails with {what} (environment {number}, "
                 f"episode {slot.episode}, step {len(slot.actions)})"
             ) from error

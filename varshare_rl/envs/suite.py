@@ -16,6 +16,7 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
+from varshare_rl.envs.division import Part
 from varshare_rl.envs.spaces import TaskSpaces
 from varshare_rl.errors import UserError
 
@@ -164,8 +165,13 @@ class Suite(Protocol):
     def provenance(self) -> Provenance:
         """Entries that a result must have of this suite: versions of its packages, reward version, goals..."""
 
-    def make_engine(self, envs_per_task: int, seed: int, evaluation: bool = False) -> VectorEngine:
+    def make_engine(
+        self, envs_per_task: int, seed: int, evaluation: bool = False, part: Part | None = None
+    ) -> VectorEngine:
         """Build an engine. Evaluation engines draw from seeds apart from the training ones.
+
+        With a ``part`` it has these slots alone, as the whole engine would have them; arrays are
+        ``[len(part.tasks), len(part.envs), ...]``.
 
         In evaluation episode ``j`` of slot ``e`` is episode ``j * envs_per_task + e`` of its task, and suites
         with a fixed list of goals sweep it in that order, so that ``n`` episodes see ``n`` different goals.

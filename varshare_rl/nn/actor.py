@@ -20,6 +20,7 @@ from varshare_rl.ops.rl import (
     masked_logits,
     tanh_normal_log_prob,
 )
+from varshare_rl.ranks import for_rows
 from varshare_rl.state import Stateful
 
 
@@ -56,7 +57,7 @@ class TanhNormal:
     mask: Tensor  # [T, 1, A] float
 
     def sample(self) -> Sample:
-        noise = torch.randn_like(self.mean)
+        noise = for_rows(torch.randn_like, self.mean)
         raw = torch.addcmul(self.mean, self.log_std.exp(), noise)
         return Sample(torch.tanh(raw) * self.mask, raw, self.log_prob(raw))
 
@@ -83,7 +84,7 @@ class ClippedNormal:
     mask: Tensor  # [T, 1, A] float
 
     def sample(self) -> Sample:
-        raw = torch.addcmul(self.mean, self.log_std.exp(), torch.randn_like(self.mean))
+        raw = torch.addcmul(self.mean, self.log_std.exp(), for_rows(torch.randn_like, self.mean))
         return Sample(raw.clamp(-1.0, 1.0) * self.mask, raw, self.log_prob(raw))
 
     def log_prob(self, raw: Tensor) -> Tensor:
@@ -103,7 +104,7 @@ class Categorical:
     log_probs: Tensor  # [T, B, A]
 
     def sample(self) -> Sample:
-        uniform = torch.rand_like(self.log_probs).clamp_min_(1e-20)
+        uniform = for_rows(torch.rand_like, self.log_probs).clamp_min_(1e-20)
         action = (self.log_probs - (-uniform.log()).log()).argmax(-1)  # the Gumbel-max trick
         return Sample(action, action, self.log_prob(action))
 

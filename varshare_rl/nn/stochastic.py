@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from varshare_rl.nn.layer import TaskModule, stack_tasks, unstack_tasks
 from varshare_rl.nn.task_rows import TaskRows, group_rows
 from varshare_rl.ops.gaussian import gaussian_kl_between, softplus_sigma
+from varshare_rl.ranks import for_rows
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class GaussianFactors(TaskModule, ABC):
     def draw_row_noise(self, shape: Sequence[int]) -> RowNoise:
         """Standard normal noise for one draw of the output per row; ``shape`` is ``[K, B]``."""
         like = self.posteriors()[0][0]
-        return RowNoise(tuple(like.new_empty(*shape, size).normal_() for size in self.row_noise_sizes()))
+        empty = (like.new_empty(*shape, size) for size in self.row_noise_sizes())
+        return RowNoise(tuple(for_rows(Tensor.normal_, rows) for rows in empty))
 
     def kl(self) -> Tensor:
         """Divergence of the posteriors from their priors, in nats per task, ``[T]``. No temperature in it."""

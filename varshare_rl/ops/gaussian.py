@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from varshare_rl.ranks import for_rows
+
 #: The least standard deviation that a posterior is given.
 LEAST_SIGMA = 1e-8
 
@@ -108,10 +110,14 @@ def drawn_low_rank(
 
 
 def random_signs(like: Tensor) -> Tensor:
-    """Independent -1 and 1 with even odds, in the shape of ``like``.
+    """Independent -1 and 1 with even odds, in the shape of ``like [K, B, ...]``.
 
     32 of them are the bits of one random integer, a tenth of the time of as many Bernoulli draws.
     """
+    return for_rows(_signs, like)
+
+
+def _signs(like: Tensor) -> Tensor:
     count = like.numel()
     words = torch.randint(0, 1 << 32, (-(-count // 32), 1), dtype=torch.int64, device=like.device)
     bits = (words & _POWERS_OF_TWO.to(like.device)).ne(0).view(-1)[:count]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.ops.gradient_record import Recorder
+from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.state import Stateful
 
 #: Relative difference from which a recorded gradient counts as one that other tasks' losses reach.
@@ -131,7 +132,7 @@ def _different(tasks: int) -> Tensor:
     return torch.exp2(index % 32 - 16) * (1.0 + between)
 
 
-def gradient_gram(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
+def gradient_gram(losses: Tensor, parameters: Sequence[nn.Parameter], ranks: Ranks = ALONE) -> Tensor:
     """``<g_i, g_j>`` of ``g_i``, the gradient of ``losses[i]`` by ``parameters`` as one vector: ``[T, T]`` float64.
 
     A pair with a negative product is in conflict: a step that helps one of the two alone hurts the other, to first
@@ -143,4 +144,5 @@ def gradient_gram(losses: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
         gradients = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
         rows.append(torch.cat([gradient.flatten() for gradient in gradients if gradient is not None]))
     matrix = torch.stack(rows).detach()
+    ranks.average([matrix])
     return (matrix @ matrix.t()).double()

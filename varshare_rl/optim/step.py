@@ -12,6 +12,7 @@ from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardC
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, AggregateScale, GradientConfig
 from varshare_rl.optim.jacobian import GradientAggregator, TaskGradients, gradient_gram
 from varshare_rl.optim.optimizer import OptimizerConfig, OwnGradients, ScheduledAdam, roles
+from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.state import Stateful
 
 #: A softmax weight below this is taken for it when a task's own gradient is scaled back.
@@ -34,6 +35,7 @@ class LossStep(Stateful):
         aggregator: name of what makes one of the gradients of what the tasks share; ``gradient`` has its settings.
         num_tasks: ``T``, for aggregators that are told.
         log_temperature: ``[T]``, of the aggregator ``softmax_temperature``.
+        ranks: that make the step together, each with gradients of its rows; losses are means over all of them.
 
     Raises:
         UserError: the aggregator needs a package that is not installed.
@@ -53,7 +55,9 @@ class LossStep(Stateful):
         gradient: GradientConfig | None = None,
         num_tasks: int = 1,
         log_temperature: Tensor | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
+        self.ranks = ranks
         self.roles = roles(trained)
         self.parameters = [role.parameter for role in self.roles]
         self.max_grad_norm = max_grad_norm
@@ -74,7 +78,7 @@ class LossStep(Stateful):
         elif shared and (chosen := (gradient or GradientConfig()).build(aggregator, num_tasks)) is not None:
             recorded = trained if isinstance(trained, nn.Module) else None
             scale = (gradient or GradientConfig()).scale
-            self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen, scale)
+            self.aggregation = JacobianAggregation(TaskGradients(recorded, shared), chosen, scale, ranks)
         self._nothing = False  # is learnt from these losses
         self.gram: Tensor | None = None  # of the tasks' gradients, when it was last asked for
         self._gram_of: list[nn.Parameter] | None = None
@@ -89,7 +93,7 @@ class LossStep(Stateful):
     def aggregate(self, losses: Tensor) -> None:
         """Fill the parameters' gradients from ``losses [T]``."""
         if self._gram_of is not None:
-            self.gram, self._gram_of = gradient_gram(losses, self._gram_of), None
+            self.gram, self._gram_of = gradient_gram(losses, self._gram_of, self.ranks), None
         self.optimizer.zero_grad(set_to_none=True)
         guard, kept = self.divergence_guard, None
         guard.fitting = torch.isfinite(losses)
@@ -100,6 +104,7 @@ class LossStep(Stateful):
             losses = torch.where(kept, losses, 0.0)
         with nullcontext() if kept is None else contained(losses):
             self.aggregation(losses, kept)
+        self.ranks.average([parameter.grad for parameter in self.parameters if parameter.grad is not None])
         own = [parameter.grad for parameter in self.own if parameter.grad is not None]
         if own:  # that of its own loss: every aggregation leaves it divided by T
             torch._foreach_mul_(own, float(len(losses)))
@@ -217,14 +222,17 @@ class JacobianAggregation(Aggregation):
     waits = True
     state_fields = ("gradients", "combiner=aggregator")
 
-    def __init__(self, gradients: TaskGradients, aggregator: GradientAggregator, scale: AggregateScale) -> None:
-        self.gradients, self.aggregator, self.scale = gradients, aggregator, scale
+    def __init__(
+        self, gradients: TaskGradients, aggregator: GradientAggregator, scale: AggregateScale, ranks: Ranks = ALONE
+    ) -> None:
+        self.gradients, self.aggregator, self.scale, self.ranks = gradients, aggregator, scale, ranks
 
     def __call__(self, losses: Tensor, kept: Tensor | None) -> None:
         if len(losses) == 1:
             torch.autograd.backward(losses.mean())
             return
         rows = self.gradients(losses)
+        self.ranks.average([rows])
         reached = self.gradients.reached
         combined = self.aggregator(rows, losses.detach(), kept)
         if self.scale is AggregateScale.mean:

@@ -4,6 +4,9 @@
 SHA-256 of the tensor file. A checkpoint is written under a hidden name, brought to disk, and renamed; only
 then are older ones of its kind deleted, but for those that are to stay. Nothing is pickled, so loading runs no
 code.
+
+Where several ranks train, the tree says how many (``ranks``), and ``rank-<n>/`` has in the same form what each of
+the others has of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from varshare_rl.errors import UserError, one_line
-from varshare_rl.files import sync_folder, write_atomically
+from varshare_rl.files import Patience, sync_folder, write_atomically
+from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.reading import STUMBLES, read_object
 from varshare_rl.types import Tree
 
@@ -34,6 +38,7 @@ FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 TENSOR_FILE = "tensors.safetensors"
 
+_MOST_RANKS = 10_000
 _HIDDEN = ".unfinished-"
 _REPLACED = ".replaced"  # a checkpoint on its way out, still complete, while one of the same name comes in
 _NAME = re.compile(rf"(?P<kind>[a-z]+)-(?P<transitions>\d{{12,}})(?P<replaced>{re.escape(_REPLACED)})?")
@@ -43,10 +48,19 @@ class CheckpointError(UserError):
     """A checkpoint is missing or damaged. The message is one line for the user."""
 
 
-def save_checkpoint(run_dir: Path, kind: str, transitions: int, tree: Tree, keep: int = 1) -> Path:
+def save_checkpoint(
+    run_dir: Path,
+    kind: str,
+    transitions: int,
+    tree: Tree,
+    keep: int = 1,
+    ranks: Ranks = ALONE,
+    patience: Patience = Patience(),  # noqa: B008
+) -> Path:
     """Write ``tree`` as checkpoint ``<kind>-<transitions>`` of a run and return its folder.
 
-    It and those before it of its kind stay, ``keep`` in all.
+    It and those before it of its kind stay, ``keep`` in all. The tree of ``ranks`` other than the first is what
+    they have of their own, or empty; then they write nothing, else the first's says how many there are (``ranks``).
 
     Leaves of the tree: Tensor (comes back on the CPU), ndarray, numpy scalar, int, float, str, bool, None;
     nodes: dict with str or int keys, list, tuple. Everything comes back with its type, dtype and every bit,
@@ -55,16 +69,40 @@ def save_checkpoint(run_dir: Path, kind: str, transitions: int, tree: Tree, keep
     other leaf.
     """
     folder = run_dir / FOLDER
+    hidden, target = folder / f"{_HIDDEN}{kind}-{transitions:012d}", folder / f"{kind}-{transitions:012d}"
+    part = _part(hidden, ranks.rank)
+    ranks.from_first(lambda: patience(lambda: _begin(folder, hidden), run_dir))
+    try:
+        ranks.together(lambda: patience(lambda: _write(part, kind, transitions, tree), run_dir) if tree else None)
+        ranks.from_first(lambda: patience(lambda: _finish(folder, hidden, target, keep), run_dir))
+    except Exception:
+        if ranks.first:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    return target
+
+
+def _begin(folder: Path, hidden: Path) -> None:
+    """Make the hidden folder of a checkpoint, after what is left of one that was not finished is gone."""
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(_HIDDEN + "*"):
         shutil.rmtree(leftover)
+    hidden.mkdir()
+
+
+def _write(part: Path, kind: str, transitions: int, tree: Tree) -> None:
+    """Write a tree into the folder of a checkpoint, or into that of a rank's part within."""
+    if not part.parent.is_dir():
+        raise UserError(f"{str(part.parent)!r} is not there; give a run folder that the machines of all ranks see")
+    part.mkdir(exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     encoded = _encode(tree, (), tensors)
-
-    hidden = folder / f"{_HIDDEN}{kind}-{transitions:012d}"
-    hidden.mkdir()
-    save_file(_storable(tensors), hidden / TENSOR_FILE)
-    size, digest = _size_and_digest(hidden / TENSOR_FILE, to_disk=True)
+    try:
+        save_file(_storable(tensors), part / TENSOR_FILE)
+    except Exception:
+        (part / TENSOR_FILE).unlink(missing_ok=True)  # room that others may need while this waits
+        raise
+    size, digest = _size_and_digest(part / TENSOR_FILE, to_disk=True)
     document = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
@@ -73,22 +111,26 @@ def save_checkpoint(run_dir: Path, kind: str, transitions: int, tree: Tree, keep
         "tree": encoded,
     }
     document["sha256"] = _document_digest(document)
-    write_atomically(hidden / STATE_FILE, json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_atomically(part / STATE_FILE, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
-    target = folder / f"{kind}-{transitions:012d}"
-    if target.exists():  # a folder that is not empty cannot be renamed over
-        aside = folder / (target.name + _REPLACED)
-        if aside.exists():
-            _delete(aside)
-        target.rename(aside)
-    hidden.rename(target)
+
+def _finish(folder: Path, hidden: Path, target: Path, keep: int) -> None:
+    """Give a checkpoint that is complete its name, and delete those that it replaces."""
+    if hidden.exists():  # else it was named before the disk was full
+        sync_folder(hidden)
+        if target.exists():  # a folder that is not empty cannot be renamed over
+            aside = folder / (target.name + _REPLACED)
+            if aside.exists():
+                _delete(aside)
+            target.rename(aside)
+        hidden.rename(target)
     sync_folder(folder)
+    kind, transitions = target.name.partition("-")[0], _transitions(target)
     before = [path for path in _checkpoints(folder, kind) if _transitions(path) < transitions]
     stay = {target, *before[max(0, len(before) - keep + 1) :]}
     for other in list(_checkpoints(folder, kind)):
         if other not in stay:
             _delete(other)
-    return target
 
 
 def find_checkpoint(run_dir: Path, kind: str = "last") -> Path:
@@ -110,11 +152,25 @@ def find_checkpoint(run_dir: Path, kind: str = "last") -> Path:
     raise CheckpointError(f"no {kind!r} checkpoint in {str(run_dir / FOLDER)!r}: {cure}")
 
 
-def newest_checkpoint(run_dir: Path, kind: str = "last") -> tuple[Path, Tree]:
+def newest_checkpoint(run_dir: Path, kind: str = "last", ranks: Ranks = ALONE) -> tuple[Path, Tree]:
     """Return the folder and the tree of the newest checkpoint of a kind that is whole; says which were damaged.
+
+    On ``ranks`` other than the first the tree has what they have of their own in place of the first's.
 
     Raises :class:`CheckpointError`, as :func:`find_checkpoint` and :func:`load_checkpoint` for the newest.
     """
+    found: list[Tree] = []
+
+    def find() -> Path:
+        path, tree = _newest(run_dir, kind)
+        found.append(tree)
+        return path
+
+    path = ranks.from_first(find)
+    return path, ranks.together(lambda: found[0] if ranks.first else _load(path, ranks.rank))
+
+
+def _newest(run_dir: Path, kind: str) -> tuple[Path, Tree]:
     newest = find_checkpoint(run_dir, kind)
     damaged: list[CheckpointError] = []
     for path in reversed(list(_checkpoints(run_dir / FOLDER, kind))):
@@ -164,11 +220,23 @@ def fitting(run_dir: Path) -> Iterator[None]:
         ) from error
 
 
-def _load(path: Path) -> Tree:
-    document = _verified_document(path)
+def _load(path: Path, rank: int = 0) -> Tree:
+    """Read a checkpoint; the first rank checks all files, others read those of the first and their own."""
+    tree = _tree(path, _verified_document(path))
+    for other in range(1, _ranks(tree)) if rank == 0 else [rank]:
+        part = _part(path, other)
+        document = _verified_document(part)
+        if document.get("transitions") != tree.get("transitions"):
+            raise CheckpointError(f"damaged checkpoint {str(part)!r}: it is of another moment")
+        if rank:
+            own = _tree(part, document)
+            tree = tree | {key: tree[key] | own[key] for key in own}
+    return tree
+
+
+def _tree(path: Path, document: dict[str, Any]) -> Tree:
     try:
-        tensors = load_file(path / TENSOR_FILE)
-        tree = _decode(document["tree"], tensors)
+        tree = _decode(document["tree"], load_file(path / TENSOR_FILE))
     except STUMBLES as error:
         raise CheckpointError(f"damaged checkpoint {str(path)!r}: {one_line(error)}") from error
     if not isinstance(tree, dict):
@@ -176,9 +244,19 @@ def _load(path: Path) -> Tree:
     return tree
 
 
+def _ranks(tree: Tree) -> int:
+    ranks = tree.get("ranks", 1)
+    return ranks if isinstance(ranks, int) and 0 < ranks <= _MOST_RANKS else 1
+
+
+def _part(path: Path, rank: int) -> Path:
+    """Return the folder of what a rank has of its own in a checkpoint."""
+    return path / f"rank-{rank}" if rank else path
+
+
 def _is_complete(path: Path) -> bool:
     try:
-        _verified_document(path)
+        _load(path)
     except CheckpointError:
         return False
     return True
@@ -306,13 +384,16 @@ def _from_numpy(array: np.ndarray[Any, Any], path: tuple[str, ...]) -> torch.Ten
 
 def _storable(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return the tensors contiguous, on the CPU and each in memory of its own, as safetensors asks."""
-    seen: set[int] = set()
+    taken: dict[int, list[tuple[int, int]]] = {}  # by storage: bytes that are in a tensor already
     result = {}
     for name, tensor in tensors.items():
         stored = tensor.cpu().contiguous()
-        address = stored.untyped_storage().data_ptr()
-        result[name] = stored.clone() if address in seen else stored
-        seen.add(address)
+        begin = stored.data_ptr()
+        end = begin + stored.nbytes
+        others = taken.setdefault(stored.untyped_storage().data_ptr(), [])
+        shared = any(first < end and begin < last for first, last in others)
+        result[name] = stored.clone() if shared else stored
+        others.append((begin, end))
     return result
 
 

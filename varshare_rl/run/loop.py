@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import chain
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,8 @@ from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.envs.suite import Step, Suite, VectorEngine
 from varshare_rl.errors import RunFailure
+from varshare_rl.files import Patience
+from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.run.callbacks import Callbacks, is_false
 from varshare_rl.run.checkpoint import fitting, save_checkpoint
 from varshare_rl.run.console import Console, counted
@@ -32,6 +35,7 @@ from varshare_rl.run.process import (
     own_random,
     rng_state,
 )
+from varshare_rl.run.ranked_engine import make_engine
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.state import Stateful
@@ -57,9 +61,11 @@ class LoopConfig:
     log_every: int
     checkpoint_minutes: float = 0.0
     checkpoint_keep: int = 2
+    checkpoint_wait_minutes: float = 0.0
     on_divergence: OnDivergence = OnDivergence.mask
     observe_every: int = 0
     overlap: bool = False
+    tasks_per_rank: int | None = None
 
 
 #: Updates in a row without a loss to learn from after which a run is given up.
@@ -110,6 +116,7 @@ class Run(Stateful):
     also_evaluate: Callable[[int], Metrics] | None = None  # what else is measured then, after so many transitions
     not_finite: dict[str, int] = field(default_factory=dict)  # observations and rewards, by task
     callbacks: Callbacks = field(default_factory=Callbacks)
+    ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
         self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
@@ -117,9 +124,10 @@ class Run(Stateful):
         half = self.engine.envs_per_task // 2
         # Acting in two turns lets the workers step the first half while the policy acts for the second.
         self._turns = [slice(0, half), slice(half, None)] if self.config.overlap and half else [slice(None)]
-        self._interrupted: list[int] = []  # the signals that have come
+        self._room = Patience(
+            self.config.checkpoint_wait_minutes, self.console.message, lambda: bool(self.ranks.said("signal"))
+        )
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
-        self._ended = False  # by a callback
         self._resumed_at = -1
         self._masked_before: dict[str, int] = {}  # steps, by a run that masked and goes on otherwise
         self._phase: str | None = None
@@ -133,7 +141,7 @@ class Run(Stateful):
         """
         keep_freed_memory()
         threads = compute_threads(self.provenance["threads"])
-        with self.console, interruptible() as self._interrupted, threads, self._timed("rest"):
+        with self.console, interruptible(self.ranks), threads, self._timed("rest"):
             for remark in self.suite.remarks():
                 self.console.message(remark)
             obs = self._to_device(self._observation)
@@ -141,7 +149,7 @@ class Run(Stateful):
                 self.save("last")
             self._stop_if_interrupted()
             self.console.progress(self.transitions, {})
-            while self.transitions < self.config.total_transitions and not self._ended:
+            while self.transitions < self.config.total_transitions and not self.ranks.heard("end"):
                 obs = self._vector_step(obs)
                 self.algorithm.advance(self.transitions / self.config.total_transitions)
                 updates = self.algorithm.updates
@@ -215,7 +223,9 @@ class Run(Stateful):
         self._check_divergence()
         if due:
             self.observed_at = self.transitions
+        if due and self.ranks.first:
             with self._timed("sharing"):
+                self._room.for_logs(self.run_dir)
                 self.sharing_monitor.observe(self.algorithm, self.transitions)
 
     def _check_divergence(self) -> None:
@@ -241,11 +251,13 @@ class Run(Stateful):
 
     def _after_step(self) -> None:
         """Log, evaluate and save where their counts have come round."""
-        if self._due(self.config.log_every):
+        if self._due(self.config.log_every) and self.ranks.first:
             self._log()
         self._evaluate_if_due()
-        if self._due(self.config.checkpoint_every) or self._due_by_time():
+        self.ranks.say("save", self.ranks.first and self._due_by_time())
+        if self._due(self.config.checkpoint_every) or self.ranks.heard("save"):
             self.save("last")
+            self.ranks.say("save", False)
 
     def _due(self, every: int) -> bool:
         before = self.transitions - self.engine.num_tasks * self.engine.envs_per_task
@@ -266,9 +278,9 @@ class Run(Stateful):
 
     def _stop_if_interrupted(self) -> None:
         """Save and raise Interrupted if a signal has come."""
-        if self._interrupted:
+        if self.ranks.heard("signal"):
             self.save("last")
-            raise Interrupted(self._interrupted[0])
+            raise Interrupted(self.ranks.heard("signal"))
 
     def _log(self) -> None:
         with self._timed("log"):
@@ -281,10 +293,11 @@ class Run(Stateful):
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
             metrics["time/updates"] = float(self.algorithm.updates)
             metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
+            self._room.for_logs(self.run_dir)
             self.tracker.log(metrics, self.transitions)
             self.console.progress(self.transitions, self._headline(metrics), updated=False)
-            if self.callbacks.on_log is not None:
-                self._ended |= is_false(self.callbacks.on_log(self.transitions, metrics))
+            if self.callbacks.on_log is not None and is_false(self.callbacks.on_log(self.transitions, metrics)):
+                self.ranks.say("end", True)
 
     def _kl(self) -> Metrics:
         """``kl/<task>`` over all layers and ``kl_layer/<layer>``, the mean over tasks; none without posteriors."""
@@ -322,45 +335,63 @@ class Run(Stateful):
         return {name.removeprefix("train/mean_"): metrics[name]} if name in metrics else {}
 
     def _evaluate(self) -> None:
-        episodes, stop = self.config.evaluate_episodes, lambda: bool(self._interrupted)
+        episodes, stop = self.config.evaluate_episodes, lambda: bool(self.ranks.heard("signal"))
         try:
             with self._timed("evaluate"), own_random(self.seed):
                 if self.evaluation_engine is None:
                     envs = min(episodes, self.engine.envs_per_task)
-                    self.evaluation_engine = self.suite.make_engine(envs, self.seed, evaluation=True)
+                    self.evaluation_engine = make_engine(
+                        self.suite, envs, self.seed, True, self.ranks, self.config.tasks_per_rank
+                    )
                 result = evaluate(self.algorithm, self.suite, self.evaluation_engine, episodes, stop)
         except EvaluationStopped:  # the run is about to end, and evaluates when it goes on
             return
         self.evaluation, self.evaluated_at = result, self.transitions
         also = {} if self.also_evaluate is None else self.also_evaluate(self.transitions)
         if not self.tracker.evaluated or self.transitions != self._resumed_at:  # else it was logged and not saved
+            self._room.for_logs(self.run_dir)
             self.tracker.log(result.metrics() | also, self.transitions)
         self.console.table(f"evaluation at {counted(self.transitions, 'transition')}", shown(result.tasks))
         if self.best_score is None or result.score > self.best_score:
             self.best_score = result.score
             self.save("best")
-        if self.callbacks.on_evaluate is not None:
-            self._ended |= is_false(self.callbacks.on_evaluate(self.transitions, result))
+        told = self.callbacks.on_evaluate if self.ranks.first else None
+        if told is not None and is_false(told(self.transitions, result)):
+            self.ranks.say("end", True)
 
     def save(self, kind: str) -> Path:
         """Write a checkpoint: ``last`` holds everything needed to go on, ``best`` the policy."""
+        with self._timed("save"):
+            began = time.monotonic()
+            keep = self.config.checkpoint_keep if kind == "last" else 1
+            path = save_checkpoint(
+                self.run_dir, kind, self.transitions, self._tree(kind), keep, self.ranks, self._room
+            )
+            if kind == "last":
+                self._saved_at = time.monotonic()
+                self._save_seconds = self._saved_at - began
+        if self.callbacks.on_checkpoint is not None and self.ranks.first:
+            self.callbacks.on_checkpoint(self.transitions, path)
+        return path
+
+    def _tree(self, kind: str) -> Tree:
+        """Return what a checkpoint of a kind holds: all of it on the first rank, on others what is their own."""
+        if kind == "last":
+            networks = [module.parameters() for module in self.algorithm.trained_modules().values()]
+            self.ranks.require_same(list(chain(*networks)), f"a network, after {self.transitions:,} transitions,")
+        if not self.ranks.first:
+            if kind != "last":
+                return {}
+            return {"engine": self.engine.state(), "algorithm": self.algorithm.own_state()}
         counters: Tree = {
             "transitions": self.transitions,
             "updates": self.algorithm.updates,
             "seconds": self.tracker.seconds,
             "options": self.options,
         }
-        with self._timed("save"):
-            began = time.monotonic()
-            rest = self.state() if kind == "last" else {"algorithm": self.algorithm.policy_state()}
-            keep = self.config.checkpoint_keep if kind == "last" else 1
-            path = save_checkpoint(self.run_dir, kind, self.transitions, counters | rest, keep)
-            if kind == "last":
-                self._saved_at = time.monotonic()
-                self._save_seconds = self._saved_at - began
-        if self.callbacks.on_checkpoint is not None:
-            self.callbacks.on_checkpoint(self.transitions, path)
-        return path
+        if kind != "last":
+            return counters | {"algorithm": self.algorithm.policy_state()}
+        return counters | ({"ranks": self.ranks.size} if self.ranks.size > 1 else {}) | self.state()
 
     def state(self) -> Tree:
         """Return everything needed to go on bit for bit, besides the counters."""
@@ -408,20 +439,20 @@ class Run(Stateful):
 
 
 @contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in the list instead of dying; a second one acts at once."""
-    received: list[int] = []
+def interruptible(ranks: Ranks) -> Iterator[None]:
+    """Say SIGINT and SIGTERM to all ranks instead of dying; a second one acts at once."""
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}
 
     def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+        ranks.say("signal", ranks.said("signal") or number)
         signal.signal(number, before[signal.Signals(number)])
 
     for number in signals:
         signal.signal(number, note)
     try:
-        yield received
+        yield
     finally:
+        ranks.silence()
         for number in signals:
             signal.signal(number, before[number])

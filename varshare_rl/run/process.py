@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from varshare_rl.envs.division import physical_cores
 from varshare_rl.errors import UserError
+from varshare_rl.ranks import Ranks, join
 from varshare_rl.types import Tree
 
 MAX_SEED = 2**32 - 1  # the limit of numpy's global generator
@@ -56,10 +58,10 @@ def require_memory(size: float, what: str, cure: str) -> None:
 
 
 def rng_state() -> Tree:
-    """Return the state of every generator that :func:`seed_everything` seeds."""
+    """Return the state of the generators that :func:`seed_everything` seeds, of CUDA that of the device in use."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = [torch.cuda.get_rng_state()] if torch.cuda.is_available() else []
     return {
         "python": {"version": version, "words": np.array(words, dtype=np.uint32), "gauss": gauss},
         "numpy": {
@@ -70,15 +72,14 @@ def rng_state() -> Tree:
             "cached": float(cached),
         },
         "torch": torch.get_rng_state(),
-        "cuda": list(cuda),
+        "cuda": cuda,
     }
 
 
 def load_rng_state(tree: Tree) -> None:
     """Put back what :func:`rng_state` returned.
 
-    A state of more CUDA devices than this machine has is put back for those that exist: on another machine
-    a run goes on, though not bit for bit.
+    Of CUDA devices it is that of the one in use; where there is none, a run goes on, though not bit for bit.
     """
     python, numpy_state = tree["python"], tree["numpy"]
     random.setstate((python["version"], tuple(int(word) for word in python["words"]), python["gauss"]))
@@ -92,8 +93,26 @@ def load_rng_state(tree: Tree) -> None:
         )
     )
     torch.set_rng_state(tree["torch"])
-    for device, state in enumerate(tree["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(state, device)
+    if tree["cuda"] and torch.cuda.is_available():  # former versions kept those of all devices, the first in use
+        torch.cuda.set_rng_state(tree["cuda"][0])
+
+
+def joined_ranks() -> Ranks:
+    """Return the ranks that this process trains with, once all are there, and compute with as many threads as each.
+
+    They are a rank's share of the machine's cores, or ``OMP_NUM_THREADS`` if that is more than the 1 that torchrun
+    gives: results depend on the number, and replicas must not differ.
+
+    Raises:
+        UserError: they cannot be reached.
+    """
+    ranks = join()
+    if ranks.size == 1:
+        return ranks
+    if os.environ.get("OMP_NUM_THREADS") == "1":
+        del os.environ["OMP_NUM_THREADS"]
+    torch.set_num_threads(ranks.least(int(os.environ.get("OMP_NUM_THREADS", physical_cores()))))
+    return ranks
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +83,7 @@ class Tracker:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Path | None,
         resumed_at: int | None = None,
         seconds: float = 0.0,
         trackers: Sequence[str] = ("tensorboard",),
@@ -89,15 +91,22 @@ class Tracker:
     ) -> None:
         """Open the files of a run, which is new unless ``resumed_at`` gives the transitions it goes on from.
 
+        Without a ``run_dir`` nothing is written.
+
         ``seconds`` is how long it has run before.
 
         On resume everything logged after ``resumed_at`` transitions is taken back. Raises :class:`UserError`
         if a new run's folder already holds metrics, or a tracker is unknown, not installed or refuses.
         """
         builders = [lookup("tracker", name) for name in dict.fromkeys(trackers)]
+        self._started = time.monotonic() - seconds
+        self._backends: list[TrackerBackend] = []
+        self.evaluated = False
+        if run_dir is None:
+            self._lines = open(os.devnull, "a", encoding="utf-8")  # noqa: SIM115
+            return
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
-        self.evaluated = False
         if resumed_at is not None:
             self.evaluated = _cut_back(path, resumed_at)
         elif path.exists() and path.stat().st_size:
@@ -105,8 +114,6 @@ class Tracker:
                 f"run folder {str(run_dir)!r} already holds a run: choose another run_dir, or "
                 f"{override('resume', run_dir)} to go on with it"
             )
-        self._started = time.monotonic() - seconds
-        self._backends: list[TrackerBackend] = []
         try:
             for builder in builders:
                 self._backends.append(builder().build(TrackedRun(run_dir, resumed_at, tuple(task_names))))
@@ -151,10 +158,10 @@ class Tracker:
             backend.end()
 
     def close(self) -> None:
-        """Write everything out and close the files. May be called twice."""
-        self._lines.close()
-        for backend in self._backends:
-            backend.close()
+        """Write everything out, as far as there is room, and close the files. May be called twice."""
+        for close in (self._lines.close, *(backend.close for backend in self._backends)):
+            with suppress(OSError):
+                close()
 
 
 def _cut_back(path: Path, resumed_at: int) -> bool:

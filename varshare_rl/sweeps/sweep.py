@@ -18,6 +18,7 @@ from varshare_rl.cli import CommandLine, compose_config, errors_in_one_line, rea
 from varshare_rl.errors import Terminated, UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.files import write_atomically
+from varshare_rl.ranks import several
 from varshare_rl.run.console import Console
 from varshare_rl.run.folder import SUMMARY_FILE
 from varshare_rl.run.loop import Interrupted
@@ -36,6 +37,10 @@ def run_training(command: RunCommand) -> None:
         line = read_command_line(command.name)
         if line is None:
             return
+        if line.multirun and several():
+            raise UserError(
+                "-m makes many runs, and torchrun starts several processes for one; leave one of them out"
+            )
         if line.multirun:
             raise SystemExit(sweep(command, line))
         composed, overrides = compose_config(line)
