@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -29,16 +30,20 @@ def test_runs_become_curves_a_table_and_a_figure(
     shutil.copytree(tmp_path / "runs/a", tmp_path / "runs/stopped")
     (tmp_path / "runs/stopped/summary.json").unlink()
     config = tmp_path / "runs/stopped/config.yaml"
-    config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1").replace("pick-place-v3", "reach-v3"))
+    config.write_text(config.read_text().replace("\nseed: 0", "\nseed: 1"))
     folder = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["probes", str(tmp_path / "runs"), "--folder", str(folder)])
     capsys.readouterr()
     main()
     table = capsys.readouterr().out
     rows = list(csv.DictReader((folder / "curves.csv").read_text().splitlines()))
-    assert [(row["seed"], int(row["transitions"])) for row in rows] == [
-        (seed, at) for seed in "01" for at in (0, 40, 80)
-    ]
+    logged = [json.loads(line) for line in (tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()]
+    name = "eval/pick-place-v3/return"
+    expected = [(entry["transitions"], f"{entry[name]:.2f}") for entry in logged if name in entry]
+    assert [at for at, _ in expected] == [0, 40, 80]
+    for seed in "01":
+        found = [(int(row["transitions"]), row["return"]) for row in rows if row["seed"] == seed and row["return"]]
+        assert found == expected
     assert "algorithm.entropy_weight=0.001" in rows[0]["setting"]
     assert "algorithm.policy" not in rows[0]["setting"]
     assert table.count("| pick-place-v3 |") == 2

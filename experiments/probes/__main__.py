@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +24,7 @@ from varshare_rl.cli import compose
 from varshare_rl.config import TrainConfig, fixed_options, load_config
 from varshare_rl.files import write_atomically
 from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
-from varshare_rl.reporting.run_records import find_runs, read_run
+from varshare_rl.reporting.run_records import find_runs
 from varshare_rl.reporting.style import PAGE, look
 
 #: The setting that the others depart from.
@@ -33,7 +35,14 @@ BASE = (
     "algorithm.policy=clipped_gaussian", "algorithm.initial_log_std=-0.5", "algorithm.max_log_std=0",
     "algorithm.min_observation_std=0.05", "total_transitions=2000000",
 )  # fmt: skip
-COLUMNS = ("task", "setting", "seed", "transitions", "success", "return", "seconds")
+#: Columns by what they are called in ``metrics.jsonl``: of evaluations, and of the episodes of training.
+MEASURES = {
+    "success": "eval/{}/success",
+    "return": "eval/{}/return",
+    "train_success": "train/{}/success",
+    "train_return": "train/{}/return",
+}
+COLUMNS = ("task", "setting", "seed", "transitions", *MEASURES, "seconds")
 #: Options that no learning of a single task depends on.
 INDIFFERENT = ("env.tasks", "seed", "env.workers", "plugins")
 #: A task is learnt when an evaluation has so much success.
@@ -52,23 +61,19 @@ def setting(config: TrainConfig) -> str:
 
 
 def rows_of(run_dir: Path) -> list[Row]:
-    """Return the evaluations of a run, one row for each and every task; transitions are those of a task."""
+    """Return what a run has logged of each task, a row for every moment; transitions are those of a task."""
     config = load_config(run_dir / "config.yaml")
-    run = read_run(run_dir, {"seed": config.seed})
-    curves, words = run.curves, setting(config)
-    return [
-        {
-            "task": task,
-            "setting": words,
-            "seed": str(config.seed),
-            "transitions": str(int(curves.transitions[moment]) // len(run.tasks)),
-            "success": f"{curves.values['success'][moment, index]:.2f}",
-            "return": f"{curves.values['return'][moment, index]:.0f}",
-            "seconds": f"{curves.seconds[moment]:.0f}",
-        }
-        for index, task in enumerate(run.tasks)
-        for moment in range(len(curves.transitions))
-    ]
+    words, tasks = setting(config), config.env.tasks
+    rows: dict[tuple[str, int], dict[str, str]] = {}
+    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        transitions = int(record["transitions"]) // len(tasks)
+        for task, (column, name) in product(tasks, MEASURES.items()):
+            if (value := record.get(name.format(task))) is not None:
+                row = {"task": task, "setting": words, "seed": str(config.seed), "transitions": str(transitions)}
+                row["seconds"] = f"{record['seconds']:.0f}"
+                rows.setdefault((task, transitions), row)[column] = f"{value:.2f}"
+    return list(rows.values())
 
 
 def by_probe(rows: Sequence[Row]) -> dict[Probe, list[Row]]:
@@ -79,26 +84,32 @@ def by_probe(rows: Sequence[Row]) -> dict[Probe, list[Row]]:
     return dict(sorted(found.items()))
 
 
+def values(rows: Sequence[Row], column: str) -> tuple[list[int], list[float]]:
+    """Return the moments that a column has values at, and these."""
+    found = [(int(row["transitions"]), float(row[column])) for row in rows if row.get(column)]
+    return [at for at, _ in found], [value for _, value in found]
+
+
 @styled
 def draw(path: Path, probes: Mapping[Probe, Sequence[Row]]) -> None:
-    """A column of panels per task: success and return against transitions, a line per run."""
+    """A column of panels per task, success and return: lines of training, dots of evaluations."""
     tasks = list(dict.fromkeys(task for task, _, _ in probes))
     settings = list(dict.fromkeys(words for _, words, _ in probes))
     figure = new_figure(PAGE, 4.2 + 0.16 * len(settings))
     axes = figure.subplots(2, len(tasks), squeeze=False, sharex=True)
     lines = {}
     for (task, words, _), rows in probes.items():
-        at = [int(row["transitions"]) for row in rows]
+        seen = look(settings.index(words))
         for axis, measure in zip(axes[:, tasks.index(task)], ("success", "return"), strict=True):
-            values = [float(row[measure]) for row in rows]
-            (lines[words],) = axis.plot(at, values, **look(settings.index(words)).line)
+            (lines[words],) = axis.plot(*values(rows, f"train_{measure}"), **seen.line)
+            axis.scatter(*values(rows, measure), s=14, color=seen.colour, marker=seen.marker)
     for column, task in enumerate(tasks):
         axes[0][column].set(title=task, ylim=(-0.03, 1.03))
         axes[1][column].set(xlabel="transitions")
         for axis in axes[:, column]:
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             plain_axes(axis, grid="y")
-    axes[0][0].set_ylabel("success of 10 episodes")
+    axes[0][0].set_ylabel("success")
     axes[1][0].set_ylabel("return")
     legend_below(figure, list(lines.values()), list(lines))
     write_atomically(path, to_file(figure))
@@ -106,13 +117,17 @@ def draw(path: Path, probes: Mapping[Probe, Sequence[Row]]) -> None:
 
 def print_table(probes: Mapping[Probe, Sequence[Row]]) -> None:
     """Print what became of every run as a Markdown table."""
-    columns = ("task", "setting", "seed", "transitions", "best success", "best return", f"success {LEARNT:g} at")
+    columns = (
+        "task", "setting", "seed", "transitions", "best success", "best return", "best return in training",
+        f"success {LEARNT:g} at",
+    )  # fmt: skip
     print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
     for (task, words, seed), rows in probes.items():
-        success, returns = ([float(row[name]) for row in rows] for name in ("success", "return"))
-        reached = next((f"{int(row['transitions']):,}" for row in rows if float(row["success"]) >= LEARNT), "")
-        last = f"{int(rows[-1]['transitions']):,}"
-        print(f"| {task} | `{words}` | {seed} | {last} | {max(success):.2f} | {max(returns):,.0f} | {reached} |")
+        (moments, success), (_, returns) = values(rows, "success"), values(rows, "return")
+        trained = max(values(rows, "train_return")[1], default=0.0)
+        reached = next((f"{at:,}" for at, value in zip(moments, success, strict=True) if value >= LEARNT), "")
+        best = f"{max(success, default=0.0):.2f} | {max(returns, default=0.0):,.0f} | {trained:,.0f}"
+        print(f"| {task} | `{words}` | {seed} | {int(rows[-1]['transitions']):,} | {best} | {reached} |")
 
 
 def main() -> None:
