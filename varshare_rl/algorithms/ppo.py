@@ -136,8 +136,10 @@ class PPO(ActorCritic):
         super().__init__(config, context, build, epsilon=1e-5)
         self.config = config
         self.rollout = Rollout(-(-config.rollout_transitions_per_task // spec.envs_per_task), spec.device)
-        rows = max(self.rollout.vector_steps * spec.envs_per_task // config.minibatches, 1)
-        context.ranks.require_even(rows, "a minibatch (algorithm.rollout_transitions_per_task / minibatches)")
+        self._minibatch = minibatch_size(self.rollout.vector_steps * spec.envs_per_task, config.minibatches)
+        context.ranks.require_even(
+            self._minibatch, "a minibatch (algorithm.rollout_transitions_per_task / minibatches)"
+        )
         self._acted: list[tuple[Tensor, Sample]] = []
 
     @torch.no_grad()
@@ -283,8 +285,7 @@ class PPO(ActorCritic):
         return alone - losses
 
     def rows_per_update(self) -> int:
-        spec = self.spec
-        return spec.num_tasks * max(self.rollout.vector_steps * spec.envs_per_task // self.config.minibatches, 1)
+        return self.spec.num_tasks * self._minibatch
 
     def memory_bytes(self) -> dict[str, int]:
         """Add the rollout: observations, action, two floats, two flags, which draws."""
@@ -297,10 +298,15 @@ class PPO(ActorCritic):
         }
 
 
+def minibatch_size(rows: int, count: int) -> int:
+    """Return the rows of each of ``count`` minibatches; rows that fill none are left out."""
+    return max(rows // count, 1)
+
+
 def minibatches(data: dict[str, Tensor], epochs: int, count: int) -> Iterator[dict[str, Tensor]]:
     """Yield shuffled minibatches ``[T, M, ...]`` of ``[T, B, ...]``, ``count`` in every epoch."""
     rows = data["obs"].shape[1]
-    size = max(rows // count, 1)
+    size = minibatch_size(rows, count)
     for _ in range(epochs):
         order = torch.randperm(rows, device=data["obs"].device)
         for start in range(0, rows - size + 1, size):
