@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Processes side by side beat threads side by side on the small matrices of the tests.
 PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: train test test-all lint type format docs bench
+.PHONY: train test test-all lint type format docs dist audit bench
 
 train: $(INSTALLED)  ## train on Meta-World MT10; ARGS="..." adds overrides
 	$(BIN)/python -m varshare_rl.train $(ARGS)
@@ -32,6 +32,14 @@ format: $(INSTALLED)  ## put the code in form
 
 docs: $(INSTALLED)  ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet
+
+dist: $(INSTALLED)  ## a wheel in dist/, tried in empty environments with the tested, oldest and newest versions
+	$(BIN)/python tests/empty_environments.py $(ARGS)
+
+audit: $(INSTALLED)  ## known vulnerabilities of the versions in constraints.txt, in the index's advisories
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip --disable-pip-version-check install -q pip-audit
+	build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
 bench: $(INSTALLED)  ## speed, scale and memory, on a quiet machine (15 minutes); ARGS="..." chooses
 	$(BIN)/python -m experiments.bench $(ARGS)

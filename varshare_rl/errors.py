@@ -13,11 +13,12 @@ class RunFailure(RuntimeError):
 
     Attributes:
         details: a traceback of another process, or empty.
+        episode: task, environment and number of the training episode that failed; None where that is unknown.
     """
 
-    def __init__(self, message: str, details: str = "") -> None:
+    def __init__(self, message: str, details: str = "", episode: tuple[int, int, int] | None = None) -> None:
         super().__init__(message)
-        self.details = details
+        self.details, self.episode = details, episode
 
 
 class Terminated(BaseException):

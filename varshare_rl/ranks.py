@@ -249,7 +249,7 @@ class RankGroup(Ranks):
             error = caught
         except (OSError, MemoryError) as caught:
             error = RunFailure(one_line(caught))
-        news = None if error is None else (type(error), str(error))
+        news = None if error is None else (type(error), str(error), getattr(error, "episode", None))
         told: list[Any] = [None] * self.size
         with self._losing():
             dist.all_gather_object(told, news)
@@ -257,8 +257,11 @@ class RankGroup(Ranks):
             raise error
         for rank, other in enumerate(told):
             if other is not None:
-                kind, message = other
-                raise kind(f"rank {rank}: {message}")
+                kind, message, episode = other
+                failure = kind(f"rank {rank}: {message}")
+                if isinstance(failure, RunFailure):
+                    failure.episode = episode
+                raise failure
         return result  # type: ignore[return-value]
 
     def from_first(self, action: Callable[[], T]) -> T:

@@ -83,6 +83,20 @@ def test_loaded_steps_are_the_rollouts_own() -> None:
     assert one.fields["reward"][0, :2, 0].tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("steps", [0, 1, 4])
+def test_a_cut_episode_is_truncated_at_the_last_step(steps: int) -> None:
+    """One that has terminated there stays so; nothing else changes."""
+    rollout, before = rollout_of(steps), rollout_of(steps)
+    ended = torch.zeros(TASKS, ENVS, dtype=torch.bool)
+    ended[1] = True
+    rollout.truncate(ended)
+    if steps:
+        last = before.fields["truncated"][1, steps - 1], before.fields["terminated"][1, steps - 1]
+        before.fields["truncated"][1, steps - 1] = last[0] | ~last[1]
+    for name in before.fields:
+        assert torch.equal(rollout.fields[name], before.fields[name]), name
+
+
 def test_all_fields_are_on_the_device() -> None:
     """Numbers of draws are made on the CPU; a batch takes the same rows of every field."""
     rollout = Rollout(2, "meta")

@@ -28,7 +28,7 @@ from varshare_rl.envs.division import part_of
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.gymnasium_suite import GymnasiumConfig
 from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
-from varshare_rl.envs.slots import EnvironmentFailure
+from varshare_rl.envs.slots import EnvironmentFailure, Slot
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.run import checkpoint
@@ -232,6 +232,30 @@ def test_an_environment_that_fails_on_one_rank_sets_all_back(whole: Path) -> Non
     assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
     assert ended[0].out.count("warning: rank 1: task Pendulum-v1#2 fails; going on from the checkpoint at") == 1
     assert_same_run(whole.parent / "run", whole)
+
+
+@pytest.mark.slow
+def test_an_episode_that_fails_again_on_one_rank_is_left_out_by_all(folder: Path) -> None:
+    """In the middle of it, so that all cut it off; what the ranks have learnt is the same in the end."""
+
+    def before(rank: int) -> None:
+        plain = Slot.step
+
+        def step(slot: Slot) -> None:
+            if rank == 1 and slot.index == 2 and slot.episode == 0 and len(slot.actions) == 15:
+                raise OSError("gone")
+            plain(slot)
+
+        monkeypatch.setattr(Slot, "step", step)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        ended = run_ranks(*FAULTS, "run_dir=run", before=before)
+    assert [rank.code for rank in ended] == [0, 0], ended[0].err + ended[1].err
+    said = " ".join(ended[0].out.split())
+    assert said.count("going on from the checkpoint at 80 transitions") == 2
+    assert said.count("going on from the checkpoint at 80 transitions without that episode") == 1
+    slots = load_checkpoint(find_checkpoint(Path("run")) / "rank-1")["engine"]["slots"]
+    assert [slot["left_out"] for slot in slots] == [[], [], [0], []]
 
 
 REFUSED = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from walk import BOX, Walk, actions, assert_same, make, trace
 
-from varshare_rl.envs.engine import SlotEngine
+from varshare_rl.envs.engine import SlotEngine, leave_out
 from varshare_rl.envs.slots import EnvironmentFailure
 from varshare_rl.envs.workers import WorkerError, Workers
 from varshare_rl.errors import UserError
@@ -75,9 +75,37 @@ def test_dead_worker_is_an_error() -> None:
     engine = make(2, fail_at=-2)
     engine.reset()
     engine.step(actions(0))
-    with pytest.raises(WorkerError, match="died with exit code 3"):
+    with pytest.raises(
+        WorkerError, match=r"died with exit code 3; it was in task 0 \(environment 0, episode 0\)"
+    ) as caught:
         engine.step(actions(1))
+    assert caught.value.episode == (0, 0, 0)
     engine.close()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_episode_that_is_left_out_is_passed_over(workers: int) -> None:
+    """A slot that is in it begins the next, one that is before it never comes to it, others go on as they were."""
+    engine, other = make(workers), make(workers)
+    engine.reset()
+    for k in range(2):
+        engine.step(actions(k))
+    state = engine.state()
+    assert leave_out(state, 0, 1, 0)  # slot 1 is in its episode 0
+    assert not leave_out(state, 1, 0, 1)  # slot 2 is before its episode 1
+    assert not leave_out(state, 0, 99, 0)
+    before, after = engine.load_state(engine.state()), other.load_state(state)
+    same = (before == after).all(-1)
+    assert not same[0, 1]
+    assert same.sum() == same.size - 1
+    episodes: list[list[int]] = []
+    for k in range(60):
+        other.step(actions(k))
+        episodes.append([slot["episode"] for slot in other.state()["slots"]])
+    seen = [set(numbers) for numbers in zip(*episodes, strict=True)]
+    assert (min(seen[1]), {0, 1} & seen[2]) == (1, {0})
+    assert 2 in seen[2]
+    engine.close(), other.close()
 
 
 def test_a_worker_that_does_not_answer_is_ended_and_its_tasks_are_named() -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import numpy as np
 import pytest
 import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 from test_resume import assert_same, final_state, metrics
 
+from varshare_rl.commands import train
+from varshare_rl.envs.slots import Episode
 from varshare_rl.optim.step import LossStep
 from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import newest_checkpoint
@@ -111,7 +114,7 @@ gymnasium.registry.pop("Bad-v0", None)
 gymnasium.register("Bad-v0", Bad, max_episode_steps=30)
 """
 BAD_RUN = (
-    *TINY[1:], *TINY_ALGORITHM["ppo"], "env=gymnasium", "env.ids=[Pendulum-v1,bad:Bad-v0]", "env.horizon=30",
+    *TINY[1:], "env=gymnasium", "env.ids=[Pendulum-v1,bad:Bad-v0]", "env.horizon=30",
     "log.every=40", "checkpoint.every=80", "total_transitions=480", "observe.every=0", "log.quiet=false",
 )  # fmt: skip
 
@@ -143,17 +146,45 @@ def arm_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_environment_that_always_fails_ends_the_run_with_its_name(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
+    """After the same again, and without five of its episodes."""
     bad_module(folder, monkeypatch, 'raise OSError("the\\nsensor is gone")')
     arm_at_the_start(monkeypatch)
-    outcome = command("train", *BAD_RUN, f"env.workers={workers}", "run_dir=run")
+    outcome = command("train", *BAD_RUN, *TINY_ALGORITHM["ppo"], f"env.workers={workers}", "run_dir=run")
     assert outcome.code == 1
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: task bad:Bad-v0 fails with OSError: the sensor is gone (environment")
-    assert outcome.out.count("going on from the checkpoint") == 2
+    assert outcome.out.count("going on from the checkpoint") == 1 + train.MOST_LEFT_OUT
+    assert outcome.out.count("without that episode") == train.MOST_LEFT_OUT
     details = Path("run/failure.txt").read_text()
     assert "the\nsensor is gone" in details
     assert "bad.py" in details
     newest_checkpoint(Path("run"))  # is there to go on from
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize(("workers", "fail"), [(1, 'raise OSError("gone")'), (2, "os._exit(3)")])
+def test_an_episode_that_fails_again_is_left_out(
+    command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int, fail: str, algorithm: str
+) -> None:
+    """The run goes on with the next, to its end; its checkpoints know of it."""
+    second = Episode(np.random.SeedSequence((0, 0), spawn_key=(1, 1, 1)), None).integer_seed()
+    bad_module(
+        folder, monkeypatch, f"if self.np_random_seed != {second}: return super().step(action)\n            {fail}"
+    )
+    arm_at_the_start(monkeypatch)
+    run = (*BAD_RUN, *TINY_ALGORITHM[algorithm], f"env.workers={workers}")
+    outcome = command("train", *run, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    said = " ".join(outcome.out.split())
+    assert said.count("going on from the checkpoint at") == 2
+    assert said.count("without that episode") == 1
+    assert "environment 1, episode 1" in said
+    slot = newest_checkpoint(Path("run"))[1]["engine"]["slots"][3]  # the second environment of the second task
+    assert slot["left_out"] == [1]
+    assert slot["episode"] > 1
+    more = command("train", "resume=run", "plugins=[bad]", "total_transitions=640")
+    assert more.code == 0, more.err
+    assert "warning" not in more.out
 
 
 @pytest.mark.parametrize("fail", ['raise OSError("gone")', "os._exit(3)", "os.kill(os.getpid(), 11)"])
@@ -162,7 +193,7 @@ def test_a_failure_that_does_not_come_again_changes_nothing(
 ) -> None:
     """The run goes on from its last checkpoint to the numbers of one without failure."""
     bad_module(folder, monkeypatch, f"os.remove('armed'); {fail}")
-    run = (*BAD_RUN, "env.workers=2")
+    run = (*BAD_RUN, *TINY_ALGORITHM["ppo"], "env.workers=2")
     assert command("train", *run, "run_dir=whole").code == 0
     arm_at_the_start(monkeypatch)
     outcome = command("train", *run, "run_dir=run")

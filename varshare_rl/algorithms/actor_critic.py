@@ -173,6 +173,10 @@ class ActorCritic(Algorithm):
             f"{self.target_name} {draw.targets.value}; evaluation {draw.evaluation.value}"
         )
 
+    def end_episodes(self, ended: Tensor) -> None:
+        self.reward_scaler.end(ended)
+        self.weight_sampler.end(ended)
+
     def advance(self, fraction: float) -> None:
         self.fraction = fraction
         self.elbo.advance(fraction)

@@ -70,6 +70,9 @@ class Algorithm(Stateful, ABC):
     def observe(self, transition: Transition) -> None:
         """Take in the outcome of all that was acted since the last call, ``[T, E, ...]``."""
 
+    def end_episodes(self, ended: Tensor) -> None:
+        """Take note of episodes ``[T, E]`` that are cut off after what was last observed."""
+
     @abstractmethod
     def advance(self, fraction: float) -> None:
         """Take note of the share of total_transitions that is done."""

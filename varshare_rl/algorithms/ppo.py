@@ -177,6 +177,10 @@ class PPO(ActorCritic):
         self.normalizer.update(transition.obs)
         self.transitions_per_task += transition.reward.shape[1]
 
+    def end_episodes(self, ended: Tensor) -> None:
+        super().end_episodes(ended)
+        self.rollout.truncate(ended)
+
     def ready(self) -> bool:
         return self.rollout.full
 

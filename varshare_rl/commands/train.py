@@ -71,7 +71,11 @@ from varshare_rl.types import Tree
 
 #: Failures in a row, without having come further, after which a run is given up.
 MOST_FAILURES = 2
+#: Episodes of a task that a run leaves out because they fail: so many, or of a hundred that it has had so many.
+MOST_LEFT_OUT, MOST_OF_A_HUNDRED = 5, 1
 FAILURE_FILE = "failure.txt"
+#: Task, environment and number of an episode in training.
+Episode = tuple[int, int, int]
 
 
 def run_config(
@@ -209,16 +213,18 @@ def go_on(
 def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callbacks | None = None) -> None:
     """Run the loop to its end and write the results, from the last checkpoint where a run fails that may go on.
 
+    It goes on to the same numbers; where an environment fails again there, without the episode in which it does.
+
     Raises:
         RunFailure: it has failed too often without having come further, or may not go on by itself.
         Interrupted: a signal came; all is saved, and the screen says how to go on.
     """
-    failures, halvings, furthest = 0, 0, -1
+    failures, halvings, furthest, left_out = 0, 0, -1, list[Episode]()
     while True:
         run.callbacks = callbacks or run.callbacks
         before = None if state is None else state["transitions"]
         try:
-            return attempt(config, run, state, 0.5**halvings)
+            return attempt(config, run, state, 0.5**halvings, left_out)
         except RunFailure as failure:
             if isinstance(failure, LostRank | DiskFull):
                 raise type(failure)(f"{failure}; go on from the last checkpoint with {going_on(run)}") from failure
@@ -226,17 +232,32 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
             failures = failures + 1 if run.transitions <= furthest else 1
             furthest = max(furthest, run.transitions)
             may_go_on = not diverged or config.on_divergence is OnDivergence.rollback
-            if failures > MOST_FAILURES or not may_go_on or not (run.run_dir / CONFIG_FILE).exists():
+            fails = failing_episode(failure, left_out, config.env.envs_per_task) if failures > 1 else None
+            given_up = failures > MOST_FAILURES and fails is None
+            if given_up or not may_go_on or not (run.run_dir / CONFIG_FILE).exists():
                 if run.ranks.first:
                     report_failure(run, failure)
                 raise
             _, state = newest_checkpoint(run.run_dir, ranks=run.ranks)
             halvings = diverged * (1 + halvings * (state["transitions"] == before))
-            rate = f" with {0.5**halvings:g} of the learning rate" if halvings else ""
+            how = f" with {0.5**halvings:g} of the learning rate" if halvings else ""
+            if fails is not None:
+                left_out.append(fails)
+                how += " without that episode"
             run.console.message(
-                f"warning: {failure}; going on from the checkpoint at {state['transitions']:,} transitions{rate}"
+                f"warning: {failure}; going on from the checkpoint at {state['transitions']:,} transitions{how}"
             )
             run = built(config, run.suite, run.run_dir, state, run.ranks)
+
+
+def failing_episode(failure: RunFailure, left_out: Sequence[Episode], envs_per_task: int) -> Episode | None:
+    """Return the episode that failed; None where it is unknown, or too many of its task are left out already."""
+    if failure.episode is None:
+        return None
+    task, _, number = failure.episode
+    had = number * envs_per_task  # episodes of the task, about
+    most = max(MOST_LEFT_OUT, MOST_OF_A_HUNDRED * had // 100)
+    return failure.episode if sum(other[0] == task for other in left_out) < most else None
 
 
 def report_failure(run: Run, failure: RunFailure) -> None:
@@ -253,7 +274,9 @@ def going_on(run: Run) -> str:
     return f"{run.ranks.launcher} -m varshare_rl.train {override('resume', run.run_dir)}"
 
 
-def attempt(config: TrainConfig, run: Run, state: Tree | None, rate_factor: float) -> None:
+def attempt(
+    config: TrainConfig, run: Run, state: Tree | None, rate_factor: float, left_out: Sequence[Episode]
+) -> None:
     """Run the loop and write the results; on a signal, say how to go on and pass it on."""
     begun = state is not None
     try:
@@ -261,7 +284,7 @@ def attempt(config: TrainConfig, run: Run, state: Tree | None, rate_factor: floa
         if state is None:
             run.start()
         else:
-            run.load_state(state)
+            run.load_state(state, left_out)
             run.algorithm.slow_down(rate_factor)
         if run.ranks.first:
             (run.run_dir / SUMMARY_FILE).unlink(missing_ok=True)  # of a smaller budget

@@ -52,6 +52,12 @@ class Rollout(Stateful):
             self.fields[name][:, self.position] = value
         self.position += 1
 
+    def truncate(self, ended: Tensor) -> None:
+        """Let the episodes ``ended [T, E]`` go no further than the last step."""
+        if self.position:
+            last = {name: self.fields[name][:, self.position - 1] for name in ("terminated", "truncated")}
+            last["truncated"] |= ended & ~last["terminated"]
+
     @property
     def full(self) -> bool:
         """True when all vector steps are there."""

@@ -48,6 +48,10 @@ class EpisodeStatistics(Stateful):
                 (self.lengths, self.running_steps),
             ):
                 finished[task] = [*finished[task], float(running[task, env])][-self.window :]
+        self.forget(done)
+
+    def forget(self, done: npt.NDArray[np.bool_]) -> None:
+        """Begin anew in some slots, ``[T, E]``; what their running episodes came to does not count."""
         self.running_return[done] = 0.0
         self.running_success[done] = False
         self.running_steps[done] = 0

@@ -131,6 +131,9 @@ class RewardScaler(nn.Module):
         ``learning``: networks have been updated, so that a change of scale would cost something.
         """
 
+    def end(self, done: Tensor) -> None:
+        """Take note of episodes that have ended, ``[T, E]``, where :meth:`update` was not told."""
+
     def refresh(self) -> None:
         """Note that networks start anew, so that a change of scale costs nothing now."""
 
@@ -174,7 +177,11 @@ class ReturnStdScaler(RewardScaler):
             self.returns = torch.zeros_like(reward, dtype=torch.float64)
         self.returns = self.returns * self.discount + _finite(reward)
         self.moments.update(self.returns.unsqueeze(-1))
-        self.returns = self.returns * ~done
+        self.end(done)
+
+    def end(self, done: Tensor) -> None:
+        if self.returns.numel():  # none before the first reward
+            self.returns = self.returns * ~done
 
     def factors(self) -> Tensor:
         return 1.0 / self.moments.std().squeeze(1)

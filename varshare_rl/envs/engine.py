@@ -17,6 +17,23 @@ from varshare_rl.envs.workers import RESET, STEP, STEP_RANGE, WorkerPool, Worker
 from varshare_rl.errors import UserError
 
 
+def leave_out(state: State, task: int, env: int, episode: int) -> bool:
+    """Have a saved engine pass over a training episode that fails, if the slot is one of its own.
+
+    Returns True where the state is in the middle of that episode; then the slot begins the next one.
+    """
+    tasks, envs = (state.get(axis, range(state[count])) for axis, count in _AXES)
+    if task not in tasks or env not in envs:
+        return False
+    slot = state["slots"][tasks.index(task) * len(envs) + envs.index(env)]
+    slot["left_out"] = sorted({*slot.get("left_out", ()), episode})
+    return bool(slot["episode"] == episode)
+
+
+#: What a state calls the numbers of its tasks and environments where it is a part's, and their counts.
+_AXES = (("tasks", "num_tasks"), ("envs", "envs_per_task"))
+
+
 class SlotEngine:
     """Steps one environment per slot, in this process or in workers (``varshare_rl.envs.suite.VectorEngine``).
 

@@ -130,6 +130,10 @@ class EngineSpec:
     def num_slots(self) -> int:
         return self.num_tasks * self.envs_per_task
 
+    def training_episode(self, slot: int, index: int) -> tuple[int, int, int] | None:
+        """Return task, environment and number of an episode, for failures to name; None in evaluation."""
+        return None if self.evaluation else (*self.place(slot), index)
+
     def episode(self, slot: int, index: int) -> Episode:
         """Episode number ``index`` of ``slot`` (= task * envs_per_task + e).
 
@@ -153,6 +157,7 @@ class Buffers:
     next_obs: npt.NDArray[np.float32]
     reward: npt.NDArray[np.float32]
     flags: npt.NDArray[np.bool_]  # [slots, 3]: terminated, truncated, success
+    busy: npt.NDArray[np.int64]  # 1 + the number of its episode while a slot's environment works, else 0
 
     @staticmethod
     def _layout(spec: EngineSpec) -> list[tuple[tuple[int, ...], str]]:
@@ -163,6 +168,7 @@ class Buffers:
             ((n, f), "float32"),
             ((n,), "float32"),
             ((n, 3), "bool"),
+            ((n,), "int64"),
         ]
 
     @staticmethod
@@ -192,6 +198,9 @@ class Slot:
     """One environment with autoreset and a record of the actions since its last reset.
 
     Its rows of the buffers are looked up once: what is written to them is there for everyone.
+
+    Attributes:
+        left_out: numbers of episodes that are passed over, because they fail.
     """
 
     def __init__(self, env: TaskEnv, spec: EngineSpec, index: int, buffers: Buffers) -> None:
@@ -200,21 +209,27 @@ class Slot:
         self.index = index
         self.env_index = index % spec.envs_per_task  # among the environments of its task
         self.episode = 0
+        self.left_out: set[int] = set()
         self.actions: list[Array] = []
         self._action = buffers.actions[index : index + 1]  # a row stays a view, also where it is one number
         self._obs, self._next_obs, self._flags = (
             part[index] for part in (buffers.obs, buffers.next_obs, buffers.flags)
         )
-        self._reward = buffers.reward[index : index + 1]
+        self._reward, self._busy = (part[index : index + 1] for part in (buffers.reward, buffers.busy))
 
     def begin(self, episode: int) -> None:
-        """Start episode number ``episode`` and write its first observation."""
+        """Start episode number ``episode``, or the next that is not left out, and write its first observation."""
+        while episode in self.left_out:
+            episode += 1
         self.episode = episode
         self.actions = []
+        self._busy[0] = episode + 1
         self._obs[:] = self.env.reset(self.spec.episode(self.index, episode))
+        self._busy[0] = 0
 
     def step(self) -> None:
         """Do the action in the buffers; at an episode's end begin the next one at once."""
+        self._busy[0] = self.episode + 1
         action = self._action[0].copy()
         self._next_obs[:], self._reward[0], terminated, truncated, success = self.env.step(action)
         flags = self._flags
@@ -224,17 +239,23 @@ class Slot:
         else:
             self.actions.append(action)
             self._obs[:] = self._next_obs
+            self._busy[0] = 0
 
     def state(self) -> State:
         shape = (len(self.actions), *self.spec.action_shape)
         actions = np.array(self.actions, dtype=self.spec.action_dtype).reshape(shape)
-        return {"episode": self.episode, "actions": actions, "obs": self._obs.copy()}
+        left_out = sorted(self.left_out)
+        return {"episode": self.episode, "actions": actions, "obs": self._obs.copy(), "left_out": left_out}
 
     def load_state(self, state: State) -> None:
+        self.left_out = set(state.get("left_out", ()))  # checkpoints of earlier versions have none
+        episode = int(state["episode"])
         if not getattr(self.env, "repeats", True):
-            self.begin(int(state["episode"]) + 1)
+            self.begin(episode + 1)
             return
-        self.begin(int(state["episode"]))
+        self.begin(episode)
+        if self.episode != episode:  # which is left out
+            return
         for action in np.asarray(state["actions"], dtype=self.spec.action_dtype):
             self.actions.append(action.copy())
             self._obs[:] = self.env.step(self.actions[-1])[0]
@@ -281,9 +302,10 @@ class Chunk:
         except UserError:
             raise
         except Exception as error:
-            slot = slots[done]
-            what, number = one_line(error, most=None), slot.spec.place(slot.index)[1]
+            slot, spec = slots[done], slots[done].spec
+            what, number = one_line(error, most=None), spec.place(slot.index)[1]
             raise EnvironmentFailure(
-                f"task {slot.spec.task_name(slot.index)} fails with {what} (environment {number}, "
-                f"episode {slot.episode}, step {len(slot.actions)})"
+                f"task {spec.task_name(slot.index)} fails with {what} (environment {number}, "
+                f"episode {slot.episode}, step {len(slot.actions)})",
+                episode=spec.training_episode(slot.index, slot.episode),
             ) from error

@@ -67,7 +67,7 @@ class Workers:
         self._pending: list[int] = []  # answers that each worker still owes
         self._tasks: dict[int, list[str]] = {}  # that each worker has environments of
         self._stop: weakref.finalize[Any, Any] | None = None
-        self._engines: set[int] = set()
+        self._engines: dict[int, tuple[EngineSpec, Buffers, list[list[int]]]] = {}  # with the slots of each worker
         self._numbers = itertools.count()
 
     def open(self, factory: TaskEnvFactory, spec: EngineSpec, parts: list[list[int]]) -> WorkerPool:
@@ -79,7 +79,7 @@ class Workers:
                 f"workers={len(parts)} needs environments that other processes can import ({error}); use workers=1"
             ) from error
         if self._stop is None or not self._stop.alive:
-            self.processes, self._connections, self._pending, self._engines = [], [], [], set()
+            self.processes, self._connections, self._pending, self._engines = [], [], [], {}
             self._stop = weakref.finalize(self, _shut_down, self.processes, self._connections)
         places = cores()
         while len(self.processes) < len(parts):
@@ -89,10 +89,10 @@ class Workers:
                 # workers take turns on one core while another is idle.
                 keep_to(self.processes[-1].pid, places[len(self.processes) - 1])
         number = next(self._numbers)
-        self._engines.add(number)
         with tempfile.TemporaryFile(dir=_memory_folder()) as file:
             file.truncate(Buffers.size(spec))
             buffers = Buffers.over(spec, mmap.mmap(file.fileno(), Buffers.size(spec)))
+            self._engines[number] = spec, buffers, parts
             with contextlib.suppress(OSError):  # a worker that died at once is reported at the first receive
                 for worker, part in enumerate(parts):
                     self._tasks[worker] = list(dict.fromkeys(spec.task_name(slot) for slot in part))
@@ -127,7 +127,7 @@ class Workers:
         """Let go of an engine; with the last one the processes end."""
         if not self.has(number):
             return
-        self._engines.discard(number)
+        self._engines.pop(number)
         if not self._engines:
             self.shut_down()
             return
@@ -184,14 +184,22 @@ class Workers:
             if left <= 0:
                 self.processes[worker].kill()
                 self.shut_down()
-                steps = self._named(worker)
+                doing, episode = self._doing(worker)
                 raise WorkerError(
-                    f"environment worker {worker} did not answer for {self.patience:g} s; it steps {steps}"
+                    f"environment worker {worker} did not answer for {self.patience:g} s; {doing}", episode=episode
                 )
 
-    def _named(self, worker: int) -> str:
+    def _doing(self, worker: int) -> tuple[str, tuple[int, int, int] | None]:
+        """Say what a worker is at, or else which tasks it has; and in which training episode, if that is known."""
+        for spec, buffers, parts in self._engines.values():
+            for slot in parts[worker] if worker < len(parts) else ():
+                if buffers.busy[slot]:
+                    index = int(buffers.busy[slot]) - 1
+                    where = f"environment {spec.place(slot)[1]}, episode {index}"
+                    return f"it was in task {spec.task_name(slot)} ({where})", spec.training_episode(slot, index)
         tasks = self._tasks.get(worker, [])
-        return "task " + ", ".join(tasks[:5]) + (f" and {len(tasks) - 5} more" if len(tasks) > 5 else "")
+        more = f" and {len(tasks) - 5} more" if len(tasks) > 5 else ""
+        return f"it steps task {', '.join(tasks[:5])}{more}", None
 
     def _raise_dead(self, worker: int) -> None:
         process = self.processes[worker]
@@ -199,9 +207,10 @@ class Workers:
             process.wait(timeout=5)
         code = process.returncode
         self.shut_down()
-        steps = self._named(worker)
+        doing, episode = self._doing(worker)
         raise WorkerError(
-            f"environment worker {worker} died with exit code {code}; it steps {steps}; its own messages are above"
+            f"environment worker {worker} died with exit code {code}; {doing}; its own messages are above",
+            episode=episode,
         )
 
 
@@ -340,4 +349,5 @@ def _report(error: Exception) -> bytes:
     if isinstance(error, UserError):
         return _REFUSED + pickle.dumps(str(error))
     message = str(error) if isinstance(error, RunFailure) else f"{type(error).__name__}: {error}"
-    return _FAILED + pickle.dumps((message, "".join(traceback.format_exception(error))))
+    details = "".join(traceback.format_exception(error))
+    return _FAILED + pickle.dumps((message, details, getattr(error, "episode", None)))

@@ -290,8 +290,13 @@ class WeightSampler(Stateful):
         if self.mode is not Resample.per_episode:
             return None
         used = self.index.clone() if self.recorded else None
-        self._redraw(done.cpu())
+        self.end(done)
         return used
+
+    def end(self, done: Tensor) -> None:
+        """Give new draws to the episodes that begin, where those ``done [T, E]`` have ended."""
+        if self.mode is Resample.per_episode:
+            self._redraw(done.cpu())
 
     @contextmanager
     def replay(self, draws: Tensor | None) -> Iterator[None]:

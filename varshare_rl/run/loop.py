@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -19,6 +19,7 @@ import torch
 
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
+from varshare_rl.envs.engine import leave_out
 from varshare_rl.envs.suite import Step, Suite, VectorEngine
 from varshare_rl.errors import RunFailure
 from varshare_rl.files import Patience
@@ -402,8 +403,16 @@ class Run(Stateful):
             "random": rng_state(),
         }
 
-    def load_state(self, state: Tree) -> None:
-        """Put back what :meth:`save` wrote as ``last``."""
+    def load_state(self, state: Tree, left_out: Sequence[tuple[int, int, int]] = ()) -> None:
+        """Put back what :meth:`save` wrote as ``last``.
+
+        ``left_out``: task, environment and number of episodes that are passed over from there on, as they fail;
+        one that is under way is cut off, and counts for no statistics of episodes.
+        """
+        ended = np.zeros((self.engine.num_tasks, self.engine.envs_per_task), np.bool_)
+        for episode in left_out:
+            here = leave_out(state["engine"], *episode)
+            ended[episode[:2]] |= self.ranks.least(-here) < 0
         with fitting(self.run_dir):
             self.transitions = self.observed_at = self._resumed_at = state["transitions"]
             super().load_state(state)
@@ -414,6 +423,9 @@ class Run(Stateful):
             self.scalars = state["scalars"]
             self._observation = self.engine.load_state(state["engine"])
             load_rng_state(state["random"])
+            if ended.any():
+                self.episodes.forget(ended)
+                self.algorithm.end_episodes(self._to_device(ended))
             masked = self.algorithm.masked_steps().tolist()
             self._masked_before = dict(zip(self.suite.task_names, masked, strict=True))
 
