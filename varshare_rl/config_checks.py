@@ -10,9 +10,8 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.nn.config import Blocks
 from varshare_rl.nn.critic import ValueLoss
-from varshare_rl.optim.gradient import MEAN, TEMPERATURE
-from varshare_rl.optim.kl_schedules import DualConfig
-from varshare_rl.optim.priors import FixedPriorConfig
+from varshare_rl.optim.gradient import TEMPERATURE
+from varshare_rl.optim.task_subset import compared
 
 
 def check_config(config: TrainConfig) -> None:
@@ -73,20 +72,7 @@ def _check_task_subset(config: TrainConfig) -> None:
     """Refuse what compares all tasks at every update where updates are of a few."""
     if getattr(config.algorithm, "tasks_per_update", None) is None:
         return
-    clashes = [
-        (f"gradient.{part}={name}", "gradient=mean")
-        for part, name in (("actor", config.gradient.actor), ("critic", config.gradient.critic))
-        if name != MEAN
-    ]
-    if isinstance(config.elbo.schedule, DualConfig):
-        clashes.append(("elbo/schedule=dual", "another schedule"))
-    if not isinstance(config.elbo.prior, FixedPriorConfig):
-        clashes.append((f"elbo/prior={config.elbo.prior.name}", "elbo/prior=fixed"))
-    if config.divergence_guard.explosion:
-        clashes.append(
-            (f"divergence_guard.explosion={config.divergence_guard.explosion:g}", "divergence_guard.explosion=0")
-        )
-    for given, instead in clashes:
+    for given, instead in compared(config.gradient, config.elbo, config.divergence_guard).items():
         raise UserError(
             f"{given} compares all tasks at every update, and algorithm.tasks_per_update="
             f"{config.algorithm.tasks_per_update} makes updates of a few; give {instead}, or null for the latter"

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers import build, collect
+from conftest import Command
+from helpers import TINY, TINY_ALGORITHM, build, collect
 from torch import Tensor, nn
 
+from varshare_rl.algorithms import sac
 from varshare_rl.algorithms.sac import SAC, SACConfig
 from varshare_rl.data.normalizers import RewardScale
 from varshare_rl.envs.pointmass import PointMassConfig
@@ -15,6 +18,7 @@ from varshare_rl.nn import VarShareLoRAConfig
 from varshare_rl.nn.critic import CriticConfig
 from varshare_rl.nn.task_rows import active_tasks
 from varshare_rl.optim.task_subset import MOMENTS, TaskSubset
+from varshare_rl.run.checkpoint import newest_checkpoint
 
 TASKS, SIZE = 7, 3
 
@@ -229,3 +233,25 @@ def test_gradients_are_predicted_for_the_windows_tasks_only() -> None:
     windowed = make_sac(CriticConfig(), tasks_per_update=2)
     own = sum(p.numel() for module in (windowed.actor, windowed.critic) for p in own_parameters(module).values())
     assert whole - windowed.memory_bytes()["networks"] == 4 * own * 6 // 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "few"),
+    [
+        ((), True),
+        (("network=shared",), False),
+        (("gradient.critic=pcgrad",), False),
+        (("elbo/schedule=dual",), False),
+        (("algorithm.tasks_per_update=8",), False),
+    ],
+)
+def test_an_update_of_very_many_tasks_is_of_a_few_unless_that_is_refused_or_of_no_use(
+    command: Command, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], few: bool
+) -> None:
+    """The first screen says so, and a checkpoint goes on with the turns."""
+    monkeypatch.setattr(sac, "MOST_AT_ONCE", 3)
+    run = (*TINY, *TINY_ALGORITHM["sac"], "network.hidden=[8]", *overrides, "total_transitions=640")
+    outcome = command("train", *run, "log.quiet=false", "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert ("updates" in outcome.out and "of 3 tasks in turn" in outcome.out) == few
+    assert (newest_checkpoint(Path("run"))[1]["algorithm"]["window"]["passes"] > 0) == few

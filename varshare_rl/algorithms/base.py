@@ -93,6 +93,10 @@ class Algorithm(Stateful, ABC):
     def weight_draws(self) -> str:
         """Name the weights that it acts, learns and is evaluated with, in words for the log."""
 
+    def description(self) -> dict[str, str]:
+        """Say what a user should know of its updates before they begin, by heading."""
+        return {}
+
     @abstractmethod
     def metrics(self) -> Metrics:
         """Return the state of the controllers of training, for the log."""

@@ -23,7 +23,7 @@ from varshare_rl.nn.stochastic import theta_only
 from varshare_rl.ops.rl import td_target
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
-from varshare_rl.optim.task_subset import TaskSubset
+from varshare_rl.optim.task_subset import MOST_AT_ONCE, TaskSubset, compared
 from varshare_rl.registry import register
 from varshare_rl.types import Scalars, Transition, Tree
 
@@ -42,7 +42,8 @@ class SACConfig:
     batch_per_task: int = bounded(128, least=1)
     "Transitions of every task in an update."
     tasks_per_update: int | None = bounded(None, least=1)
-    "Tasks that an update is of, in turn; null: all."
+    """Tasks that an update is of, in turn. Null: all, but 50 at most where what tasks have of their own is most of
+    what is trained, and no option compares all tasks at every update."""
     start_transitions_per_task: int = bounded(1_000, least=1)
     "Transitions of every task with uniformly random actions, before learning starts."
     updates_per_transition_per_task: float = bounded(0.5, least=0)
@@ -139,7 +140,7 @@ class SAC(ActorCritic):
         )  # fmt: skip
         context.ranks.require_even(config.batch_per_task, "algorithm.batch_per_task")
         self.task_subset = TaskSubset(
-            spec.num_tasks, config.tasks_per_update or spec.num_tasks,
+            spec.num_tasks, config.tasks_per_update or self._tasks_at_once(context),
             [self.actor, self.critic, self.target_critic, self.normalizer, self.reward_scaler], [self.log_alpha],
             [step.optimizer for step in (self.actor_step, self.critic_step, self.entropy_step)],
         )  # fmt: skip
@@ -260,6 +261,20 @@ class SAC(ActorCritic):
         unused = {id(parameter) for parameter in sigmas}
         kept = [pair for pair in zip(targets, sources, strict=True) if id(pair[1]) not in unused]
         return [target for target, _ in kept], [source for _, source in kept]
+
+    def _tasks_at_once(self, context: AgentContext) -> int:
+        """Return the tasks of an update that is not told how many."""
+        roles = [role for step in (self.actor_step, self.critic_step) for role in step.roles]
+        own = sum(role.parameter.numel() for role in roles if role.own)
+        few = 2 * own > sum(role.parameter.numel() for role in roles)
+        if few and not compared(context.gradient, context.elbo.config, context.divergence_guard):
+            return min(self.spec.num_tasks, MOST_AT_ONCE)
+        return self.spec.num_tasks
+
+    def description(self) -> dict[str, str]:
+        if self.task_subset.turns == 1:
+            return {}
+        return {"updates": f"of {self.task_subset.size} tasks in turn, see algorithm.tasks_per_update"}
 
     def own_state(self) -> Tree:
         return {"replay": self.replay.state()}

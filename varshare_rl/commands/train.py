@@ -337,6 +337,7 @@ def describe(config: TrainConfig, run: Run) -> None:
                 f"{name} {size / 1e6:.1f} MB" for name, size in run.algorithm.memory_bytes().items()
             ),
             **describe_posterior(config, run),
+            **run.algorithm.description(),
             "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
             **({"ranks": f"{run.ranks.size}, which divide environments and batches"} if run.ranks.size > 1 else {}),
