@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -59,8 +60,10 @@ def read_network(folder: Path | str) -> nn.Sequential:
         document = read_object(folder / MODULE_FILE)
         if document["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {document['format_version']!r}, and {FORMAT_VERSION} can be read")
-        network = nn.Sequential(*(_build(dict(module)) for module in document["modules"]))
-        network.load_state_dict(load_file(folder / TENSOR_FILE))
+        with torch.device("meta"):  # sizes that a document claims take no memory
+            network = nn.Sequential(*(_build(dict(module)) for module in document["modules"]))
+        tensors = {name: tensor.float() for name, tensor in load_file(folder / TENSOR_FILE).items()}
+        network.load_state_dict(tensors, assign=True)
     except UserError:
         raise
     except STUMBLES as error:
@@ -80,7 +83,10 @@ def _describe(module: nn.Module) -> dict[str, Any]:
 
 def _build(description: dict[str, Any]) -> nn.Module:
     make, names = _KINDS[description.pop("kind")]
-    module: nn.Module = make(**{name: description.pop(name) for name in names})
+    arguments = {name: description.pop(name) for name in names}
     if description:
         raise ValueError(f"unknown argument {next(iter(description))!r}")
+    if empty := [name for name in ("in_features", "out_features") if arguments.get(name, 1) == 0]:
+        raise ValueError(f"{empty[0]} is 0")
+    module: nn.Module = make(**arguments)
     return module
