@@ -1,0 +1,1 @@
+"""A variational second-order optimiser for the factors, beside Adam."""
