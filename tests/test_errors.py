@@ -168,6 +168,7 @@ WITHOUT_RUN = {
     "no_tasks_in_an_update": (
         ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=0"), "algorithm.tasks_per_update is 0",
     ),
+    "a_list_by_interpolation": (("env=pointmass", "env.tasks=${seed}"), "env.tasks is 0; it must be a list"),
     "tasks_of_ppos_update": (("env=pointmass", "algorithm.tasks_per_update=2"), "tasks_per_update"),
     "combined_gradients_of_a_few_tasks": (
         ("env=pointmass", "algorithm=sac", "algorithm.tasks_per_update=2", "gradient.critic=pcgrad"),

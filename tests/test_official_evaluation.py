@@ -16,7 +16,8 @@ from metaworld.evaluation import evaluation
 
 import varshare_rl as vs
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
-from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite, official_envs
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
+from varshare_rl.envs.sawyer.official import official_envs
 from varshare_rl.nn import VarShareLoRAConfig, VarShareLoRALayer
 from varshare_rl.run.evaluation import evaluate
 

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+from varshare_rl.compiler import put_off_compiler
+
 #: The file of every command; its function ``command`` reads ``sys.argv``.
 COMMANDS: Mapping[str, str] = {
     "train": "varshare_rl.commands.train",
@@ -76,6 +78,7 @@ def start(name: str) -> None:
     if wants_help(arguments) and not asks_for_word:
         print(help_text(COMMANDS[name]))
     else:
+        put_off_compiler()
         try:
             import_module(COMMANDS[name]).command()
         except KeyboardInterrupt:  # while it is imported; commands answer for themselves
@@ -116,7 +119,7 @@ def main() -> None:
     if name in ("--help", "-h"):
         print(overview())
     elif name not in COMMANDS:
-        print(f"error: unknown command {name!r}; there is {', '.join(COMMANDS)}", file=sys.stderr)
+        print(f"error: unknown command {name[:100]!r}; there is {', '.join(COMMANDS)}", file=sys.stderr)
         raise SystemExit(2)
     else:
         sys.argv[:2] = [f"{sys.argv[0]} {name}"]

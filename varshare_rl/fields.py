@@ -59,7 +59,7 @@ def bounded(
 
 
 def check_bounds(config: Any, prefix: str = "") -> None:
-    """Refuse numbers outside the bounds of their fields, and infinity and NaN anywhere.
+    """Refuse numbers outside the bounds of their fields, infinity and NaN anywhere, and no list where one must be.
 
     Dataclasses inside are checked too. A method ``check(prefix)`` of one refuses relations among its own options.
     ``prefix`` comes before the names, such as ``elbo.``.
@@ -68,7 +68,10 @@ def check_bounds(config: Any, prefix: str = "") -> None:
         UserError: names the first such option, its value, and what is allowed.
     """
     for option in fields(config):
-        _check_value(f"{prefix}{option.name}", getattr(config, option.name), option.metadata.get("bounds"))
+        value = getattr(config, option.name)
+        if str(option.type).startswith("list[") and not isinstance(value, list | tuple | None):  # by ${...}
+            raise UserError(f"{prefix}{option.name} is {value}; it must be a list, such as [{value}]")
+        _check_value(f"{prefix}{option.name}", value, option.metadata.get("bounds"))
     if hasattr(config, "check"):
         config.check(prefix)
 

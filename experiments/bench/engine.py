@@ -17,7 +17,8 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
 from experiments.bench.contenders import Contender, Round, Setting, measure
 from experiments.bench.report import Goal, Ratio, Section
-from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite, as_tasks
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
+from varshare_rl.envs.sawyer.tasks import as_tasks
 
 TASKS, HORIZON, ACTION_SIZE, GOALS = 10, 500, 4, 50
 STATE = mujoco.mjtState.mjSTATE_INTEGRATION

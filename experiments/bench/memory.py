@@ -9,8 +9,8 @@ from experiments.bench.runs import python, train
 #: One episode of every task of MT50, one environment each.
 _EPISODE = """
 import numpy as np
-from varshare_rl.envs.metaworld import MetaWorldOptions, MetaWorldSuite
-engine = MetaWorldSuite(MetaWorldOptions(benchmark="mt50", envs_per_task=1)).make_engine(1, seed=0)
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
+engine = MetaWorldSuite(MetaWorldConfig(benchmark="mt50", envs_per_task=1)).make_engine(1, seed=0)
 engine.reset()
 for _ in range(501):
     engine.step(np.zeros((50, 1, 4), dtype=np.float32))

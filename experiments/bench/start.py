@@ -18,8 +18,8 @@ LossStep.__call__ = stop
 #: Makes an engine with one environment per task and resets it; without the clean-up that ends a process.
 _READY = """
 import os
-from varshare_rl.envs.metaworld import MetaWorldOptions, MetaWorldSuite
-engine = MetaWorldSuite(MetaWorldOptions(benchmark={benchmark!r}, envs_per_task=1)).make_engine(1, seed=0)
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
+engine = MetaWorldSuite(MetaWorldConfig(benchmark={benchmark!r}, envs_per_task=1)).make_engine(1, seed=0)
 engine.reset()
 engine.close()
 os._exit(0)

@@ -11,7 +11,9 @@ from metaworld.evaluation import evaluation
 from metaworld.policies import SawyerDrawerCloseV3Policy, SawyerReachV3Policy
 
 from varshare_rl.envs.engine import SlotEngine
-from varshare_rl.envs.metaworld import BENCHMARKS, MetaWorldConfig, MetaWorldSuite, make_goals, official_envs
+from varshare_rl.envs.metaworld import BENCHMARKS, MetaWorldConfig, MetaWorldSuite
+from varshare_rl.envs.sawyer.official import official_envs
+from varshare_rl.envs.sawyer.tasks import make_goals
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 

@@ -16,10 +16,11 @@ from metaworld.policies import ENV_POLICY_MAP
 from metaworld.utils import reward_utils
 from scipy.spatial.transform import Rotation
 
-from varshare_rl.envs import metaworld_fast
-from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldEnv, MetaWorldSuite, make_goals
-from varshare_rl.envs.metaworld_fast import FastMetaWorldEnv, environment_classes, is_supported
-from varshare_rl.envs.metaworld_math import Quaternion, make_hstack, make_norm, make_tolerance
+from varshare_rl.envs import sawyer
+from varshare_rl.envs.metaworld import MetaWorldConfig, MetaWorldSuite
+from varshare_rl.envs.sawyer.arithmetic import Quaternion, make_hstack, make_norm, make_tolerance
+from varshare_rl.envs.sawyer.fast import FastMetaWorldEnv, environment_classes, is_supported
+from varshare_rl.envs.sawyer.tasks import MetaWorldEnv, make_goals
 from varshare_rl.envs.slots import Episode
 
 #: Between them: every kind of observation, the contact force, quaternions, stale first observations.
@@ -132,7 +133,7 @@ def test_the_package_stays_untouched() -> None:
     for module in (metaworld.sawyer_xyz_env, reward_utils):
         assert module.np is np
     assert official.step.__module__ == "metaworld.sawyer_xyz_env"
-    assert private.step.__module__ == "varshare_rl.envs.metaworld_methods"
+    assert private.step.__module__ == "varshare_rl.envs.sawyer.methods"
     assert reward_utils.tolerance.__module__ == "metaworld.utils.reward_utils"
 
 
@@ -155,7 +156,7 @@ def test_unknown_version_warns_once_and_uses_the_package() -> None:
 
 
 def test_another_scipy_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metaworld_fast, "quaternions_agree", lambda: False)
+    monkeypatch.setattr(sawyer.fast, "quaternions_agree", lambda: False)
     is_supported.cache_clear()
     with pytest.warns(UserWarning, match="this scipy computes quaternions in another way"):
         assert not is_supported()

@@ -19,8 +19,11 @@ from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically
 
 INPUT, OUTPUT = "observation", "action"
-#: Any number of rows.
-ROWS = ({0: torch.export.Dim("batch", min=1)},)
+
+
+def any_rows() -> tuple[dict[int, Any]]:
+    """Return the shapes of an input of any number of rows; ``torch.export`` takes a second to import."""
+    return ({0: torch.export.Dim("batch", min=1)},)
 
 
 def trace(module: nn.Module, size: int) -> torch.export.ExportedProgram:
@@ -31,7 +34,7 @@ def trace(module: nn.Module, size: int) -> torch.export.ExportedProgram:
     """
     try:
         with torch.no_grad():
-            program = torch.export.export(module, (torch.zeros(2, size),), dynamic_shapes=ROWS)
+            program = torch.export.export(module, (torch.zeros(2, size),), dynamic_shapes=any_rows())
     except Exception as error:  # whatever the module's own code does when it is traced
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"this network cannot be traced by torch.export: {reason}") from error
@@ -52,7 +55,12 @@ def write_onnx(file: Path, program: torch.export.ExportedProgram, about: Mapping
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # the exporter calls functions of torch that are to go
         graph: Any = torch.onnx.export(
-            program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=ROWS
+            program,
+            dynamo=True,
+            verbose=False,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=any_rows(),
         )
     graph.model.metadata_props.update(about)
     graph.save(file)

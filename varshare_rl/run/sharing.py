@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.cluster.hierarchy import fcluster, leaves_list, linkage
-from scipy.spatial.distance import squareform
 from torch import Tensor, nn
 
 from varshare_rl.nn.sharing import LayerSharing, measure_sharing
@@ -90,6 +88,9 @@ def cluster_tasks(distance: npt.ArrayLike, threshold: float = CLUSTER_DISTANCE) 
     matrix = np.asarray(distance, dtype=np.float64)
     if len(matrix) < 2:
         return Clusters(threshold, len(matrix), [0] * len(matrix), list(range(len(matrix))), [])
+    from scipy.cluster.hierarchy import fcluster, leaves_list, linkage  # take a second to import
+    from scipy.spatial.distance import squareform
+
     tree = linkage(squareform((matrix + matrix.T) / 2, checks=False), method="average")
     order = leaves_list(tree).tolist()
     flat = fcluster(tree, threshold, criterion="distance")

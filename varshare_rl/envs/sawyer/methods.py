@@ -1,6 +1,6 @@
 """Quicker methods for Meta-World's environments, named as in the package, with the same results bit for bit.
 
-They belong to the private copy that ``envs.metaworld_fast`` makes; its docstring says what they leave out.
+They belong to the private copy that ``envs.sawyer.fast`` makes; its docstring says what they leave out.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ import mujoco
 import numpy as np
 import numpy.typing as npt
 
-from varshare_rl.envs.metaworld_math import (
+from varshare_rl.envs.sawyer.arithmetic import (
     Quaternion,
     make_caging_reward,
     make_hstack,
@@ -41,7 +41,7 @@ from varshare_rl.envs.metaworld_math import (
     make_tolerance,
     quaternions_agree,
 )
-from varshare_rl.envs.metaworld_methods import NamedData, exchange_methods, is_view
+from varshare_rl.envs.sawyer.methods import NamedData, exchange_methods, is_view
 from varshare_rl.envs.slots import Array, Episode
 
 CHECKED_VERSION = "3.1.1"

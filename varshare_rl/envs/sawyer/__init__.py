@@ -1,0 +1,1 @@
+"""The package ``metaworld`` and its robot arm: imported when a suite has tasks of it, which takes a second."""
