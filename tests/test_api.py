@@ -21,7 +21,8 @@ from test_errors import WITHOUT_RUN, assert_one_line
 import varshare_rl as vs
 from varshare_rl.api import to_overrides
 from varshare_rl.overrides import literal
-from varshare_rl.run.loop import Interrupted, Run
+from varshare_rl.run.loop import Run
+from varshare_rl.run.signals import Interrupted
 
 PPO = (*TINY[1:], *TINY_ALGORITHM["ppo"])
 

@@ -28,7 +28,7 @@ from varshare_rl.overrides import literal, override
 from varshare_rl.reading import read_object
 from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.evaluation import Evaluation, layer_kl
-from varshare_rl.run.loop import Interrupted
+from varshare_rl.run.signals import Interrupted
 from varshare_rl.types import Metrics
 
 

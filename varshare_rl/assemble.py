@@ -38,7 +38,8 @@ from varshare_rl.optim.kl_schedules import BandConfig
 from varshare_rl.ranks import ALONE, Ranks, several
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console
-from varshare_rl.run.loop import LoopConfig, Run
+from varshare_rl.run.loop import Run
+from varshare_rl.run.loop_config import LoopConfig
 from varshare_rl.run.process import require_memory, seed_everything, threads_for
 from varshare_rl.run.ranked_engine import make_engine
 from varshare_rl.run.results import provenance

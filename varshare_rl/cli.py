@@ -228,7 +228,7 @@ def put_plugins(composed: DictConfig, given: Sequence[str]) -> None:
 def errors_in_one_line() -> Iterator[None]:
     """Turn what the user got wrong into :func:`fail`, and an interrupt into a word.
 
-    SIGTERM raises :class:`Terminated`, so that what was begun is cleared up.
+    SIGTERM and SIGHUP raise :class:`Terminated`, so that what was begun is cleared up.
     """
     try:
         with terminable():
@@ -243,8 +243,8 @@ def errors_in_one_line() -> Iterator[None]:
     except (KeyboardInterrupt, Terminated) as stop:  # training itself catches the first one and saves
         if speaks():
             print("stopped", file=sys.stderr)
-        number = signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM
-        raise SystemExit(128 + number) from None
+        code = 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else stop.exit_code
+        raise SystemExit(code) from None
 
 
 def in_one_line(error: Exception) -> tuple[str, int] | None:
@@ -263,19 +263,21 @@ def in_one_line(error: Exception) -> tuple[str, int] | None:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM raises :class:`Terminated`."""
+    """Inside, SIGTERM raises :class:`Terminated`, as does SIGHUP unless it is ignored (``nohup``)."""
     if threading.current_thread() is not threading.main_thread():  # which alone can have handlers
         yield
         return
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated
+        raise Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    kinds = [signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
+    before = {kind: signal.signal(kind, end) for kind in kinds}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for kind in kinds:
+            signal.signal(kind, before[kind])
 
 
 #: Characters of an error's line; of more the middle is left out.

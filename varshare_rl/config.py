@@ -21,7 +21,7 @@ from varshare_rl.optim.gradient import GradientConfig, gradient_schema
 from varshare_rl.optim.optimizer import OptimizerConfig
 from varshare_rl.reading import STUMBLES, check_folder, read_yaml
 from varshare_rl.registry import lookup, register, registered, require_plugins
-from varshare_rl.run.loop import OnDivergence
+from varshare_rl.run.loop_config import OnDivergence
 from varshare_rl.types import Tree
 
 #: Keys of stored configurations by their names of today.

@@ -1,5 +1,9 @@
 """The errors that a user sees, and the order to stop. Knows nothing else of the package, and no torch."""
 
+from __future__ import annotations
+
+import signal
+
 
 class UserError(ValueError):
     """A request that cannot be met. The message is one line: what was given, what is allowed, what to do.
@@ -22,7 +26,11 @@ class RunFailure(RuntimeError):
 
 
 class Terminated(BaseException):
-    """SIGTERM came where nothing has to be saved. Like KeyboardInterrupt it is no error, and nobody's to catch."""
+    """SIGTERM or SIGHUP came where nothing has to be saved. Like KeyboardInterrupt it is nobody's to catch."""
+
+    def __init__(self, signal_number: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.exit_code = 128 + signal_number
 
 
 def one_line(error: BaseException, most: int | None = 200) -> str:

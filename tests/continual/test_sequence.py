@@ -20,7 +20,8 @@ from varshare_rl.registry import registered
 from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.evaluation import Evaluation
-from varshare_rl.run.loop import Interrupted, Run
+from varshare_rl.run.loop import Run
+from varshare_rl.run.signals import Interrupted
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.transfer.share.selection import ReturnBandit
 

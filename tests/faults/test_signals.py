@@ -27,11 +27,12 @@ RUN = last_of_each((
 SAMPLE = (
     ("SIGTERM", "both", "start"),
     ("SIGTERM", "both", "evaluate"),
+    ("SIGHUP", "parent", "update"),
     ("SIGKILL", "parent", "save"),
     ("SIGSTOP", "workers", "step"),
 )
 MOMENTS = ("start", "step", "update", "evaluate", "save")
-CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGKILL": -9}
+CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGKILL": -9}
 
 
 def drive(folder: Path, scenarios: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -106,7 +107,7 @@ def test_a_sample(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["parent", "workers", "both"])
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGKILL", "SIGSTOP"])
 def test_a_days_worth(tmp_path: Path, name: str, target: str) -> None:
     check(tmp_path, tuple((name, target, moment) for moment in MOMENTS))
 

@@ -62,9 +62,11 @@ from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
-from varshare_rl.run.loop import Diverged, Interrupted, OnDivergence, Run
+from varshare_rl.run.loop import Diverged, Run
+from varshare_rl.run.loop_config import OnDivergence
 from varshare_rl.run.process import joined_ranks
 from varshare_rl.run.results import summary
+from varshare_rl.run.signals import Interrupted
 from varshare_rl.sweeps.command import RunCommand
 from varshare_rl.sweeps.sweep import run_training
 from varshare_rl.types import Tree

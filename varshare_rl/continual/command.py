@@ -35,7 +35,7 @@ from varshare_rl.errors import Terminated, UserError
 from varshare_rl.overrides import override
 from varshare_rl.run.console import Console
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
-from varshare_rl.run.loop import Interrupted
+from varshare_rl.run.signals import Interrupted
 from varshare_rl.sweeps.command import RunCommand
 from varshare_rl.sweeps.sweep import run_training
 

@@ -277,7 +277,7 @@ def _shut_down(processes: list[subprocess.Popen[bytes]], connections: list[Conne
             process.wait()
 
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager

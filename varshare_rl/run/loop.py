@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
 from itertools import chain
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,6 +25,8 @@ from varshare_rl.run.callbacks import Callbacks, is_false
 from varshare_rl.run.checkpoint import fitting, save_checkpoint
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl, shown
+from varshare_rl.run.loop_config import LoopConfig, OnDivergence
+from varshare_rl.run.phases import PhaseClock
 from varshare_rl.run.process import (
     compute_threads,
     keep_freed_memory,
@@ -38,36 +37,10 @@ from varshare_rl.run.process import (
 )
 from varshare_rl.run.ranked_engine import make_engine
 from varshare_rl.run.sharing_monitor import SharingMonitor
+from varshare_rl.run.signals import Interrupted, answering
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.state import Stateful
 from varshare_rl.types import Metrics, Scalars, Transition, Tree
-
-
-class OnDivergence(Enum):
-    """What follows where a task's loss or gradient is NaN or infinite."""
-
-    mask = "mask"  # the step leaves the task out, see divergence_guard
-    stop = "stop"  # the run ends, with the last checkpoint to go on from
-    rollback = "rollback"  # the run goes on from the last checkpoint with half the learning rate
-
-
-@dataclass
-class LoopConfig:
-    """Counts are transitions of all tasks together; 0, also of the minutes, switches the thing off."""
-
-    total_transitions: int
-    evaluate_every: int
-    evaluate_episodes: int
-    checkpoint_every: int
-    log_every: int
-    checkpoint_minutes: float = 0.0
-    checkpoint_keep: int = 2
-    checkpoint_wait_minutes: float = 0.0
-    on_divergence: OnDivergence = OnDivergence.mask
-    observe_every: int = 0
-    overlap: bool = False
-    tasks_per_rank: int | None = None
-
 
 #: Updates in a row without a loss to learn from after which a run is given up.
 MOST_IDLE_STEPS = 1000
@@ -75,14 +48,6 @@ MOST_IDLE_STEPS = 1000
 
 class Diverged(RunFailure):
     """Losses are not finite any more. The message names tasks and transitions."""
-
-
-class Interrupted(Exception):
-    """Training was asked to stop by a signal and has saved its state."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
 
 
 @dataclass
@@ -112,7 +77,7 @@ class Run(Stateful):
     evaluation: Evaluation | None = None
     evaluated_at: int = -1
     scalars: Scalars = field(default_factory=dict)
-    phase_seconds: dict[str, float] = field(default_factory=dict)
+    clock: PhaseClock = field(default_factory=PhaseClock)
     masked_tasks: set[str] = field(default_factory=set)  # that the screen has named
     also_evaluate: Callable[[int], Metrics] | None = None  # what else is measured then, after so many transitions
     not_finite: dict[str, int] = field(default_factory=dict)  # observations and rewards, by task
@@ -131,8 +96,15 @@ class Run(Stateful):
         self._saved_at, self._save_seconds = time.monotonic(), 0.0
         self._resumed_at = -1
         self._masked_before: dict[str, int] = {}  # steps, by a run that masked and goes on otherwise
-        self._phase: str | None = None
-        self._phase_since = 0.0
+
+    @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Time by phase, with that before a resume."""
+        return self.clock.seconds
+
+    @phase_seconds.setter
+    def phase_seconds(self, seconds: dict[str, float]) -> None:
+        self.clock.seconds = seconds
 
     def train(self) -> Evaluation:
         """Run to the end and return the last evaluation.
@@ -142,7 +114,7 @@ class Run(Stateful):
         """
         keep_freed_memory()
         threads = compute_threads(self.provenance["threads"])
-        with self.console, interruptible(self.ranks), threads, self._timed("rest"):
+        with self.console, self._interruptible(), threads, self.clock("rest"):
             for remark in self.suite.remarks():
                 self.console.message(remark)
             obs = self._to_device(self._observation)
@@ -166,6 +138,15 @@ class Run(Stateful):
         assert self.evaluation is not None
         return self.evaluation
 
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Say signals to stop to all ranks instead of dying."""
+        try:
+            with answering(lambda number: self.ranks.say("signal", self.ranks.said("signal") or number), each=True):
+                yield
+        finally:
+            self.ranks.silence()
+
     def start(self, evaluate: bool = False) -> None:
         """Reset the environments and save a first checkpoint; for a new run. ``evaluate`` does so before."""
         if evaluate:
@@ -183,18 +164,18 @@ class Run(Stateful):
     def _vector_step(self, obs: torch.Tensor) -> torch.Tensor:
         actions = []
         for envs in self._turns:
-            with self._timed("act"), one_thread():
+            with self.clock("act"), one_thread():
                 actions.append(self.algorithm.act(obs[:, envs]))
                 host_action = actions[-1].cpu().numpy()
-            with self._timed("engine"):
+            with self.clock("engine"):
                 self.engine.begin(host_action, envs)
-        with self._timed("engine"):
+        with self.clock("engine"):
             step = self.engine.finish()
         self._count_not_finite(step)
         action = actions[0] if len(actions) == 1 else torch.cat(actions, dim=1)
         self.episodes.add(step.reward, step.success, step.terminated | step.truncated)
         tensors = (step.reward, step.terminated, step.truncated, step.next_obs)
-        with self._timed("observe"), one_thread():
+        with self.clock("observe"), one_thread():
             self.algorithm.observe(Transition(obs, action, *(self._to_device(x) for x in tensors)))
         self.transitions += step.reward.size
         return self._to_device(step.obs)
@@ -219,13 +200,13 @@ class Run(Stateful):
         due = every > 0 and self.transitions // every > self.observed_at // every
         if due:
             self.algorithm.measure_conflict()
-        with self._timed("update"):
+        with self.clock("update"):
             self.scalars = self.algorithm.update()
         self._check_divergence()
         if due:
             self.observed_at = self.transitions
         if due and self.ranks.first:
-            with self._timed("sharing"):
+            with self.clock("sharing"):
                 self._room.for_logs(self.run_dir)
                 self.sharing_monitor.observe(self.algorithm, self.transitions)
 
@@ -284,7 +265,7 @@ class Run(Stateful):
             raise Interrupted(self.ranks.heard("signal"))
 
     def _log(self) -> None:
-        with self._timed("log"):
+        with self.clock("log"):
             metrics: Metrics = {name: float(value) for name, value in self.scalars.items()}
             metrics |= self.episodes.metrics(self.suite.has_success)
             metrics |= self._kl()
@@ -293,7 +274,7 @@ class Run(Stateful):
             metrics |= {f"not_finite/{task}": float(count) for task, count in self.not_finite.items()}
             metrics["time/transitions_per_second"] = self.console.transitions_per_second
             metrics["time/updates"] = float(self.algorithm.updates)
-            metrics |= {f"time/share_{phase}": share for phase, share in self.phase_shares().items()}
+            metrics |= {f"time/share_{phase}": share for phase, share in self.clock.shares().items()}
             self._room.for_logs(self.run_dir)
             self.tracker.log(metrics, self.transitions)
             self.console.progress(self.transitions, self._headline(metrics), updated=False)
@@ -323,14 +304,6 @@ class Run(Stateful):
                 )
         return metrics
 
-    def phase_shares(self) -> dict[str, float]:
-        """Return the share of the training time by phase; ``rest`` is what no phase accounts for.
-
-        On CUDA, kernels still running when a phase ends count for the phase that waits for them.
-        """
-        total = sum(self.phase_seconds.values())
-        return {phase: seconds / total for phase, seconds in self.phase_seconds.items()} if total > 0 else {}
-
     def _headline(self, metrics: Metrics) -> Metrics:
         name = "train/mean_success" if self.suite.has_success else "train/mean_return"
         return {name.removeprefix("train/mean_"): metrics[name]} if name in metrics else {}
@@ -338,7 +311,7 @@ class Run(Stateful):
     def _evaluate(self) -> None:
         episodes, stop = self.config.evaluate_episodes, lambda: bool(self.ranks.heard("signal"))
         try:
-            with self._timed("evaluate"), own_random(self.seed):
+            with self.clock("evaluate"), own_random(self.seed):
                 if self.evaluation_engine is None:
                     envs = min(episodes, self.engine.envs_per_task)
                     self.evaluation_engine = make_engine(
@@ -362,7 +335,7 @@ class Run(Stateful):
 
     def save(self, kind: str) -> Path:
         """Write a checkpoint: ``last`` holds everything needed to go on, ``best`` the policy."""
-        with self._timed("save"):
+        with self.clock("save"):
             began = time.monotonic()
             keep = self.config.checkpoint_keep if kind == "last" else 1
             path = save_checkpoint(
@@ -431,40 +404,3 @@ class Run(Stateful):
 
     def _to_device(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        """Count the time inside for ``phase``, and no longer for the phase around it."""
-        outer, self._phase = self._phase, phase
-        self._switch(outer)
-        try:
-            yield
-        finally:
-            self._switch(phase)
-            self._phase = outer
-
-    def _switch(self, ending: str | None) -> None:
-        now = time.perf_counter()
-        if ending is not None:
-            self.phase_seconds[ending] = self.phase_seconds.get(ending, 0.0) + now - self._phase_since
-        self._phase_since = now
-
-
-@contextmanager
-def interruptible(ranks: Ranks) -> Iterator[None]:
-    """Say SIGINT and SIGTERM to all ranks instead of dying; a second one acts at once."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in signals}
-
-    def note(number: int, frame: FrameType | None) -> None:
-        ranks.say("signal", ranks.said("signal") or number)
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in signals:
-        signal.signal(number, note)
-    try:
-        yield
-    finally:
-        ranks.silence()
-        for number in signals:
-            signal.signal(number, before[number])

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from varshare_rl.cli import in_one_line, typed
 from varshare_rl.errors import Terminated
-from varshare_rl.run.loop import Interrupted
+from varshare_rl.run.signals import Interrupted
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def attempt(command: RunCommand, composed: DictConfig, overrides: Sequence[str])
         return Outcome(stop.exit_code, stopped=True)
     except KeyboardInterrupt:
         return Outcome(130, stopped=True)
-    except Terminated:
-        return Outcome(143, stopped=True)
+    except Terminated as stop:
+        return Outcome(stop.exit_code, stopped=True)
     except Exception as error:
         message, code = in_one_line(error) or (traceback.format_exc(), 1)
         return Outcome(code, message)

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from varshare_rl.errors import UserError
 from varshare_rl.files import write_atomically
 from varshare_rl.overrides import literal
 from varshare_rl.registry import load_installed_plugins, load_plugins
+from varshare_rl.run.signals import answering
 from varshare_rl.sweeps.command import Outcome, RunCommand, attempt
 from varshare_rl.sweeps.plan import Prepared, Sweep
 
@@ -177,23 +177,15 @@ def _passing_on(stop: Path) -> Iterator[list[int]]:
     """
     stop.unlink(missing_ok=True)
     received: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def answer(number: int) -> None:
         other = signal.SIGTERM if number == signal.SIGINT else signal.SIGINT
         received.append(number)
         write_atomically(stop, str(int(other)))
         print("stopping: every run saves first; once more to end at once", flush=True)
-        for each in before:
-            signal.signal(each, before[each])
 
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with answering(answer, each=False):
         yield received
-    finally:
-        for number in before:
-            signal.signal(number, before[number])
 
 
 def hydra_config(line: CommandLine, sweep: Sweep) -> DictConfig:

@@ -21,7 +21,7 @@ from varshare_rl.files import write_atomically
 from varshare_rl.ranks import several
 from varshare_rl.run.console import Console
 from varshare_rl.run.folder import SUMMARY_FILE
-from varshare_rl.run.loop import Interrupted
+from varshare_rl.run.signals import Interrupted
 from varshare_rl.sweeps.command import Outcome, RunCommand, attempt
 from varshare_rl.sweeps.launch import Launcher, hydra_config, launcher_name
 from varshare_rl.sweeps.plan import Job, Prepared, check_jobs, read_sweep
@@ -237,8 +237,8 @@ def again(line: CommandLine) -> str:
     return shlex.join(["python", "-m", f"varshare_rl.{line.command}", *words, *plugins])
 
 
-def _code(stop: BaseException) -> int:
-    return 130 if isinstance(stop, KeyboardInterrupt) else 143
+def _code(stop: KeyboardInterrupt | Terminated) -> int:
+    return 130 if isinstance(stop, KeyboardInterrupt) else stop.exit_code
 
 
 def _written(path: Path) -> float | None:
