@@ -212,7 +212,14 @@ def of_kind(dear: bool) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("page", of_kind(dear=False))
+#: Pages of cheap commands that together take long.
+LONG = ("docs/continual.md", "docs/howto/table.md", "docs/howto/new_tasks.md", "docs/reports.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page in LONG else page for page in of_kind(dear=False)],
+)
 def test_cheap_commands_run(page_folder: Path, page: str) -> None:
     type_commands(page, dear=False)
 

@@ -26,7 +26,9 @@ def test_all_examples_are_tested_and_short() -> None:
     assert all(lines < 40 for lines in found.values()), found
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize(
+    "name", ["own_environments", "adapters", pytest.param("compare_networks", marks=pytest.mark.slow)]
+)
 def test_an_example_runs(tmp_path: Path, name: str) -> None:
     budget, said = EXAMPLES[name]
     done = subprocess.run(

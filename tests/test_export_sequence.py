@@ -66,6 +66,7 @@ def test_every_learnt_task_of_a_sequence_is_exported_as_it_is_acted(command: Com
     assert about["conditions"]["seed"] == 0
 
 
+@pytest.mark.slow
 def test_choices_and_tasks_that_come_round_again_are_exported(command: Command) -> None:
     settings = ("env=cartpole", "env.horizon=20", "method=copies", "repeats=2", "total_transitions=640")
     outcome = command("continual", *TINY, *TINY_ALGORITHM["ppo"], *settings, NORMAL, "run_dir=run")

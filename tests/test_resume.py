@@ -207,7 +207,8 @@ def start(folder: Path, run_dir: str, *overrides: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize(
-    ("number", "algorithm", "total"), [(signal.SIGTERM, "ppo", 24_000), (signal.SIGINT, "sac", 6_000)]
+    ("number", "algorithm", "total"),
+    [(signal.SIGTERM, "ppo", 24_000), pytest.param(signal.SIGINT, "sac", 6_000, marks=pytest.mark.slow)],
 )
 def test_a_signal_saves_and_says_how_to_go_on(
     command: Command, folder: Path, number: signal.Signals, algorithm: str, total: int

@@ -113,7 +113,7 @@ def train(engine: VectorEngine, learner: Any, obs: torch.Tensor, steps: range) -
 @pytest.mark.parametrize(
     ("actor", "critic"),
     [
-        ("gradvac", "nashmtl"),
+        pytest.param("gradvac", "nashmtl", marks=pytest.mark.slow),
         ("gradnorm", "pcgrad"),
         (TEMPERATURE, "graddrop"),
     ],

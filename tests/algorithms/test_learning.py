@@ -38,7 +38,7 @@ def train(command: Command, *overrides: str) -> dict[str, Any]:
     return summary
 
 
-@pytest.mark.parametrize("algorithm", QUICK)
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("sac", marks=pytest.mark.slow)])
 def test_point_masses_that_conflict(command: Command, algorithm: str) -> None:
     summary = train(command, *FOUR, *QUICK[algorithm])
     assert summary["mean_success"] >= 0.9, summary["tasks"]

@@ -123,7 +123,8 @@ def test_goals_of_a_list_are_those_of_the_package() -> None:
         np.testing.assert_array_equal(goals[k], official_goals(make_official("MT1", name, seed=4 + k), name))
 
 
-@pytest.mark.parametrize("benchmark", ["MT10", pytest.param("MT50", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("benchmark", ["MT10", "MT50"])
 def test_goals_of_a_benchmark_are_those_of_the_package(benchmark: str) -> None:
     official = make_official(benchmark, seed=11)
     made = MetaWorldSuite(MetaWorldConfig(benchmark=benchmark.lower(), goal_seed=11))

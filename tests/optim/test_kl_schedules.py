@@ -109,7 +109,7 @@ def test_band_moves_towards_the_band_from_both_sides(sigma: float, prior_scale: 
     assert schedule.metrics()["noise_to_weight"] == pytest.approx(ratio)
 
 
-@pytest.mark.parametrize(("sigma", "prior_scale"), [(0.0067, 1.0), (0.6, 0.05)])
+@pytest.mark.parametrize(("sigma", "prior_scale"), [(0.0067, 1.0), pytest.param(0.6, 0.05, marks=pytest.mark.slow)])
 def test_band_brings_the_spread_of_a_trained_posterior_into_the_band(sigma: float, prior_scale: float) -> None:
     """The other force is a quadratic loss that pulls every rho to where the spread is outside the band."""
     module = network(prior_scale, sigma)
@@ -144,8 +144,8 @@ def test_band_looks_at_every_nth_update_and_smooths() -> None:
 @pytest.mark.parametrize(
     ("per_task", "budget"),
     [
-        (False, 60.0),
         (True, 20.0),
+        pytest.param(False, 60.0, marks=pytest.mark.slow),
         pytest.param(False, 20.0, marks=pytest.mark.slow),
         pytest.param(True, 60.0, marks=pytest.mark.slow),
     ],

@@ -44,7 +44,7 @@ def section(networks: int, tasks: int, seeds: int = 3) -> Section:
 
 @pytest.mark.parametrize(
     ("networks", "tasks"),
-    [(2, 1), (3, 8), pytest.param(13, 10, marks=pytest.mark.slow), pytest.param(13, 50, marks=pytest.mark.slow)],
+    [(2, 1), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in ((3, 8), (13, 10), (13, 50)))],
 )
 def test_nothing_overlaps_at_the_width_of_a_page(networks: int, tasks: int) -> None:
     made = section(networks, tasks)

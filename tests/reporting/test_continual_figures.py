@@ -31,7 +31,7 @@ def comparison(made: list[dict[str, Any]], *documents: dict[str, Any]) -> dict[s
     [
         continual_document(),
         continual_document(old=("x", "y")),
-        continual_document(tasks=[f"task {index}" for index in range(20)]),
+        pytest.param(continual_document(tasks=[f"task {index}" for index in range(20)]), marks=pytest.mark.slow),
         continual_document(tasks=("a",)),
         continual_document(success=None, measure="return"),
         continual_document(success=[[None, None], [0.8, None], [0.3, 0.8]]),

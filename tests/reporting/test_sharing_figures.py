@@ -33,7 +33,7 @@ def document(option: Any, tasks: int = 3, trained: bool = True) -> dict[str, Any
     ("option", "tasks", "trained", "expected"),
     [
         (VarShareLoRAConfig(hidden=[6]), 3, True, ALL),
-        (VarShareLoRAConfig(hidden=[6]), 20, True, ALL),
+        pytest.param(VarShareLoRAConfig(hidden=[6]), 20, True, ALL, marks=pytest.mark.slow),
         (VarShareLoRAConfig(hidden=[6]), 3, False, ALL),
         (VarShareLoRAConfig(hidden=[6]), 1, True, ALL),
         (VarShareConfig(hidden=[6]), 3, True, ALL),
