@@ -48,7 +48,14 @@ def acted(sequence: SequenceRun, task: int, obs: Tensor) -> Tensor:
     return torch.tanh(outputs[0, :, :2])
 
 
-@pytest.mark.parametrize("method", registered("method"))
+#: Those whose policies differ most in their parts; all others in the slow tests.
+EXPORTED = ("pnn", "share", "varshare", "lora")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(method, marks=() if method in EXPORTED else pytest.mark.slow) for method in registered("method")],
+)
 def test_every_learnt_task_of_a_sequence_is_exported_as_it_is_acted(command: Command, method: str) -> None:
     settings = ("method.initial_tasks=1",) if method == "share" else ()
     sequence = learn(command, f"method={method}", *settings)

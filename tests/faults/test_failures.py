@@ -161,8 +161,15 @@ def test_an_environment_that_always_fails_ends_the_run_with_its_name(
     newest_checkpoint(Path("run"))  # is there to go on from
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
-@pytest.mark.parametrize(("workers", "fail"), [(1, 'raise OSError("gone")'), (2, "os._exit(3)")])
+@pytest.mark.parametrize(
+    ("workers", "fail", "algorithm"),
+    [
+        (1, 'raise OSError("gone")', "ppo"),
+        pytest.param(1, 'raise OSError("gone")', "sac", marks=pytest.mark.slow),
+        pytest.param(2, "os._exit(3)", "ppo", marks=pytest.mark.slow),
+        (2, "os._exit(3)", "sac"),
+    ],
+)
 def test_an_episode_that_fails_again_is_left_out(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, workers: int, fail: str, algorithm: str
 ) -> None:
@@ -187,7 +194,14 @@ def test_an_episode_that_fails_again_is_left_out(
     assert "warning" not in more.out
 
 
-@pytest.mark.parametrize("fail", ['raise OSError("gone")', "os._exit(3)", "os.kill(os.getpid(), 11)"])
+@pytest.mark.parametrize(
+    "fail",
+    [
+        'raise OSError("gone")',
+        pytest.param("os._exit(3)", marks=pytest.mark.slow),
+        pytest.param("os.kill(os.getpid(), 11)", marks=pytest.mark.slow),
+    ],
+)
 def test_a_failure_that_does_not_come_again_changes_nothing(
     command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch, fail: Any
 ) -> None:

@@ -25,7 +25,6 @@ RUN = last_of_each((
 ))  # fmt: skip
 
 SAMPLE = (
-    ("SIGTERM", "both", "start"),
     ("SIGTERM", "both", "evaluate"),
     ("SIGHUP", "parent", "update"),
     ("SIGKILL", "parent", "save"),
