@@ -72,6 +72,7 @@ def write_policy(learner: Any) -> None:
             layer.mus_B[task, :3] = 20.0 * torch.eye(3)
 
 
+@pytest.mark.slow
 def test_the_official_protocol_is_a_call_of_the_package(folder: Path) -> None:
     """Against environments that the package itself makes, goals included: equal to the bit."""
     seed = 3  # the package takes 0 for none

@@ -219,6 +219,7 @@ def test_one_seed_has_no_intervals_and_that_is_said(command: Command, folder: Pa
     assert "of three runs or fewer, too narrow: shared, lora" in Path("report_compare/groups.tex").read_text()
 
 
+@pytest.mark.slow
 def test_suites_have_sections_of_their_own_and_their_own_measure(command: Command, folder: Path) -> None:
     for seed in range(2):
         write_run(f"runs/p{seed}", "env=pointmass", seed=seed, nats=3.0, sharing=0.9)
