@@ -30,10 +30,8 @@ COLUMNS = ("factors", "kl_weight", "seed", "success", "area", "nats", "least_nat
 #: Options of IVON by name; None is Adam.
 WAYS: Mapping[str, Mapping[str, float] | None] = {
     "adam": None,
-    "ivon rate=0.01": {"rate": 0.01},
-    "ivon rate=0.1": {"rate": 0.1},
-    "ivon rate=0.1 width=1": {"rate": 0.1, "width": 1.0},
-    "ivon rate=0.1 beta_2=0.99": {"rate": 0.1, "beta_2": 0.99},
+    **{f"ivon rate={rate:g}": {"rate": rate} for rate in (0.01, 0.1, 0.3, 1.0)},
+    "ivon rate=0.3 width=1": {"rate": 0.3, "width": 1.0},
 }
 BASE = ("env=pointmass", "observe.every=0", "checkpoint.every=0", "log.trackers=[]", "log.quiet=true")
 
