@@ -1,0 +1,1 @@
+"""The ELBO's defaults, one changed at a time."""

@@ -1,0 +1,95 @@
+"""``python -m experiments.defaults runs/<sweep> ...``: runs that differ from the defaults in an option, as a table.
+
+Writes ``defaults.csv``, one line per run, and prints the means over seeds, those with the most success first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import cast
+
+from experiments.results import finished_runs, write_csv
+from varshare_rl.assemble import load_agent
+from varshare_rl.cli import compose
+from varshare_rl.config import Device, TrainConfig, fixed_options
+from varshare_rl.nn.parameters import total_kl
+
+COLUMNS = ("changed", "seed", "success", "area", "nats", "critic_nats", "transitions", "git_commit")
+#: Options that are not what is compared.
+INDIFFERENT = ("seed", "env.tasks", "plugins")
+Row = dict[str, object]
+
+
+def changed(config: TrainConfig) -> str:
+    """Return the options that differ from the defaults of its suite and algorithm, as words."""
+    words = [f"env={config.env.name}", f"algorithm={config.algorithm.name}"]
+    base = fixed_options(cast(TrainConfig, compose("train", words)))
+    found = fixed_options(config)
+    differing = [f"{name}={value}" for name, value in found.items() if base.get(name, value) != value]
+    return " ".join(word for word in differing if word.partition("=")[0] not in INDIFFERENT) or "the defaults"
+
+
+def read(run_dir: Path) -> Row:
+    """One row of the table; ``area`` is the mean success of the evaluations on the way."""
+    agent = load_agent(run_dir, "last", Device.cpu)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    curve = [line["eval/mean_success"] for line in lines if "eval/mean_success" in line]
+    nats = {
+        name: float(total_kl(module, len(agent.suite.task_names)).detach().mean())
+        for name, module in agent.algorithm.trained_modules().items()
+    }
+    return {
+        "changed": changed(agent.config),
+        "seed": agent.config.seed,
+        "success": round(summary["mean_success"], 4),
+        "area": round(mean(curve), 4),
+        "nats": round(nats["actor"], 2),
+        "critic_nats": round(nats["critic"], 2),
+        "transitions": summary["transitions"],
+        "git_commit": summary["conditions"]["git_commit"],
+    }
+
+
+def table(rows: list[Row]) -> str:
+    """Means over seeds as Markdown."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[str(row["changed"])].append(row)
+
+    def average(members: list[Row], name: str) -> float:
+        return mean(float(str(member[name])) for member in members)
+
+    lines = ["| changed | seeds | success (of seeds) | on the way | policy, nats | critic, nats |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, members in sorted(groups.items(), key=lambda pair: -average(pair[1], "area")):
+        success = sorted(float(str(member["success"])) for member in members)
+        cells = [
+            f"`{name}`",
+            f"{len(members)}",
+            f"{average(members, 'success'):.2f} ({success[0]:.2f} to {success[-1]:.2f})",
+            f"{average(members, 'area'):.3f}",
+            f"{average(members, 'nats'):,.0f}",
+            f"{average(members, 'critic_nats'):,.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Read all runs, and write and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="folders of sweeps")
+    parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
+    given = parser.parse_args()
+    rows = [read(run_dir) for run_dir in finished_runs(given.folders)]
+    write_csv(given.folder / "defaults.csv", COLUMNS, rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
