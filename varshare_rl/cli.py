@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass
-from types import FrameType
 from typing import Any, NoReturn, cast
 
 import hydra
@@ -29,6 +28,7 @@ from varshare_rl.errors import RunFailure, Terminated, UserError
 from varshare_rl.overrides import quote_names
 from varshare_rl.ranks import speaks
 from varshare_rl.registry import load_installed_plugins, load_plugins, lookup, require_plugins
+from varshare_rl.run.signals import Handlers, handling
 
 #: Hydra without logs and folders of its own.
 _SILENT = [{f"override hydra/{log}": "disabled"} for log in ("job_logging", "hydra_logging")]
@@ -268,16 +268,11 @@ def terminable() -> Iterator[None]:
         yield
         return
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:
+    def end(number: int, before: Handlers) -> NoReturn:
         raise Terminated(number)
 
-    kinds = [signal.SIGTERM] + [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)
-    before = {kind: signal.signal(kind, end) for kind in kinds}
-    try:
+    with handling((signal.SIGTERM, signal.SIGHUP), end):
         yield
-    finally:
-        for kind in kinds:
-            signal.signal(kind, before[kind])
 
 
 #: Characters of an error's line; of more the middle is left out.

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 
+#: Task, environment and number of a training episode.
+EpisodePlace = tuple[int, int, int]
+
 
 class UserError(ValueError):
     """A request that cannot be met. The message is one line: what was given, what is allowed, what to do.
@@ -17,10 +20,10 @@ class RunFailure(RuntimeError):
 
     Attributes:
         details: a traceback of another process, or empty.
-        episode: task, environment and number of the training episode that failed; None where that is unknown.
+        episode: the training episode that failed; None where that is unknown.
     """
 
-    def __init__(self, message: str, details: str = "", episode: tuple[int, int, int] | None = None) -> None:
+    def __init__(self, message: str, details: str = "", episode: EpisodePlace | None = None) -> None:
         super().__init__(message)
         self.details, self.episode = details, episode
 

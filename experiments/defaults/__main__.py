@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import cast
 
+from experiments.curves import read_curves
 from experiments.results import finished_runs, write_csv
 from varshare_rl.assemble import load_agent
 from varshare_rl.cli import compose
@@ -37,8 +38,7 @@ def read(run_dir: Path) -> Row:
     """One row of the table; ``area`` is the mean success of the evaluations on the way."""
     agent = load_agent(run_dir, "last", Device.cpu)
     summary = json.loads((run_dir / "summary.json").read_text())
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    curve = [line["eval/mean_success"] for line in lines if "eval/mean_success" in line]
+    curve = [success for _, success in read_curves(run_dir, "success")["mean"]]
     nats = {
         name: float(total_kl(module, len(agent.suite.task_names)).detach().mean())
         for name, module in agent.algorithm.trained_modules().items()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import varshare_rl as vs
+from experiments.curves import read_curves
 from experiments.ivon.ivon import Ivon
 from experiments.results import write_csv
 from varshare_rl.algorithms.actor_critic import ActorCritic
@@ -71,8 +72,7 @@ def trial(way: str, kl_weight: float, seed: int, run_dir: Path, overrides: Seque
     """Train and return a row of the table; ``area`` is the mean success of the evaluations on the way."""
     with factors_by(WAYS[way]):
         vs.train(*BASE, *overrides, f"seed={seed}", f"elbo.kl_weight={kl_weight:g}", run_dir=str(run_dir))
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    curve = [line["eval/mean_success"] for line in lines if "eval/mean_success" in line]
+    curve = [success for _, success in read_curves(run_dir, "success")["mean"]]
     summary = json.loads((run_dir / "summary.json").read_text())
     agent = load_agent(run_dir, "last", Device.cpu)
     nats = total_kl(agent.algorithm.trained_modules()["actor"], len(agent.suite.task_names)).detach()

@@ -18,7 +18,6 @@ from pathlib import Path
 from matplotlib.ticker import EngFormatter
 
 import varshare_rl as vs
-from experiments.curves import read_curves
 from experiments.results import write_csv
 from varshare_rl.files import write_atomically
 from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
@@ -119,9 +118,8 @@ def draw(runs: Mapping[tuple[str, str, int], Path], target: Path) -> None:
     panels = figure.subplots(1, len(lists), squeeze=False)[0]
     lines = {}
     for (name, way, _), run_dir in runs.items():
-        hours = [seconds / 3600 for _, seconds, _ in curve(run_dir)]
-        success = [value for _, value in read_curves(run_dir, "success")["mean"]]
-        (lines[way],) = panels[lists.index(name)].plot(hours, success, **look(ways.index(way)).line)
+        points = [(seconds / 3600, success) for _, seconds, success in curve(run_dir)]
+        (lines[way],) = panels[lists.index(name)].plot(*zip(*points, strict=True), **look(ways.index(way)).line)
     for axes, name in zip(panels, lists, strict=True):
         axes.set(title=name, xlabel="hours", ylabel="mean success", ylim=(-0.02, 1.02))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -50,7 +50,7 @@ from varshare_rl.config_checks import check_config
 from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.envs.suite import Suite
-from varshare_rl.errors import RunFailure, Terminated, UserError
+from varshare_rl.errors import EpisodePlace, RunFailure, Terminated, UserError
 from varshare_rl.files import DiskFull, write_atomically, write_json
 from varshare_rl.nn.layer import penalized_layers
 from varshare_rl.nn.variational import stochastic_layers
@@ -76,8 +76,6 @@ MOST_FAILURES = 2
 #: Episodes of a task that a run leaves out because they fail: so many, or of a hundred that it has had so many.
 MOST_LEFT_OUT, MOST_OF_A_HUNDRED = 5, 1
 FAILURE_FILE = "failure.txt"
-#: Task, environment and number of an episode in training.
-Episode = tuple[int, int, int]
 
 
 def run_config(
@@ -221,7 +219,7 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
         RunFailure: it has failed too often without having come further, or may not go on by itself.
         Interrupted: a signal came; all is saved, and the screen says how to go on.
     """
-    failures, halvings, furthest, left_out = 0, 0, -1, list[Episode]()
+    failures, halvings, furthest, left_out = 0, 0, -1, list[EpisodePlace]()
     while True:
         run.callbacks = callbacks or run.callbacks
         before = None if state is None else state["transitions"]
@@ -252,7 +250,9 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
             run = built(config, run.suite, run.run_dir, state, run.ranks)
 
 
-def failing_episode(failure: RunFailure, left_out: Sequence[Episode], envs_per_task: int) -> Episode | None:
+def failing_episode(
+    failure: RunFailure, left_out: Sequence[EpisodePlace], envs_per_task: int
+) -> EpisodePlace | None:
     """Return the episode that failed; None where it is unknown, or too many of its task are left out already."""
     if failure.episode is None:
         return None
@@ -277,7 +277,7 @@ def going_on(run: Run) -> str:
 
 
 def attempt(
-    config: TrainConfig, run: Run, state: Tree | None, rate_factor: float, left_out: Sequence[Episode]
+    config: TrainConfig, run: Run, state: Tree | None, rate_factor: float, left_out: Sequence[EpisodePlace]
 ) -> None:
     """Run the loop and write the results; on a signal, say how to go on and pass it on."""
     begun = state is not None

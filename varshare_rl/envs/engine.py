@@ -16,6 +16,9 @@ from varshare_rl.envs.suite import FloatArray, Frame, PendingActions, State, Ste
 from varshare_rl.envs.workers import RESET, STEP, STEP_RANGE, WorkerPool, Workers
 from varshare_rl.errors import UserError
 
+#: What a state calls the numbers of its tasks and environments where it is a part's, and their counts.
+_AXES = (("tasks", "num_tasks"), ("envs", "envs_per_task"))
+
 
 def leave_out(state: State, task: int, env: int, episode: int) -> bool:
     """Have a saved engine pass over a training episode that fails, if the slot is one of its own.
@@ -28,10 +31,6 @@ def leave_out(state: State, task: int, env: int, episode: int) -> bool:
     slot = state["slots"][tasks.index(task) * len(envs) + envs.index(env)]
     slot["left_out"] = sorted({*slot.get("left_out", ()), episode})
     return bool(slot["episode"] == episode)
-
-
-#: What a state calls the numbers of its tasks and environments where it is a part's, and their counts.
-_AXES = (("tasks", "num_tasks"), ("envs", "envs_per_task"))
 
 
 class SlotEngine:

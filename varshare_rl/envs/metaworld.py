@@ -22,6 +22,7 @@ from gymnasium.spaces import Box
 from varshare_rl.envs.division import Part
 from varshare_rl.envs.engine import SlotEngine
 from varshare_rl.envs.pictures import choose_gl
+from varshare_rl.envs.sawyer import OBSERVATION_SIZE
 from varshare_rl.envs.slots import Array
 from varshare_rl.envs.suite import BoolArray, FloatArray, Provenance, Suite
 from varshare_rl.envs.workers import Workers
@@ -29,7 +30,6 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.registry import register
 
-_OBSERVATION_SIZE = 39
 _ACTION_SIZE = 4
 #: Arguments of an environment that can be rendered.
 PICTURE = {"render_mode": "rgb_array", "camera_name": "corner4", "width": 256, "height": 256}
@@ -147,7 +147,7 @@ class MetaWorldSuite(Suite):
         self.horizon = config.horizon
         self._workers = Workers()
         self.fast = config.fast and version == "v2" and _fast_is_supported()
-        self.observation_space = Box(-np.inf, np.inf, (_OBSERVATION_SIZE + config.observe_time,), np.float32)
+        self.observation_space = Box(-np.inf, np.inf, (OBSERVATION_SIZE + config.observe_time,), np.float32)
         self.action_space = Box(-1.0, 1.0, (_ACTION_SIZE,), np.float32)
         self.action_mask = np.ones((len(self.task_names), _ACTION_SIZE), dtype=np.bool_)
 
@@ -183,9 +183,9 @@ class MetaWorldSuite(Suite):
     @property
     def goals(self) -> tuple[npt.NDArray[np.float64], ...]:
         """The fixed goals, one array ``[goals_per_task, size]`` per task."""
-        config = self.config
         from varshare_rl.envs.sawyer.tasks import make_goals
 
+        config = self.config
         return make_goals(self.task_names, config.goal_seed, config.goals_per_task, self.one_stream, self.fast)
 
     @property

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from varshare_rl.envs.division import Part
 from varshare_rl.envs.suite import State
-from varshare_rl.errors import RunFailure, UserError, one_line
+from varshare_rl.errors import EpisodePlace, RunFailure, UserError, one_line
 
 Array = npt.NDArray[Any]
 
@@ -130,7 +130,7 @@ class EngineSpec:
     def num_slots(self) -> int:
         return self.num_tasks * self.envs_per_task
 
-    def training_episode(self, slot: int, index: int) -> tuple[int, int, int] | None:
+    def training_episode(self, slot: int, index: int) -> EpisodePlace | None:
         """Return task, environment and number of an episode, for failures to name; None in evaluation."""
         return None if self.evaluation else (*self.place(slot), index)
 

@@ -31,7 +31,7 @@ from typing import Any
 from varshare_rl.envs.division import cores, keep_to
 from varshare_rl.envs.slots import Buffers, Chunk, EngineSpec, EnvironmentFailure, TaskEnvFactory
 from varshare_rl.envs.suite import State
-from varshare_rl.errors import RunFailure, UserError
+from varshare_rl.errors import EpisodePlace, RunFailure, UserError
 
 # A message is one of these bytes, the number of an engine, and for some of them a value after it.
 OPEN, RESET, STEP, STATE, LOAD, CLOSE = b"o", b"r", b"s", b"g", b"l", b"c"
@@ -189,7 +189,7 @@ class Workers:
                     f"environment worker {worker} did not answer for {self.patience:g} s; {doing}", episode=episode
                 )
 
-    def _doing(self, worker: int) -> tuple[str, tuple[int, int, int] | None]:
+    def _doing(self, worker: int) -> tuple[str, EpisodePlace | None]:
         """Say what a worker is at, or else which tasks it has; and in which training episode, if that is known."""
         for spec, buffers, parts in self._engines.values():
             for slot in parts[worker] if worker < len(parts) else ():

@@ -18,7 +18,7 @@ from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.envs.engine import leave_out
 from varshare_rl.envs.suite import Step, Suite, VectorEngine
-from varshare_rl.errors import RunFailure
+from varshare_rl.errors import EpisodePlace, RunFailure
 from varshare_rl.files import Patience
 from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.run.callbacks import Callbacks, is_false
@@ -376,10 +376,10 @@ class Run(Stateful):
             "random": rng_state(),
         }
 
-    def load_state(self, state: Tree, left_out: Sequence[tuple[int, int, int]] = ()) -> None:
+    def load_state(self, state: Tree, left_out: Sequence[EpisodePlace] = ()) -> None:
         """Put back what :meth:`save` wrote as ``last``.
 
-        ``left_out``: task, environment and number of episodes that are passed over from there on, as they fail;
+        ``left_out``: episodes that are passed over from there on, as they fail;
         one that is under way is cut off, and counts for no statistics of episodes.
         """
         ended = np.zeros((self.engine.num_tasks, self.engine.envs_per_task), np.bool_)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import FrameType
+from typing import Any
 
 #: What stops a run: the user, a scheduler, and a terminal that is closed, unless that is ignored (``nohup``).
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: Handlers of signals, as ``signal.getsignal`` gives them.
+Handlers = Mapping[signal.Signals, Any]
 
 
 class Interrupted(Exception):
@@ -20,24 +22,31 @@ class Interrupted(Exception):
 
 
 @contextmanager
+def handling(kinds: Sequence[signal.Signals], handle: Callable[[int, Handlers], None]) -> Iterator[None]:
+    """Inside, call ``handle`` with a signal of these kinds and the handlers before; not with SIGHUP if ignored."""
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    if before.get(signal.SIGHUP) is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+    for kind in before:
+        signal.signal(kind, lambda number, frame: handle(number, before))
+    try:
+        yield
+    finally:
+        for kind in before:
+            signal.signal(kind, before[kind])
+
+
+@contextmanager
 def answering(answer: Callable[[int], None], each: bool) -> Iterator[None]:
     """Inside, call ``answer`` with a signal to stop instead of dying; a second one acts at once.
 
     ``each``: the first of each kind is answered, as launchers send one after the user's; else the first of all.
     """
-    before = {number: signal.getsignal(number) for number in STOPPING}
-    if before[signal.SIGHUP] is signal.SIG_IGN:
-        del before[signal.SIGHUP]
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def note(number: int, before: Handlers) -> None:
         answer(number)
         for kind in [signal.Signals(number)] if each else before:
             signal.signal(kind, before[kind])
 
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with handling(STOPPING, note):
         yield
-    finally:
-        for number in before:
-            signal.signal(number, before[number])

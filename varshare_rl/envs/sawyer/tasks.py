@@ -14,10 +14,9 @@ from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 from metaworld.types import Task
 
 from varshare_rl.envs.pictures import render
+from varshare_rl.envs.sawyer import OBSERVATION_SIZE
 from varshare_rl.envs.sawyer.fast import FastMetaWorldEnv, environment_classes
 from varshare_rl.envs.slots import Array, Episode, TaskEnv, TimedEnv
-
-OBSERVATION_SIZE = 39
 
 
 @lru_cache(maxsize=8)
