@@ -55,6 +55,25 @@ WITHOUT_RUN = {
         ("env=pointmass", "elbo/schedule=dual", "elbo.kl_weight=0"),
         "elbo.kl_weight is 0, from which elbo/schedule=dual cannot start",
     ),
+    "ivon_without_a_price": (
+        ("env=pointmass", "optimizer.posteriors=ivon", "elbo/schedule=ramp"),
+        "elbo/schedule=ramp leaves it without; give constant, band or dual",
+    ),
+    "ivon_for_one_network": (
+        ("env=pointmass", "optimizer.posteriors=ivon", "elbo.networks=actor"),
+        "elbo.networks=actor leaves it without",
+    ),
+    "ivon_without_draws": (
+        ("env=pointmass", "optimizer.posteriors=ivon", "elbo.estimator=mean"),
+        "elbo.estimator=mean leaves it without",
+    ),
+    "rate_of_adam_with_ivon": (
+        ("env=pointmass", "optimizer.posteriors=ivon", "optimizer.rho_lr_scale=3"),
+        "counts with optimizer.posteriors=adam",
+    ),
+    "rate_of_ivon_with_adam": (
+        ("env=pointmass", "optimizer.ivon.rate=0.3"), "optimizer.ivon counts with optimizer.posteriors=ivon alone"
+    ),
     "no_budget": (
         ("env=pointmass", "elbo/schedule=dual", "elbo.schedule.budget_nats=0"),
         "elbo.schedule.budget_nats is 0",

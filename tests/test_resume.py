@@ -84,6 +84,10 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         528,
         (*TINY, *TINY_ALGORITHM["sac"], *ABSORBING, "elbo.absorb.every=3"),
     ),
+    "ppo_ivon": (528, (*TINY, *TINY_ALGORITHM["ppo"], "optimizer.posteriors=ivon")),
+    "sac_ivon_few_tasks": (
+        528, (*TINY, *TINY_ALGORITHM["sac"], "optimizer.posteriors=ivon", "algorithm.tasks_per_update=3"),
+    ),
     "sac_normalised_full_rank": (
         528,
         (

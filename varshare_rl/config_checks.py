@@ -10,7 +10,11 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
 from varshare_rl.nn.config import Blocks
 from varshare_rl.nn.critic import ValueLoss
+from varshare_rl.nn.variational import Estimator
+from varshare_rl.optim.elbo import Penalized
 from varshare_rl.optim.gradient import TEMPERATURE
+from varshare_rl.optim.kl_schedules import BandConfig, ConstantConfig, DualConfig
+from varshare_rl.optim.optimizer import PosteriorOptimizer
 from varshare_rl.optim.task_subset import compared
 
 
@@ -53,6 +57,7 @@ def check_config(config: TrainConfig) -> None:
         )
     _check_blocks(config)
     _check_task_subset(config)
+    _check_ivon(config)
 
 
 def _check_blocks(config: TrainConfig) -> None:
@@ -77,3 +82,25 @@ def _check_task_subset(config: TrainConfig) -> None:
             f"{given} compares all tasks at every update, and algorithm.tasks_per_update="
             f"{config.algorithm.tasks_per_update} makes updates of a few; give {instead}, or null for the latter"
         )
+
+
+def _check_ivon(config: TrainConfig) -> None:
+    """Refuse what leaves IVON without the price of a nat, or without draws to see curvature by."""
+    if config.optimizer.posteriors is not PosteriorOptimizer.ivon:
+        return
+    elbo = config.elbo
+    found = {
+        f"elbo.kl_weight={elbo.kl_weight:g}": (elbo.kl_weight == 0, "a positive weight"),
+        f"elbo/schedule={elbo.schedule.name}": (
+            not isinstance(elbo.schedule, ConstantConfig | BandConfig | DualConfig), "constant, band or dual"
+        ),
+        f"elbo.networks={elbo.networks.value}": (elbo.networks is not Penalized.both, "both"),
+        f"elbo.estimator={getattr(elbo.estimator, 'value', None)}": (elbo.estimator is Estimator.mean, "another"),
+        f"elbo.temperature={elbo.temperature:g}": (elbo.temperature != 1, "1"),
+    }  # fmt: skip
+    for given, (wrong, instead) in found.items():
+        if wrong:
+            raise UserError(
+                f"optimizer.posteriors=ivon takes the width of posteriors from what nats cost and draws show, and "
+                f"{given} leaves it without; give {instead}, or optimizer.posteriors=adam"
+            )

@@ -104,7 +104,7 @@ def test_moments_of_factors_start_afresh_and_others_stay(kind: str) -> None:
     optimizer = made.actor_step.optimizer
     layer = made.actor.network.layers[0]
     before = {id(parameter): optimizer.state[parameter]["exp_avg"].clone() for parameter in layer.parameters()}
-    absorb_all({"actor": Absorbing(made.actor, optimizer)}, ABSORB)
+    absorb_all({"actor": Absorbing(made.actor, [optimizer])}, ABSORB)
     for name, parameter in layer.named_parameters():
         if kind == "lora" and name in layer.per_task_parameters:
             assert parameter not in optimizer.state

@@ -129,8 +129,8 @@ class ActorCritic(Algorithm):
             self.elbo.config.draw.acting, self.actor, spec.num_tasks, spec.envs_per_task, self.replays_draws
         )
         self.absorbing = {
-            "actor": Absorbing(self.actor, self.actor_step.optimizer),
-            "critic": Absorbing(self.critic, self.critic_step.optimizer),
+            "actor": Absorbing(self.actor, self.actor_step.optimizers),
+            "critic": Absorbing(self.critic, self.critic_step.optimizers),
         }
         self.absorbed: Metrics = {}  # of the last absorption, for the log
         self.updates = self.transitions_per_task = 0
@@ -148,11 +148,16 @@ class ActorCritic(Algorithm):
         ``held``: transitions of a task that the rollout or the replay holds; ``nat``: what a nat of the likelihood
         is in the loss, ``[T]``.
         """
-        module = self.actor if part == "actor" else self.critic
+        actor = part == "actor"
+        module, step = (self.actor, self.actor_step) if actor else (self.critic, self.critic_step)
+        seen = self.transitions_per_task
         penalized = self.elbo.config.networks in (Penalized.both, Penalized(part))
-        penalty = self.elbo.penalty(module, held, self.transitions_per_task) if penalized else 0.0
-        if isinstance(penalty, Tensor) and self.elbo.config.likelihood is Likelihood.fitted:
+        penalty = self.elbo.penalty(module, held, seen) if penalized else 0.0
+        nat = nat if self.elbo.config.likelihood is Likelihood.fitted else 1.0
+        if isinstance(penalty, Tensor):
             penalty = penalty * nat
+        if step.ivon is not None:
+            step.ivon.pay(self.elbo.price(module, held, seen) * nat)
         if self.regularizer is None:
             return penalty
         return penalty + self.regularizer.penalty(part, held)

@@ -142,7 +142,11 @@ class SAC(ActorCritic):
         self.task_subset = TaskSubset(
             spec.num_tasks, config.tasks_per_update or self._tasks_at_once(context),
             [self.actor, self.critic, self.target_critic, self.normalizer, self.reward_scaler], [self.log_alpha],
-            [step.optimizer for step in (self.actor_step, self.critic_step, self.entropy_step)],
+            [
+                optimizer
+                for step in (self.actor_step, self.critic_step, self.entropy_step)
+                for optimizer in step.optimizers
+            ],
         )  # fmt: skip
         self.updates_due = 0.0
 

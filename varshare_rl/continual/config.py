@@ -17,6 +17,7 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.nn.shared import SharedConfig
 from varshare_rl.optim.gradient import MEAN
+from varshare_rl.optim.optimizer import PosteriorOptimizer
 from varshare_rl.registry import register, registered
 from varshare_rl.transfer.networks import CriticCarry
 
@@ -104,6 +105,11 @@ class ContinualConfig(TrainConfig):
     def _check_losses(self) -> None:
         if self.elbo.absorb.every:
             raise UserError("elbo.absorb would move what earlier tasks use; leave it at 0 here")
+        if self.optimizer.posteriors is not PosteriorOptimizer.adam:
+            raise UserError(
+                f"optimizer.posteriors={self.optimizer.posteriors.value} is for training many tasks; methods of a "
+                "sequence pay for their posteriors themselves, use adam"
+            )
         usual = type(self.elbo)()
         for name in ("estimator", "weight_samples", "temperature"):
             if getattr(self.elbo, name) != getattr(usual, name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +37,10 @@ class AbsorbConfig:
 
 @dataclass(frozen=True)
 class Absorbing:
-    """A trained module, its optimiser, and the slow copy that follows it."""
+    """A trained module, its optimisers, and the slow copy that follows it."""
 
     module: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Sequence[torch.optim.Optimizer]
     target_module: nn.Module | None = None
 
 
@@ -62,7 +62,9 @@ def absorb_all(parts: Mapping[str, Absorbing], config: AbsorbConfig) -> Metrics:
         for name, absorption in layers.items():
             done[f"{part_name}.{name}"] = absorption
             for parameter in absorption.rescaled:
-                part.optimizer.state.pop(part.module.get_submodule(name).get_parameter(parameter), None)
+                rescaled_parameter = part.module.get_submodule(name).get_parameter(parameter)
+                for optimizer in part.optimizers:
+                    optimizer.state.pop(rescaled_parameter, None)
     if not done:
         return {}
     changed = [absorption for absorption in done.values() if absorption.done]

@@ -164,6 +164,10 @@ class Elbo(Stateful):
             nats = (nats - free_nats).clamp_min(0.0)
         return weight * nats / self._divisor(module, held, held if seen is None else seen)
 
+    def price(self, module: nn.Module, held: int, seen: int | None = None) -> Tensor | float:
+        """Return what a nat of ``module`` costs in :meth:`penalty`: the weight over ``n_i``, a float or ``[T]``."""
+        return self.schedule.weight / self._divisor(module, held, held if seen is None else seen)
+
     def _divisor(self, module: nn.Module, held: int, seen: int) -> float:
         """Return ``n_i``."""
         choice = self.config.normalization

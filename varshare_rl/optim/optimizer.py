@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 import torch
 from torch import nn
 
+from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
+from varshare_rl.optim.ivon import IvonConfig
 
 
 class Schedule(Enum):
@@ -41,10 +43,22 @@ class OwnGradients(Enum):
     apart = "apart"
 
 
+class PosteriorOptimizer(Enum):
+    """Optimisers of the tasks' posteriors; everything else has Adam."""
+
+    adam = "adam"
+    ivon = "ivon"
+
+
 @dataclass
 class OptimizerConfig:
     """Options of ``optimizer``, for actor and critic. Rates are factors on their learning rates."""
 
+    posteriors: PosteriorOptimizer = PosteriorOptimizer.adam
+    """Optimiser of the tasks' posteriors: `adam`, on mu and rho; or `ivon`, a variational Newton method, whose step
+    and width follow the loss's curvature (`optimizer.ivon`)."""
+    ivon: IvonConfig = field(default_factory=IvonConfig)
+    "Options of IVON."
     mu_lr_scale: float = bounded(1.0, least=0)
     "Factor on the learning rate for the means of the tasks' posteriors."
     rho_lr_scale: float = bounded(30.0, least=0)
@@ -68,6 +82,19 @@ class OptimizerConfig:
     own_gradients: OwnGradients = OwnGradients.apart
     """Gradients of a task's own parameters: those of its own loss, clipped apart task by task (`apart`); or divided
     by the number of tasks and clipped with the shared ones (`averaged`), unless nothing is shared."""
+
+    def check(self, prefix: str) -> None:
+        """Raise UserError for options of the optimiser that is not chosen."""
+        usual, other = OptimizerConfig(), "ivon"
+        names = ["ivon"]
+        if self.posteriors is PosteriorOptimizer.ivon:
+            other, names = "adam", ["mu_lr_scale", "rho_lr_scale", "b_lr_ratio", "adapter_epsilon"]
+        for name in names:
+            if getattr(self, name) != getattr(usual, name):
+                raise UserError(
+                    f"{prefix}{name} counts with {prefix}posteriors={other} alone, and it is "
+                    f"{self.posteriors.value}; leave the former out"
+                )
 
 
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:

@@ -1,4 +1,4 @@
-"""From losses per task to a step: aggregate them to one gradient, clip its norm, step Adam."""
+"""From losses per task to a step: aggregate them to one gradient, clip its norm, step the optimisers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,19 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.nn.stochastic import drawn_layers
 from varshare_rl.optim.divergence_guard import DivergenceGuard, DivergenceGuardConfig, contained
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, AggregateScale, GradientConfig
+from varshare_rl.optim.ivon import Ivon
 from varshare_rl.optim.jacobian import GradientAggregator, TaskGradients, gradient_gram
-from varshare_rl.optim.optimizer import OptimizerConfig, OwnGradients, ScheduledAdam, roles
+from varshare_rl.optim.optimizer import (
+    OptimizerConfig,
+    OwnGradients,
+    PosteriorOptimizer,
+    ScheduledAdam,
+    roles,
+    schedule_factor,
+)
 from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.state import Stateful
 
@@ -41,7 +50,7 @@ class LossStep(Stateful):
         UserError: the aggregator needs a package that is not installed.
     """
 
-    state_fields = ("optimizer", "reduction=aggregation", "guard=divergence_guard", "rate_factor?")
+    state_fields = ("optimizer", "ivon?", "reduction=aggregation", "guard=divergence_guard", "rate_factor?")
 
     def __init__(
         self,
@@ -62,7 +71,10 @@ class LossStep(Stateful):
         self.parameters = [role.parameter for role in self.roles]
         self.max_grad_norm = max_grad_norm
         optimizer = optimizer or OptimizerConfig()
-        self.scheduled = ScheduledAdam(self.roles, learning_rate, epsilon, optimizer)
+        self.ivon = _ivon(trained, optimizer)
+        newton = set() if self.ivon is None else {id(each) for each in self.ivon.param_groups[0]["params"]}
+        by_adam = [role for role in self.roles if id(role.parameter) not in newton]
+        self.scheduled = ScheduledAdam(by_adam, learning_rate, epsilon, optimizer)
         self.optimizer = self.scheduled.adam
         self.on_cpu = all(
             parameter.is_cpu for parameter in self.parameters
@@ -70,7 +82,8 @@ class LossStep(Stateful):
         self.divergence_guard = DivergenceGuard(divergence_guard or DivergenceGuardConfig(), self.on_cpu)
         shared = [role.parameter for role in self.roles if not role.own]
         apart = optimizer.own_gradients is OwnGradients.apart or not shared  # strangers do not bound each other
-        self.own = [role.parameter for role in self.roles if role.own and apart]  # what is clipped by itself
+        self.own = [role.parameter for role in by_adam if role.own and apart]  # what is clipped by itself
+        self.unclipped = [each for each in self.parameters if id(each) in newton]  # IVON bounds its steps itself
         self.aggregation = Aggregation()
         if aggregator == TEMPERATURE and log_temperature is not None:
             own = [role.parameter for role in self.roles if role.own]
@@ -94,7 +107,8 @@ class LossStep(Stateful):
         """Fill the parameters' gradients from ``losses [T]``."""
         if self._gram_of is not None:
             self.gram, self._gram_of = gradient_gram(losses, self._gram_of, self.ranks), None
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         guard, kept = self.divergence_guard, None
         guard.fitting = torch.isfinite(losses)
         if guard.watches_size or not self.on_cpu or not bool(guard.fitting.all()):
@@ -105,7 +119,7 @@ class LossStep(Stateful):
         with nullcontext() if kept is None else contained(losses):
             self.aggregation(losses, kept)
         self.ranks.average([parameter.grad for parameter in self.parameters if parameter.grad is not None])
-        own = [parameter.grad for parameter in self.own if parameter.grad is not None]
+        own = _gradients([*self.own, *self.unclipped])
         if own:  # that of its own loss: every aggregation leaves it divided by T
             torch._foreach_mul_(own, float(len(losses)))
 
@@ -115,22 +129,25 @@ class LossStep(Stateful):
         Returns the norm before, 0-d: where own ones are apart, the root of the shared square plus the mean own one.
         """
         bound = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        apart = {id(parameter) for parameter in self.own}
+        apart = {id(parameter) for parameter in [*self.own, *self.unclipped]}
         together = [parameter for parameter in self.parameters if id(parameter) not in apart]
-        norm = nn.utils.clip_grad_norm_(together, bound, foreach=True).detach()
-        own = [parameter.grad for parameter in self.own if parameter.grad is not None]
-        if not own:
-            return norm
-        norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in own]
-        by_task: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)  # [T]
-        factors = (bound / (by_task + 1e-6)).clamp_max(1.0)
-        for grad in own:
-            grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))
-        total: Tensor = (norm.square() + by_task.square().mean()).sqrt()
+        total = nn.utils.clip_grad_norm_(together, bound, foreach=True).detach()
+        for own, bounded in ((_gradients(self.own), True), (_gradients(self.unclipped), False)):
+            if not own:
+                continue
+            norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in own]
+            by_task: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)  # [T]
+            factors = (bound / (by_task + 1e-6)).clamp_max(1.0)
+            for grad in own if bounded else ():
+                grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))
+            total = (total.square() + by_task.square().mean()).sqrt()
         return total
 
     def step(self, norm: Tensor) -> None:
-        """Step Adam unless the guard forbids it for a gradient of this norm; on a device, the device decides."""
+        """Step Adam unless the guard forbids it for a gradient of this norm; on a device, the device decides.
+
+        And IVON, which waits for a device's decision.
+        """
         guard = self.divergence_guard
         drop = None if self.on_cpu and bool(torch.isfinite(norm)) else guard.drop(norm)
         dropped = self.on_cpu and drop is not None and bool(drop)
@@ -139,6 +156,13 @@ class LossStep(Stateful):
             return
         self.optimizer.found_inf = None if self.on_cpu else drop  # type: ignore[attr-defined]  # fused Adam obeys it
         self.optimizer.step()
+        if self.ivon is not None and (self.on_cpu or drop is None or not bool(drop)):
+            self.ivon.step()
+
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All that step the parameters."""
+        return [self.optimizer] if self.ivon is None else [self.optimizer, self.ivon]
 
     @property
     def rate_factor(self) -> float:
@@ -160,13 +184,28 @@ class LossStep(Stateful):
     def advance(self, fraction: float) -> None:
         """Set learning rates for when ``fraction`` of the run is done, and take note of what the guard saw."""
         self.scheduled.advance(fraction)
+        if self.ivon is not None:
+            self.ivon.set_rate(self.rate_factor * schedule_factor(self.scheduled.config, fraction))
         self.divergence_guard.look()
 
     def forget(self) -> None:
         """Start afresh for parameters that do: no moments, no running losses, no memory of the aggregation."""
-        self.optimizer.state.clear()
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
         self.divergence_guard.forget()
         self.aggregation.forget()
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _ivon(trained: nn.Module | Sequence[nn.Parameter], optimizer: OptimizerConfig) -> Ivon | None:
+    """Return IVON for the posteriors of ``trained`` if it is chosen and there are any."""
+    if optimizer.posteriors is not PosteriorOptimizer.ivon or not isinstance(trained, nn.Module):
+        return None
+    layers = [layer for _, layer in drawn_layers(trained) if layer.posteriors()]
+    return Ivon(layers, optimizer.ivon) if layers else None
 
 
 class Aggregation(Stateful):

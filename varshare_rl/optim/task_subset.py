@@ -19,8 +19,6 @@ from varshare_rl.state import Stateful
 #: Tasks of an update that is not told how many, where what they have of their own is most of what it steps. With as
 #: many rows in all, an update of 50 tasks takes 1.4 times as long as one of 10, and one of 500 takes 6.1 times.
 MOST_AT_ONCE = 50
-#: Adam's state with the shape of the parameter.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def compared(gradient: GradientConfig, elbo: ElboConfig, divergence_guard: DivergenceGuardConfig) -> dict[str, str]:
@@ -43,8 +41,8 @@ class TaskSubset(Stateful):
     """A few of the tasks, whose rows stand for all in what is kept per task, for the time of an update.
 
     Every layer keeps its stacks ``[T, ...]``. During a turn each of them is ``[K, ...]``, the rows of the subset's
-    tasks, in parameters, buffers and the moments of Adam; so passes, divergences, gradients and steps are those of
-    ``K`` tasks. At its end the rows go back. A task's rows and moments change in its own turns alone, as with
+    tasks, in parameters, buffers and the state of optimisers; so passes, divergences, gradients and steps are those
+    of ``K`` tasks. At its end the rows go back. A task's rows and moments change in its own turns alone, as with
     lazily updated embeddings, and Adam corrects their bias by the number of those.
 
     No graph of autograd with a stack in it may outlive its turn, or the next one finds the wrong shape.
@@ -67,7 +65,7 @@ class TaskSubset(Stateful):
         size: int,
         modules: Sequence[nn.Module],
         parameters: Sequence[nn.Parameter],
-        optimizers: Sequence[torch.optim.Adam],
+        optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
         self.num_tasks, self.size = num_tasks, min(size, num_tasks)
         children = list({id(child): child for module in modules for child in module.modules()}.values())
@@ -144,24 +142,24 @@ class TaskSubset(Stateful):
             stack.index_copy_(0, rows, parameter.data)
             parameter.data, parameter.grad = stack, None
             if optimizer is not None and parameter in optimizer.state:
-                _put_moments(optimizer.state[parameter], moments or _no_moments(stack), rows)
+                _put_moments(optimizer.state[parameter], moments, stack, rows)
 
         return close
 
 
 def _take_moments(state: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
-    """Leave the rows of the moments in a parameter's state; returns the stacks."""
-    stacks = {name: state[name] for name in MOMENTS}
-    state.update({name: stack.index_select(0, rows) for name, stack in stacks.items()})
+    """Leave the rows of the moments, a parameter's state but its count of steps; returns the stacks."""
+    stacks = {name: moment for name, moment in state.items() if name != "step"}
+    state.update({name: moment.index_select(0, rows) for name, moment in stacks.items()})
     return stacks
 
 
-def _no_moments(stack: Tensor) -> dict[str, Tensor]:
-    return {name: torch.zeros_like(stack) for name in MOMENTS}
-
-
-def _put_moments(state: dict[str, Tensor], stacks: dict[str, Tensor], rows: Tensor) -> None:
-    state.update({name: stack.index_copy_(0, rows, state[name]) for name, stack in stacks.items()})
+def _put_moments(state: dict[str, Tensor], stacks: dict[str, Tensor], like: Tensor, rows: Tensor) -> None:
+    """Put the moments' rows back, into zeros where this turn has made them."""
+    for name, moment in state.items():
+        if name != "step":
+            stack = stacks[name] if name in stacks else torch.zeros_like(like)
+            state[name] = stack.index_copy_(0, rows, moment)
 
 
 def _buffer(module: nn.Module, name: str, ids: Tensor) -> Callable[[], None]:

@@ -1,1 +1,0 @@
-"""A variational second-order optimiser for the factors, beside Adam."""
