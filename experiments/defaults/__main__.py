@@ -1,6 +1,7 @@
-"""``python -m experiments.defaults runs/<sweep> ...``: runs that differ from the defaults in an option, as a table.
+"""``python -m experiments.defaults runs/<sweep> ...``: runs that differ from the defaults in an option, as tables.
 
-Writes ``defaults.csv``, one line per run, and prints the means over seeds, those with the most success first.
+Writes ``defaults.csv``, one line per run, and prints a table for every suite: means over seeds, those that learn first
+at the top. What all runs of a suite have in common, such as its budget, is no change.
 """
 
 from __future__ import annotations
@@ -19,19 +20,19 @@ from varshare_rl.cli import compose
 from varshare_rl.config import Device, TrainConfig, fixed_options
 from varshare_rl.nn.parameters import total_kl
 
-COLUMNS = ("changed", "seed", "success", "area", "nats", "critic_nats", "transitions", "git_commit")
+COLUMNS = ("suite", "changed", "seed", "success", "area", "nats", "critic_nats", "transitions", "git_commit")
 #: Options that are not what is compared.
 INDIFFERENT = ("seed", "env.tasks", "plugins")
 Row = dict[str, object]
 
 
-def changed(config: TrainConfig) -> str:
+def changed(config: TrainConfig) -> list[str]:
     """Return the options that differ from the defaults of its suite and algorithm, as words."""
     words = [f"env={config.env.name}", f"algorithm={config.algorithm.name}"]
     base = fixed_options(cast(TrainConfig, compose("train", words)))
     found = fixed_options(config)
     differing = [f"{name}={value}" for name, value in found.items() if base.get(name, value) != value]
-    return " ".join(word for word in differing if word.partition("=")[0] not in INDIFFERENT) or "the defaults"
+    return [word for word in differing if word.partition("=")[0] not in INDIFFERENT]
 
 
 def read(run_dir: Path) -> Row:
@@ -44,6 +45,7 @@ def read(run_dir: Path) -> Row:
         for name, module in agent.algorithm.trained_modules().items()
     }
     return {
+        "suite": agent.config.env.name,
         "changed": changed(agent.config),
         "seed": agent.config.seed,
         "success": round(summary["mean_success"], 4),
@@ -53,6 +55,15 @@ def read(run_dir: Path) -> Row:
         "transitions": summary["transitions"],
         "git_commit": summary["conditions"]["git_commit"],
     }
+
+
+def name_changes(rows: list[Row]) -> None:
+    """Make one text of every row's changes, without those that all rows of its suite share."""
+    for suite in {row["suite"] for row in rows}:
+        members = [(row, cast("list[str]", row["changed"])) for row in rows if row["suite"] == suite]
+        common = set.intersection(*(set(words) for _, words in members)) if len(members) > 1 else set()
+        for row, words in members:
+            row["changed"] = " ".join(word for word in words if word not in common) or "the defaults"
 
 
 def table(rows: list[Row]) -> str:
@@ -87,8 +98,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
     given = parser.parse_args()
     rows = [read(run_dir) for run_dir in finished_runs(given.folders)]
+    name_changes(rows)
+    rows.sort(key=lambda row: (str(row["suite"]), str(row["changed"]), int(str(row["seed"]))))
     write_csv(given.folder / "defaults.csv", COLUMNS, rows)
-    print(table(rows))
+    for suite in sorted({str(row["suite"]) for row in rows}):
+        print(f"\n{suite}\n\n{table([row for row in rows if row['suite'] == suite])}")
 
 
 if __name__ == "__main__":
