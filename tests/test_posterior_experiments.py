@@ -25,7 +25,11 @@ def test_runs_become_tables(
     monkeypatch.setattr(sys, "argv", ["defaults", "runs", "--folder", "."])
     defaults.main()
     rows = {row["changed"]: row for row in csv.DictReader(Path("defaults.csv").read_text().splitlines())}
-    assert list(rows) == ["elbo.networks=actor", "network.name=shared", "the defaults"]  # not what all have in common
+    assert list(rows) == [
+        "elbo.networks=actor",
+        "network.name=shared",
+        "the defaults",
+    ]  # not what all have in common
     assert float(rows["the defaults"]["nats"]) > 0.0 == float(rows["network.name=shared"]["nats"])
     assert "| `elbo.networks=actor` | 1 | " in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["uses", "runs", "--folder", ".", "--episodes", "2"])

@@ -1,7 +1,7 @@
 """``python -m experiments.defaults runs/<sweep> ...``: runs that differ from the defaults in an option, as tables.
 
-Writes ``defaults.csv``, one line per run, and prints a table for every suite: means over seeds, those that learn first
-at the top. What all runs of a suite have in common, such as its budget, is no change.
+Writes ``defaults.csv``, one line per run, and prints a table for every suite: means over seeds, those that learn
+first at the top. What all runs of a suite have in common, such as its budget, is no change.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def changed(config: TrainConfig) -> list[str]:
     base = fixed_options(cast(TrainConfig, compose("train", words)))
     found = fixed_options(config)
     differing = [f"{name}={value}" for name, value in found.items() if base.get(name, value) != value]
-    return [word for word in differing if word.partition("=")[0] not in INDIFFERENT]
+    follows = {"network.hidden"} if config.network.active_parameters is not None else set()
+    return [word for word in differing if word.partition("=")[0] not in {*INDIFFERENT, *follows}]
 
 
 def read(run_dir: Path) -> Row:

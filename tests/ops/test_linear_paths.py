@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from varshare_rl.ops import linear as kernels
-from varshare_rl.ops.linear import linear, low_rank_linear
+from varshare_rl.ops.linear import full_rank_linear, linear, low_rank_linear
 
 #: Blocks, rows, inputs, outputs, rank: small, and large enough for the path that is made for training.
-SIZES = {"small": (3, 4, 5, 6, 2), "large": (4, 40, 80, 96, 8)}
+SIZES = {"small": (3, 4, 5, 6, 2), "large": (4, 40, 80, 96, 8), "many_rows": (4, 100, 24, 20, 2)}
 
 
 @pytest.fixture(params=[True, False], ids=["onednn", "blas"])
@@ -63,10 +63,42 @@ def test_values_and_gradients(size: str, bias: bool, functions: tuple) -> None: 
         assert float((mine.double() - exact).norm() / exact.norm()) < 2e-6, index
 
 
+def full_rank(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    return full_rank_linear(x, weight, bias, residual)
+
+
+def naive_full_rank(x: Tensor, weight: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.stack([F.linear(x[k], weight + residual[k], bias) for k in range(len(x))])
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.usefixtures("_backend")
+def test_residuals_of_full_rank(rows: int, bias: bool) -> None:
+    shapes = [(3, rows, 24), (20, 24), (3, 20, 24), *([(20,)] if bias else [])]
+    given = [torch.randn(shape).double() for shape in shapes]
+    mine, exact = ([tensor.clone().requires_grad_() for tensor in given] for _ in "ab")
+    y, expected = full_rank(*mine), naive_full_rank(*exact)
+    torch.testing.assert_close(y, expected)
+    slope = torch.randn_like(y)
+    for one, other in zip(
+        torch.autograd.grad(y, mine, slope), torch.autograd.grad(expected, exact, slope), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("size", ["small", "many_rows"])
+def test_both_roads_are_gone(size: str) -> None:
+    """The small one by thin products, the other by weights that are built."""
+    x, weight, *_ = inputs(size)
+    assert kernels._worth_building(x.double(), weight.double()) == (size == "many_rows")
+
+
+@pytest.mark.parametrize("size", ["small", "many_rows"])
 @pytest.mark.parametrize("wanted", list(product([True, False], repeat=5))[:-1])
-def test_only_the_gradients_that_are_asked_for(wanted: tuple[bool, ...]) -> None:
+def test_only_the_gradients_that_are_asked_for(wanted: tuple[bool, ...], size: str) -> None:
     """As with frozen weights, or an input that is data."""
-    given = [tensor.double() for tensor in inputs("small")]
+    given = [tensor.double() for tensor in inputs(size)]
     mine, exact = (
         [tensor.clone().requires_grad_(want) for tensor, want in zip(given, wanted, strict=True)] for _ in "ab"
     )

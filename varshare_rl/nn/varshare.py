@@ -15,7 +15,7 @@ from varshare_rl.nn.task_rows import TaskRows
 from varshare_rl.nn.variational import VariationalLayer, begin_posterior
 from varshare_rl.ops.gaussian import prior_nats, product_sigma, random_signs, softplus_sigma
 from varshare_rl.ops.gradient_record import GradientRecord
-from varshare_rl.ops.linear import linear
+from varshare_rl.ops.linear import full_rank_linear, linear
 from varshare_rl.ops.task_weights import FullRankWeights
 from varshare_rl.registry import register
 
@@ -61,7 +61,7 @@ class VarShareLayer(VariationalLayer):
         return linear(x, self.theta, self.bias, record)
 
     def output(self, x: Tensor, factors: Sequence[Tensor], record: GradientRecord | None = None) -> Tensor:
-        return torch.baddbmm(self.shared_output(x, record), x, factors[0].transpose(1, 2))
+        return full_rank_linear(x, self.theta, self.bias, factors[0], record)
 
     def local_output(
         self,

@@ -4,6 +4,10 @@ On a CPU with AVX-512 the products go to oneDNN. The BLAS that PyTorch otherwise
 processors that are not Intel's, at less than half the speed; both compute in float32. Where
 ``torch.backends.mkldnn.matmul.fp32_precision`` is ``"bf16"``, large products round their factors and their
 result to bfloat16 (7 bits of fraction) and sum in float32.
+
+A residual of low rank has two roads. Thin products ``(x A^T) B^T`` cost little arithmetic and run at a fraction
+of the speed of wide ones; with many rows for each block it is quicker to build every block's weight
+``theta + s B A`` and multiply once.
 """
 
 from __future__ import annotations
@@ -23,8 +27,12 @@ _ONEDNN = (
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
-#: Products of fewer multiplications cost more to hand over than they gain.
+#: Products of fewer multiplications gain nothing by another kernel or road.
 _WORTH_ONEDNN = 1 << 17
+#: A block's weight is built where it has fewer entries than this share of what thin products read and write.
+_WORTH_BUILDING = 0.8
+#: With fewer rows a block's weight is not worth building for a residual of full rank.
+_ROWS_FOR_FULL_RANK = 32
 #: Layers narrower than this on either side (heads) stay in float32: they cost little, and round most visibly.
 _BFLOAT16_WIDTH = 64
 
@@ -54,7 +62,7 @@ def low_rank_linear(
     record: GradientRecord | None = None,
     inner: Tensor | None = None,
 ) -> Tensor:
-    """``x weight^T + scale (x a_k^T) b_k^T + bias`` for every block ``k``: the residual ``b_k a_k`` is never built.
+    """``x weight^T + scale (x a_k^T) b_k^T + bias`` for every block ``k``, by the quicker of two roads.
 
     ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``a: [K, r, F]``, ``b: [K, G, r]``; returns
     ``[K, B, G]`` in the type of ``x weight^T``. Differentiable once. ``record`` as in :func:`linear`. ``inner``
@@ -62,8 +70,47 @@ def low_rank_linear(
     """
     if inner is not None or _autocast(x) or not x.dtype == a.dtype == b.dtype:
         return add_low_rank(linear(x, weight, bias, record), x if inner is None else inner, a, b, scale)
+    if _worth_building(x, weight):
+        return _built_linear(x, weight, bias, a, b, scale, record)
     product: Tensor = _LowRankLinear.apply(x, weight, bias, a, b, scale, record)  # type: ignore[no-untyped-call]
     return product
+
+
+def full_rank_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, record: GradientRecord | None = None
+) -> Tensor:
+    """``x (weight + residual_k)^T + bias`` for every block ``k``.
+
+    ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``residual: [K, G, F]``; returns ``[K, B, G]``.
+    Differentiable at least once. ``record`` as in :func:`linear`.
+    """
+    alike = x.dtype == weight.dtype == residual.dtype and not _autocast(x)
+    if alike and x.is_cpu and x.shape[1] >= _ROWS_FOR_FULL_RANK and not _suits(x, weight):
+        return _built_linear(x, weight, bias, residual, None, 1.0, record)
+    return torch.baddbmm(linear(x, weight, bias, record), x, residual.transpose(1, 2))
+
+
+def _built_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor | None,
+    scale: float,
+    record: GradientRecord | None,
+) -> Tensor:
+    product: Tensor = _BuiltLinear.apply(x, weight, bias, a, b, scale, record)  # type: ignore[no-untyped-call]
+    return product
+
+
+def _worth_building(x: Tensor, weight: Tensor) -> bool:
+    """Return True where building every block's weight is quicker than thin products.
+
+    Measured with PyTorch's own BLAS, to which all products go then; oneDNN has no batched ones.
+    """
+    outputs, inputs = weight.shape
+    few = outputs * inputs < _WORTH_BUILDING * x.shape[1] * (outputs + inputs)
+    return few and x.numel() * outputs >= _WORTH_ONEDNN and x.is_cpu and not _suits(x, weight)
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -215,6 +262,58 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x,
             _product(factor.t(), rows.t(), grad.dtype) if need_weight else None,
             flat.sum(0) if need_bias else None,
+            grad_a,
+            grad_b,
+            None,
+            None,
+        )
+
+
+class _BuiltLinear(torch.autograd.Function):
+    """``x W_k^T + bias`` with ``W_k = weight + scale b_k a_k``, or ``weight + a_k`` without ``b``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor | None,
+        scale: float,
+        record: GradientRecord | None,
+    ) -> Tensor:
+        built = weight + a if b is None else torch.baddbmm(weight.expand(len(a), -1, -1), b, a, alpha=scale)
+        ctx.save_for_backward(x, built, a, b)
+        ctx.scale, ctx.record = scale, record
+        if bias is None:
+            return torch.bmm(x, built.transpose(1, 2))
+        return torch.baddbmm(bias.view(1, 1, -1), x, built.transpose(1, 2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, built, a, b = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
+        grad_x = torch.bmm(grad, built) if need_x else None
+        grad_a = grad_b = None
+        of_built = grad  # stands for it where nobody asks
+        if need_weight or need_a or need_b:
+            of_built = torch.bmm(grad.transpose(1, 2), x)  # [K, G, F]
+        if need_a:
+            grad_a = of_built if b is None else torch.bmm(b.transpose(1, 2), of_built).mul_(ctx.scale)
+        if need_b:
+            grad_b = torch.bmm(of_built, a.transpose(1, 2)).mul_(ctx.scale)
+        rows = ctx.record.takes(x, grad) if need_weight and ctx.record is not None else None
+        if rows is not None:
+            rows[0].add_(of_built)
+            if rows[1] is not None:
+                rows[1].add_(grad.sum(1))
+            need_weight = need_bias = False
+        return (
+            grad_x,
+            of_built.sum(0) if need_weight else None,
+            grad.sum((0, 1)) if need_bias else None,
             grad_a,
             grad_b,
             None,
