@@ -21,7 +21,7 @@ from varshare_rl.run.loop import Run
 NAMES = [
     "a=b", "a,b", "(x)", "it's", 'say "hi"', "a#b", "~x", "a;b", "{x}", "a&b", "[x]", "two  spaces", "ümlaut",
     "1e-3", "true", "Null", "a\\b", "a\\'b", "ends\\", "$HOME", "${oc.env:HOME}", "a\\${b}", "%d", "@x", "*", "?",
-    "!x", "a:b", "tab\tx", "-x", "1_000", "plain-name_1.5/x", " x ",
+    "!x", "a:b", "tab\tx", "-x", "1_000", "plain-name_1.5/x", " x ", "/1e5", "./1e5", "..", ".5", "../x",
 ]  # fmt: skip
 
 
@@ -37,9 +37,8 @@ def test_every_name_survives_shell_and_hydra(name: str) -> None:
 
 
 def test_a_plain_name_stays_plain() -> None:
-    assert override("resume", Path("runs/pointmass_ppo_s0_20260101-120000")) == (
-        "resume=runs/pointmass_ppo_s0_20260101-120000"
-    )
+    for name in ("runs/pointmass_ppo_s0_20260101-120000", "/data/runs/a", "../runs/a"):
+        assert override("resume", Path(name)) == f"resume={name}"
 
 
 @pytest.mark.parametrize("name", ["a=b, (c) 'd' \"e\" #f ~ ; & {g} [h]  ü", "true"])

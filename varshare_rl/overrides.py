@@ -34,7 +34,7 @@ def literal(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ",".join(literal(entry) for entry in value) + "]"
     text = str(value)
-    if re.fullmatch(r"[A-Za-z_][\w./-]*", text, re.ASCII) and text.lower() not in NOT_WORDS:
+    if re.fullmatch(r"(\.{1,2}/)*[A-Za-z_/][\w./-]*", text, re.ASCII) and text.lower() not in NOT_WORDS:
         return text
     # In quotes a quote has a backslash, and so have backslashes before one; ${ would begin an interpolation.
     return "'" + re.sub(r"(\\*)('|\$\{|$)", lambda m: m[1] * 2 + (f"\\{m[2]}" if m[2] else ""), text) + "'"
