@@ -45,6 +45,8 @@ _BOOT = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from varshare_
 #: One thread per worker: the workers are the parallelism.
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
+#: What stops a run: the user, a scheduler, and a terminal that is closed, unless that is ignored (``nohup``).
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 #: Seconds that a worker may take to answer: for a step of each of its environments, or to build them all.
 PATIENCE = 900
@@ -277,13 +279,10 @@ def _shut_down(processes: list[subprocess.Popen[bytes]], connections: list[Conne
             process.wait()
 
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
 @contextlib.contextmanager
 def _held_back() -> Iterator[None]:
     """Inside, signals to stop wait, in this thread and in processes that it starts."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
     try:
         yield
     finally:
@@ -292,9 +291,9 @@ def _held_back() -> Iterator[None]:
 
 def _ignore_stopping() -> None:
     """Ignore signals to stop, but let processes that environments start have them."""
-    for number in _STOPPING:
+    for number in STOPPING:
         signal.signal(number, lambda number, frame: None)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
 def main() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-#: What stops a run: the user, a scheduler, and a terminal that is closed, unless that is ignored (``nohup``).
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+from varshare_rl.envs.workers import STOPPING
+
 #: Handlers of signals, as ``signal.getsignal`` gives them.
 Handlers = Mapping[signal.Signals, Any]
 
