@@ -16,6 +16,7 @@ from torchjd import aggregation
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
 from varshare_rl.optim.gradient import MEAN, TEMPERATURE, AggregateScale, GradientConfig, gradient_schema
+from varshare_rl.optim.gram_weights import FairGradConfig, fair_weights
 from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.optim.optimizer import OptimizerConfig, OwnGradients
 from varshare_rl.optim.step import LossStep
@@ -23,7 +24,6 @@ from varshare_rl.optim.torchjd_aggregators import (
     AlignedMTLConfig,
     AlignedScale,
     CAGradConfig,
-    FairGradConfig,
     NashMTLConfig,
 )
 from varshare_rl.registry import registered
@@ -80,7 +80,25 @@ def test_fairgrad_solves_its_equation_at_any_scale(alpha: float, scale: float) -
     combined = combine("fairgrad", jacobian, fairgrad=FairGradConfig(alpha))
     gains = jacobian @ combined  # G w
     weights = torch.linalg.lstsq(jacobian.t(), combined).solution
-    torch.testing.assert_close(gains, weights.pow(-1.0 / alpha), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(gains, weights.pow(-1.0 / alpha), rtol=1e-8, atol=0.0)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0, 10.0])
+@pytest.mark.parametrize("case", ["many", "opposed", "alike", "sizes"])
+def test_fairgrad_solves_its_equation_for_awkward_gradients(alpha: float, case: str) -> None:
+    """Fifty tasks in few dimensions, two nearly opposed, nearly the same, and of sizes over four decades."""
+    common = torch.randn(1, 60, dtype=torch.float64)
+    rows = {
+        "many": torch.randn(50, 60, dtype=torch.float64),
+        "opposed": torch.cat([common, -common + 0.05 * torch.randn(1, 60, dtype=torch.float64)]),
+        "alike": common + 1e-4 * torch.randn(10, 60, dtype=torch.float64),
+        "sizes": torch.randn(6, 60, dtype=torch.float64)
+        * torch.logspace(-2, 2, 6, dtype=torch.float64).unsqueeze(1),
+    }[case]
+    gramian = rows @ rows.t()
+    gramian = gramian / gramian.diagonal().mean()
+    weights = fair_weights(gramian, alpha)
+    torch.testing.assert_close(gramian @ weights, weights.pow(-1.0 / alpha), rtol=1e-6, atol=0.0)
 
 
 def torchjd_aggregator(method: str, tasks: int) -> Callable[[Tensor], Tensor]:
@@ -282,6 +300,6 @@ def test_what_is_remembered_survives(method: str) -> None:
 
 def test_without_torchjd_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchjd", None)
-    with pytest.raises(UserError, match=r"gradient=pcgrad needs TorchJD .*pip install 'varshare_rl\[gradient\]'"):
-        build_aggregator("pcgrad", 2)
+    with pytest.raises(UserError, match=r"gradient=cagrad needs TorchJD .*pip install 'varshare_rl\[gradient\]'"):
+        build_aggregator("cagrad", 2)
     build_aggregator("gradnorm", 2)  # this one is ours

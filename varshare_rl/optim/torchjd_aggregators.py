@@ -41,16 +41,6 @@ class TorchJDConfig(AggregatorConfig):
         """Make the aggregator from ``torchjd.aggregation``."""
 
 
-@register("gradient", "pcgrad")
-@dataclass
-class PCGradConfig(TorchJDConfig):
-    """``gradient=pcgrad``: conflicting parts are projected away (Yu et al. 2020, Gradient Surgery)."""
-
-    def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """Make the aggregator."""
-        return GramianAggregator(torchjd.PCGradWeighting(), of_sum=True)
-
-
 @register("gradient", "cagrad")
 @dataclass
 class CAGradConfig(TorchJDConfig):
@@ -62,19 +52,6 @@ class CAGradConfig(TorchJDConfig):
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
         """Make the aggregator."""
         return GramianAggregator(torchjd.CAGradWeighting(self.c))
-
-
-@register("gradient", "fairgrad")
-@dataclass
-class FairGradConfig(TorchJDConfig):
-    """``gradient=fairgrad``: fair resource allocation (Ban and Ji 2024)."""
-
-    alpha: float = bounded(1.0, above=0)
-    "Fairness: 1 is proportional, a large one max-min."
-
-    def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:
-        """Make the aggregator; its weights solve ``G w = w^(-1 / alpha)``."""
-        return GramianAggregator(torchjd.FairGradWeighting(self.alpha), degree=self.alpha / (1.0 + self.alpha))
 
 
 @register("gradient", "nashmtl")
