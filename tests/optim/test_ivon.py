@@ -135,6 +135,22 @@ def test_every_task_has_an_ivon_of_its_own_when_tasks_take_turns() -> None:
         torch.testing.assert_close(getattr(layer, name), torch.cat([getattr(one, name) for one in alone]))
 
 
+def test_a_price_that_moves_leaves_widths_within_twice_the_priors() -> None:
+    """A loss that curves down, under a price that falls as with data and jumps as a critic's scale may."""
+    layer, ids = layer_of(), torch.arange(TASKS)
+    mine = Ivon([layer], NEWTON)
+    for number in range(200):
+        price = torch.full((TASKS,), 10.0 ** (number % 5) / (1 + number), dtype=torch.float64)
+        x = torch.randn(TASKS, ROWS, FEATURES).double()
+        mine.zero_grad()
+        nats = posterior_kl(layer.posteriors(), [layer.log_prior_scale])
+        torch.autograd.backward((price * nats - 5.0 * layer(x, ids).square().mean((1, 2))).sum())
+        mine.pay(price)
+        mine.step()
+        assert torch.isfinite(layer.mus).all()
+        assert (softplus_sigma(layer.rhos) <= 2.01 * PRIOR).all()
+
+
 def test_posteriors_begin_narrow_and_everything_else_has_adam() -> None:
     network = VarShareLoRAConfig(hidden=[6]).build(3, 2, 2, Posterior(start=PosteriorStart.prior))
     step = LossStep(network, 0.01, 0.5, optimizer=OptimizerConfig(posteriors=PosteriorOptimizer.ivon))

@@ -8,7 +8,9 @@ With ``c`` what a nat costs in a task's loss, ``N(m_0, p^2)`` the prior and ``de
     h <- b2 h + (1 - b2) h_hat + (1 - b2)^2 (h - h_hat)^2 / (2 (h + delta))
     m <- m - rate (g_bar + delta (m - m_0)) / (h + delta)
 
-with ``g_bar`` the running mean of ``g``, corrected for its start. Gradients that come here are of the loss with its
+with ``g_bar`` the running mean of ``g``, corrected for its start. That ``h + delta`` stays positive holds for a
+price that stays; here it falls with the data and moves with the critic's scale, so ``h`` is held above
+``-3/4 delta``: no posterior is wider than twice its prior. Gradients that come here are of the loss with its
 divergence, whose part ``delta (m - m_0)`` and ``delta s - c / s`` is known and taken out.
 """
 
@@ -26,6 +28,8 @@ from varshare_rl.ops.gaussian import inverse_softplus, softplus_sigma
 
 #: Least cost of a nat: without any, posteriors have no width.
 _LEAST_PRICE = 1e-30
+#: Least curvature of the loss over ``delta``.
+_LEAST_CURVATURE = -0.75
 
 
 @dataclass
@@ -93,9 +97,12 @@ class Ivon(torch.optim.Optimizer):
         if not bool(begun.all()):
             first = price / torch.minimum(sigma, config.width * scale).square() - delta
             curvature.copy_(torch.where(begun, curvature, first))
+        least = _LEAST_CURVATURE * delta
+        torch.maximum(curvature, least, out=curvature)  # what was allowed at another price
         left = 1.0 - config.beta_2
         missed = (seen - curvature).square_().div_(curvature + delta).mul_(0.5 * left**2)
         curvature.lerp_(seen, left).add_(missed)
+        torch.maximum(curvature, least, out=curvature)
         pull = delta * (mu - home)
         momentum.lerp_(mu.grad - pull, 1.0 - config.beta_1)
         total = curvature + delta
