@@ -68,8 +68,9 @@ class PPOConfig:
     value_clip: float | None = bounded(None, above=0)
     """Bound on how far the critic's loss lets values move from those of the rollout, in units of the loss (under
     PopArt standard deviations of the targets). Null: none."""
-    target_kl: float | None = bounded(0.05, least=0)
-    "Nats; a rollout's updates stop before the step at which the policy's mean KL has passed it. Null: never."
+    target_kl: float | None = bounded(None, least=0)
+    """Nats; a rollout's updates stop before the step at which the policy's mean KL has passed it. Null: never, since
+    at large learning rates adapters pass it in their first step, and make no other."""
     max_grad_norm: float = bounded(0.5, least=0)
     "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
     policy: GaussianFamily = GaussianFamily.tanh_gaussian
