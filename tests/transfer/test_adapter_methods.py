@@ -19,10 +19,11 @@ from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import L2SoftConfig, LoRAConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
 from varshare_rl.nn.actor import Resample
-from varshare_rl.nn.config import Blocks, Posterior
+from varshare_rl.nn.config import Blocks, Posterior, PriorUnits
 from varshare_rl.nn.lora import ResidualLayer
 from varshare_rl.nn.mlp import BroNet, TaskMLP
 from varshare_rl.nn.parameters import total_kl
+from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig
 from varshare_rl.run.checkpoint import load_checkpoint, save_checkpoint
@@ -592,13 +593,23 @@ def test_a_given_prior_is_in_no_state_dict_and_follows_the_layer() -> None:
 
 
 def test_the_standard_prior_is_that_of_the_layer() -> None:
-    options = replace(VARSHARE, prior=PriorFrom.standard, prior_scale=0.4, kl_weight=1.0)
+    absolute = replace(VARSHARE, prior_scale=0.4, prior_units=PriorUnits.absolute)
+    options = replace(absolute, prior=PriorFrom.standard, kl_weight=1.0)
     first = VarShareMethod(replace(options, prior=PriorFrom.previous), SPEC, Pretrained(SPEC.plain().state_dict()))
     for method in (VarShareMethod(options, SPEC, pretrained_from(trained_agent(3), 3)), first):
         network = method.begin(method.tasks)
         disturb(network)
         expected = expected_kl(network, lambda path: [(torch.zeros(()), torch.tensor(0.4))] * 2)
         torch.testing.assert_close(method.penalty(network, 1), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_standard_prior_in_units_of_theta_is_small_beside_it() -> None:
+    """Residuals drawn from it have ``prior_scale`` times the standard deviation of a fresh layer's weights."""
+    options = replace(VARSHARE, prior=PriorFrom.standard, prior_scale=0.1)
+    network = VarShareMethod(options, SPEC, Pretrained(SPEC.plain().state_dict())).begin(1)
+    for _, layer in stochastic_layers(network):
+        entries = layer.scale * layer.prior_scale.square() * layer.rank**0.5
+        torch.testing.assert_close(entries, torch.tensor([0.1 / (3 * layer.in_features) ** 0.5]), rtol=1e-5, atol=0)
 
 
 def test_a_pooled_prior_matches_moments_over_all_posteriors() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from varshare_rl.adapters.adapter import adapter_scale
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
+from varshare_rl.nn.config import Posterior, PriorUnits
 from varshare_rl.nn.layer import INITIAL_RHO, check_positive
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
 from varshare_rl.ops.gaussian import inverse_softplus, softplus_sigma
@@ -61,8 +62,11 @@ class VarShareMethodConfig(ContinualMethodConfig):
     start: PosteriorStart = PosteriorStart.prior
     """Start of a task's posterior: the base with little noise, the mean of the prior, or the posterior whose policy
     does best on it."""
-    prior_scale: float = bounded(1.0, above=0)
-    "Standard deviation of the standard prior."
+    prior_scale: float = bounded(0.03, above=0)
+    "Scale of the standard prior, in `prior_units`."
+    prior_units: PriorUnits = PriorUnits.theta
+    """Units of `prior_scale`: standard deviation of a correction's entries over that of a fresh layer's weights
+    (`theta`), or of every Gaussian itself (`absolute`)."""
     kl_weight: float = bounded(0.001, least=0)
     "Weight of the divergence from the prior; 1 is the plain ELBO."
 
@@ -114,9 +118,11 @@ class VarShareMethod(LowRankMethod):
     def corrected(self, similar: int | None) -> nn.Module:
         """Make the base with a posterior that starts as ``start`` says."""
         config = self.config
+        standard = Posterior(config.prior_scale, config.prior_units)
 
         def layer(path: str, inputs: int, outputs: int) -> VarShareLoRALayer:
-            made = VarShareLoRALayer(inputs, outputs, 1, config.rank, config.alpha, config.prior_scale)
+            scale = standard.factor_scale(inputs, config.rank, self.scale)
+            made = VarShareLoRALayer(inputs, outputs, 1, config.rank, config.alpha, scale)
             made.paid_apart = True
             prior = self.prior(path)
             if prior is not None:
