@@ -69,7 +69,7 @@ class PPOConfig:
     """Bound on how far the critic's loss lets values move from those of the rollout, in units of the loss (under
     PopArt standard deviations of the targets). Null: none."""
     target_kl: float | None = bounded(None, least=0)
-    """Nats; a rollout's updates stop before the step at which the policy's mean KL has passed it. Null: never, since
+    """Nats; a rollout's updates stop before the step at which the policy's mean KL has passed it. Null: never, as
     at large learning rates adapters pass it in their first step, and make no other."""
     max_grad_norm: float = bounded(0.5, least=0)
     "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
