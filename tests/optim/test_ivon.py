@@ -89,15 +89,15 @@ def test_the_posterior_of_a_regression_is_reached(tasks: int) -> None:
     truth = 0.5 * torch.randn(1, FEATURES, 1) + prior * torch.randn(tasks, FEATURES, 1)
     y = x @ truth + noise * torch.randn(tasks, rows, 1)
     layer = VarShareLayer(FEATURES, 1, tasks, prior_scale=prior, bias=False)
-    chosen = OptimizerConfig(posteriors=PosteriorOptimizer.ivon, ivon=IvonConfig(rate=0.1, beta_2=0.998))
+    chosen = OptimizerConfig(posteriors=PosteriorOptimizer.ivon, ivon=IvonConfig(rate=0.1, beta_2=0.995))
     step = LossStep(layer, 1e-3, 0.5, optimizer=chosen, num_tasks=tasks)
     assert step.ivon is not None
     elbo, ids, kept = Elbo(ElboConfig(kl_weight=1.0), tasks), torch.arange(tasks), []
-    for number in range(6000):
+    for number in range(3000):
         losses = (y - layer(x, ids)).square().mean((1, 2)) / (2 * noise**2)
         step.ivon.pay(elbo.price(layer, rows))
         step(losses + elbo.penalty(layer, rows))
-        if number >= 3000:
+        if number >= 1500:
             kept.append(
                 tuple(part.detach().clone() for part in (layer.mus, softplus_sigma(layer.rhos), layer.theta))
             )
