@@ -90,16 +90,9 @@ def full_rank_linear(
     return torch.baddbmm(linear(x, weight, bias, record), x, residual.transpose(1, 2))
 
 
-def _built_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    b: Tensor | None,
-    scale: float,
-    record: GradientRecord | None,
-) -> Tensor:
-    product: Tensor = _BuiltLinear.apply(x, weight, bias, a, b, scale, record)  # type: ignore[no-untyped-call]
+def _built_linear(x: Tensor, *others: Any) -> Tensor:
+    """Return :class:`_BuiltLinear` of its arguments."""
+    product: Tensor = _BuiltLinear.apply(x, *others)  # type: ignore[no-untyped-call]
     return product
 
 
