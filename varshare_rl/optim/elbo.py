@@ -162,15 +162,15 @@ class Elbo(Stateful):
             weight = weight.to(nats.device)
         if free_nats is not None:
             nats = (nats - free_nats).clamp_min(0.0)
-        return weight * nats / self._divisor(module, held, held if seen is None else seen)
+        return weight * nats / self._divisor(module, held, seen)
 
     def price(self, module: nn.Module, held: int, seen: int | None = None) -> Tensor | float:
         """Return what a nat of ``module`` costs in :meth:`penalty`: the weight over ``n_i``, a float or ``[T]``."""
-        return self.schedule.weight / self._divisor(module, held, held if seen is None else seen)
+        return self.schedule.weight / self._divisor(module, held, seen)
 
-    def _divisor(self, module: nn.Module, held: int, seen: int) -> float:
-        """Return ``n_i``."""
-        choice = self.config.normalization
+    def _divisor(self, module: nn.Module, held: int, seen: int | None) -> float:
+        """Return ``n_i``; ``seen`` None: as many as are held."""
+        choice, seen = self.config.normalization, held if seen is None else seen
         if choice is KLNormalization.parameters:
             return float(max(posterior_size(module), 1))
         counts = {KLNormalization.seen: seen, KLNormalization.budget: self.budget_per_task, KLNormalization.none: 1}

@@ -84,6 +84,8 @@ class LossStep(Stateful):
         apart = optimizer.own_gradients is OwnGradients.apart or not shared  # strangers do not bound each other
         self.own = [role.parameter for role in by_adam if role.own and apart]  # what is clipped by itself
         self.unclipped = [each for each in self.parameters if id(each) in newton]  # IVON bounds its steps itself
+        apart_ids = {id(each) for each in [*self.own, *self.unclipped]}
+        self.together = [each for each in self.parameters if id(each) not in apart_ids]  # what is clipped as one
         self.aggregation = Aggregation()
         if aggregator == TEMPERATURE and log_temperature is not None:
             own = [role.parameter for role in self.roles if role.own]
@@ -118,7 +120,7 @@ class LossStep(Stateful):
             losses = torch.where(kept, losses, 0.0)
         with nullcontext() if kept is None else contained(losses):
             self.aggregation(losses, kept)
-        self.ranks.average([parameter.grad for parameter in self.parameters if parameter.grad is not None])
+        self.ranks.average(_gradients(self.parameters))
         own = _gradients([*self.own, *self.unclipped])
         if own:  # that of its own loss: every aggregation leaves it divided by T
             torch._foreach_mul_(own, float(len(losses)))
@@ -129,18 +131,16 @@ class LossStep(Stateful):
         Returns the norm before, 0-d: where own ones are apart, the root of the shared square plus the mean own one.
         """
         bound = self.max_grad_norm if self.max_grad_norm > 0 else float("inf")
-        apart = {id(parameter) for parameter in [*self.own, *self.unclipped]}
-        together = [parameter for parameter in self.parameters if id(parameter) not in apart]
-        total = nn.utils.clip_grad_norm_(together, bound, foreach=True).detach()
-        for own, bounded in ((_gradients(self.own), True), (_gradients(self.unclipped), False)):
-            if not own:
-                continue
-            norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in own]
-            by_task: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)  # [T]
+        total = nn.utils.clip_grad_norm_(self.together, bound, foreach=True).detach()
+        own, unclipped = _gradients(self.own), _gradients(self.unclipped)
+        if own:
+            by_task = _norms_by_task(own)
             factors = (bound / (by_task + 1e-6)).clamp_max(1.0)
-            for grad in own if bounded else ():
+            for grad in own:
                 grad.mul_(factors.view(-1, *[1] * (grad.dim() - 1)))
             total = (total.square() + by_task.square().mean()).sqrt()
+        if unclipped:
+            total = (total.square() + _norms_by_task(unclipped).square().mean()).sqrt()
         return total
 
     def step(self, norm: Tensor) -> None:
@@ -198,6 +198,13 @@ class LossStep(Stateful):
 
 def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _norms_by_task(gradients: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each task's part of stacks ``[T, ...]``, at least one: ``[T]``."""
+    norms = [torch.linalg.vector_norm(grad.reshape(len(grad), -1), dim=1) for grad in gradients]
+    by_task: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+    return by_task
 
 
 def _ivon(trained: nn.Module | Sequence[nn.Parameter], optimizer: OptimizerConfig) -> Ivon | None:
