@@ -115,6 +115,30 @@ def test_environments_of_one_task_share_a_model() -> None:
     assert one._env.real_data is not other._env.real_data
 
 
+def test_the_model_has_what_touches_or_is_asked_for_and_no_pictures() -> None:
+    goals = make_goals(("door-open-v3",), 0, 1, False)[0]
+    quick: Any = FastMetaWorldEnv("door-open-v3", goals, 10)._env.model
+    whole: Any = MetaWorldEnv("door-open-v3", goals, "v2", 10)._env.model
+    names = [whole.geom(geom).name for geom in range(whole.ngeom)]
+    needed = sum(
+        bool(name) or any(touches)
+        for name, *touches in zip(names, whole.geom_contype, whole.geom_conaffinity, strict=True)
+    )
+    assert quick.ngeom == needed < whole.ngeom
+    assert quick.nbvh < whole.nbvh / 3
+    assert (quick.ncam, quick.nlight) == (0, 0)
+    for what in (
+        "body_mass",
+        "body_inertia",
+        "body_ipos",
+        "body_iquat",
+        "body_pos",
+        "dof_damping",
+        "dof_invweight0",
+    ):
+        np.testing.assert_array_equal(getattr(quick, what), getattr(whole, what), err_msg=what)
+
+
 def test_truncates_at_the_horizon() -> None:
     goals = make_goals(("reach-v3",), 0, 2, False)[0]
     for env in (FastMetaWorldEnv("reach-v3", goals, 3), MetaWorldEnv("reach-v3", goals, "v2", 3)):

@@ -10,7 +10,7 @@ imports stays untouched. Nothing here is specific to a task:
 - ``mj_rnePostConstraint`` is left out, and placing sites before ``mj_forward``, which places them again;
 - the hand is moved once in a reset: the package does it twice and forgets what the first time led to;
 - the state after a reset is remembered per goal and put back (a reset depends on its goal alone);
-- a model is compiled once per process; its environments take turns in it.
+- a model is compiled once per process, without what is only there for pictures; its environments take turns in it.
 
 Checked against metaworld 3.1.1 with the v2 rewards, all 50 tasks.
 """

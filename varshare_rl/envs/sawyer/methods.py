@@ -95,14 +95,30 @@ class StepViews:
 # --- one model per file ---------------------------------------------------------------------------------------
 
 
+def touchable(path: str) -> Any:
+    """Compile a model without what is only there for pictures: shapes that touch nothing, cameras, lights.
+
+    MuJoCo places each of them at every substep, and clears a flag for every one of their meshes' 100 000 triangles.
+    Shapes with a name stay, for the package asks for their places. The dynamics are those of the whole model.
+    """
+    spec = mujoco.MjSpec.from_file(path)
+    shapes = [geom for geom in spec.geoms if not (geom.name or geom.contype or geom.conaffinity)]
+    for part in (*shapes, *spec.cameras, *spec.lights):
+        part.delete()
+    meshes = {geom.meshname for geom in spec.geoms}
+    for mesh in [mesh for mesh in spec.meshes if mesh.name not in meshes]:
+        mesh.delete()
+    return spec.compile()
+
+
 class _SharedModel:
-    """A compiled model (20 MB) for all environments of this process that use its file.
+    """A compiled model for all environments of this process that use its file.
 
     Resets move bodies and sites in the model, so an environment puts its own places in before it works.
     """
 
     def __init__(self, path: str) -> None:
-        self.model = mujoco.MjModel.from_xml_path(path)
+        self.model = touchable(path)
         self.places = self.copy_places()  # as compiled
         self._current = self.places
 
