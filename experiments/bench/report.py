@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from varshare_rl.files import write_atomically, write_json
+from varshare_rl.processor import processor
 
 Values = Mapping[str, Sequence[float]]
 
@@ -81,14 +82,9 @@ def _spread(values: Sequence[float], goal: Goal | None) -> dict[str, Any]:
 
 def machine(threads: int) -> dict[str, Any]:
     """What the numbers depend on besides the code."""
-    model = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), model)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
-        "processor": model,
+        "processor": processor("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "amx": torch.cpu._is_amx_tile_supported(),
         "avx512": torch.backends.cpu.get_cpu_capability() == "AVX512",

@@ -1,9 +1,9 @@
 """Matrix products of the layers, with the quickest kernels there are for them on a CPU.
 
-On a CPU with AVX-512 the products go to oneDNN. The BLAS that PyTorch otherwise calls keeps to AVX2 on
-processors that are not Intel's, at less than half the speed; both compute in float32. Where
-``torch.backends.mkldnn.matmul.fp32_precision`` is ``"bf16"``, large products round their factors and their
-result to bfloat16 (7 bits of fraction) and sum in float32.
+On a CPU with AVX-512 that is not Intel's the products go to oneDNN: the BLAS that PyTorch otherwise calls keeps to
+AVX2 there, at less than half the speed. Both compute in float32. Where
+``torch.backends.mkldnn.matmul.fp32_precision`` is ``"bf16"``, large products go to oneDNN on every AVX-512, round
+their factors and their result to bfloat16 (7 bits of fraction) and sum in float32.
 
 A residual of low rank has two roads. Thin products ``(x A^T) B^T`` cost little arithmetic and run at a fraction
 of the speed of wide ones; with many rows for each block it is quicker to build every block's weight
@@ -20,13 +20,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from varshare_rl.ops.gradient_record import GradientRecord
+from varshare_rl.processor import processor
 
 _BACKEND: Any = torch.backends.mkldnn
-_ONEDNN = (
+_HAS_ONEDNN = (
     _BACKEND.is_available()
     and torch.backends.cpu.get_cpu_capability() == "AVX512"
     and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 )
+_ONEDNN = _HAS_ONEDNN and processor("vendor_id") != "GenuineIntel"  # in float32
 #: Products of fewer multiplications gain nothing by another kernel or road.
 _WORTH_ONEDNN = 1 << 17
 #: A block's weight is built where it has fewer entries than this share of what thin products read and write.
@@ -131,11 +133,12 @@ def _cast(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Return True where oneDNN is to compute ``x weight^T``."""
     return (
-        _ONEDNN
-        and x.is_cpu
+        x.is_cpu
         and x.dtype == weight.dtype == torch.float32
         and x.numel() * weight.shape[0] >= _WORTH_ONEDNN
+        and (_ONEDNN or (_HAS_ONEDNN and _BACKEND.matmul.fp32_precision == "bf16"))
     )
 
 
@@ -175,7 +178,7 @@ def _recorded(record: GradientRecord | None, grad: Tensor, x: Tensor) -> bool:
     if rows is None:
         return False
     weight, bias = rows
-    if _ONEDNN and x.is_cpu and x.dtype == torch.float32 and x[0].numel() * grad.shape[2] >= _WORTH_ONEDNN:
+    if _suits(x[0], grad[0].t()):
         for block, grad_block, x_block in zip(weight, grad, x, strict=True):
             block.add_(_product(*_factors(grad_block.t(), x_block.t()), block.dtype))
     else:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import varshare_rl
+from varshare_rl.processor import processor
 from varshare_rl.reporting.statistics import WORST, iqm
 
 PACKAGES = ("torch", "numpy", "gymnasium", "mujoco", "metaworld")
@@ -129,12 +130,7 @@ def _version(package: str) -> str | None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:  # platform.processor() says no more than the architecture on Linux
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or platform.machine())
+    return processor("model name") or platform.processor() or platform.machine()
 
 
 def _git(folder: Path) -> tuple[str | None, bool | None]:
