@@ -311,6 +311,31 @@ _TECHNICAL = ("full_key:", "object_type=", "reference_type=", "To append to your
 _FOREIGN = re.compile(r"In '(?P<file>[^']+)': .*\bKey '(?P<key>\w+)' not in '(?P<config>\w+)'", re.DOTALL)
 
 
+#: Hydra's words for a value of the wrong kind.
+_REFUSED = re.compile(
+    r"Error merging override (?P<given>.+?) (?:"
+    r"Value '.*' of type '\w+' could not be converted to (?P<kind>\w+)"
+    r"|Value '.*' is not a valid (?P<bool>bool)"
+    r"|(?:field '[^']*' is not Optional|Invalid type assigned: NoneType is not a subclass)(?P<null>)"
+    r"|Invalid value assigned: \w+ is not a (?P<list>ListConfig), list or tuple\."
+    r"|Invalid value '.*', expected one of \[(?P<words>.*)\])",
+    re.DOTALL,
+)
+_KINDS = {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}
+
+
+def _allowed(refused: re.Match[str]) -> str:
+    """What is allowed where Hydra refused a value."""
+    if refused["null"] is not None:
+        return "it must have a value"
+    if refused["list"]:
+        return "it takes a list, [a,b]"
+    if refused["words"]:
+        return f"it must be one of {refused['words']}"
+    kind = "Boolean" if refused["bool"] else refused["kind"]
+    return f"it must be {_KINDS.get(kind, kind)}"
+
+
 def _explain(error: Exception) -> str:
     """Hydra's message without its technical lines; a refused value is explained by the innermost error."""
     foreign = _FOREIGN.match(str(error))
@@ -329,4 +354,6 @@ def _explain(error: Exception) -> str:
             lines.append(f"(its options are {', '.join(option.name for option in fields(config))})")
         cause = cause.__cause__
     kept = [line for line in lines if line and not line.startswith(_TECHNICAL) and not line.endswith("_schema")]
-    return " ".join(dict.fromkeys(kept))
+    explained = " ".join(dict.fromkeys(kept))
+    refused = _REFUSED.match(explained)
+    return explained if refused is None else f"{refused['given']} is not possible: {_allowed(refused)}"
