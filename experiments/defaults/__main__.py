@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
 from pathlib import Path
 from statistics import mean
 from typing import cast
 
 from experiments.curves import read_curves
-from experiments.results import finished_runs, write_csv
+from experiments.results import Row, average, finished_runs, grouped, markdown, number, write_csv
 from varshare_rl.assemble import load_agent
 from varshare_rl.cli import compose
 from varshare_rl.config import Device, TrainConfig, fixed_options
@@ -23,7 +22,6 @@ from varshare_rl.nn.parameters import total_kl
 COLUMNS = ("suite", "changed", "seed", "success", "area", "nats", "critic_nats", "transitions", "git_commit")
 #: Options that are not what is compared.
 INDIFFERENT = ("seed", "env.tasks", "plugins")
-Row = dict[str, object]
 
 
 def changed(config: TrainConfig) -> list[str]:
@@ -69,27 +67,20 @@ def name_changes(rows: list[Row]) -> None:
 
 def table(rows: list[Row]) -> str:
     """Means over seeds as Markdown."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[str(row["changed"])].append(row)
-
-    def average(members: list[Row], name: str) -> float:
-        return mean(float(str(member[name])) for member in members)
-
-    lines = ["| changed | seeds | success (of seeds) | on the way | policy, nats | critic, nats |"]
-    lines.append("|---|---|---|---|---|---|")
-    for name, members in sorted(groups.items(), key=lambda pair: -average(pair[1], "area")):
-        success = sorted(float(str(member["success"])) for member in members)
-        cells = [
-            f"`{name}`",
-            f"{len(members)}",
-            f"{average(members, 'success'):.2f} ({success[0]:.2f} to {success[-1]:.2f})",
-            f"{average(members, 'area'):.3f}",
-            f"{average(members, 'nats'):,.0f}",
-            f"{average(members, 'critic_nats'):,.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    lines = []
+    for (name,), members in sorted(grouped(rows, "changed").items(), key=lambda pair: -average(pair[1], "area")):
+        success = [number(member, "success") for member in members]
+        lines.append(
+            (
+                f"`{name}`",
+                f"{len(members)}",
+                f"{mean(success):.2f} ({min(success):.2f} to {max(success):.2f})",
+                f"{average(members, 'area'):.3f}",
+                f"{average(members, 'nats'):,.0f}",
+                f"{average(members, 'critic_nats'):,.0f}",
+            )
+        )
+    return markdown(("changed", "seeds", "success (of seeds)", "on the way", "policy, nats", "critic, nats"), lines)
 
 
 def main() -> None:
@@ -100,10 +91,10 @@ def main() -> None:
     given = parser.parse_args()
     rows = [read(run_dir) for run_dir in finished_runs(given.folders)]
     name_changes(rows)
-    rows.sort(key=lambda row: (str(row["suite"]), str(row["changed"]), int(str(row["seed"]))))
+    rows.sort(key=lambda row: (str(row["suite"]), str(row["changed"]), number(row, "seed")))
     write_csv(given.folder / "defaults.csv", COLUMNS, rows)
-    for suite in sorted({str(row["suite"]) for row in rows}):
-        print(f"\n{suite}\n\n{table([row for row in rows if row['suite'] == suite])}")
+    for (suite,), members in grouped(rows, "suite").items():
+        print(f"\n{suite}\n\n{table(members)}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -14,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from experiments.results import finished_runs, write_csv
+from experiments.results import Row, average, finished_runs, grouped, markdown, number, write_csv
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device, TrainConfig
 from varshare_rl.files import write_atomically
@@ -36,8 +35,6 @@ SUITES = ("pointmass", "cartpole identical", "cartpole variants", "metaworld")
 DIALLED = {"varshare_lora": look(0), "l2_soft": look(1)}
 LEVEL = {"lora": look(2), "shared": look(3), "independent": look(4)}
 MEASURES = {"success": "success", "nats": "policy, nats", "critic_nats": "critic, nats", "sharing": "sharing"}
-
-Row = dict[str, object]
 
 
 def suite_name(config: TrainConfig) -> str:
@@ -93,23 +90,19 @@ def read(run_dir: Path) -> Row:
     return row
 
 
-def number(row: Row, name: str) -> float:
-    """A column as a number."""
-    return float(str(row[name]))
-
-
-def grouped(rows: Sequence[Row]) -> dict[tuple[str, str], dict[float, list[Row]]]:
+def by_weight(rows: Sequence[Row]) -> dict[tuple[str, ...], dict[float, list[Row]]]:
     """Rows by suite and network, then by weight in order."""
-    groups: dict[tuple[str, str], dict[float, list[Row]]] = defaultdict(lambda: defaultdict(list))
-    for row in sorted(rows, key=lambda row: number(row, "kl_weight")):
-        groups[str(row["suite"]), str(row["network"])][number(row, "kl_weight")].append(row)
-    return groups
+    ordered = sorted(rows, key=lambda row: number(row, "kl_weight"))
+    return {
+        key: {float(weight): runs for (weight,), runs in grouped(members, "kl_weight").items()}
+        for key, members in grouped(ordered, "suite", "network").items()
+    }
 
 
 @styled
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """One column of panels per suite, one row per measure; lines are means over seeds, dots are runs."""
-    groups = grouped(rows)
+    groups = by_weight(rows)
     suites = [suite for suite in SUITES if any(key[0] == suite for key in groups)]
     figure = new_figure(PAGE, 7.6)
     axes = figure.subplots(len(MEASURES), len(suites), squeeze=False)
@@ -121,8 +114,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
             for network, seen in LEVEL.items():
                 runs = [row for found in groups.get((suite, network), {}).values() for row in found]
                 if runs and "nats" not in measure:
-                    level = mean(number(row, measure) for row in runs)
-                    axis.axhline(level, **seen.line)
+                    axis.axhline(average(runs, measure), **seen.line)
             axis.set_xscale("log")
             if "nats" in measure:
                 axis.set_yscale("log")
@@ -138,8 +130,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     write_atomically(path, to_file(figure))
 
 
-def _dial(axis: Axes, by_weight: Mapping[float, Sequence[Row]], measure: str, seen: Look) -> None:
-    points = {weight: [number(row, measure) for row in found] for weight, found in by_weight.items()}
+def _dial(axis: Axes, runs: Mapping[float, Sequence[Row]], measure: str, seen: Look) -> None:
+    points = {weight: [number(row, measure) for row in found] for weight, found in runs.items()}
     axis.plot([*points], [mean(values) for values in points.values()], **seen.line)
     for weight, values in points.items():
         axis.scatter([weight] * len(values), values, s=9, alpha=0.5, color=seen.colour)
@@ -148,22 +140,20 @@ def _dial(axis: Axes, by_weight: Mapping[float, Sequence[Row]], measure: str, se
 @styled
 def draw_posteriors(path: Path, rows: Sequence[Row]) -> None:
     """Quantiles of the posteriors' standard deviations over their priors', and the nats of the tasks."""
-    groups = {suite: found for (suite, network), found in grouped(rows).items() if network == "varshare_lora"}
+    groups = {suite: found for (suite, network), found in by_weight(rows).items() if network == "varshare_lora"}
     suites = [suite for suite in SUITES if suite in groups]
     figure = new_figure(PAGE, 4.4)
     axes = figure.subplots(2, len(suites), squeeze=False, sharex="col")
     for column, suite in enumerate(suites):
         weights, upper, lower = [*groups[suite]], axes[0][column], axes[1][column]
-        sigma = {
-            name: [mean(number(row, name) for row in found) for found in groups[suite].values()] for name in SPREADS
-        }
+        sigma = {name: [average(found, name) for found in groups[suite].values()] for name in SPREADS}
         for inside, alpha, label in ((0, 0.2, "5 to 95 %"), (1, 0.4, "25 to 75 %")):
             low, high = sigma[SPREADS[inside]], sigma[SPREADS[-1 - inside]]
             upper.fill_between(weights, low, high, alpha=alpha, color=QUALITATIVE[0], label=label)
         upper.plot(weights, sigma[SPREADS[2]], color=QUALITATIVE[0], label="median")
         upper.axhline(1.0, color=INK, linewidth=0.8, linestyle=":", label="start")
         for name, style in (("most_nats", "--"), ("nats", "-"), ("least_nats", "-.")):
-            values = [mean(number(row, name) for row in found) for found in groups[suite].values()]
+            values = [average(found, name) for found in groups[suite].values()]
             label = {"most_nats": "dearest task", "nats": "mean", "least_nats": "cheapest task"}[name]
             lower.plot(weights, values, color=QUALITATIVE[0], linestyle=style, label=label)
         upper.set_title(suite)
@@ -185,18 +175,26 @@ def print_table(rows: Sequence[Row]) -> None:
         "suite", "network", "kl_weight", "seeds", "success (of seeds)", "policy, nats (by task)", "critic, nats",
         "sharing",
     )  # fmt: skip
-    print(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|")
-    for (suite, network), by_weight in sorted(grouped(rows).items()):
-        for weight, found in by_weight.items():
+    lines = []
+    for (suite, network), runs in sorted(by_weight(rows).items()):
+        for weight, found in runs.items():
             success = [number(row, "success") for row in found]
             nats, least, most, critic, sharing = (
-                mean(number(row, name) for row in found)
-                for name in ("nats", "least_nats", "most_nats", "critic_nats", "sharing")
+                average(found, name) for name in ("nats", "least_nats", "most_nats", "critic_nats", "sharing")
             )
-            spread = f"{mean(success):.3f} ({min(success):.2f} to {max(success):.2f})"
-            priced = f"{nats:,.0f} ({least:,.0f} to {most:,.0f}) | {critic:,.0f}" if nats else "none | none"
-            dial = f"{weight:g}" if network in DIALLED else ""
-            print(f"| {suite} | `{network}` | {dial} | {len(found)} | {spread} | {priced} | {sharing:.4f} |")
+            lines.append(
+                (
+                    suite,
+                    f"`{network}`",
+                    f"{weight:g}" if network in DIALLED else "",
+                    f"{len(found)}",
+                    f"{mean(success):.3f} ({min(success):.2f} to {max(success):.2f})",
+                    f"{nats:,.0f} ({least:,.0f} to {most:,.0f})" if nats else "none",
+                    f"{critic:,.0f}" if nats else "none",
+                    f"{sharing:.4f}",
+                )
+            )
+    print(markdown(columns, lines))
 
 
 def main() -> None:

@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
 from pathlib import Path
-from statistics import mean
 
 import torch
 
 from experiments.kl_sweep.__main__ import suite_name
-from experiments.results import finished_runs, write_csv
+from experiments.results import Row, average, finished_runs, grouped, markdown, number, write_csv
 from varshare_rl.algorithms.actor_critic import ActorCritic
 from varshare_rl.assemble import TrainedAgent, load_agent
 from varshare_rl.commands.calibrate import CalibrateConfig, calibrate_agent
@@ -32,7 +30,6 @@ COLUMNS = (
     *(f"{name}_{threshold:g}" for threshold in THRESHOLDS for name in ("kept", "tasks", "score")),
     "coverage_50", "coverage_90", "calibration_error", "git_commit",
 )  # fmt: skip
-Row = dict[str, object]
 
 
 def score(agent: TrainedAgent, episodes: int) -> float:
@@ -85,27 +82,29 @@ def read(run_dir: Path, episodes: int) -> Row | None:
 
 def table(rows: list[Row]) -> str:
     """Means over seeds as Markdown."""
-    groups: dict[tuple[str, float], list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[str(row["suite"]), float(str(row["kl_weight"]))].append(row)
     kept = [f"kept, tasks, score at {threshold:g}" for threshold in THRESHOLDS]
-    lines = ["| suite | kl_weight | seeds | nats | score | " + " | ".join(kept) + " | 50 % covers | 90 % covers |"]
-    lines.append("|---|---|---|---|---|" + "---|" * len(kept) + "---|---|")
-    for (suite, weight), members in sorted(groups.items()):
-
-        def average(name: str, members: list[Row] = members) -> float:
-            return mean(float(str(member[name])) for member in members)
-
-        cells = [
-            f"{average(f'kept_{t:g}'):.3f}, {average(f'tasks_{t:g}'):.1f}, {average(f'score_{t:g}'):.2f}"
+    columns = ("suite", "kl_weight", "seeds", "nats", "score", *kept, "50 % covers", "90 % covers")
+    rows = sorted(rows, key=lambda row: (str(row["suite"]), number(row, "kl_weight")))
+    lines = []
+    for (suite, weight), members in grouped(rows, "suite", "kl_weight").items():
+        pruned_away = [
+            f"{average(members, f'kept_{t:g}'):.3f}, {average(members, f'tasks_{t:g}'):.1f}, "
+            f"{average(members, f'score_{t:g}'):.2f}"
             for t in THRESHOLDS
         ]
         lines.append(
-            f"| {suite} | {weight:g} | {len(members)} | {average('nats'):,.0f} | {average('score'):.2f} | "
-            + " | ".join(cells)
-            + f" | {average('coverage_50'):.2f} | {average('coverage_90'):.2f} |"
+            (
+                suite,
+                f"{float(weight):g}",
+                f"{len(members)}",
+                f"{average(members, 'nats'):,.0f}",
+                f"{average(members, 'score'):.2f}",
+                *pruned_away,
+                f"{average(members, 'coverage_50'):.2f}",
+                f"{average(members, 'coverage_90'):.2f}",
+            )
         )
-    return "\n".join(lines)
+    return markdown(columns, lines)
 
 
 def main() -> None:
