@@ -144,6 +144,19 @@ def test_defaults_are_those_that_are_promised() -> None:
     assert (composed()) == config  # python -m varshare_rl.train
 
 
+@pytest.mark.parametrize("env", ["mt10", "mt25", "mt50"])
+def test_a_benchmark_alone_is_a_good_setting_and_every_choice_replaces_its_own(env: str) -> None:
+    ppo, sac = composed(f"env={env}"), composed(f"env={env}", "algorithm=sac")
+    for config in (ppo, sac):
+        assert (config.critic.popart, config.critic.layer_norm) == (True, True)
+    assert (ppo.algorithm.min_observation_std, ppo.algorithm.gae_lambda) == (0.05, 0.97)
+    assert ppo.env.envs_per_task == 10
+    plain = composed(f"env={env}", "critic=default")
+    assert (plain.critic.popart, plain.critic.layer_norm) == (False, None)
+    assert composed(f"env={env}", "critic=brc").critic.layer_norm is None
+    assert composed(f"env={env}", "algorithm.gae_lambda=0.9").algorithm.gae_lambda == 0.9
+
+
 def test_overrides_win_over_every_file() -> None:
     for env in ("pointmass", "mt10"):
         for algorithm in ("ppo", "sac"):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
 from varshare_rl.algorithms.sac import SAC, SACConfig
-from varshare_rl.data.normalizers import RewardScale
+from varshare_rl.data.normalizers import ReturnStdScaler, RewardScale, RewardScaler
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.errors import UserError
@@ -154,6 +154,18 @@ def test_a_factor_on_the_rewards_changes_nothing_under_popart(algorithm: str, po
     one, thousand = (policy_after(algorithm, scale, popart) for scale in (1.0, 1000.0))
     difference = (one - thousand).abs().max()
     assert difference < 1e-6 if popart else difference > 1e-5, difference
+
+
+@pytest.mark.parametrize(("popart", "kind"), [(True, RewardScaler), (False, ReturnStdScaler)])
+def test_ppo_scales_rewards_unless_popart_has_the_units(popart: bool, kind: type[RewardScaler]) -> None:
+    for given, expected in (
+        (None, kind),
+        (RewardScale.return_std, ReturnStdScaler),
+        (RewardScale.none, RewardScaler),
+    ):
+        options = replace(OPTIONS["ppo"], reward_scale=given)
+        _, _, learner = build(ENV, options, NETWORKS["shared"](), critic=CriticConfig(popart=popart))
+        assert type(learner.reward_scaler) is expected
 
 
 def test_the_entropy_coefficient_counts_in_units_of_the_values(monkeypatch: pytest.MonkeyPatch) -> None:

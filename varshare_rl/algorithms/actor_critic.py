@@ -34,8 +34,11 @@ class ActorCriticConfig(Protocol):
     normalize_observations: bool
     observation_statistics: ObservationStatistics
     min_observation_std: float
-    reward_scale: RewardScale
     resets: int
+
+    @property
+    def reward_scale(self) -> RewardScale | None:
+        """Divisor of rewards; None: by what the critic has."""
 
 
 #: A policy and its critic.
@@ -123,7 +126,8 @@ class ActorCritic(Algorithm):
                     "observations, such as metaworld; give running"
                 )
             self.normalizer.fix(*spec.obs_scale)
-        self.reward_scaler = reward_scaler(config.reward_scale, spec.num_tasks, config.discount)
+        units = RewardScale.return_std if self.critic.statistics is None else RewardScale.none
+        self.reward_scaler = reward_scaler(config.reward_scale or units, spec.num_tasks, config.discount)
         self.reward_scaler.to(spec.device)
         self.weight_sampler = WeightSampler(
             self.elbo.config.draw.acting, self.actor, spec.num_tasks, spec.envs_per_task, self.replays_draws

@@ -90,9 +90,10 @@ class PPOConfig:
     "Statistics that observations are normalised by: each task's own so far, or fixed scales of the suite."
     min_observation_std: float = bounded(1e-4, above=0)
     "Least standard deviation that observations are divided by, in their own units; what hardly moves stays small."
-    reward_scale: RewardScale = RewardScale.return_std
+    reward_scale: RewardScale | None = None
     """Divisor of rewards: none; the deviation of the task's return (`return_std`); or the task's mean reward over
-    the largest one of a task (`ars`)."""
+    the largest one of a task (`ars`). Null: none where the critic has PopArt, which learns in such units, else
+    `return_std`."""
     resets: int = bounded(0, least=0)
     "Times that networks start anew, spread evenly over the budget."
 
