@@ -149,7 +149,7 @@ def test_a_run_that_is_interrupted_can_go_on(folder: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     "name",
     [
-        "unknown_key", "wrong_type", "not_an_override", "broken_syntax", "unknown_env", "unknown_schedule",
+        "unknown_key", "no_whole_number", "not_an_override", "broken_syntax", "unknown_env", "unknown_schedule",
         "group_by_a_switch", "no_budget", "unknown_pointmass_task", "unknown_activation", "empty_run_dir",
     ],
 )  # fmt: skip
