@@ -9,7 +9,13 @@ import pytest
 
 from varshare_rl.processor import processor
 
-CPUINFO = "processor\t: 0\nvendor_id\t: GenuineIntel\nmodel name\t: Xeon: the second\n\nprocessor\t: 1\nvendor_id\t: Other\n"
+CPUINFO = """processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Xeon: the second
+
+processor\t: 1
+vendor_id\t: Other
+"""
 
 
 @pytest.mark.parametrize(
