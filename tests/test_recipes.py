@@ -87,6 +87,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "toppo_mt10": TOPPO | {"env.benchmark": "mt10", "total_transitions": 20_000_000},
     "toppo_mt50": TOPPO | {"env.benchmark": "mt50", "total_transitions": 100_000_000},
+    "varshare_lora_ppo_mt10": POPART | {
+        "env.benchmark": "mt10", "algorithm.name": "ppo", "gradient.actor": "fairgrad",
+        "gradient.critic": "fairgrad", "algorithm.min_observation_std": 0.05,
+    },
     "varshare_lora_sac_mt10": POPART | {
         "env.benchmark": "mt10", "algorithm.name": "sac", "gradient.actor": "mean", "gradient.critic": "pcgrad",
     },
