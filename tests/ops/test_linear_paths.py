@@ -115,3 +115,22 @@ def test_no_rows() -> None:
     assert ours(x[:, :0], weight, a, b, bias).shape == (3, 0, 6)
     assert ours(x[:0], weight, a[:0], b[:0], bias).shape == (0, 4, 6)
     assert linear(x[:, :0], weight, bias).shape == (3, 0, 6)
+
+
+class Layers(torch.nn.Module):
+    """A layer of each kind, one after the other."""
+
+    def forward(self, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, residual: Tensor) -> Tensor:
+        return full_rank_linear(low_rank_linear(linear(x, weight), weight, None, a, b, 0.5), weight, None, residual)
+
+
+@pytest.mark.usefixtures("_backend")
+def test_a_traced_program_is_for_any_number_of_rows() -> None:
+    weights = (torch.randn(40, 40), torch.randn(2, 4, 40), torch.randn(2, 40, 4), torch.randn(2, 40, 40))
+    rows = torch.export.Dim("rows", min=1)
+    shapes = ({1: rows}, *[None] * len(weights))
+    with torch.no_grad():
+        program = torch.export.export(Layers(), (torch.randn(2, 8, 40), *weights), dynamic_shapes=shapes).module()
+        for count in (1, 3000):
+            x = torch.randn(2, count, 40)
+            torch.testing.assert_close(program(x, *weights), Layers()(x, *weights), rtol=1e-4, atol=1e-2)

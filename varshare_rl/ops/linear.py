@@ -86,7 +86,7 @@ def full_rank_linear(
     ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``residual: [K, G, F]``; returns ``[K, B, G]``.
     Differentiable at least once. ``record`` as in :func:`linear`.
     """
-    alike = x.dtype == weight.dtype == residual.dtype and not _autocast(x)
+    alike = x.dtype == weight.dtype == residual.dtype and not (_autocast(x) or torch.compiler.is_compiling())
     if alike and x.is_cpu and x.shape[1] >= _ROWS_FOR_FULL_RANK and not _suits(x, weight):
         return _built_linear(x, weight, bias, residual, None, 1.0, record)
     return torch.baddbmm(linear(x, weight, bias, record), x, residual.transpose(1, 2))
@@ -103,6 +103,8 @@ def _worth_building(x: Tensor, weight: Tensor) -> bool:
 
     Measured with PyTorch's own BLAS, to which all products go then; oneDNN has no batched ones.
     """
+    if torch.compiler.is_compiling():  # for any number of rows
+        return False
     outputs, inputs = weight.shape
     few = outputs * inputs < _WORTH_BUILDING * x.shape[1] * (outputs + inputs)
     return few and x.numel() * outputs >= _WORTH_ONEDNN and x.is_cpu and not _suits(x, weight)
@@ -133,12 +135,16 @@ def _cast(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Return True where oneDNN is to compute ``x weight^T``."""
+    """Return True where oneDNN is to compute ``x weight^T``.
+
+    Never in a program that is traced: it has to run on other machines, with other numbers of rows.
+    """
     return (
-        x.is_cpu
+        (_ONEDNN or (_HAS_ONEDNN and _BACKEND.matmul.fp32_precision == "bf16"))
+        and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
+        and not torch.compiler.is_compiling()
         and x.numel() * weight.shape[0] >= _WORTH_ONEDNN
-        and (_ONEDNN or (_HAS_ONEDNN and _BACKEND.matmul.fp32_precision == "bf16"))
     )
 
 
@@ -147,8 +153,11 @@ def _factors(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
 
     Rounded once, they serve forward and backward: all three products have the same sizes in another order.
     """
-    wide = min(*left.shape, len(right)) >= _BFLOAT16_WIDTH
-    if wide and _suits(left, right) and _BACKEND.matmul.fp32_precision == "bf16":
+    if (
+        _BACKEND.matmul.fp32_precision == "bf16"
+        and _suits(left, right)
+        and min(*left.shape, len(right)) >= _BFLOAT16_WIDTH
+    ):
         return left.bfloat16(), right.bfloat16()
     return left, right
 
