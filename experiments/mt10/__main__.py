@@ -34,7 +34,8 @@ COLUMNS = ("setting", "seed", "transitions", "seconds", "success", "return", *TA
 def options(config: TrainConfig) -> set[str]:
     """Return the options that differ from those of ``env=mt10`` alone, as words."""
     base = fixed_options(cast(TrainConfig, compose("train", ["env=mt10"])))
-    differing = {f"{name}={value}" for name, value in fixed_options(config).items() if base.get(name, value) != value}
+    given = fixed_options(config).items()
+    differing = {f"{name}={value}" for name, value in given if base.get(name, value) != value}
     of_popart = {"algorithm.reward_scale=none"} if config.critic.popart else set()  # what null means there
     return {word for word in differing if word.partition("=")[0] not in INDIFFERENT} - of_popart
 
