@@ -8,12 +8,12 @@ One panel per run: evaluation of every task and their mean against transitions.
 from __future__ import annotations
 
 import argparse
-import json
 from collections import defaultdict
 from pathlib import Path
 
 from matplotlib.ticker import EngFormatter
 
+from experiments.results import logged
 from varshare_rl.files import write_atomically
 from varshare_rl.reporting.figures import legend_below, new_figure, plain, plain_axes, styled, to_file
 from varshare_rl.reporting.style import INK, PAGE, look
@@ -24,8 +24,7 @@ Curve = list[tuple[int, float]]
 def read_curves(run_dir: Path, tag: str) -> dict[str, Curve]:
     """Points ``(transitions, value)`` of ``eval/<task>/<tag>`` by task and of the mean as ``mean``."""
     curves: dict[str, Curve] = defaultdict(list)
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in logged(run_dir):
         for name, value in record.items():
             parts = name.split("/")
             if parts[0] == "eval" and name.endswith(f"/{tag}"):

@@ -1,12 +1,18 @@
-"""What experiments over many runs have in common: finding the runs, and a table of them."""
+"""What experiments over many runs have in common: reading and naming the runs, and a table of them."""
 
 from __future__ import annotations
 
 import csv
+import functools
+import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
+from typing import Any, cast
+
+from varshare_rl.cli import compose
+from varshare_rl.config import TrainConfig, fixed_options
 
 #: One line of a table: what its columns hold.
 Row = dict[str, object]
@@ -15,6 +21,30 @@ Row = dict[str, object]
 def finished_runs(folders: Iterable[Path]) -> list[Path]:
     """The run folders right inside ``folders`` that have a ``summary.json``, sorted."""
     return sorted(path.parent for folder in folders for path in folder.glob("*/summary.json"))
+
+
+def logged(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``metrics.jsonl``."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@functools.cache
+def options_of(*words: str) -> Mapping[str, Any]:
+    """What a command line of ``train`` is fixed to, by option; composed once."""
+    return fixed_options(cast(TrainConfig, compose("train", words)))
+
+
+def changes(config: TrainConfig, words: Sequence[str], indifferent: Container[str]) -> list[str]:
+    """Return the options that a command line of these words has, too, but otherwise, as words."""
+    base = options_of(*words)
+    differing = {name: value for name, value in fixed_options(config).items() if base.get(name, value) != value}
+    return [f"{name}={value}" for name, value in differing.items() if name not in indifferent]
+
+
+def without_common(members: Sequence[Sequence[str]], nothing: str) -> list[str]:
+    """Return each member's words without those that all have, as one text; ``nothing`` for none."""
+    common = set.intersection(*map(set, members)) if len(members) > 1 else set()
+    return [" ".join(word for word in words if word not in common) or nothing for words in members]
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, object]]) -> None:

@@ -13,10 +13,19 @@ from statistics import mean
 from typing import cast
 
 from experiments.curves import read_curves
-from experiments.results import Row, average, finished_runs, grouped, markdown, number, write_csv
+from experiments.results import (
+    Row,
+    average,
+    changes,
+    finished_runs,
+    grouped,
+    markdown,
+    number,
+    without_common,
+    write_csv,
+)
 from varshare_rl.assemble import load_agent
-from varshare_rl.cli import compose
-from varshare_rl.config import Device, TrainConfig, fixed_options
+from varshare_rl.config import Device, TrainConfig
 from varshare_rl.nn.parameters import total_kl
 
 COLUMNS = ("suite", "changed", "seed", "success", "area", "nats", "critic_nats", "transitions", "git_commit")
@@ -27,11 +36,8 @@ INDIFFERENT = ("seed", "env.tasks", "plugins")
 def changed(config: TrainConfig) -> list[str]:
     """Return the options that differ from the defaults of its suite and algorithm, as words."""
     words = [f"env={config.env.name}", f"algorithm={config.algorithm.name}"]
-    base = fixed_options(cast(TrainConfig, compose("train", words)))
-    found = fixed_options(config)
-    differing = [f"{name}={value}" for name, value in found.items() if base.get(name, value) != value]
     follows = {"network.hidden"} if config.network.active_parameters is not None else set()
-    return [word for word in differing if word.partition("=")[0] not in {*INDIFFERENT, *follows}]
+    return changes(config, words, {*INDIFFERENT, *follows})
 
 
 def read(run_dir: Path) -> Row:
@@ -59,10 +65,10 @@ def read(run_dir: Path) -> Row:
 def name_changes(rows: list[Row]) -> None:
     """Make one text of every row's changes, without those that all rows of its suite share."""
     for suite in {row["suite"] for row in rows}:
-        members = [(row, cast("list[str]", row["changed"])) for row in rows if row["suite"] == suite]
-        common = set.intersection(*(set(words) for _, words in members)) if len(members) > 1 else set()
-        for row, words in members:
-            row["changed"] = " ".join(word for word in words if word not in common) or "the defaults"
+        members = [row for row in rows if row["suite"] == suite]
+        names = without_common([cast("list[str]", row["changed"]) for row in members], "the defaults")
+        for row, name in zip(members, names, strict=True):
+            row["changed"] = name
 
 
 def table(rows: list[Row]) -> str:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from experiments.results import Row, average, finished_runs, grouped, markdown, number, write_csv
+from experiments.results import Row, average, finished_runs, grouped, logged, markdown, number, write_csv
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device, TrainConfig
 from varshare_rl.files import write_atomically
@@ -56,7 +56,7 @@ def relative_sigmas(modules: Mapping[str, torch.nn.Module]) -> Tensor:
 def read(run_dir: Path) -> Row:
     """One row of the CSV from a run folder."""
     summary = json.loads((run_dir / "summary.json").read_text())
-    logged = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(run_dir)
     agent = load_agent(run_dir, "last", Device.cpu)
     modules = agent.algorithm.trained_modules()
     by_network = {name: total_kl(part, len(agent.suite.task_names)).detach() for name, part in modules.items()}
@@ -83,7 +83,7 @@ def read(run_dir: Path) -> Row:
         "git_commit": summary["conditions"]["git_commit"],
     }
     for name in ("mu", "rho"):
-        steps = [line[key] for line in logged if (key := f"optimizer/actor_{name}_step") in line]
+        steps = [line[key] for line in lines if (key := f"optimizer/actor_{name}_step") in line]
         row[f"{name}_step"] = round(mean(steps), 4) if steps else ""
     for name, quantile in zip(SPREADS, QUANTILES, strict=True):
         row[name] = round(float(torch.quantile(sigmas, quantile)), 4) if len(sigmas) else ""

@@ -9,14 +9,21 @@ were stopped count as far as they came.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean
-from typing import cast
 
-from experiments.results import Row, average, grouped, markdown, number, write_csv
-from varshare_rl.cli import compose
-from varshare_rl.config import TrainConfig, fixed_options, load_config
+from experiments.results import (
+    Row,
+    average,
+    changes,
+    grouped,
+    logged,
+    markdown,
+    number,
+    without_common,
+    write_csv,
+)
+from varshare_rl.config import TrainConfig, load_config
 from varshare_rl.reporting.run_records import find_runs
 
 #: Options that are not what is compared.
@@ -31,26 +38,22 @@ TASKS = tuple(
 COLUMNS = ("setting", "seed", "transitions", "seconds", "success", "return", *TASKS)
 
 
-def options(config: TrainConfig) -> set[str]:
+def options(config: TrainConfig) -> list[str]:
     """Return the options that differ from those of ``env=mt10`` alone, as words."""
-    base = fixed_options(cast(TrainConfig, compose("train", ["env=mt10"])))
-    given = fixed_options(config).items()
-    differing = {f"{name}={value}" for name, value in given if base.get(name, value) != value}
     of_popart = {"algorithm.reward_scale=none"} if config.critic.popart else set()  # what null means there
-    return {word for word in differing if word.partition("=")[0] not in INDIFFERENT} - of_popart
+    return sorted({*changes(config, ["env=mt10"], INDIFFERENT)} - of_popart)
 
 
-def rows_of(run_dir: Path, words: set[str], seed: int) -> list[Row]:
-    """Return one row for every evaluation of a run; the columns of the tasks are their returns."""
+def rows_of(run_dir: Path, setting: str, seed: int) -> list[Row]:
+    """Return one row for every evaluation of a run but the first; the columns of the tasks are their returns."""
     rows: list[Row] = []
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "eval/mean_success" not in record:
+    for record in logged(run_dir):
+        if "eval/mean_success" not in record or record["transitions"] == 0:
             continue
         returns = {task: round(record[f"eval/{task}/return"], 1) for task in TASKS}
         rows.append(
             {
-                "setting": " ".join(sorted(words)) or "env=mt10",
+                "setting": setting,
                 "seed": seed,
                 "transitions": record["transitions"],
                 "seconds": round(record["seconds"]),
@@ -90,13 +93,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where the table goes")
     given = parser.parse_args()
     runs = [(run, load_config(run / "config.yaml")) for run in find_runs(given.runs)]
-    words = [options(config) for _, config in runs]
-    common = set.intersection(*words) if len(words) > 1 else set()
+    settings = without_common([options(config) for _, config in runs], "env=mt10")
     rows = [
         row
-        for (run, config), found in zip(runs, words, strict=True)
-        for row in rows_of(run, found - common, config.seed)
-        if number(row, "transitions") > 0
+        for (run, config), setting in zip(runs, settings, strict=True)
+        for row in rows_of(run, setting, config.seed)
     ]
     rows.sort(key=lambda row: (str(row["setting"]), number(row, "seed"), number(row, "transitions")))
     write_csv(given.folder / "settings.csv", COLUMNS, rows)

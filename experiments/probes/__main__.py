@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import cast
 
 from matplotlib.ticker import EngFormatter
 
-from experiments.results import write_csv
-from varshare_rl.cli import compose
+from experiments.results import logged, options_of, write_csv
 from varshare_rl.config import TrainConfig, fixed_options, load_config
 from varshare_rl.files import write_atomically
 from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
@@ -54,7 +51,7 @@ Probe = tuple[str, str, str]  # task, setting, seed
 
 def setting(config: TrainConfig) -> str:
     """Return the options that differ from :data:`BASE`, as words."""
-    base = fixed_options(cast(TrainConfig, compose("train", BASE)))
+    base = options_of(*BASE)
     differing = {name: value for name, value in fixed_options(config).items() if base.get(name) != value}
     words = [f"{name}={value}" for name, value in differing.items() if name not in INDIFFERENT]
     return " ".join(words) or "base"
@@ -65,8 +62,7 @@ def rows_of(run_dir: Path) -> list[Row]:
     config = load_config(run_dir / "config.yaml")
     words, tasks = setting(config), config.env.tasks
     rows: dict[tuple[str, int], dict[str, str]] = {}
-    for line in (run_dir / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in logged(run_dir):
         transitions = int(record["transitions"]) // len(tasks)
         for task, (column, name) in product(tasks, MEASURES.items()):
             if (value := record.get(name.format(task))) is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.ticker import EngFormatter
 
-from experiments.results import finished_runs
+from experiments.results import finished_runs, logged
 from varshare_rl.assemble import load_agent
 from varshare_rl.config import Device
 from varshare_rl.files import write_atomically, write_json
@@ -26,8 +26,7 @@ SETTLED = 0.8
 def nats(run: Path) -> Curve:
     """Mean nats per task against transitions, as the run logged them."""
     curve = []
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
+    for record in logged(run):
         values = [value for name, value in record.items() if name.startswith("kl/")]
         if values and "time/updates" in record:
             curve.append((record["transitions"], mean(values)))

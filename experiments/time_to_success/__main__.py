@@ -18,7 +18,7 @@ from pathlib import Path
 from matplotlib.ticker import EngFormatter
 
 import varshare_rl as vs
-from experiments.results import write_csv
+from experiments.results import logged, write_csv
 from varshare_rl.files import write_atomically
 from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
 from varshare_rl.reporting.style import PAGE, look
@@ -55,8 +55,7 @@ Curve = list[tuple[int, float, float]]
 
 def curve(run_dir: Path) -> Curve:
     """The evaluations of a run; seconds include those before it was stopped and went on."""
-    path = run_dir / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = logged(run_dir) if (run_dir / "metrics.jsonl").exists() else []
     return [
         (line["transitions"], line["seconds"], line["eval/mean_success"])
         for line in lines

@@ -41,11 +41,6 @@ from varshare_rl.transfer.methods.lora import AdapterStart, LoRAMethod
 from varshare_rl.transfer.pretrained import pretrained_from
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_learns_every_task_and_keeps_the_old_ones(name: str) -> None:
     method = CASES[name](SPEC)

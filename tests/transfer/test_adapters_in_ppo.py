@@ -22,11 +22,6 @@ from varshare_rl.transfer.pretrained import pretrained_from
 from varshare_rl.types import Transition
 
 
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
 @dataclass
 class Watched:
     ratios: list[Tensor]

@@ -30,17 +30,10 @@ from varshare_rl.transfer.low_rank import linear_layers
 from varshare_rl.transfer.method import StorageCost
 from varshare_rl.transfer.methods.lora import LoRAMethod
 from varshare_rl.transfer.methods.share import Learn, ShareMethod
-from varshare_rl.transfer.methods.varshare import (
-    VarShareMethod,
-)
+from varshare_rl.transfer.methods.varshare import VarShareMethod
 from varshare_rl.transfer.pretrained import pretrained_from
 from varshare_rl.transfer.share.config import BasisMethod, Merge, ShareConfig, SizeConfig
 from varshare_rl.transfer.share.layer import ShareLinear
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def test_share_with_all_directions_is_lora() -> None:

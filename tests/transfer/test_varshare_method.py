@@ -22,18 +22,9 @@ from varshare_rl.optim.elbo import Elbo, ElboConfig
 from varshare_rl.transfer.low_rank import linear_layers
 from varshare_rl.transfer.method import Pretrained
 from varshare_rl.transfer.methods.share import Learn, ShareMethod
-from varshare_rl.transfer.methods.varshare import (
-    PosteriorStart,
-    PriorFrom,
-    VarShareMethod,
-)
+from varshare_rl.transfer.methods.varshare import PosteriorStart, PriorFrom, VarShareMethod
 from varshare_rl.transfer.pretrained import pretrained_from
 from varshare_rl.transfer.share.coefficients import GaussianCoefficients
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def posteriors_of(pretrained: Pretrained, task: int, path: str) -> tuple[LowRank, tuple[Tensor, Tensor]]:

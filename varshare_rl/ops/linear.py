@@ -86,8 +86,8 @@ def full_rank_linear(
     ``x: [K, B, F]``, ``weight: [G, F]``, ``bias: [G]`` or None, ``residual: [K, G, F]``; returns ``[K, B, G]``.
     Differentiable at least once. ``record`` as in :func:`linear`.
     """
-    alike = x.dtype == weight.dtype == residual.dtype and not (_autocast(x) or torch.compiler.is_compiling())
-    if alike and x.is_cpu and x.shape[1] >= _ROWS_FOR_FULL_RANK and not _suits(x, weight):
+    alike = x.dtype == weight.dtype == residual.dtype and not _autocast(x)
+    if alike and _sizes_decide(x) and x.shape[1] >= _ROWS_FOR_FULL_RANK and not _suits(x, weight):
         return _built_linear(x, weight, bias, residual, None, 1.0, record)
     return torch.baddbmm(linear(x, weight, bias, record), x, residual.transpose(1, 2))
 
@@ -103,11 +103,13 @@ def _worth_building(x: Tensor, weight: Tensor) -> bool:
 
     Measured with PyTorch's own BLAS, to which all products go then; oneDNN has no batched ones.
     """
-    if torch.compiler.is_compiling():  # for any number of rows
-        return False
     outputs, inputs = weight.shape
-    few = outputs * inputs < _WORTH_BUILDING * x.shape[1] * (outputs + inputs)
-    return few and x.numel() * outputs >= _WORTH_ONEDNN and x.is_cpu and not _suits(x, weight)
+    return (
+        _sizes_decide(x)
+        and outputs * inputs < _WORTH_BUILDING * x.shape[1] * (outputs + inputs)
+        and x.numel() * outputs >= _WORTH_ONEDNN
+        and not _suits(x, weight)
+    )
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -134,16 +136,20 @@ def _cast(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(like.device.type))
 
 
-def _suits(x: Tensor, weight: Tensor) -> bool:
-    """Return True where oneDNN is to compute ``x weight^T``.
+def _sizes_decide(x: Tensor) -> bool:
+    """Return True where sizes decide the road of a product: on a CPU.
 
-    Never in a program that is traced: it has to run on other machines, with other numbers of rows.
+    Not in a program that is traced: it has to run on other machines, with other numbers of rows.
     """
+    return x.is_cpu and not torch.compiler.is_compiling()
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    """Return True where oneDNN is to compute ``x weight^T``."""
     return (
         (_ONEDNN or (_HAS_ONEDNN and _BACKEND.matmul.fp32_precision == "bf16"))
-        and x.is_cpu
         and x.dtype == weight.dtype == torch.float32
-        and not torch.compiler.is_compiling()
+        and _sizes_decide(x)
         and x.numel() * weight.shape[0] >= _WORTH_ONEDNN
     )
 
