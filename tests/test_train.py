@@ -113,6 +113,8 @@ def expected_tags(algorithm: str) -> set[str]:
         "ppo": {"policy", "value", "entropy", "approximate_kl", "clip_fraction", "explained_variance"},
         "sac": {"actor", "critic", "entropy", "entropy_coefficient"},
     }
+    of_tasks = {"ppo": {"entropy", "explained_variance"}, "sac": {"entropy_coefficient"}}
+    tags |= {f"{name}/{task}" for name in of_tasks[algorithm] for task in TASKS}
     tags |= {f"loss/{name}" for name in losses[algorithm] | {"actor_grad_norm", "critic_grad_norm"}}
     return tags | {"time/transitions_per_second", "time/updates"}
 

@@ -13,7 +13,8 @@ Tree = dict[str, Any]
 #: Scalars to log, by metric name.
 Metrics = dict[str, float]
 
-#: The same as an update leaves them: 0-d tensors are read only when they are logged.
+#: The same as an update leaves them: tensors are read only when they are logged. What is ``[T]`` is logged of each
+#: task, as ``<name>/<task>``.
 Scalars = dict[str, Tensor | float]
 
 

@@ -179,6 +179,43 @@ def test_advantages_are_scaled_as_told(scale: AdvantageScale) -> None:
     torch.testing.assert_close(data["advantage"], expected[scale], rtol=1e-4, atol=1e-5)
 
 
+def test_advantages_of_a_rollout_are_in_units_of_popart() -> None:
+    """A task whose rewards are a thousand times as large counts as any other."""
+    suite = PointMassConfig(envs_per_task=ENVS, reward_scales=[1.0, 1000.0] * 4)
+    options = replace(OPTIONS, advantage_scale=AdvantageScale.rollout)
+    _, engine, learner = build(
+        suite, options, NETWORKS["shared"](), critic=CriticConfig(popart=True, popart_rate=1.0)
+    )
+    for _ in range(2):
+        rollout(engine, learner)
+        learner.update()
+    rollout(engine, learner)
+    data, _ = learner._training_data()
+    advantage = data["target"] - learner.critic(data["obs"], learner.task_ids).detach()
+    scale = learner.critic.statistics.std.float().unsqueeze(1)
+    assert scale.max() > 100 * scale.min()
+    in_units = advantage / scale
+    torch.testing.assert_close(
+        data["advantage"], (in_units - in_units.mean()) / in_units.std(), rtol=1e-3, atol=1e-4
+    )
+    spreads = data["advantage"].std(1)
+    assert spreads.max() < 10 * spreads.min()
+
+
+def test_entropy_and_explained_variance_are_told_of_every_task() -> None:
+    engine, learner = make("box", "shared", epochs=1, minibatches=1)
+    rollout(engine, learner)
+    data, _ = learner._training_data()
+    with torch.no_grad():
+        entropy = learner.policy(data["obs"]).entropy().mean(-1)
+    expected = 1 - (data["target"] - learner.critic(data["obs"], learner.task_ids)).var(1) / data["target"].var(1)
+    metrics = learner.update()
+    torch.testing.assert_close(metrics["entropy"], entropy, rtol=0, atol=0.5)  # of the squashed action: sampled
+    torch.testing.assert_close(metrics["explained_variance"], expected.detach(), rtol=1e-4, atol=1e-5)
+    for name in ("entropy", "explained_variance"):
+        torch.testing.assert_close(metrics[f"loss/{name}"], metrics[name].mean())
+
+
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize("network", STOCHASTIC)
 def test_ratio_would_not_be_one_if_weights_were_drawn_anew(

@@ -31,7 +31,7 @@ class AdvantageScale(Enum):
     """What advantages are brought to zero mean and unit variance over, in a rollout."""
 
     task = "task"  # the task's own
-    rollout = "rollout"  # those of all tasks
+    rollout = "rollout"  # those of all tasks, each in units of its values under PopArt
     none = "none"
 
 
@@ -64,7 +64,8 @@ class PPOConfig:
     final_entropy: float = bounded(0.0, least=0, most=1)
     "End of `linear` and `cosine`, as a share of the entropy's weight."
     advantage_scale: AdvantageScale = AdvantageScale.task
-    "Advantages that get zero mean and unit variance together: a task's own, those of the whole rollout, or none."
+    """Advantages that get zero mean and unit variance together: a task's own; those of the whole rollout, under
+    PopArt in standard deviations of the task's targets, so that explained tasks count for less; or none."""
     value_clip: float | None = bounded(None, above=0)
     """Bound on how far the critic's loss lets values move from those of the rollout, in units of the loss (under
     PopArt standard deviations of the targets). Null: none."""
@@ -226,7 +227,7 @@ class PPO(ActorCritic):
                 done.append({
                     "policy": policy_losses.detach().mean(),
                     "value": critic_losses.detach().mean(),
-                    "entropy": entropy.detach().mean(),
+                    "entropy": entropy.detach(),
                     "approximate_kl": policy_kl,
                     "clip_fraction": clip_fraction.mean(),
                     "actor_grad_norm": actor_norm,
@@ -235,8 +236,10 @@ class PPO(ActorCritic):
         self.rollout.position = 0
         self.finish_update(updates_before)
         self.weight_sampler.resample()
+        entropies = torch.stack([step.pop("entropy") for step in done]).mean(0)
         metrics: Scalars = {f"loss/{name}": torch.stack([step[name] for step in done]).mean() for name in done[0]}
-        metrics["loss/explained_variance"] = explained_variance
+        metrics |= {"entropy": entropies, "explained_variance": explained_variance}
+        metrics |= {"loss/entropy": entropies.mean(), "loss/explained_variance": explained_variance.mean()}
         metrics["loss/minibatches"] = float(len(done))
         return metrics
 
@@ -253,7 +256,7 @@ class PPO(ActorCritic):
 
     @torch.no_grad()
     def _training_data(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the rollout as ``[T, S * E, ...]`` with advantages and value targets; the explained variance."""
+        """Return the rollout as ``[T, S * E, ...]`` with advantages and targets; the explained variance ``[T]``."""
         rollout = self.rollout.fields
         mean = self.elbo.config.draw.targets is TargetDraw.mean
         with posterior_mean(self.critic) if mean else nullcontext():
@@ -274,14 +277,14 @@ class PPO(ActorCritic):
         if self.config.advantage_scale is AdvantageScale.task:
             scaled = normalize_per_task(advantage)
         elif self.config.advantage_scale is AdvantageScale.rollout:
-            scaled = normalize_over_tasks(advantage)
+            scaled = normalize_over_tasks(advantage / self.critic.value_std().unsqueeze(-1))
         else:
             scaled = advantage
         data["advantage"], data["target"] = scaled.flatten(1, 2), target.flatten(1, 2)
         if self.config.value_clip is not None:
             data["value"] = value.flatten(1, 2)
         unexplained = advantage.flatten(1).var(1) / target.flatten(1).var(1).clamp_min(1e-8)
-        return data, (1.0 - unexplained).mean()
+        return data, 1.0 - unexplained
 
     @torch.no_grad()
     def _loss_gap(self, batch: dict[str, Tensor], losses: Tensor) -> Tensor:
