@@ -39,7 +39,8 @@ class SlotEngine:
     Episode ``j`` of a slot depends on the seed, the task, the slot and ``j`` alone (see
     ``EngineSpec.episode``), never on the number of workers. Engines that are given the same ``processes`` share
     them. ``step_seconds`` has a number per task: roughly what a step of its environment takes, by which tasks are
-    divided over workers. With a ``part`` it has these slots alone, see ``Suite.make_engine``.
+    divided over workers. With a ``part`` it has these slots alone, see ``Suite.make_engine``; ``stagger``: steps in which
+    the first training episodes of a task's environments are cut, evenly spread.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class SlotEngine:
         processes: Workers | None = None,
         task_names: Sequence[str] = (),
         part: Part | None = None,
+        stagger: int = 0,
     ) -> None:
         if envs_per_task < 1:
             raise UserError(f"envs_per_task={envs_per_task} is not possible: it must be at least 1")
@@ -77,6 +79,7 @@ class SlotEngine:
             evaluation=evaluation,
             task_names=tuple(task_names),
             part=part,
+            stagger=stagger,
         )
         self.workers = choose_workers(workers, envs_per_task, step_seconds)
         self._pool: WorkerPool | None = None

@@ -92,6 +92,10 @@ class MetaWorldConfig:
     "Rewards: `v2`, the usual ones, or the older `v1`."
     horizon: int = bounded(500, least=1, most=10**9)
     "Steps until an episode is truncated."
+    staggered_resets: bool = False
+    """The first training episodes of a task's environments are cut, at the first to the last `1 / envs_per_task` of the
+    horizon: from there on every rollout of PPO has all parts of an episode, and not the same one of all environments
+    (Bharthulwar et al. 2025)."""
     goals_per_task: int = bounded(50, least=1)
     "Fixed goals of every task."
     goal_seed: int = 0
@@ -246,6 +250,7 @@ class MetaWorldSuite(Suite):
             processes=self._workers,
             task_names=self.task_names,
             part=part,
+            stagger=self.horizon if config.staggered_resets else 0,
         )
         if engine.workers > 1:
             forget_models()  # the goals were drawn here, but the environments live elsewhere

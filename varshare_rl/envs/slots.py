@@ -115,6 +115,7 @@ class EngineSpec:
     evaluation: bool
     task_names: tuple[str, ...] = ()
     part: Part | None = None  # of a larger engine, whose numbers tasks and environments then have
+    stagger: int = 0  # steps in which a task's environments end their first training episodes; 0: as all others
 
     def place(self, slot: int) -> tuple[int, int]:
         """Return the numbers of a slot's task, and of the environment among those of its task."""
@@ -129,6 +130,13 @@ class EngineSpec:
     @property
     def num_slots(self) -> int:
         return self.num_tasks * self.envs_per_task
+
+    def first_limit(self, slot: int) -> int | None:
+        """Return after how many steps a slot's first episode is truncated; None: not before its end."""
+        if self.evaluation or self.stagger == 0:
+            return None
+        everywhere = self.envs_per_task if self.part is None else self.part.envs_per_task
+        return max(self.stagger * (self.place(slot)[1] + 1) // everywhere, 1)
 
     def training_episode(self, slot: int, index: int) -> EpisodePlace | None:
         """Return task, environment and number of an episode, for failures to name; None in evaluation."""
@@ -211,6 +219,7 @@ class Slot:
         self.episode = 0
         self.left_out: set[int] = set()
         self.actions: list[Array] = []
+        self._first_limit = spec.first_limit(index)
         self._action = buffers.actions[index : index + 1]  # a row stays a view, also where it is one number
         self._obs, self._next_obs, self._flags = (
             part[index] for part in (buffers.obs, buffers.next_obs, buffers.flags)
@@ -232,6 +241,8 @@ class Slot:
         self._busy[0] = self.episode + 1
         action = self._action[0].copy()
         self._next_obs[:], self._reward[0], terminated, truncated, success = self.env.step(action)
+        if self.episode == 0 and self._first_limit is not None:
+            truncated = truncated or len(self.actions) + 1 >= self._first_limit
         flags = self._flags
         flags[0], flags[1], flags[2] = terminated, truncated and not terminated, success
         if terminated or truncated:
