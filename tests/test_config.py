@@ -149,8 +149,9 @@ def test_a_benchmark_alone_is_a_good_setting_and_every_choice_replaces_its_own(e
     ppo, sac = composed(f"env={env}"), composed(f"env={env}", "algorithm=sac")
     for config in (ppo, sac):
         assert (config.critic.popart, config.critic.layer_norm) == (True, True)
-    assert (ppo.algorithm.min_observation_std, ppo.algorithm.gae_lambda) == (0.05, 0.97)
-    assert ppo.env.envs_per_task == 10
+    assert (ppo.algorithm.observation_statistics.value, ppo.algorithm.gae_lambda) == ("suite", 0.97)
+    assert (ppo.env.envs_per_task, ppo.env.staggered_resets) == (10, True)
+    assert ppo.network.hidden == [256, 256]
     plain = composed(f"env={env}", "critic=default")
     assert (plain.critic.popart, plain.critic.layer_norm) == (False, None)
     assert composed(f"env={env}", "critic=brc").critic.layer_norm is None

@@ -61,6 +61,7 @@ def make(
     envs: int = 2,
     seed: int = 7,
     processes: Workers | None = None,
+    stagger: int = 0,
     **kwargs: Any,
 ) -> SlotEngine:
     return SlotEngine(
@@ -73,6 +74,7 @@ def make(
         evaluation=evaluation,
         workers=workers,
         processes=processes,
+        stagger=stagger,
     )
 
 

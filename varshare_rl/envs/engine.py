@@ -39,8 +39,8 @@ class SlotEngine:
     Episode ``j`` of a slot depends on the seed, the task, the slot and ``j`` alone (see
     ``EngineSpec.episode``), never on the number of workers. Engines that are given the same ``processes`` share
     them. ``step_seconds`` has a number per task: roughly what a step of its environment takes, by which tasks are
-    divided over workers. With a ``part`` it has these slots alone, see ``Suite.make_engine``; ``stagger``: steps in which
-    the first training episodes of a task's environments are cut, evenly spread.
+    divided over workers. With a ``part`` it has these slots alone, see ``Suite.make_engine``. With ``stagger`` the
+    first training episodes of a task's environments are cut, evenly spread over as many steps.
     """
 
     def __init__(

@@ -93,9 +93,8 @@ class MetaWorldConfig:
     horizon: int = bounded(500, least=1, most=10**9)
     "Steps until an episode is truncated."
     staggered_resets: bool = False
-    """The first training episodes of a task's environments are cut, at the first to the last `1 / envs_per_task` of the
-    horizon: from there on every rollout of PPO has all parts of an episode, and not the same one of all environments
-    (Bharthulwar et al. 2025)."""
+    """The first training episodes of a task's environments are cut, evenly spread over the horizon. From there on
+    a rollout that is shorter than an episode has all parts of one, and not the same part of each."""
     goals_per_task: int = bounded(50, least=1)
     "Fixed goals of every task."
     goal_seed: int = 0
