@@ -1,6 +1,7 @@
 """Put the curves of single-task runs into ``curves.csv``, and write ``probes.png`` and a table from it.
 
     python -m experiments.probes runs/<probes> ...
+    python -m experiments.probes runs/<runs> --folder <folder> --base env=mt3 ...  # another base
 
 Runs that were stopped count as far as they came. A run replaces an earlier one of its task, setting and seed;
 without runs, figure and table are those of ``curves.csv``.
@@ -17,8 +18,8 @@ from pathlib import Path
 
 from matplotlib.ticker import EngFormatter
 
-from experiments.results import logged, options_of, write_csv
-from varshare_rl.config import TrainConfig, fixed_options, load_config
+from experiments.results import changes, logged, write_csv
+from varshare_rl.config import load_config
 from varshare_rl.files import write_atomically
 from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
 from varshare_rl.reporting.run_records import find_runs
@@ -49,18 +50,10 @@ Row = Mapping[str, str]
 Probe = tuple[str, str, str]  # task, setting, seed
 
 
-def setting(config: TrainConfig) -> str:
-    """Return the options that differ from :data:`BASE`, as words."""
-    base = options_of(*BASE)
-    differing = {name: value for name, value in fixed_options(config).items() if base.get(name) != value}
-    words = [f"{name}={value}" for name, value in differing.items() if name not in INDIFFERENT]
-    return " ".join(words) or "base"
-
-
-def rows_of(run_dir: Path) -> list[Row]:
+def rows_of(run_dir: Path, base: Sequence[str]) -> list[Row]:
     """Return what a run has logged of each task, a row for every moment; transitions are those of a task."""
     config = load_config(run_dir / "config.yaml")
-    words, tasks = setting(config), config.env.tasks
+    words, tasks = " ".join(changes(config, base, INDIFFERENT)) or "base", config.env.tasks
     rows: dict[tuple[str, int], dict[str, str]] = {}
     for record in logged(run_dir):
         transitions = int(record["transitions"]) // len(tasks)
@@ -135,10 +128,11 @@ def main() -> None:
     )
     parser.add_argument("runs", nargs="*", help="run folders, or folders that hold them")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where the results go")
+    parser.add_argument("--base", nargs="+", default=BASE, help="overrides of the setting that others depart from")
     given = parser.parse_args()
     table = given.folder / "curves.csv"
     kept: list[Row] = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
-    new = [row for run in (find_runs(given.runs) if given.runs else []) for row in rows_of(run)]
+    new = [row for run in (find_runs(given.runs) if given.runs else []) for row in rows_of(run, given.base)]
     probes = {**by_probe(kept), **by_probe(new)}
     if not probes:
         raise SystemExit("error: no runs are given and there is no curves.csv; give folders of runs")

@@ -34,8 +34,8 @@ LISTS: Mapping[str, tuple[str, ...]] = {
     "mt10": ("env=mt10", "total_transitions=20000000", "evaluate.every=200000"),
 }  # fmt: skip
 PPO = (  # as env=mt10 alone
-    "algorithm=ppo", "critic=popart_layer_norm", "algorithm.gae_lambda=0.97", "algorithm.min_observation_std=0.05",
-    "env.envs_per_task=10",
+    "algorithm=ppo", "critic=popart_layer_norm", "network.hidden=[256,256]", "algorithm.gae_lambda=0.97",
+    "algorithm.observation_statistics=suite", "env.envs_per_task=10", "env.staggered_resets=true",
 )  # fmt: skip
 SAC = ("algorithm=sac", "critic=popart_layer_norm", "network.hidden=[256,256]")
 WAYS: Mapping[str, tuple[str, ...]] = {
