@@ -1,4 +1,4 @@
-"""Staggered resets: first training episodes are cut at different steps, so that environments are in different parts."""
+"""Staggered resets: first training episodes are cut, so that environments are in different parts of theirs."""
 
 from __future__ import annotations
 
