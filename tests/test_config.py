@@ -102,7 +102,7 @@ def test_every_gradient_is_for_both_and_can_be_chosen_apart(tmp_path: Path, name
 
 
 def test_a_configuration_of_before_the_options_is_read_as_it_was_meant(tmp_path: Path) -> None:
-    config = composed("env=pointmass", "elbo.prior_scale=1", "gradient=pcgrad")
+    config = composed("env=mt10", "elbo.prior_scale=1", "gradient=pcgrad")
     stored: Any = OmegaConf.create(OmegaConf.to_yaml(OmegaConf.structured(config)))
     for name in FORMER_DEFAULTS:
         parent, _, key = name.rpartition(".")
@@ -113,6 +113,9 @@ def test_a_configuration_of_before_the_options_is_read_as_it_was_meant(tmp_path:
     assert (read.elbo.prior_units, read.elbo.start) == (PriorUnits.absolute, PosteriorStart.narrow)
     assert (read.optimizer.own_gradients, read.optimizer.adapter_epsilon) == (OwnGradients.averaged, None)
     assert read.gradient.scale is AggregateScale.paper
+    assert read.env.staggered_resets is False
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(composed("env=pointmass"))))
+    assert not hasattr(load_config(path).env, "staggered_resets")  # which has no such option
 
 
 def test_fixed_keys() -> None:

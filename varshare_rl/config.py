@@ -42,6 +42,7 @@ FORMER_DEFAULTS = {
     "optimizer.own_gradients": "averaged",
     "optimizer.adapter_epsilon": None,
     "gradient.scale": "paper",
+    "env.staggered_resets": False,  # of suites that have the option
 }
 
 #: What is chosen by a name; a word for one of them is a choice, and its options are below it.
@@ -394,5 +395,8 @@ def _complete(stored: Any) -> None:
     for name, value in FORMER_DEFAULTS.items():
         parent, _, key = name.rpartition(".")
         options = OmegaConf.select(stored, parent)
-        if options is not None and key not in options:
+        if options is None or key in options:
+            continue
+        suite = registered("env").get(options.get("name")) if parent == "env" else None
+        if parent != "env" or (suite is not None and key in {option.name for option in fields(suite)}):
             options[key] = value

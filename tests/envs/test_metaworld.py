@@ -181,7 +181,9 @@ def test_workers_and_repeats_give_the_same_steps() -> None:
 
 
 def test_time_is_the_last_entry_of_an_observation() -> None:
-    made, plain = (suite("reach-v3", "push-v3", horizon=4, observe_time=time) for time in (True, False))
+    made, plain = (
+        suite("reach-v3", "push-v3", horizon=4, staggered_resets=False, observe_time=time) for time in (True, False)
+    )
     assert made.observation_space.shape == (40,)
     assert [len(part) for part in made.observation_scale] == [40, 40]
     engine, other = made.make_engine(2, 0), plain.make_engine(2, 0)

@@ -33,14 +33,14 @@ def ends(evaluation: bool = False, workers: int = 1, **options: int | bool) -> l
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_first_episodes_are_cut_and_later_ones_are_whole(workers: int) -> None:
-    assert ends(workers=workers, staggered_resets=True) == [
+    assert ends(workers=workers) == [
         [5, 25, 45], [10, 30, 50], [15, 35, 55], [20, 40, 60],
     ]  # fmt: skip
 
 
-def test_episodes_are_whole_unless_asked_and_in_evaluation() -> None:
-    assert ends() == [[20, 40, 60]] * ENVS
-    assert ends(evaluation=True, staggered_resets=True) == [[20, 40, 60]] * ENVS
+def test_episodes_are_whole_where_asked_and_in_evaluation() -> None:
+    assert ends(staggered_resets=False) == [[20, 40, 60]] * ENVS
+    assert ends(evaluation=True) == [[20, 40, 60]] * ENVS
 
 
 def test_every_environment_has_a_step_of_its_own_also_in_a_part() -> None:

@@ -92,7 +92,7 @@ class MetaWorldConfig:
     "Rewards: `v2`, the usual ones, or the older `v1`."
     horizon: int = bounded(500, least=1, most=10**9)
     "Steps until an episode is truncated."
-    staggered_resets: bool = False
+    staggered_resets: bool = True
     """The first training episodes of a task's environments are cut, evenly spread over the horizon. From there on
     a rollout that is shorter than an episode has all parts of one, and not the same part of each."""
     goals_per_task: int = bounded(50, least=1)
