@@ -147,8 +147,8 @@ def test_defaults_are_those_that_are_promised() -> None:
     assert (composed()) == config  # python -m varshare_rl.train
 
 
-@pytest.mark.parametrize("env", ["mt1", "mt3", "mt10", "mt25", "mt50"])
-def test_a_benchmark_alone_is_a_good_setting_and_every_choice_replaces_its_own(env: str) -> None:
+@pytest.mark.parametrize("env", ["metaworld", "mt1", "mt3", "mt10", "mt25", "mt50"])
+def test_meta_world_alone_is_a_good_setting_and_every_choice_replaces_its_own(env: str) -> None:
     ppo, sac = composed(f"env={env}"), composed(f"env={env}", "algorithm=sac")
     for config in (ppo, sac):
         assert (config.critic.popart, config.critic.layer_norm) == (True, True)

@@ -33,15 +33,10 @@ LISTS: Mapping[str, tuple[str, ...]] = {
     ),
     "mt10": ("env=mt10", "total_transitions=20000000", "evaluate.every=200000"),
 }  # fmt: skip
-PPO = (  # as env=mt10 alone
-    "algorithm=ppo", "critic=popart_layer_norm", "network.hidden=[256,256]", "algorithm.gae_lambda=0.97",
-    "algorithm.observation_statistics=suite", "env.envs_per_task=10", "env.staggered_resets=true",
-)  # fmt: skip
-SAC = ("algorithm=sac", "critic=popart_layer_norm", "network.hidden=[256,256]")
 WAYS: Mapping[str, tuple[str, ...]] = {
-    "PPO, VarShare-LoRA": (*PPO, "network=varshare_lora"),
-    "PPO, shared": (*PPO, "network=shared"),
-    "SAC, VarShare-LoRA": (*SAC, "network=varshare_lora"),
+    "PPO, VarShare-LoRA": ("algorithm=ppo", "network=varshare_lora"),
+    "PPO, shared": ("algorithm=ppo", "network=shared"),
+    "SAC, VarShare-LoRA": ("algorithm=sac", "network=varshare_lora"),
 }
 COLUMNS = (
     "tasks", "way", "seed",
