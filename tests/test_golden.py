@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build, collect
+from torch import Tensor
 
 from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.run.process import seed_everything
+from varshare_rl.types import Scalars
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ALGORITHMS = {
@@ -39,8 +41,19 @@ def trace(name: str) -> list[dict[str, float]]:
     while len(seen) < 4:
         obs = collect(engine, learner, obs, 1)
         while learner.ready():
-            seen.append({key: float(value) for key, value in learner.update().items()})
+            seen.append(numbers(learner.update()))
     return seen[:4]
+
+
+def numbers(scalars: Scalars) -> dict[str, float]:
+    """The same as floats, those of tasks by their number."""
+    found = {}
+    for key, value in scalars.items():
+        if isinstance(value, Tensor) and value.dim():
+            found.update({f"{key}/{task}": float(number) for task, number in enumerate(value)})
+        else:
+            found[key] = float(value)
+    return found
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

@@ -208,18 +208,17 @@ class SAC(ActorCritic):
             with torch.no_grad():
                 torch._foreach_lerp_(*self._target_pairs, self.config.target_rate)
             self.elbo.step(self.trained_modules(), partial(self._loss_gap, batch, target, critic_losses))
-            coefficients = self.log_alpha.detach().exp()
             scalars: Scalars = {
                 "loss/critic": critic_losses.detach().mean(),
                 "loss/actor": actor_losses.detach().mean(),
                 "loss/value": value,
                 "loss/entropy": -log_prob.mean(),
-                "entropy_coefficient": coefficients,
-                "loss/entropy_coefficient": coefficients.mean(),
                 "loss/actor_grad_norm": actor_norm,
                 "loss/critic_grad_norm": critic_norm,
             }
         self.task_ids = self.spec.task_ids
+        coefficients = self.log_alpha.detach().exp()  # of all tasks, whosever turn it was
+        scalars |= {"entropy_coefficient": coefficients, "loss/entropy_coefficient": coefficients.mean()}
         self.weight_sampler.resample()
         self.updates += 1
         self.updates_due -= 1.0

@@ -11,7 +11,7 @@
     device=auto                or cpu, cuda
     elbo.kl_weight=0.1         how dear it is for a task to differ from the others; 1 is the plain ELBO
     elbo.prior_scale=0.03      size of a task's own part before it costs anything, relative to the shared one
-    network.hidden=[128,128]   sizes of the hidden layers; its default is the environment's
+    network.hidden=[256,256]   sizes of the hidden layers; its default is the environment's
     env.envs_per_task=10       environments of every task; its default is the environment's
     run_dir=null               the run folder; null: runs/<what it is>_<time>
     resume=null                a run folder to go on with; auto: the one of this name, if it holds a run
