@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build, collect
-from torch import Tensor
 
 from varshare_rl.algorithms.ppo import PPOConfig
 from varshare_rl.algorithms.sac import SACConfig
 from varshare_rl.envs.pointmass import PointMassConfig
+from varshare_rl.run.loop import read_scalars
 from varshare_rl.run.process import seed_everything
-from varshare_rl.types import Scalars
 
 GOLDEN = Path(__file__).with_name("golden.json")
 ALGORITHMS = {
@@ -35,25 +34,14 @@ ALGORITHMS = {
 def trace(name: str) -> list[dict[str, float]]:
     """The scalars of the first four updates."""
     seed_everything(0)
-    _, engine, learner = build(PointMassConfig(envs_per_task=4), ALGORITHMS[name])
+    suite, engine, learner = build(PointMassConfig(envs_per_task=4), ALGORITHMS[name])
     obs = torch.from_numpy(engine.reset())
     seen: list[dict[str, float]] = []
     while len(seen) < 4:
         obs = collect(engine, learner, obs, 1)
         while learner.ready():
-            seen.append(numbers(learner.update()))
+            seen.append(read_scalars(learner.update(), suite.task_names))
     return seen[:4]
-
-
-def numbers(scalars: Scalars) -> dict[str, float]:
-    """The same as floats, those of tasks by their number."""
-    found = {}
-    for key, value in scalars.items():
-        if isinstance(value, Tensor) and value.dim():
-            found.update({f"{key}/{task}": float(number) for task, number in enumerate(value)})
-        else:
-            found[key] = float(value)
-    return found
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

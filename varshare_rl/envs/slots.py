@@ -131,12 +131,16 @@ class EngineSpec:
     def num_slots(self) -> int:
         return self.num_tasks * self.envs_per_task
 
+    @property
+    def envs_everywhere(self) -> int:
+        """Environments of every task, those of other parts too."""
+        return self.envs_per_task if self.part is None else self.part.envs_per_task
+
     def first_limit(self, slot: int) -> int | None:
         """Return after how many steps a slot's first episode is truncated; None: not before its end."""
         if self.evaluation or self.stagger == 0:
             return None
-        everywhere = self.envs_per_task if self.part is None else self.part.envs_per_task
-        return max(self.stagger * (self.place(slot)[1] + 1) // everywhere, 1)
+        return max(self.stagger * (self.place(slot)[1] + 1) // self.envs_everywhere, 1)
 
     def training_episode(self, slot: int, index: int) -> EpisodePlace | None:
         """Return task, environment and number of an episode, for failures to name; None in evaluation."""
@@ -151,7 +155,7 @@ class EngineSpec:
         """
         task, e = self.place(slot)
         if self.evaluation:
-            sweep = index * (self.envs_per_task if self.part is None else self.part.envs_per_task) + e
+            sweep = index * self.envs_everywhere + e
             return Episode(np.random.SeedSequence((self.seed, 1), spawn_key=(task, sweep)), sweep)
         return Episode(np.random.SeedSequence((self.seed, 0), spawn_key=(task, e, index)), None)
 

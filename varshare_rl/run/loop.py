@@ -266,7 +266,7 @@ class Run(Stateful):
 
     def _log(self) -> None:
         with self.clock("log"):
-            metrics = self._update_metrics()
+            metrics = read_scalars(self.scalars, self.suite.task_names)
             metrics |= self.episodes.metrics(self.suite.has_success)
             metrics |= self._kl()
             metrics |= self.algorithm.metrics()
@@ -280,17 +280,6 @@ class Run(Stateful):
             self.console.progress(self.transitions, self._headline(metrics), updated=False)
             if self.callbacks.on_log is not None and is_false(self.callbacks.on_log(self.transitions, metrics)):
                 self.ranks.say("end", True)
-
-    def _update_metrics(self) -> Metrics:
-        """What the last update left, of each task as ``<name>/<task>`` where it says so."""
-        metrics: Metrics = {}
-        for name, value in self.scalars.items():
-            if isinstance(value, torch.Tensor) and value.dim():
-                each = zip(self.suite.task_names, value.tolist(), strict=True)
-                metrics.update({f"{name}/{task}": number for task, number in each})
-            else:
-                metrics[name] = float(value)
-        return metrics
 
     def _kl(self) -> Metrics:
         """``kl/<task>`` over all layers and ``kl_layer/<layer>``, the mean over tasks; none without posteriors."""
@@ -382,7 +371,7 @@ class Run(Stateful):
         """Return everything needed to go on bit for bit, besides the counters."""
         return super().state() | {
             "evaluation": None if self.evaluation is None else self.evaluation.tasks,
-            "scalars": self._update_metrics(),
+            "scalars": read_scalars(self.scalars, self.suite.task_names),
             "engine": self.engine.state(),
             "random": rng_state(),
         }
@@ -415,3 +404,15 @@ class Run(Stateful):
 
     def _to_device(self, array: Any) -> torch.Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+
+def read_scalars(scalars: Scalars, task_names: Sequence[str]) -> Metrics:
+    """Return what an update left as numbers, what is ``[T]`` as ``<name>/<task>``."""
+    metrics: Metrics = {}
+    for name, value in scalars.items():
+        if isinstance(value, torch.Tensor) and value.dim():
+            each = zip(task_names, value.tolist(), strict=True)
+            metrics.update({f"{name}/{task}": number for task, number in each})
+        else:
+            metrics[name] = float(value)
+    return metrics
