@@ -21,6 +21,7 @@ from varshare_rl.optim.step import LossStep
 LINEAR = OptimizerConfig(schedule=Schedule.linear)
 WARM = OptimizerConfig(schedule=Schedule.linear, warmup=0.2, final_rate=0.1)
 COSINE = OptimizerConfig(schedule=Schedule.cosine, final_rate=0.2)
+LATE = OptimizerConfig(schedule=Schedule.linear, warmup=0.2, decay_start=0.6, final_rate=0.1)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,12 @@ COSINE = OptimizerConfig(schedule=Schedule.cosine, final_rate=0.2)
         (COSINE, 0.5, 0.6),
         (COSINE, 0.25, 0.2 + 0.8 * (1 + 0.5**0.5) / 2),
         (COSINE, 1.0, 0.2),
+        (LATE, 0.1, 0.5),
+        (LATE, 0.4, 1.0),
+        (LATE, 0.6, 1.0),
+        (LATE, 0.8, 0.55),
+        (LATE, 1.0, 0.1),
+        (OptimizerConfig(schedule=Schedule.linear, warmup=0.5, decay_start=0.25), 0.75, 0.5),  # not before warm
     ],
 )
 def test_schedules_by_hand(options: OptimizerConfig, fraction: float, factor: float) -> None:

@@ -17,6 +17,7 @@ from varshare_rl.data.buffers import Rollout, RolloutStep
 from varshare_rl.data.normalizers import ObservationStatistics, RewardScale
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
+from varshare_rl.nn.action_noise import ActionNoise
 from varshare_rl.nn.actor import GaussianConfig, GaussianFamily, LogStd, Sample
 from varshare_rl.nn.critic import Held, ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
@@ -85,6 +86,9 @@ class PPOConfig:
     "Least log standard deviation of Box actions."
     max_log_std: float = 1.0
     "Largest log standard deviation of Box actions."
+    noise_correlation: float = bounded(0.0, least=0, below=1)
+    """Correlation of the noise of Box actions from one step of an episode to the next; 0: white noise, whose pushes
+    cancel before an object has moved."""
     normalize_observations: bool = True
     "Normalise observations, by `observation_statistics`."
     observation_statistics: ObservationStatistics = ObservationStatistics.running
@@ -125,7 +129,7 @@ class PPO(ActorCritic):
     target_name = "advantages"
     replays_draws = True
     critic: ValueNetwork
-    state_fields = ("rollout",)
+    state_fields = ("rollout", "action_noise?")
 
     def __init__(self, config: PPOConfig, context: AgentContext) -> None:
         spec = context.spec
@@ -138,6 +142,13 @@ class PPO(ActorCritic):
 
         super().__init__(config, context, build, epsilon=1e-5)
         self.config = config
+        if config.noise_correlation and spec.discrete:
+            raise UserError(
+                f"algorithm.noise_correlation={config.noise_correlation:g} is for Box actions, and these are "
+                "Discrete; leave it out"
+            )
+        shape = (spec.num_tasks, spec.envs_per_task, spec.action_size)
+        self.action_noise = ActionNoise(config.noise_correlation, shape, spec.device)
         self.rollout = Rollout(-(-config.rollout_transitions_per_task // spec.envs_per_task), spec.device)
         self._minibatch = minibatch_size(self.rollout.vector_steps * spec.envs_per_task, config.minibatches)
         context.ranks.require_even(
@@ -150,7 +161,7 @@ class PPO(ActorCritic):
         """Sample actions under the draws of ``elbo.draw.acting``."""
         obs = self.normalizer(obs)
         with self.weight_sampler.sample(obs.shape[1]):
-            sample = self.policy(obs).sample()
+            sample = self.policy(obs).sample(self.action_noise.draw(obs.shape[1]))
         self._acted.append((obs, sample))
         return sample.action
 
@@ -164,6 +175,7 @@ class PPO(ActorCritic):
         log_prob = torch.cat([sample.log_prob for _, sample in self._acted], dim=1)
         self._acted.clear()
         done = transition.terminated | transition.truncated
+        self.action_noise.record(done)
         self.reward_scaler.update(transition.reward, done, self.updates > 0)
         self.rollout.add(
             RolloutStep(
@@ -182,6 +194,7 @@ class PPO(ActorCritic):
 
     def end_episodes(self, ended: Tensor) -> None:
         super().end_episodes(ended)
+        self.action_noise.end(ended)
         self.rollout.truncate(ended)
 
     def ready(self) -> bool:

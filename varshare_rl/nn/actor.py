@@ -35,8 +35,11 @@ class Sample(NamedTuple):
 class PolicyDistribution(Protocol):
     """Distribution over actions that an actor returns for a batch of observations."""
 
-    def sample(self) -> Sample:
-        """Draw an action, differentiably where the family allows."""
+    def sample(self, noise: Tensor | None = None) -> Sample:
+        """Draw an action, differentiably where the family allows; a Gaussian by the standard normal ``noise``.
+
+        ``noise``: ``[T, B, A]``; None: drawn here.
+        """
 
     def log_prob(self, raw: Tensor) -> Tensor:
         """Log-probability of the action whose ``raw`` form is given, ``[T, B]``."""
@@ -56,8 +59,8 @@ class TanhNormal:
     log_std: Tensor  # [T, B, A]
     mask: Tensor  # [T, 1, A] float
 
-    def sample(self) -> Sample:
-        noise = for_rows(torch.randn_like, self.mean)
+    def sample(self, noise: Tensor | None = None) -> Sample:
+        noise = for_rows(torch.randn_like, self.mean) if noise is None else noise
         raw = torch.addcmul(self.mean, self.log_std.exp(), noise)
         return Sample(torch.tanh(raw) * self.mask, raw, self.log_prob(raw))
 
@@ -83,8 +86,9 @@ class ClippedNormal:
     log_std: Tensor  # [T, B, A]
     mask: Tensor  # [T, 1, A] float
 
-    def sample(self) -> Sample:
-        raw = torch.addcmul(self.mean, self.log_std.exp(), for_rows(torch.randn_like, self.mean))
+    def sample(self, noise: Tensor | None = None) -> Sample:
+        noise = for_rows(torch.randn_like, self.mean) if noise is None else noise
+        raw = torch.addcmul(self.mean, self.log_std.exp(), noise)
         return Sample(raw.clamp(-1.0, 1.0) * self.mask, raw, self.log_prob(raw))
 
     def log_prob(self, raw: Tensor) -> Tensor:
@@ -103,7 +107,7 @@ class Categorical:
 
     log_probs: Tensor  # [T, B, A]
 
-    def sample(self) -> Sample:
+    def sample(self, noise: Tensor | None = None) -> Sample:
         uniform = for_rows(torch.rand_like, self.log_probs).clamp_min_(1e-20)
         action = (self.log_probs - (-uniform.log()).log()).argmax(-1)  # the Gumbel-max trick
         return Sample(action, action, self.log_prob(action))

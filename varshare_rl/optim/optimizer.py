@@ -72,6 +72,8 @@ class OptimizerConfig:
     "Fall of the learning rates in the course of the budget, once warm."
     warmup: float = bounded(0.0, least=0, below=1)
     "Share of the budget in which learning rates rise from 0."
+    decay_start: float = bounded(0.0, least=0, below=1)
+    "Share of the budget after which learning rates fall, if that is not before the end of `warmup`."
     final_rate: float = bounded(0.0, least=0, most=1)
     "End of `linear` and `cosine`, as a share of the learning rate."
     epsilon: float | None = bounded(None, above=0)
@@ -100,12 +102,14 @@ class OptimizerConfig:
 def schedule_factor(config: OptimizerConfig, fraction: float) -> float:
     """Return the factor on every learning rate when ``fraction`` of the run is done.
 
-    It rises linearly to 1 until ``fraction = warmup``, and from there falls as :meth:`Schedule.factor` says.
+    It rises linearly to 1 until ``fraction = warmup``, stays there until ``fraction = decay_start``, and falls from
+    there as :meth:`Schedule.factor` says. With all three it is a trapezoid (Zhai et al. 2022; Hägele et al. 2024).
     """
     fraction = min(max(fraction, 0.0), 1.0)
     if fraction < config.warmup:
         return fraction / config.warmup
-    return config.schedule.factor((fraction - config.warmup) / (1.0 - config.warmup), config.final_rate)
+    start = max(config.warmup, config.decay_start)
+    return config.schedule.factor(max(fraction - start, 0.0) / (1.0 - start), config.final_rate)
 
 
 class ScheduledAdam:
