@@ -155,6 +155,13 @@ WITHOUT_RUN = {
     "alpha_at_full_rank": (
         ("env=pointmass", "network=l2_soft", "network.rank=null", "network.alpha=4"), "network.alpha is 4.0"
     ),
+    "noise_that_never_changes": (
+        ("env=pointmass", "algorithm.noise_correlation=1"), "algorithm.noise_correlation is 1",
+    ),
+    "correlated_noise_of_choices": (
+        ("env=cartpole", "algorithm.noise_correlation=0.5"), "algorithm.noise_correlation=0.5 is for Box actions",
+    ),
+    "decay_without_end": (("env=pointmass", "optimizer.decay_start=1"), "optimizer.decay_start is 1"),
     "crossed_log_stds": (("env=pointmass", "algorithm.min_log_std=3"), "min_log_std is 3"),
     "clip_of_a_distribution": (
         ("env=pointmass", "algorithm.value_clip=0.2", "critic.loss=categorical"), "algorithm.value_clip=0.2 bounds",

@@ -99,6 +99,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
         528, (*TINY, *TINY_ALGORITHM["sac"], "network=moore", "network.active_parameters=5000"),
     ),
     "ppo_discrete": (33 * 12, (*TINY, *TINY_ALGORITHM["ppo"], "env=cartpole", "env.horizon=40")),
+    "ppo_correlated_noise": (528, (*TINY, *TINY_ALGORITHM["ppo"], "algorithm.noise_correlation=0.7")),
     "ppo_draws_per_episode": (
         528,
         (

@@ -377,6 +377,27 @@ def test_acting_in_turns_is_stored_in_order(log_ratios: list[Tensor]) -> None:
     assert (log_ratios[0].exp() - 1).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_the_noise_of_actions_goes_on_within_episodes(correlation: float) -> None:
+    """Measured in what the updates read: the raw actions of a rollout, in deviations of the policy that acted."""
+    torch.manual_seed(0)
+    engine, learner = make(
+        "box", acting=Resample.mean, noise_correlation=correlation, rollout_transitions_per_task=200 * ENVS
+    )
+    collect(engine, learner, torch.from_numpy(engine.reset()), 200)
+    rollout = learner.rollout.fields  # [T, S, E, ...]
+    with torch.no_grad():
+        policy = learner.policy(rollout["obs"].flatten(1, 2))
+    noise = (rollout["raw_action"].flatten(1, 2) - policy.mean) / policy.log_std.exp()  # type: ignore[attr-defined]
+    noise = noise.view_as(rollout["raw_action"])
+    goes_on = ~(rollout["terminated"] | rollout["truncated"])[:, :-1]
+    before, after = noise[:, :-1], noise[:, 1:]
+    for chosen, expected in ((goes_on, correlation), (~goes_on, 0.0)):
+        pair = torch.stack([before[chosen].flatten(), after[chosen].flatten()])
+        assert float(torch.corrcoef(pair)[0, 1]) == pytest.approx(expected, abs=5 / pair.shape[1] ** 0.5)
+    assert float(noise.std()) == pytest.approx(1.0, abs=0.05)
+
+
 def test_observe_needs_an_act() -> None:
     _, learner = make("box")
     obs, no = torch.zeros(8, ENVS, 4), torch.zeros(8, ENVS, dtype=torch.bool)
