@@ -100,6 +100,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
     ),
     "ppo_discrete": (33 * 12, (*TINY, *TINY_ALGORITHM["ppo"], "env=cartpole", "env.horizon=40")),
     "ppo_correlated_noise": (528, (*TINY, *TINY_ALGORITHM["ppo"], "algorithm.noise_correlation=0.7")),
+    "sac_correlated_noise": (528, (*TINY, *TINY_ALGORITHM["sac"], "algorithm.noise_correlation=0.7")),
     "ppo_draws_per_episode": (
         528,
         (

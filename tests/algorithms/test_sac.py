@@ -15,8 +15,10 @@ from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
+from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import total_kl
+from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig, TargetDraw
 from varshare_rl.types import Transition
@@ -62,6 +64,25 @@ def test_acts_at_random_until_it_starts() -> None:
             parameter.add_(1.0)
     torch.manual_seed(1)
     assert not torch.equal(first, learner.act(wide))  # the actor decides now
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_the_noise_of_the_policy_goes_on_from_step_to_step(correlation: float) -> None:
+    torch.manual_seed(0)
+    options = replace(
+        OPTIONS, noise_correlation=correlation, start_transitions_per_task=500, replay_capacity_per_task=2000
+    )
+    _, engine, learner = build(replace(ENV, envs_per_task=500), options, draw=DrawConfig(acting=Resample.mean))
+    obs, noise = collect(engine, learner, torch.from_numpy(engine.reset()), 1), []
+    for _ in range(2):
+        with torch.no_grad(), posterior_mean(learner.actor):
+            policy = learner.policy(learner.normalizer(obs))
+        obs = collect(engine, learner, obs, 1)
+        place = learner.replay.position
+        action = learner.replay.rows[:, place - 500 : place, learner.spec.obs_size :][..., :2]
+        noise.append((torch.atanh(action.clamp(-0.9999, 0.9999)) - policy.mean) / policy.log_std.exp())
+    pair = torch.stack([each.flatten() for each in noise])
+    assert float(torch.corrcoef(pair)[0, 1]) == pytest.approx(correlation, abs=0.06)
 
 
 def test_updates_fall_due_by_transitions() -> None:

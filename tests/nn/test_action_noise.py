@@ -78,6 +78,16 @@ def test_what_goes_on_from_a_state_is_the_same() -> None:
     torch.testing.assert_close(other.draw(E), expected, rtol=0, atol=0)
 
 
+def test_it_begins_with_the_first_draw() -> None:
+    """SAC's first actions are uniform, and nothing is drawn for them."""
+    torch.manual_seed(0)
+    noise = ActionNoise(0.9, (T, E, A))
+    noise.record(torch.zeros(T, E, dtype=torch.bool))
+    first = noise.draw(E)
+    assert first is not None
+    assert float(first.var()) == pytest.approx(1.0, abs=0.04)
+
+
 def test_white_noise_is_left_to_the_policy() -> None:
     noise = ActionNoise(0.0, (T, E, A))
     assert noise.draw(E) is None

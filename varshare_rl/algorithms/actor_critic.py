@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from varshare_rl.algorithms.base import AgentContext, Algorithm
 from varshare_rl.data.normalizers import ObservationNormalizer, ObservationStatistics, RewardScale, reward_scaler
 from varshare_rl.errors import UserError
+from varshare_rl.nn.action_noise import ActionNoise
 from varshare_rl.nn.actor import Actor, PolicyDistribution, Resample, WeightSampler
 from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.parameters import shared_parameters
@@ -31,6 +32,7 @@ class ActorCriticConfig(Protocol):
     critic_learning_rate: float
     max_grad_norm: float
     discount: float
+    noise_correlation: float
     normalize_observations: bool
     observation_statistics: ObservationStatistics
     min_observation_std: float
@@ -80,7 +82,7 @@ class ActorCritic(Algorithm):
     (``target_name``).
 
     Args:
-        config: rates, clipping, discount, what is normalised, and how often networks start anew.
+        config: rates, clipping, discount, noise, what is normalised, and how often networks start anew.
         context: the tasks, the network factory and the ELBO.
         build: makes a fresh policy and critic, on the device of the tasks.
         epsilon: Adam's epsilon.
@@ -94,7 +96,7 @@ class ActorCritic(Algorithm):
     policy_fields: ClassVar[tuple[str, ...]] = ("actor", "critic", "normalizer", "reward_scaler?")
     state_fields: ClassVar[tuple[str, ...]] = (
         *policy_fields, "elbo", "draws=weight_sampler", "actor_step", "critic_step", "updates", "absorbed",
-        "resets_done", "transitions_per_task?",
+        "resets_done", "transitions_per_task?", "action_noise?",
     )  # fmt: skip
 
     def __init__(
@@ -132,6 +134,13 @@ class ActorCritic(Algorithm):
         self.weight_sampler = WeightSampler(
             self.elbo.config.draw.acting, self.actor, spec.num_tasks, spec.envs_per_task, self.replays_draws
         )
+        if config.noise_correlation and spec.discrete:
+            raise UserError(
+                f"algorithm.noise_correlation={config.noise_correlation:g} is for Box actions, and these are "
+                "Discrete; leave it out"
+            )
+        shape = (spec.num_tasks, spec.envs_per_task, spec.action_size)
+        self.action_noise = ActionNoise(config.noise_correlation, shape, spec.device)
         self.absorbing = {
             "actor": Absorbing(self.actor, self.actor_step.optimizers),
             "critic": Absorbing(self.critic, self.critic_step.optimizers),
@@ -185,6 +194,7 @@ class ActorCritic(Algorithm):
     def end_episodes(self, ended: Tensor) -> None:
         self.reward_scaler.end(ended)
         self.weight_sampler.end(ended)
+        self.action_noise.end(ended)
 
     def advance(self, fraction: float) -> None:
         self.fraction = fraction

@@ -17,7 +17,6 @@ from varshare_rl.data.buffers import Rollout, RolloutStep
 from varshare_rl.data.normalizers import ObservationStatistics, RewardScale
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.nn.action_noise import ActionNoise
 from varshare_rl.nn.actor import GaussianConfig, GaussianFamily, LogStd, Sample
 from varshare_rl.nn.critic import Held, ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
@@ -129,7 +128,7 @@ class PPO(ActorCritic):
     target_name = "advantages"
     replays_draws = True
     critic: ValueNetwork
-    state_fields = ("rollout", "action_noise?")
+    state_fields = ("rollout",)
 
     def __init__(self, config: PPOConfig, context: AgentContext) -> None:
         spec = context.spec
@@ -142,13 +141,6 @@ class PPO(ActorCritic):
 
         super().__init__(config, context, build, epsilon=1e-5)
         self.config = config
-        if config.noise_correlation and spec.discrete:
-            raise UserError(
-                f"algorithm.noise_correlation={config.noise_correlation:g} is for Box actions, and these are "
-                "Discrete; leave it out"
-            )
-        shape = (spec.num_tasks, spec.envs_per_task, spec.action_size)
-        self.action_noise = ActionNoise(config.noise_correlation, shape, spec.device)
         self.rollout = Rollout(-(-config.rollout_transitions_per_task // spec.envs_per_task), spec.device)
         self._minibatch = minibatch_size(self.rollout.vector_steps * spec.envs_per_task, config.minibatches)
         context.ranks.require_even(
@@ -194,7 +186,6 @@ class PPO(ActorCritic):
 
     def end_episodes(self, ended: Tensor) -> None:
         super().end_episodes(ended)
-        self.action_noise.end(ended)
         self.rollout.truncate(ended)
 
     def ready(self) -> bool:

@@ -62,6 +62,8 @@ class SACConfig:
     "Entropy coefficient that every task starts with."
     target_entropy_per_dimension: float = -1.0
     "Entropy that a task's coefficient holds its policy at, for each dimension of its actions."
+    noise_correlation: float = bounded(0.0, least=0, below=1)
+    "Correlation of the policy's noise from one step of an episode to the next; 0: white noise."
     max_grad_norm: float = bounded(1.0, least=0)
     "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
     normalize_observations: bool = False
@@ -158,7 +160,8 @@ class SAC(ActorCritic):
             uniform = torch.rand(shape, device=obs.device) * 2.0 - 1.0
             return uniform * self.spec.action_mask.to(obs.device).unsqueeze(1)
         with self.weight_sampler.sample(obs.shape[1]):
-            return self.policy(self.normalizer(obs)).sample().action
+            distribution = self.policy(self.normalizer(obs))
+            return distribution.sample(self.action_noise.draw(obs.shape[1])).action
 
     @torch.no_grad()
     def observe(self, transition: Transition) -> None:
@@ -168,6 +171,7 @@ class SAC(ActorCritic):
         done = transition.terminated | transition.truncated
         self.reward_scaler.update(transition.reward, done, self.updates > 0)
         self.weight_sampler.record(done)
+        self.action_noise.record(done)
         self.transitions_per_task += transition.reward.shape[1]
         if self.transitions_per_task >= self.config.start_transitions_per_task:
             self.updates_due += self.config.updates_per_transition_per_task * transition.reward.shape[1]

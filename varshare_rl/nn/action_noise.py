@@ -44,10 +44,10 @@ class ActionNoise(Stateful):
         return noise
 
     def record(self, done: Tensor) -> None:
-        """End a vector step, with ``done [T, E]``; the noise of new episodes begins anew."""
-        self._acted = 0
+        """End a vector step, with ``done [T, E]``; noise begins anew in new episodes, and if none was drawn."""
+        drawn, self._acted = self._acted > 0, 0
         if self.correlation:
-            self.going_on = ~done
+            self.going_on = ~done & drawn
 
     def end(self, ended: Tensor) -> None:
         """Take note of further episodes that have ended, ``[T, E]``."""
