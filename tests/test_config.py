@@ -154,6 +154,8 @@ def test_meta_world_alone_is_a_good_setting_and_every_choice_replaces_its_own(en
         assert (config.critic.popart, config.critic.layer_norm) == (True, True)
     assert (ppo.algorithm.observation_statistics.value, ppo.algorithm.gae_lambda) == ("suite", 0.97)
     assert (ppo.env.envs_per_task, ppo.env.staggered_resets) == (10, True)
+    assert (ppo.algorithm.noise_correlation, ppo.elbo.temperature) == (0.5, 0.3)
+    assert (sac.algorithm.noise_correlation, sac.elbo.temperature) == (0.0, 1.0)
     assert ppo.network.hidden == [256, 256]
     plain = composed(f"env={env}", "critic=default")
     assert (plain.critic.popart, plain.critic.layer_norm) == (False, None)
