@@ -32,7 +32,8 @@ BASE = (
     "algorithm.rollout_transitions_per_task=5000", "algorithm.minibatches=16", "algorithm.gae_lambda=0.97",
     "algorithm.policy=clipped_gaussian", "algorithm.initial_log_std=-0.5", "algorithm.max_log_std=0",
     "algorithm.min_observation_std=0.05", "algorithm.target_kl=0.05", "total_transitions=2000000",
-    "algorithm.observation_statistics=running", "env.staggered_resets=false",
+    "algorithm.observation_statistics=running", "env.staggered_resets=false", "algorithm.noise_correlation=0",
+    "elbo.temperature=1",
 )  # fmt: skip
 #: Columns by what they are called in ``metrics.jsonl``: of evaluations, and of the episodes of training.
 MEASURES = {
