@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import pytest
+import torch
 
 from varshare_rl.cli import compose
+from varshare_rl.continual.agent import NetworkProbe
 from varshare_rl.continual.config import (
     ContinualConfig,
     one_task,
@@ -14,6 +16,7 @@ from varshare_rl.continual.config import (
 )
 from varshare_rl.continual.evaluation import tables
 from varshare_rl.continual.tasks import new_tasks
+from varshare_rl.nn import VarShareLayer
 from varshare_rl.registry import lookup, registered
 
 
@@ -35,6 +38,20 @@ def test_continual_world(env: str, count: int, per_task: int) -> None:
     assert config.network.hidden == [256] * 4
     assert {task.suite.horizon for task in tasks} == {200}
     assert [len(table) for table in tables(tasks)] == [10] * (count // 10)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.3])
+def test_the_layers_of_a_method_draw_at_the_temperature(temperature: float) -> None:
+    x, passes = torch.randn(1, 5, 3), []
+    for degrees in (0.0, 1.0, temperature):
+        networks = NetworkProbe(composed("network.hidden=[]", f"elbo.temperature={degrees}"))
+        networks.network("actor", 3, 2)
+        stack = networks.asked["actor"][0][2]
+        torch.manual_seed(0)
+        passes.append(stack(lambda *sizes: VarShareLayer(*sizes, 1, 0.1))(x, torch.tensor([0])))
+    mean, full, tempered = passes
+    assert (full - mean).abs().max() > 0
+    torch.testing.assert_close(tempered - mean, temperature * (full - mean))
 
 
 def test_a_benchmark_becomes_its_list_of_tasks() -> None:

@@ -37,10 +37,12 @@ class NetworkProbe:
         network: NetworkConfig = config.network
         self.architectures = {"actor": network, "critic": cast(Any, config.critic.architecture(config.network))}
         self.asked: dict[str, list[tuple[int, int, Stack]]] = {"actor": [], "critic": []}
+        self.temperature = config.elbo.temperature  # of the draws of a method's layers
 
     def network(self, part: str, in_features: int, out_features: int) -> nn.Module:
         """Make a plain network."""
-        stack: Stack = partial(self.architectures[part].stack, in_features, out_features)
+        architecture = self.architectures[part]
+        stack: Stack = partial(architecture.stack, in_features, out_features, temperature=self.temperature)
         self.asked[part].append((in_features, out_features, stack))
         return stack(SharedLayer)
 

@@ -111,11 +111,10 @@ class ContinualConfig(TrainConfig):
                 "sequence pay for their posteriors themselves, use adam"
             )
         usual = type(self.elbo)()
-        for name in ("estimator", "weight_samples", "temperature"):
+        for name in ("estimator", "weight_samples"):
             if getattr(self.elbo, name) != getattr(usual, name):
                 raise UserError(
-                    f"elbo.{name} is given, and a method's layers draw one set of weights for a "
-                    "task, at its temperature 1; leave it out"
+                    f"elbo.{name} is given, and a method's layers draw one set of weights for a task; leave it out"
                 )
         for part in ("actor", "critic"):
             name = getattr(self.gradient, part)
