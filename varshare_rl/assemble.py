@@ -306,6 +306,7 @@ def build_run(
     screen = None if ranks.first else open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     conditions: dict[str, Any] = {"threads": threads_for(algorithm.largest_product())}
     conditions |= {"ranks": ranks.size} if ranks.size > 1 else {}
+    conditions |= {} if config.pretrained is None else {"from": config.pretrained}
     return Run(
         suite=suite,
         provenance=run_provenance(config, suite, device) | conditions,

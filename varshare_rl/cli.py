@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from varshare_rl.branch import compose_branch, source_of
 from varshare_rl.command_line import check_composed, parse, read_words, whole_numbers
 from varshare_rl.config import AUTO, GROUPS, TrainConfig, config_folder, register_schemas
 from varshare_rl.config_checks import check_config
@@ -75,7 +76,12 @@ def read_command_line(name: str, schema: type | None = None) -> CommandLine | No
     line = CommandLine(name, prepare(name, words.overrides, schema), plugins, words.multirun)
     if not words.showing:
         return line
-    overrides = compose_config(line)[1]
+    composed, overrides = compose_config(line)
+    if name == "train" and composed.pretrained is not None:
+        raise UserError(
+            f"{words.showing[0]} shows what is composed here, and options of from={composed.pretrained} are in its "
+            "config.yaml; leave out one of them"
+        )
     sys.argv[1:] = [*words.showing, *overrides]
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hand exceptions to us instead of printing them
     hydra.main(version_base="1.3", config_path=str(config_folder()), config_name=name)(lambda config: None)()
@@ -88,21 +94,30 @@ def compose_config(line: CommandLine) -> tuple[DictConfig, list[str]]:
     Raises:
         UserError: what the user got wrong, in the words of the command line.
     """
-    overrides = list(line.overrides)
     with own_hydra():
-        parsed = parse(overrides, GROUPS)
-        while True:
-            try:
-                composed = hydra.compose(line.command, overrides=overrides)
-                break
-            except HydraException as error:
-                index = _refused_as_integer(error, overrides)
-                if index is None or whole_numbers(overrides[index]) == overrides[index]:
-                    raise
-                overrides[index] = whole_numbers(overrides[index])
+        parsed = parse(line.overrides, GROUPS)
+        source = source_of(parsed) if line.command == "train" else None
+        if source is None:
+            composed, overrides = _compose_files(line)
+        else:
+            overrides = [whole_numbers(item) for item in line.overrides]
+            composed = compose_branch(source, parse(overrides))
         check_composed(composed, parsed)
     put_plugins(composed, line.plugins)
     return composed, overrides
+
+
+def _compose_files(line: CommandLine) -> tuple[DictConfig, list[str]]:
+    """Compose the files of ``configs`` with the command line, as :func:`compose_config`."""
+    overrides = list(line.overrides)
+    while True:
+        try:
+            return hydra.compose(line.command, overrides=overrides), overrides
+        except HydraException as error:
+            index = _refused_as_integer(error, overrides)
+            if index is None or whole_numbers(overrides[index]) == overrides[index]:
+                raise
+            overrides[index] = whole_numbers(overrides[index])
 
 
 def _refused_as_integer(error: HydraException, overrides: Sequence[str]) -> int | None:

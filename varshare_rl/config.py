@@ -158,7 +158,7 @@ class TrainConfig:
     #: Groups of components that are chosen for it.
     groups: ClassVar[tuple[str, ...]] = ("env", "algorithm", "network", "elbo/schedule", "elbo/prior")
     #: Further names of options, which Python would not allow as names.
-    aliases: ClassVar[dict[str, str]] = {}
+    aliases: ClassVar[dict[str, str]] = {"from": "pretrained"}
 
     env: Any = MISSING
     "The suite of tasks: `env=<name>`, with options of its own."
@@ -187,6 +187,9 @@ class TrainConfig:
     "Device to compute on; `auto` takes CUDA if there is any."
     run_dir: str | None = None
     "The run folder; null: `runs/<suite>_<algorithm>_<network>_s<seed>_<time>`."
+    pretrained: str | None = None
+    """`from=` on the command line: a run folder whose last checkpoint this run begins with. Its options are that
+    run's, and those of `algorithm`, `optimizer`, `gradient` and `elbo` may be given anew."""
     resume: str | None = None
     "A run folder to go on with; `auto`: the folder of this name if it holds a run, else a new one."
     overwrite: bool = False

@@ -14,6 +14,7 @@
     network.hidden=[256,256]   sizes of the hidden layers; its default is the environment's
     env.envs_per_task=10       environments of every task; its default is the environment's
     run_dir=null               the run folder; null: runs/<what it is>_<time>
+    from=null                  a run folder whose last checkpoint a new run begins with, with other rates or weights
     resume=null                a run folder to go on with; auto: the one of this name, if it holds a run
     overwrite=false            true: start anew in a folder that holds a run
     +experiment=<name>         published settings in one word, such as toppo_mt10
@@ -44,6 +45,7 @@ from varshare_rl.config import (
     check_same,
     check_unchanged,
     compared_options,
+    fixed_options,
     load_config,
 )
 from varshare_rl.config_checks import check_config
@@ -58,7 +60,7 @@ from varshare_rl.overrides import override
 from varshare_rl.ranks import ALONE, LostRank, Ranks
 from varshare_rl.reading import read_object, reading
 from varshare_rl.run.callbacks import Callbacks
-from varshare_rl.run.checkpoint import fitting, newest_checkpoint
+from varshare_rl.run.checkpoint import CheckpointError, fitting, newest_checkpoint
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
@@ -97,6 +99,11 @@ def run_config(
         Interrupted: a signal came; all is saved, and the screen says how to go on.
     """
     if config.resume is not None and config.resume != AUTO:
+        if config.pretrained is not None:
+            raise UserError(
+                f"from={config.pretrained} begins a new run, and resume={config.resume} goes on with one; "
+                "give one of them"
+            )
         run_dir = Path(config.resume)
         if not run_dir.is_dir():
             raise UserError(f"no run folder {run_dir} to resume; give the folder of a run (runs/<name>)")
@@ -122,9 +129,25 @@ def run_config(
         return wanted
     if overwrite:
         as_built(config, makers)  # before anything is lost
+    state = None if config.pretrained is None else state_of_branch(config, ranks)
     with ranks.entered(new_folder(wanted, config.run_dir is None and not auto, overwrite)) as run_dir:
-        train(config, built(config, suite, run_dir, None, ranks), None, callbacks)
+        train(config, built(config, suite, run_dir, state, ranks), state, callbacks, new=True)
     return run_dir
+
+
+def state_of_branch(config: TrainConfig, ranks: Ranks) -> Tree:
+    """Return the last checkpoint of the run that this one begins with.
+
+    Raises:
+        UserError: there is none, or it has done all transitions of this run already.
+    """
+    state = training_state(Path(str(config.pretrained)), ranks)
+    if state["transitions"] >= config.total_transitions:
+        raise UserError(
+            f"from={config.pretrained} has done {state['transitions']} transitions already; give "
+            "total_transitions=<more>, which counts them"
+        )
+    return state
 
 
 def built(config: TrainConfig, suite: Suite, run_dir: Path, state: Tree | None, ranks: Ranks) -> Run:
@@ -196,9 +219,20 @@ def go_on(
             f"the environments of {run_dir} are Python objects; give them: "
             f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
         )
-    _, state = newest_checkpoint(run_dir, ranks=ranks)
+    state = training_state(run_dir, ranks)
     with fitting(run_dir):
         check_unchanged(run_dir, config, state)
+    suite = build_suite(config, makers)
+    train(config, built(config, suite, run_dir, state, ranks), state, callbacks)
+
+
+def training_state(run_dir: Path, ranks: Ranks) -> Tree:
+    """Return the last checkpoint of a run.
+
+    Raises:
+        UserError: there is none, or one of another number of ranks, or a policy alone.
+    """
+    _, state = newest_checkpoint(run_dir, ranks=ranks)
     if state.get("ranks", 1) != ranks.size:
         raise UserError(
             f"{run_dir} was trained by {counted(state.get('ranks', 1), 'rank')} and not {ranks.size}; start as "
@@ -206,14 +240,16 @@ def go_on(
         )
     if "engine" not in state:
         raise UserError(f"{run_dir} holds a policy without its training state; resume the run it was made from")
-    suite = build_suite(config, makers)
-    train(config, built(config, suite, run_dir, state, ranks), state, callbacks)
+    return state
 
 
-def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callbacks | None = None) -> None:
+def train(
+    config: TrainConfig, run: Run, state: Tree | None, callbacks: Callbacks | None = None, new: bool = False
+) -> None:
     """Run the loop to its end and write the results, from the last checkpoint where a run fails that may go on.
 
     It goes on to the same numbers; where an environment fails again there, without the episode in which it does.
+    A ``new`` run begins, if there is a ``state``, with that of another one.
 
     Raises:
         RunFailure: it has failed too often without having come further, or may not go on by itself.
@@ -224,7 +260,7 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
         run.callbacks = callbacks or run.callbacks
         before = None if state is None else state["transitions"]
         try:
-            return attempt(config, run, state, 0.5**halvings, left_out)
+            return attempt(config, run, state, 0.5**halvings, left_out, new)
         except RunFailure as failure:
             if isinstance(failure, LostRank | DiskFull):
                 raise type(failure)(f"{failure}; go on from the last checkpoint with {going_on(run)}") from failure
@@ -239,6 +275,7 @@ def train(config: TrainConfig, run: Run, state: Tree | None, callbacks: Callback
                     report_failure(run, failure)
                 raise
             _, state = newest_checkpoint(run.run_dir, ranks=run.ranks)
+            new = False
             halvings = diverged * (1 + halvings * (state["transitions"] == before))
             how = f" with {0.5**halvings:g} of the learning rate" if halvings else ""
             if fails is not None:
@@ -277,14 +314,21 @@ def going_on(run: Run) -> str:
 
 
 def attempt(
-    config: TrainConfig, run: Run, state: Tree | None, rate_factor: float, left_out: Sequence[EpisodePlace]
+    config: TrainConfig,
+    run: Run,
+    state: Tree | None,
+    rate_factor: float,
+    left_out: Sequence[EpisodePlace],
+    new: bool,
 ) -> None:
     """Run the loop and write the results; on a signal, say how to go on and pass it on."""
-    begun = state is not None
+    begun = not new
     try:
         describe(config, run)
         if state is None:
             run.start()
+        elif new:
+            begin_branch(config, run, state)
         else:
             run.load_state(state, left_out)
             run.algorithm.slow_down(rate_factor)
@@ -307,6 +351,23 @@ def attempt(
         raise
     finally:
         run.close()
+
+
+def begin_branch(config: TrainConfig, run: Run, state: Tree) -> None:
+    """Begin a run with a checkpoint of another.
+
+    Raises:
+        UserError: the checkpoint does not go with options that were given anew.
+    """
+    try:
+        run.branch(state)
+    except CheckpointError as error:
+        before, now = state.get("options", {}), fixed_options(config)
+        given = [name for name in now if name != "pretrained" and before.get(name, now[name]) != now[name]]
+        raise UserError(
+            f"{', '.join(f'{name}={now[name]}' for name in given)} cannot be given with from={config.pretrained}, "
+            "whose checkpoint is made of another choice; leave that out, or start a new run"
+        ) from error
 
 
 def write_summary(config: TrainConfig, run: Run, evaluation: Evaluation) -> dict[str, Any]:

@@ -51,7 +51,6 @@ class ContinualConfig(TrainConfig):
     """
 
     groups: ClassVar[tuple[str, ...]] = (*TrainConfig.groups, "method")
-    aliases: ClassVar[dict[str, str]] = {"from": "pretrained"}
 
     method: Any = MISSING
     "The way of the policy's network from task to task: `method=<name>`, with options of its own."

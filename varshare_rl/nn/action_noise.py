@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from varshare_rl.state import Stateful
+from varshare_rl.types import Tree
 
 
 class ActionNoise(Stateful):
@@ -31,6 +32,11 @@ class ActionNoise(Stateful):
         self.value = torch.zeros(kept, device=device)  # of the latest step
         self.going_on = torch.zeros(kept[:2], dtype=torch.bool, device=device)  # its episode has not ended
         self._acted = 0  # environments of every task that have acted in this vector step
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave; noise of another shape, where a run was white before, begins anew."""
+        if state["value"].shape == self.value.shape:
+            super().load_state(state)
 
     def draw(self, envs: int) -> Tensor | None:
         """Return the noise of the next ``envs`` environments of every task, ``[T, envs, A]``; None: white noise."""

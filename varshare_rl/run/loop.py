@@ -154,6 +154,14 @@ class Run(Stateful):
         self._observation = self.engine.reset()
         self.save("last")
 
+    def branch(self, state: Tree) -> None:
+        """Begin with a checkpoint of another run: evaluate, and save a first one; for a new run."""
+        self.load_state(state)
+        self.best_score, self.evaluated_at = None, -1
+        if self.config.evaluate_every:
+            self._evaluate()
+        self.save("last")
+
     def close(self) -> None:
         """Free engines and close the logs."""
         self.engine.close()

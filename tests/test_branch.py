@@ -1,0 +1,155 @@
+"""A run that begins with the last checkpoint of another: the same numbers without a change, others with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Command
+from helpers import TINY, TINY_ALGORITHM
+from omegaconf import OmegaConf
+from test_resume import assert_same, final_state
+
+import varshare_rl as vs
+
+#: Transitions of the run that others begin with: in the middle of episodes and of a rollout.
+HALF = 528
+
+
+def trained(command: Command, algorithm: str, *overrides: str) -> dict[Path, bytes]:
+    """Train ``one``; returns its files."""
+    given = (*TINY, *TINY_ALGORITHM[algorithm], "evaluate.every=160", *overrides)
+    outcome = command("train", *given, f"total_transitions={HALF}", "run_dir=one")
+    assert outcome.code == 0, outcome.err
+    return {path: path.read_bytes() for path in Path("one").rglob("*") if path.is_file()}
+
+
+def lines(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_without_a_change_it_does_what_a_resumed_run_does(command: Command, algorithm: str) -> None:
+    before = trained(command, algorithm)
+    outcome = command("train", "from=one", f"total_transitions={2 * HALF}", "run_dir=two")
+    assert outcome.code == 0, outcome.err
+    assert {path: path.read_bytes() for path in before} == before
+    assert command("train", "resume=one", f"total_transitions={2 * HALF}").code == 0
+    resumed, branch = final_state(Path("one")), final_state(Path("two"))
+    for state in (resumed, branch):
+        state.pop("options"), state.pop("best_score")  # the branch's best is its own
+    assert_same(branch, resumed)
+    first = lines("two")[0]
+    assert first["transitions"] == HALF
+    assert "eval/mean_success" in first
+    config, summary = OmegaConf.load("two/config.yaml"), json.loads(Path("two/summary.json").read_text())
+    assert config.pretrained == summary["conditions"]["from"] == "one"
+    assert summary["transitions"] == 2 * HALF
+    assert list(Path("two/checkpoints").glob("best-*"))
+
+
+def weights(run: str) -> dict[str, torch.Tensor]:
+    """Everything that gradients change in the policy of a run's last checkpoint."""
+    actor = final_state(Path(run))["algorithm"]["actor"]
+    return {name: value for name, value in actor.items() if value.is_floating_point()}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+def test_a_rate_that_is_given_anew_is_that_of_every_parameter(command: Command, algorithm: str) -> None:
+    trained(command, algorithm)
+    total = f"total_transitions={2 * HALF}"
+    assert command("train", "from=one", total, "run_dir=same").code == 0
+    assert command("train", "from=one", total, "algorithm.learning_rate=1e-12", "run_dir=still").code == 0
+    before, same, still = weights("one"), weights("same"), weights("still")
+    assert all(torch.allclose(still[name], before[name], rtol=0, atol=1e-8) for name in before)
+    moved = [name for name in before if not torch.allclose(same[name], before[name], rtol=0, atol=1e-4)]
+    assert any("rho" in name for name in moved)
+    assert any("theta" in name for name in moved)
+
+
+def test_it_is_resumed_as_any_run(command: Command) -> None:
+    trained(command, "ppo")
+    given = ("from=one", "algorithm.entropy_weight=0.1", "optimizer.schedule=linear")
+    assert command("train", *given, "total_transitions=1056", "run_dir=whole").code == 0
+    assert command("train", *given, "total_transitions=800", "run_dir=two").code == 0
+    Path("two/config.yaml").write_text(
+        Path("two/config.yaml").read_text().replace("total_transitions: 800", "total_transitions: 1056")
+    )
+    outcome = command("train", "resume=two")
+    assert outcome.code == 0, outcome.err
+    assert final_state(Path("two"))["transitions"] == final_state(Path("whole"))["transitions"] == 1056
+    assert OmegaConf.load("two/config.yaml").algorithm.entropy_weight == 0.1
+
+
+def test_a_sweep_branches_and_is_done_when_it_is_given_again(command: Command) -> None:
+    trained(command, "ppo")
+    words = ("-m", "from=one", "total_transitions=1e3", "elbo.temperature=0,1", "hydra.sweep.dir=swept")
+    outcome = command("train", *words)
+    assert outcome.code == 0, outcome.err
+    found = {path.name: OmegaConf.load(path / "config.yaml") for path in Path("swept").glob("temperature*")}
+    assert {name: config.elbo.temperature for name, config in found.items()} == {
+        "temperature-0": 0.0,
+        "temperature-1": 1.0,
+    }
+    assert {config.total_transitions for config in found.values()} == {1000}
+    again = command("train", *words)
+    assert "2 done already" in again.out
+    outcome = command("train", *words, "hydra/launcher=joblib")
+    assert outcome.code == 2
+    assert "one after another" in outcome.err
+
+
+def test_noise_may_begin_to_go_on(command: Command) -> None:
+    """What white noise had nothing to keep of."""
+    trained(command, "ppo")
+    for correlation in ("0.5", "0"):
+        given = (f"algorithm.noise_correlation={correlation}", f"run_dir={correlation}")
+        outcome = command("train", "from=one", "total_transitions=1056", *given)
+        assert outcome.code == 0, outcome.err
+    assert final_state(Path("0.5"))["algorithm"]["action_noise"]["value"].abs().max() > 0
+
+
+def test_from_python(command: Command) -> None:
+    trained(command, "ppo")
+    agent = vs.train("from=one", total_transitions=800, run_dir="two", algorithm={"clip": 0.1})
+    assert agent.config.algorithm.clip == 0.1
+    assert agent.results["transitions"] == 800
+
+
+REFUSED = {
+    "nothing left to do": ((), "from=one has done 528 transitions already"),
+    "another suite": (("env=cartpole",), "env=cartpole cannot be given with from=one"),
+    "another network": (("network=lora",), "network=lora cannot be given"),
+    "an option of the suite": (("env.horizon=3",), "env.horizon=3 cannot be given"),
+    "a recipe": (("+experiment=toppo_mt10",), "+experiment=toppo_mt10 cannot be given"),
+    "another seed": (("seed=1",), "seed=1 cannot be given"),
+    "statistics": (("algorithm.normalize_observations=false",), "algorithm.normalize_observations=false cannot"),
+    "a rollout that is full already": (
+        ("algorithm.rollout_transitions_per_task=2",),
+        "cannot be given with from=one",
+    ),
+    "another aggregator": (("gradient.actor=pcgrad",), "gradient.actor=pcgrad cannot be given with from=one"),
+    "no option": (("algorithm.foo=1",), "Key 'foo' not in 'PPOConfig'"),
+    "no number": (("algorithm.clip=wide",), "could not be converted to Float"),
+    "out of bounds": (("algorithm.discount=2",), "algorithm.discount is 2"),
+    "several values": (("algorithm.epochs=1,2",), "-m makes a run of each"),
+    "no run": (("from=nowhere",), "no run folder nowhere, which from= begins with"),
+    "a command that shows": (("--cfg", "job"), "--cfg shows what is composed here"),
+    "resumed at once": (("resume=one",), "from=one begins a new run, and resume=one goes on with one"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_checkpoint_is_made_of_is_refused_in_one_line(command: Command, case: str) -> None:
+    before = trained(command, "ppo")
+    given, expected = REFUSED[case]
+    more = () if case == "nothing left to do" else ("total_transitions=1056",)
+    outcome = command("train", "from=one", *more, "run_dir=two", *given)
+    assert outcome.code == 2
+    assert expected in outcome.err, outcome.err
+    assert outcome.err.count("\n") == 1
+    assert not Path("two").exists()
+    assert {path: path.read_bytes() for path in before} == before
