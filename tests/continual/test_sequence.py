@@ -14,8 +14,9 @@ from conftest import Command
 from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
+from varshare_rl.config import Device
 from varshare_rl.continual.evaluation import Evaluator
-from varshare_rl.continual.sequence import SequenceRun
+from varshare_rl.continual.sequence import SequenceRun, load_sequence
 from varshare_rl.registry import registered
 from varshare_rl.run import loop
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
@@ -23,6 +24,7 @@ from varshare_rl.run.evaluation import Evaluation
 from varshare_rl.run.loop import Run
 from varshare_rl.run.signals import Interrupted
 from varshare_rl.run.tracker import Tracker
+from varshare_rl.transfer.bases import LowRankMethod
 from varshare_rl.transfer.share.selection import ReturnBandit
 
 PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
@@ -49,6 +51,33 @@ def some_fast(*chosen: str) -> list[Any]:
 def test_every_method_learns_a_sequence_with_sac(command: Command, method: str) -> None:
     assert command("continual", *SAC, f"method={method}", "run_dir=run").code == 0
     check_document("run")
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize("method", ["lora", "share", "varshare"])
+def test_corrections_have_a_rate_of_their_own_and_the_base_has_not(
+    command: Command, method: str, algorithm: str
+) -> None:
+    """With next to none the base is learnt as ever, and corrections stay where they begin."""
+    given = (*(PPO if algorithm == "ppo" else SAC), f"method={method}")
+    found: dict[str, SequenceRun] = {}
+    for name, scale in (("usual", 1), ("still", 1e-9)):
+        outcome = command("continual", *given, f"method.lr_scale={scale}", f"run_dir={name}")
+        assert outcome.code == 0, outcome.err
+        found[name] = load_sequence(Path(name), "last", Device.cpu)[0]
+    usual, still = (found[name].networks.method for name in ("usual", "still"))
+    assert isinstance(usual, LowRankMethod)
+    assert isinstance(still, LowRankMethod)
+    learnt, base = usual.base.weights, still.base.weights
+    assert learnt is not None
+    assert base is not None
+    assert all(torch.equal(learnt[path], base[path]) for path in learnt)
+    moved, kept = (
+        max(float((part.scale * part.b @ part.a).abs().max()) for part in method.adapter(1).values())
+        for method in (usual, still)
+    )
+    assert kept < 1e-6
+    assert moved > 1e-4
 
 
 def check_document(run: str) -> None:

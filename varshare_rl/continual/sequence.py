@@ -192,6 +192,9 @@ class SequenceRun:
             seed=(self.config.seed + SEED_STEP * position) % 2**32,
             total_transitions=self.transitions_per_task,
         )
+        config.algorithm = replace(
+            config.algorithm, learning_rate=config.algorithm.learning_rate * self.networks.method.lr_scale
+        )
         seed_everything(config.seed)
         self.networks.begin(number, similar)
         entry: dict[str, Any] = {"trained_parameters": self.networks.trained_parameters(), "transitions": 0}

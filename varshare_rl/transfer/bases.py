@@ -101,6 +101,11 @@ class LowRankMethod(ContinualMethod):
         self.base = FrozenBase(spec, pretrained)
         self.adapters: list[Adapter] = [] if pretrained is None else [*map(dict, pretrained.adapters)]
 
+    @property
+    def lr_scale(self) -> float:
+        """That of the options, and 1 while the base itself is learnt."""
+        return 1.0 if self.base.weights is None else float(self.config.lr_scale)
+
     def begin(self, task: int, similar: int | None = None) -> nn.Module:
         """Make a network with all weights for the first task of all, afterwards a correction of the frozen base."""
         if self.base.weights is None:

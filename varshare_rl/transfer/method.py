@@ -141,6 +141,11 @@ class ContinualMethod(Stateful, ABC):
         self.config, self.spec, self.pretrained = config, spec, pretrained
         self.old_tasks = self.tasks = 0 if pretrained is None else len(pretrained.adapters)
 
+    @property
+    def lr_scale(self) -> float:
+        """Factor on the policy's learning rate in the next task."""
+        return 1.0
+
     @abstractmethod
     def begin(self, task: int, similar: int | None = None) -> nn.Module:
         """Make the network to be trained on task number ``task``, the next one.

@@ -38,6 +38,8 @@ class LoRAMethodConfig(ContinualMethodConfig):
     "Rank of the adapters."
     alpha: float | None = bounded(None, above=0)
     "Numerator of the adapters' scale; null: the rank."
+    lr_scale: float = bounded(1.0, above=0)
+    "Factor on the policy's learning rate once the base is frozen."
     rslora: bool = False
     "Scale `alpha / sqrt(rank)` (Kalajdzievski 2023) instead of `alpha / rank`."
     dropout: float = bounded(0.0, least=0, below=1)

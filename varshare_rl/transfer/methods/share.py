@@ -57,6 +57,8 @@ class ShareMethodConfig(ContinualMethodConfig):
     "Rank of the adapters."
     alpha: float | None = bounded(None, above=0)
     "Numerator of the adapters' scale; null: the rank."
+    lr_scale: float = bounded(1.0, above=0)
+    "Factor on the policy's learning rate once the base is frozen."
     rslora: bool = False
     "Scale `alpha / sqrt(rank)` (Kalajdzievski 2023) instead of `alpha / rank`."
     initial_tasks: int = bounded(4, least=1)

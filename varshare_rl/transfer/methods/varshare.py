@@ -57,6 +57,8 @@ class VarShareMethodConfig(ContinualMethodConfig):
     "Rank of the adapters."
     alpha: float | None = bounded(None, above=0)
     "Numerator of the adapters' scale; null: the rank."
+    lr_scale: float = bounded(1.0, above=0)
+    "Factor on the policy's learning rate once the base is frozen."
     prior: PriorFrom = PriorFrom.previous
     "Prior of a new task: the posterior of the task before, `pooled` over all, or `standard` as for the first one."
     start: PosteriorStart = PosteriorStart.prior
