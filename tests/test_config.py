@@ -65,6 +65,11 @@ def test_no_file_only_mirrors_a_component() -> None:
         assert not only, path
 
 
+def test_every_tuned_file_of_a_method_belongs_to_a_combination() -> None:
+    pairs = {f"{env}_{algorithm}" for env in ENVIRONMENTS for algorithm in registered("algorithm")}
+    assert files("tuned_method") <= {f"{pair}_{method}" for pair in pairs for method in registered("method")}
+
+
 def test_every_tuned_file_belongs_to_a_combination() -> None:
     assert files("tuned") <= {f"{env}_{algorithm}" for env in ENVIRONMENTS for algorithm in registered("algorithm")}
 

@@ -58,6 +58,7 @@ GROUPS = frozenset(
         "method",
         "experiment",
         "tuned",
+        "tuned_method",
     }
 )
 #: ``resume=auto`` goes on with the folder of the same name, if there is one.
