@@ -16,7 +16,7 @@ from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 from test_resume import assert_same, final_state, metrics
 
-from varshare_rl.commands import train
+from varshare_rl.commands import attempts
 from varshare_rl.envs.slots import Episode
 from varshare_rl.optim.step import LossStep
 from varshare_rl.run import loop
@@ -153,8 +153,8 @@ def test_an_environment_that_always_fails_ends_the_run_with_its_name(
     assert outcome.code == 1
     (line,) = outcome.err.splitlines()
     assert line.startswith("error: task bad:Bad-v0 fails with OSError: the sensor is gone (environment")
-    assert outcome.out.count("going on from the checkpoint") == 1 + train.MOST_LEFT_OUT
-    assert outcome.out.count("without that episode") == train.MOST_LEFT_OUT
+    assert outcome.out.count("going on from the checkpoint") == 1 + attempts.MOST_LEFT_OUT
+    assert outcome.out.count("without that episode") == attempts.MOST_LEFT_OUT
     details = Path("run/failure.txt").read_text()
     assert "the\nsensor is gone" in details
     assert "bad.py" in details

@@ -21,7 +21,7 @@ from conftest import Command
 from helpers import SEQUENCE, TINY, TINY_ALGORITHM, last_of_each
 from test_resume import assert_same, final_state, metrics, results
 
-from varshare_rl.commands import train
+from varshare_rl.commands import attempts
 from varshare_rl.config import load_config
 from varshare_rl.reporting.statistics import iqm
 from varshare_rl.run.folder import held_folder
@@ -163,7 +163,7 @@ def test_without_rliable_there_are_means_and_the_extra_is_named(
 
 
 def test_a_run_that_fails_ends_no_other(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = train.build_run
+    plain = attempts.build_run
 
     def failing(config: Any, *rest: Any, **more: Any) -> Run:
         if config.seed == 0:
@@ -171,7 +171,7 @@ def test_a_run_that_fails_ends_no_other(command: Command, folder: Path, monkeypa
         return plain(config, *rest, **more)
 
     with monkeypatch.context() as patched:
-        patched.setattr(train, "build_run", failing)
+        patched.setattr(attempts, "build_run", failing)
         outcome = command("train", "-m", *RUN, "seed=0,1")
     assert outcome.code == 1
     assert "error: run seed-0: " in outcome.err
