@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 from conftest import Command
@@ -119,6 +120,22 @@ def test_from_python(command: Command) -> None:
     assert agent.results["transitions"] == 800
 
 
+def test_from_environments_that_are_python_objects(folder: Path) -> None:
+    def make() -> gymnasium.Env[Any, Any]:
+        return gymnasium.make("CartPole-v1")
+
+    tiny = {"rollout_transitions_per_task": 40, "epochs": 2, "minibatches": 2}
+    given: dict[str, Any] = {
+        "env": {"envs_per_task": 2}, "network": {"hidden": [8]}, "evaluate": {"episodes": 1, "every": 0},
+        "log": {"quiet": True},
+    }  # fmt: skip
+    vs.train(envs={"one": make, "two": make}, algorithm=tiny, total_transitions=160, run_dir="one", **given)
+    agent = vs.train("from=one", envs={"one": make, "two": make}, total_transitions=320, run_dir="two")
+    assert agent.results["transitions"] == 320
+    with pytest.raises(vs.UserError, match="Python objects"):
+        vs.train("from=one", total_transitions=320, run_dir="three")
+
+
 REFUSED = {
     "nothing left to do": ((), "from=one has done 528 transitions already"),
     "another suite": (("env=cartpole",), "env=cartpole cannot be given with from=one"),
@@ -137,6 +154,10 @@ REFUSED = {
     "out of bounds": (("algorithm.discount=2",), "algorithm.discount is 2"),
     "several values": (("algorithm.epochs=1,2",), "-m makes a run of each"),
     "no run": (("from=nowhere",), "no run folder nowhere, which from= begins with"),
+    "the folder of that run": (
+        ("run_dir=one", "overwrite=true"),
+        "run_dir=one is the run that this one begins with",
+    ),
     "a command that shows": (("--cfg", "job"), "--cfg shows what is composed here"),
     "resumed at once": (("resume=one",), "from=one begins a new run, and resume=one goes on with one"),
 }

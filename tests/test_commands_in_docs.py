@@ -126,7 +126,11 @@ def cheaply(words: list[str]) -> list[str]:
     """The same choices with a budget of few updates; a sweep has two values of its first option, else one."""
     name, *words = words
     if name == "train" and any(word.startswith("from=runs/") for word in words):  # which has done that of BUDGET
-        return [name, *(word for word in words if not word.startswith("total_transitions=")), "total_transitions=1280"]
+        return [
+            name,
+            *(word for word in words if not word.startswith("total_transitions=")),
+            "total_transitions=1280",
+        ]
     if name not in ("train", "continual") or any(word.startswith(("resume=runs/", "--cfg")) for word in words):
         given = {word.partition("=")[0] for word in words} & {"episodes", "draws", "total_transitions"}
         if name == "evaluate" and not any(word.startswith("protocol=") for word in words):

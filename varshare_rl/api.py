@@ -62,7 +62,8 @@ def train(
     overrides = [*arguments, *to_overrides(options)]
     if arguments and "=" not in arguments[0]:
         overrides[0] = f"env={arguments[0]}"
-    if envs is not None and options.get("resume") in (None, AUTO):
+    branches = any(item.startswith("from=") for item in overrides)  # whose environments are those of another run
+    if envs is not None and not branches and options.get("resume") in (None, AUTO):
         named = [item for item in overrides if item.startswith("env=")]
         if named:
             raise UserError(f"{named[0]} and envs are both given; give the name of environments, or your own")

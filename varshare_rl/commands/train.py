@@ -111,7 +111,12 @@ def run_config(
         return wanted
     if overwrite:
         as_built(config, makers)  # before anything is lost
-    state = None if config.pretrained is None else state_of_branch(config, ranks)
+    state = None
+    if config.pretrained is not None:
+        if wanted.absolute() == Path(config.pretrained).absolute():
+            raise UserError(f"run_dir={wanted} is the run that this one begins with; give another folder")
+        require_makers(config, makers, f"'from={config.pretrained}'")
+        state = state_of_branch(config, ranks)
     with ranks.entered(new_folder(wanted, config.run_dir is None and not auto, overwrite)) as run_dir:
         train(config, built(config, suite, run_dir, state, ranks), state, callbacks, new=True)
     return run_dir
@@ -190,16 +195,20 @@ def go_on(
     ranks: Ranks = ALONE,
 ) -> None:
     """Train from the last checkpoint in ``run_dir`` to the end of ``config``."""
-    if makers is None and config.env.name == ObjectsConfig.name:
-        raise UserError(
-            f"the environments of {run_dir} are Python objects; give them: "
-            f"vs.train(resume={str(run_dir)!r}, envs={{task: make, ...}})"
-        )
+    require_makers(config, makers, f"resume={str(run_dir)!r}")
     state = training_state(run_dir, ranks)
     with fitting(run_dir):
         check_unchanged(run_dir, config, state)
     suite = build_suite(config, makers)
     train(config, built(config, suite, run_dir, state, ranks), state, callbacks)
+
+
+def require_makers(config: TrainConfig, makers: Mapping[str, Maker] | None, given: str) -> None:
+    """Raise UserError where environments are Python objects, and what makes them is missing beside ``given``."""
+    if makers is None and config.env.name == ObjectsConfig.name:
+        raise UserError(
+            f"environments are Python objects there; give them: vs.train({given}, envs={{task: make, ...}})"
+        )
 
 
 def training_state(run_dir: Path, ranks: Ranks) -> Tree:
