@@ -31,7 +31,7 @@ def test_every_method_is_chosen_by_its_name(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["lora", "share", "varshare"])
 def test_corrections_learn_at_the_rate_that_was_found_for_the_suite(method: str) -> None:
-    assert composed(f"method={method}", "env=metaworld", "env.tasks=[reach-v3]").method.lr_scale == 5
+    assert composed(f"method={method}", "env=metaworld", "env.tasks=[reach-v3]").method.lr_scale == 3
     assert composed(f"method={method}", "env=light8").method.lr_scale == 1
     given = composed(f"method={method}", "env=metaworld", "env.tasks=[reach-v3]", "method.lr_scale=2")
     assert given.method.lr_scale == 2
