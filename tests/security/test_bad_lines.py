@@ -17,7 +17,7 @@ from conftest import OPTIONS
 
 from varshare_rl import entry
 from varshare_rl.cli import compose
-from varshare_rl.commands import share, train
+from varshare_rl.commands import attempts, share
 from varshare_rl.commands.common import ReportConfig
 from varshare_rl.config import flat_options
 from varshare_rl.continual import command as continual
@@ -108,7 +108,7 @@ def check(chosen: list[list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
     def begin(*_: object, **__: object) -> None:
         raise Accepted
 
-    monkeypatch.setattr(train, "build_run", begin)
+    monkeypatch.setattr(attempts, "build_run", begin)
     monkeypatch.setattr(continual, "build_sequence", begin)
     bad, wrong = 0, list[Any]()
     for words in chosen:
