@@ -21,6 +21,9 @@ SUITES = {
         "total_transitions=300000",
         "evaluate.every=0",
         "evaluate.episodes=50",
+        "critic=popart",
+        "critic.layer_norm=true",
+        "algorithm.reward_scale=none",
         "network.active_parameters=60000",
     ),
 }
