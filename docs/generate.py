@@ -61,12 +61,11 @@ class Option:
 
 
 def options(config: type, prefix: str = "", own: bool = False) -> Iterator[Option]:
-    """Yield the options of a config class, those inside it too; ``own``: without those of its base classes."""
+    """Yield the options of a config class, those inside it too; ``own``: those that its own body declares alone."""
     hints = get_type_hints(config)
     known = sentences(config)
-    inherited = {entry.name for base in config.__mro__[1:] if is_dataclass(base) for entry in fields(base)}
     for entry in fields(config):
-        if entry.name == "name" or (own and entry.name in inherited):
+        if entry.name == "name" or (own and entry.name not in config.__annotations__):
             continue
         inside = nested(entry)
         if inside is not None:

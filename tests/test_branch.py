@@ -12,7 +12,7 @@ import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
-from test_resume import assert_same, final_state
+from test_resume import assert_same, final_state, metrics
 
 import varshare_rl as vs
 
@@ -28,10 +28,6 @@ def trained(command: Command, algorithm: str, *overrides: str) -> dict[Path, byt
     return {path: path.read_bytes() for path in Path("one").rglob("*") if path.is_file()}
 
 
-def lines(run: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("algorithm", ["ppo", "sac"])
 def test_without_a_change_it_does_what_a_resumed_run_does(command: Command, algorithm: str) -> None:
     before = trained(command, algorithm)
@@ -43,7 +39,7 @@ def test_without_a_change_it_does_what_a_resumed_run_does(command: Command, algo
     for state in (resumed, branch):
         state.pop("options"), state.pop("best_score")  # the branch's best is its own
     assert_same(branch, resumed)
-    first = lines("two")[0]
+    first = metrics(Path("two"))[0]
     assert first["transitions"] == HALF
     assert "eval/mean_success" in first
     config, summary = OmegaConf.load("two/config.yaml"), json.loads(Path("two/summary.json").read_text())

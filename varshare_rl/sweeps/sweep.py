@@ -58,9 +58,8 @@ def sweep(command: RunCommand, line: CommandLine) -> int:
     """
     asked, config = read_sweep(line), None
     name, searching = launcher_name(asked), "hydra/sweeper=optuna" in asked.hydra
-    swept = [f"{key}=" for key in asked.swept]
-    branches = command.name == "train" and any(item.startswith("pretrained=") for item in (*asked.fixed, *swept))
-    if branches and asked.hydra:
+    given = {item.partition("=")[0] for item in asked.fixed} | asked.swept.keys()
+    if command.name == "train" and "pretrained" in given and asked.hydra:
         raise UserError(f"runs of a sweep with from= are made one after another here; leave out {asked.hydra[0]}")
     if asked.hydra:
         config = hydra_config(line, asked)
