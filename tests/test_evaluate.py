@@ -15,6 +15,7 @@ from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from test_errors import assert_one_line
 from torch import Tensor, nn
 
+import varshare_rl as vs
 from varshare_rl.envs.suite import Step
 from varshare_rl.run.evaluation import evaluate
 from varshare_rl.run.loop import Run
@@ -61,6 +62,30 @@ def test_evaluation_repeats_and_its_options_count(command: Command, run: str) ->
     assert (provenance["seed"], provenance["evaluation_seed"]) == (seen["one"]["conditions"]["seed"], 9)
     kept = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[-1])
     assert kept["transitions"] == 960  # evaluation adds nothing to the run's own record
+
+
+def test_actions_can_be_drawn_with_the_noise_of_training(
+    command_once: Callable[..., Path], command: Command
+) -> None:
+    settings = (*TINY, *TINY_ALGORITHM["ppo"], "algorithm.noise_correlation=0.9", "total_transitions=480")
+    run_dir = command_once("train", *settings, "run_dir=run")
+    agent = vs.load(run_dir)
+    drawn = agent.evaluate(3, deterministic=False)
+    assert drawn["conditions"]["actions"] == "stochastic"
+    assert read("run/evaluation_stochastic.json") == drawn
+    outcome = command("evaluate", f"run={run_dir}", "episodes=3", "deterministic=false")
+    assert outcome.code == 0, outcome.err
+    assert read("run/evaluation_stochastic.json") == drawn  # the same draws again
+    assert agent.evaluate(3)["mean_return"] != drawn["mean_return"]
+    policy = agent._trained.algorithm.evaluation_policy(2000, deterministic=False)
+    obs = torch.zeros(8, 2000, 4)
+    steps = []
+    for _ in range(2):
+        steps.append(policy.act(obs).atanh())
+        policy.observe(torch.zeros(8, 2000, dtype=torch.bool))
+    for action in range(2):
+        pair = torch.stack([step[0, :, action] for step in steps])
+        assert torch.corrcoef(pair)[0, 1].item() == pytest.approx(0.9, abs=0.03)  # the policy's mean is the same
 
 
 def test_the_best_checkpoint_can_be_evaluated(command: Command, run: str) -> None:
@@ -162,7 +187,7 @@ class Script:
 class Still:
     """A policy that does nothing."""
 
-    def evaluation_policy(self, envs_per_task: int) -> Still:
+    def evaluation_policy(self, envs_per_task: int, deterministic: bool = True) -> Still:
         return self
 
     def act(self, obs: Tensor) -> Tensor:

@@ -157,6 +157,7 @@ class Agent:
         seed: int | None = None,
         protocol: str | None = None,
         draw: str | None = None,
+        deterministic: bool = True,
     ) -> dict[str, Any]:
         """Play episodes of every task; returns what is written as ``evaluation.json``: means by task in ``tasks``.
 
@@ -165,6 +166,7 @@ class Agent:
             seed: of the episodes' starts; None: the run's own.
             protocol: ``goals``, ``official`` or ``quick``.
             draw: how weights are drawn: ``mean``, ``per_episode`` or ``per_step``; None: as the run says.
+            deterministic: take the most likely actions, instead of drawing them with the noise of training.
 
         Raises:
             UserError: an impossible choice, or the environments are objects and were not given.
@@ -173,6 +175,7 @@ class Agent:
             str(self.run_dir),
             None if protocol is None else choice(Protocol, "protocol", protocol),
             episodes,
+            deterministic=deterministic,
             draw=None if draw is None else choice(Resample, "draw", draw),
             seed=seed,
         )

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from varshare_rl.algorithms.actor_critic import GreedyPolicy
+from varshare_rl.algorithms.actor_critic import ActorPolicy
 from varshare_rl.algorithms.ppo import PPO
 from varshare_rl.commands import train
 from varshare_rl.envs.engine import SlotEngine
@@ -31,7 +31,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {
     "start": (Run, "start", 1),
     "step": (SlotEngine, "finish", 30),
     "update": (PPO, "update", 2),
-    "evaluate": (GreedyPolicy, "act", 25),
+    "evaluate": (ActorPolicy, "act", 25),
     "save": (checkpoint, "write_atomically", 3),
 }
 

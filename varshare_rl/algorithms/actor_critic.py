@@ -47,19 +47,26 @@ class ActorCriticConfig(Protocol):
 Networks = tuple[Actor, Critic]
 
 
-class GreedyPolicy:
-    """The mode of a policy, under the draws of ``elbo.draw.evaluation``.
+class ActorPolicy:
+    """An actor that is evaluated: its mode or its draws, with weights drawn as ``elbo.draw.evaluation`` says.
 
     Args:
         actor: the policy of ``T`` tasks; normalizer: of its observations.
         mode: how the policy's weights are drawn.
         envs_per_task: environments that act side by side.
+        noise: of the actions, which are drawn; None: actions are the distribution's mode.
     """
 
     def __init__(
-        self, actor: Actor, normalizer: ObservationNormalizer, mode: Resample, num_tasks: int, envs_per_task: int
+        self,
+        actor: Actor,
+        normalizer: ObservationNormalizer,
+        mode: Resample,
+        num_tasks: int,
+        envs_per_task: int,
+        noise: ActionNoise | None = None,
     ) -> None:
-        self.actor, self.normalizer = actor, normalizer
+        self.actor, self.normalizer, self.noise = actor, normalizer, noise
         self.task_ids = torch.arange(num_tasks)
         self.weight_sampler = WeightSampler(mode, actor, num_tasks, envs_per_task)
 
@@ -68,11 +75,15 @@ class GreedyPolicy:
         """Return actions ``[T, E, ...]`` for ``[T, E, F]``."""
         with self.weight_sampler.sample(obs.shape[1]):
             distribution: PolicyDistribution = self.actor(self.normalizer(obs), self.task_ids)
-            return distribution.mode()
+            if self.noise is None:
+                return distribution.mode()
+            return distribution.sample(self.noise.draw(obs.shape[1])).action
 
     def observe(self, done: Tensor) -> None:
         """Take note of the episodes that have ended; new ones may get new draws."""
         self.weight_sampler.record(done)
+        if self.noise is not None:
+            self.noise.record(done.to(self.noise.going_on.device))
 
 
 class ActorCritic(Algorithm):
@@ -139,8 +150,8 @@ class ActorCritic(Algorithm):
                 f"algorithm.noise_correlation={config.noise_correlation:g} is for Box actions, and these are "
                 "Discrete; leave it out"
             )
-        shape = (spec.num_tasks, spec.envs_per_task, spec.action_size)
-        self.action_noise = ActionNoise(config.noise_correlation, shape, spec.device)
+        self.noise_correlation = config.noise_correlation
+        self.action_noise = self._action_noise(spec.envs_per_task)
         self.absorbing = {
             "actor": Absorbing(self.actor, self.actor_step.optimizers),
             "critic": Absorbing(self.critic, self.critic_step.optimizers),
@@ -175,9 +186,14 @@ class ActorCritic(Algorithm):
             return penalty
         return penalty + self.regularizer.penalty(part, held)
 
-    def evaluation_policy(self, envs_per_task: int) -> GreedyPolicy:
+    def evaluation_policy(self, envs_per_task: int, deterministic: bool = True) -> ActorPolicy:
+        noise = None if deterministic else self._action_noise(envs_per_task)
         mode = self.elbo.config.draw.evaluation
-        return GreedyPolicy(self.actor, self.normalizer, mode, self.spec.num_tasks, envs_per_task)
+        return ActorPolicy(self.actor, self.normalizer, mode, self.spec.num_tasks, envs_per_task, noise)
+
+    def _action_noise(self, envs_per_task: int) -> ActionNoise:
+        shape = (self.spec.num_tasks, envs_per_task, self.spec.action_size)
+        return ActionNoise(self.noise_correlation, shape, self.spec.device)
 
     def weight_draws(self) -> str:
         layer = next((layer for _, layer in drawn_layers(self.actor)), None)

@@ -86,8 +86,11 @@ class Algorithm(Stateful, ABC):
         """Make one update (for PPO: all epochs on one rollout); returns scalars to log."""
 
     @abstractmethod
-    def evaluation_policy(self, envs_per_task: int) -> EvaluationPolicy:
-        """Return the policy to evaluate, for so many environments of every task."""
+    def evaluation_policy(self, envs_per_task: int, deterministic: bool = True) -> EvaluationPolicy:
+        """Return the policy to evaluate, for so many environments of every task.
+
+        ``deterministic``: it takes the most likely actions; else it draws them, with the noise of training.
+        """
 
     @abstractmethod
     def weight_draws(self) -> str:

@@ -8,6 +8,7 @@
     episodes=null      of every task, instead of a protocol; null: 50
     checkpoint=last    or best
     video=false        films of an episode of every task, and of all side by side
+    deterministic=true false: draw actions as in training, with its noise
     draw=null          weights: mean, per_episode, per_step; null: the run's own, which is mean
     device=auto        or cpu, cuda
     seed=null          of the episodes' starts; null: the run's own
@@ -73,6 +74,8 @@ class EvaluateConfig:
     "Episodes of every task; null: those of `protocol`, or 50."
     checkpoint: str = "last"
     "Checkpoint of the run: `last` or `best`."
+    deterministic: bool = True
+    "Take the most likely actions; false: draw them as in training, with `algorithm.noise_correlation`."
     draw: Resample | None = None
     "How the policy's weights are drawn, as in `elbo.draw.evaluation`; null: as the run says, which is `mean`."
     video: bool = False
@@ -92,9 +95,10 @@ class EvaluateConfig:
 
     @property
     def names(self) -> dict[str, str | None]:
-        """Protocol and draws as results and file names have them."""
+        """Protocol, actions and draws as results and file names have them."""
         return {
             "protocol": None if self.protocol is None else self.protocol.value,
+            "actions": None if self.deterministic else "stochastic",
             "draw": None if self.draw is None else self.draw.value,
         }
 
@@ -152,7 +156,7 @@ def film_agent(agent: TrainedAgent, options: EvaluateConfig) -> Path:
         UserError: the suite has no pictures, or nothing here draws or encodes them.
     """
     with _drawn(agent, options.draw):
-        films = film(agent.algorithm, agent.suite, evaluation_seed(agent, options.seed))
+        films = film(agent.algorithm, agent.suite, evaluation_seed(agent, options.seed), options.deterministic)
     folder = Path(options.run) / ("video" if agent.checkpoint.name.startswith("last") else "video_best")
     with whole_folder(folder) as made:
         write_films(films, made)
@@ -164,9 +168,11 @@ def _played(agent: TrainedAgent, options: EvaluateConfig, seed: int) -> tuple[Ev
     episodes = episodes_of(options, agent.suite)
     with _drawn(agent, options.draw):
         if options.protocol is Protocol.official:
-            return evaluate_officially(agent.algorithm, agent.suite, episodes, seed), episodes
+            found = evaluate_officially(agent.algorithm, agent.suite, episodes, seed, options.deterministic)
+            return found, episodes
         with own_random(seed), evaluation_engine(agent, episodes, seed) as engine:
-            return evaluate(agent.algorithm, agent.suite, engine, episodes), episodes
+            found = evaluate(agent.algorithm, agent.suite, engine, episodes, deterministic=options.deterministic)
+            return found, episodes
 
 
 @contextmanager
@@ -202,6 +208,7 @@ def evaluate_sequence(options: EvaluateConfig) -> tuple[dict[str, Any], Tasks]:
     """Evaluate a sequence, whose tasks have the policies that they are acted with by now, and write the result."""
     run_dir = Path(options.run)
     given = [f"draw={options.draw.value}"] if options.draw is not None else []
+    given += ["deterministic=false"] * (not options.deterministic)
     given += ["protocol=official"] * (options.protocol is Protocol.official) + ["video=true"] * options.video
     if given:
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from varshare_rl.algorithms.actor_critic import ActorCritic, GreedyPolicy
+from varshare_rl.algorithms.actor_critic import ActorCritic, ActorPolicy
 from varshare_rl.algorithms.base import EvaluationPolicy
 from varshare_rl.continual.config import ContinualConfig, TaskIds
 from varshare_rl.continual.tasks import SequenceTask
@@ -152,7 +152,7 @@ class Evaluator:
     def _policy(
         self, task: SequenceTask, learnt: int | None, meanwhile: bool = False
     ) -> Callable[[int], EvaluationPolicy]:
-        return partial(GreedyPolicy, *self.policy(task, learnt, meanwhile), self.config.elbo.draw.evaluation, 1)
+        return partial(ActorPolicy, *self.policy(task, learnt, meanwhile), self.config.elbo.draw.evaluation, 1)
 
     def _engine(self, suite: Any, envs: int, other_starts: bool) -> VectorEngine:
         key = (id(suite), envs, other_starts)

@@ -1,10 +1,11 @@
-"""Evaluation: deterministic actions on the posterior mean, a fixed number of episodes per task."""
+"""Evaluation: a fixed number of episodes per task, by default with deterministic actions on the posterior mean."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -132,13 +133,17 @@ def evaluate(
     engine: VectorEngine,
     episodes: int,
     stop: Callable[[], bool] = lambda: False,
+    deterministic: bool = True,
 ) -> Evaluation:
     """Run :func:`play` with the algorithm's own policy, and add the nats of its networks."""
-    tasks = play(algorithm.evaluation_policy, suite, engine, episodes, device_of(algorithm), stop=stop)
+    make_policy = partial(algorithm.evaluation_policy, deterministic=deterministic)
+    tasks = play(make_policy, suite, engine, episodes, device_of(algorithm), stop=stop)
     return with_kl(algorithm, tasks)
 
 
-def evaluate_officially(algorithm: Algorithm, suite: Suite, episodes: int, seed: int) -> Evaluation:
+def evaluate_officially(
+    algorithm: Algorithm, suite: Suite, episodes: int, seed: int, deterministic: bool = True
+) -> Evaluation:
     """Evaluate with the protocol of the suite's authors, see :meth:`Suite.official_evaluation`.
 
     Raises:
@@ -147,7 +152,7 @@ def evaluate_officially(algorithm: Algorithm, suite: Suite, episodes: int, seed:
     device = device_of(algorithm)
 
     with own_random(seed), one_thread():
-        policy = algorithm.evaluation_policy(1)
+        policy = algorithm.evaluation_policy(1, deterministic)
 
         def act(obs: npt.NDArray[np.float32]) -> npt.NDArray[Any]:
             return policy.act(torch.from_numpy(obs).to(device)[:, None])[:, 0].cpu().numpy()

@@ -101,7 +101,9 @@ def worst(values: Sequence[float | None], counts: Sequence[int] = WORST) -> dict
     return {str(k): _mean(known[:k]) for k in counts if k <= len(known)}
 
 
-def evaluation_file(checkpoint: str, protocol: str | None = None, draw: str | None = None) -> str:
+def evaluation_file(
+    checkpoint: str, protocol: str | None = None, actions: str | None = None, draw: str | None = None
+) -> str:
     """Return the name of the file that ``evaluate`` writes: of its own for every kind of evaluation.
 
     ``evaluation.json`` is that of the last checkpoint without a protocol, ``evaluation_best_official.json`` of the
@@ -109,9 +111,10 @@ def evaluation_file(checkpoint: str, protocol: str | None = None, draw: str | No
 
     Args:
         checkpoint: ``last`` or ``best``.
-        protocol: its name; draw: how the policy's weights were drawn, where that was chosen.
+        protocol: its name; actions: ``stochastic`` where they were drawn; draw: how the policy's weights were
+            drawn, where that was chosen.
     """
-    parts = [checkpoint if checkpoint != "last" else None, protocol, draw]
+    parts = [checkpoint if checkpoint != "last" else None, protocol, actions, draw]
     return "_".join(["evaluation", *(part for part in parts if part is not None)]) + ".json"
 
 

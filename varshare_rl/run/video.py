@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from varshare_rl.algorithms.base import Algorithm
+from varshare_rl.algorithms.base import Algorithm, EvaluationPolicy
 from varshare_rl.envs.suite import Frame, RenderingEngine, Suite
 from varshare_rl.errors import UserError, one_line
 from varshare_rl.run.evaluation import device_of
@@ -58,8 +58,10 @@ def require_encoder() -> Any:
 
 
 @torch.no_grad()
-def film(algorithm: Algorithm, suite: Suite, seed: int) -> list[Film]:
+def film(algorithm: Algorithm, suite: Suite, seed: int, deterministic: bool = True) -> list[Film]:
     """Play the first evaluation episode of every task, and look at it.
+
+    Not ``deterministic``: actions are drawn as in training.
 
     Raises:
         UserError: there are no pictures of the suite, or nothing here draws them.
@@ -67,7 +69,7 @@ def film(algorithm: Algorithm, suite: Suite, seed: int) -> list[Film]:
     with own_random(seed), one_thread():
         engine = suite.make_rendering_engine(seed)
         try:
-            return _film(algorithm, suite, engine)
+            return _film(algorithm.evaluation_policy(1, deterministic), device_of(algorithm), suite, engine)
         except UserError:
             raise
         except Exception as error:
@@ -80,8 +82,7 @@ def film(algorithm: Algorithm, suite: Suite, seed: int) -> list[Film]:
             engine.close()
 
 
-def _film(algorithm: Algorithm, suite: Suite, engine: RenderingEngine) -> list[Film]:
-    device, policy = device_of(algorithm), algorithm.evaluation_policy(1)
+def _film(policy: EvaluationPolicy, device: torch.device, suite: Suite, engine: RenderingEngine) -> list[Film]:
     films = [Film(name, success=False if suite.has_success else None) for name in suite.task_names]
     running, every = np.ones(len(films), dtype=bool), math.ceil(suite.horizon / MOST_FRAMES)
     obs, pictures = engine.reset(), engine.render()
