@@ -23,7 +23,7 @@ from varshare_rl.envs.object_env import Maker
 from varshare_rl.envs.objects import ObjectsConfig
 from varshare_rl.errors import UserError
 from varshare_rl.fields import check_bounds
-from varshare_rl.nn.actor import Resample
+from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.overrides import literal, override
 from varshare_rl.reading import read_object
 from varshare_rl.run.callbacks import Callbacks

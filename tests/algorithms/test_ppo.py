@@ -17,10 +17,11 @@ from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.nn import IndependentConfig, SharedConfig, VarShareConfig, VarShareLoRAConfig
-from varshare_rl.nn.actor import GaussianFamily, LogStd, Resample
+from varshare_rl.nn.actor import GaussianFamily, LogStd
 from varshare_rl.nn.critic import CriticConfig, ValueNetwork
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.variational import stochastic_layers
+from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.ops.rl import clipped_squared_error, normalize_per_task, squared_error
 from varshare_rl.optim.elbo import DrawConfig
 from varshare_rl.optim.gradient import GradientConfig

@@ -15,11 +15,11 @@ from varshare_rl.envs.cartpole import CartPoleConfig
 from varshare_rl.envs.pointmass import PointMassConfig
 from varshare_rl.errors import UserError
 from varshare_rl.nn import Posterior, SharedConfig, VarShareLoRAConfig
-from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.nn.variational import stochastic_layers
+from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig, TargetDraw
 from varshare_rl.types import Transition
 

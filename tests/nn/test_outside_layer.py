@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from varshare_rl.adapters.agent import base_network, task_adapter
 from varshare_rl.errors import UserError
 from varshare_rl.nn.absorb import absorb
-from varshare_rl.nn.actor import Resample, WeightSampler
 from varshare_rl.nn.layer import AbsorptionMove, TaskLayer, linear_parameters, plain_linear
 from varshare_rl.nn.merge import merged
 from varshare_rl.nn.mlp import TaskMLP
@@ -19,6 +18,7 @@ from varshare_rl.nn.sharing import measure_sharing
 from varshare_rl.nn.stochastic import GaussianFactors
 from varshare_rl.nn.task_rows import TaskIds, TaskRows, task_rows
 from varshare_rl.nn.uncertainty import layer_moments, linearised, sample_outputs
+from varshare_rl.nn.weight_sampler import Resample, WeightSampler
 from varshare_rl.ops.gaussian import inverse_softplus, prior_nats, softplus_sigma
 from varshare_rl.ops.low_rank import LowRank
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from varshare_rl.nn import Posterior, SharedConfig, VarShareConfig, VarShareLoRAConfig
-from varshare_rl.nn.actor import Resample, WeightSampler, drawn_once
 from varshare_rl.nn.variational import stochastic_layers
+from varshare_rl.nn.weight_sampler import Resample, WeightSampler, drawn_once
 
 TASKS, ENVS, IN, OUT = 2, 3, 4, 2
 IDS = torch.arange(TASKS)

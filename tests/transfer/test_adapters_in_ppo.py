@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from varshare_rl.algorithms import ppo
 from varshare_rl.algorithms.base import AgentContext, TaskSpec
 from varshare_rl.algorithms.ppo import PPO, PPOConfig
-from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.mlp import TaskMLP
 from varshare_rl.nn.varshare_lora import VarShareLoRALayer
+from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.elbo import DrawConfig, Elbo, ElboConfig
 from varshare_rl.transfer.pretrained import pretrained_from
 from varshare_rl.types import Transition

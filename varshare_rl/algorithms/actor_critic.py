@@ -15,10 +15,11 @@ from varshare_rl.algorithms.base import AgentContext, Algorithm
 from varshare_rl.data.normalizers import ObservationNormalizer, ObservationStatistics, RewardScale, reward_scaler
 from varshare_rl.errors import UserError
 from varshare_rl.nn.action_noise import ActionNoise
-from varshare_rl.nn.actor import Actor, PolicyDistribution, Resample, WeightSampler
+from varshare_rl.nn.actor import Actor, PolicyDistribution
 from varshare_rl.nn.critic import Critic
 from varshare_rl.nn.parameters import shared_parameters
 from varshare_rl.nn.stochastic import drawn_layers
+from varshare_rl.nn.weight_sampler import Resample, WeightSampler
 from varshare_rl.optim.absorption import Absorbing, absorb_all
 from varshare_rl.optim.elbo import Likelihood, Penalized
 from varshare_rl.optim.step import LossStep

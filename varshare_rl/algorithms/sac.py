@@ -16,10 +16,11 @@ from varshare_rl.data.buffers import ReplayBatch, ReplayBuffer
 from varshare_rl.data.normalizers import ObservationStatistics, RewardScale
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.nn.actor import GaussianConfig, drawn_once
+from varshare_rl.nn.actor import GaussianConfig
 from varshare_rl.nn.critic import TwinQ
 from varshare_rl.nn.parameters import frozen, rho_parameters
 from varshare_rl.nn.stochastic import theta_only
+from varshare_rl.nn.weight_sampler import drawn_once
 from varshare_rl.ops.rl import td_target
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.step import LossStep
@@ -94,8 +95,8 @@ class SAC(ActorCritic):
     """SAC with twin critics and an entropy coefficient per task.
 
     Every update draws weights anew, once for all its passes where the estimator allows
-    (:func:`~varshare_rl.nn.actor.drawn_once`). Under PopArt the entropy coefficient counts in units of the task's
-    values, so a factor on a task's rewards changes nothing.
+    (:func:`~varshare_rl.nn.weight_sampler.drawn_once`). Under PopArt the entropy coefficient counts in units of the
+    task's values, so a factor on a task's rewards changes nothing.
 
     Args:
         config: see :class:`SACConfig`.

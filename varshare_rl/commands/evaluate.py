@@ -38,8 +38,8 @@ from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.files import whole_folder, write_json
-from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.layer import posterior_layers
+from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation, evaluate, evaluate_officially, shown
 from varshare_rl.run.process import own_random

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.nn.actor import Resample
 from varshare_rl.nn.config import Posterior, PosteriorStart, PriorUnits
 from varshare_rl.nn.layer import TaskModule, penalized_layers
 from varshare_rl.nn.variational import Estimator, summed_kl
+from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.absorption import AbsorbConfig
 from varshare_rl.optim.kl_schedules import ConstantConfig, KLSchedule
 from varshare_rl.optim.priors import FixedPriorConfig, LossGap, Prior
