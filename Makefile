@@ -41,7 +41,7 @@ audit: $(INSTALLED)  ## known vulnerabilities of the versions in constraints.txt
 	build/audit/bin/python -m pip --disable-pip-version-check install -q pip-audit
 	build/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip
 
-bench: $(INSTALLED)  ## speed, scale and memory, on a quiet machine (15 minutes); ARGS="..." chooses
+bench: $(INSTALLED)  ## speed, scale and memory, on a quiet machine (half an hour); ARGS="..." chooses
 	$(BIN)/python -m experiments.bench $(ARGS)
 
 $(INSTALLED): pyproject.toml constraints.txt

@@ -67,6 +67,14 @@ def test_a_rate_that_is_given_anew_is_that_of_every_parameter(command: Command, 
     assert any("theta" in name for name in moved)
 
 
+def test_a_weight_of_the_divergence_that_is_given_anew_is_the_one_that_holds(command: Command) -> None:
+    trained(command, "ppo")
+    given = ("from=one", f"total_transitions={2 * HALF}", "elbo.kl_weight=0.7", "run_dir=two")
+    assert command("train", *given).code == 0
+    weights = {line["elbo/kl_weight"] for line in metrics(Path("two")) if "elbo/kl_weight" in line}
+    assert weights == {0.7}
+
+
 def test_it_is_resumed_as_any_run(command: Command) -> None:
     trained(command, "ppo")
     given = ("from=one", "algorithm.entropy_weight=0.1", "optimizer.schedule=linear")

@@ -393,7 +393,7 @@ def test_onnx_without_its_packages_names_the_extra(command: Command, monkeypatch
     train(command)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     outcome = command("export", "run=run", f"task={TASK}", "format=onnx")
-    assert_one_line(outcome.code, outcome.err, "varshare_rl[onnx]")
+    assert_one_line(outcome.code, outcome.err, "of the extra onnx")
 
 
 def test_a_damaged_network_is_named(command: Command) -> None:

@@ -110,7 +110,7 @@ def test_what_cannot_be_drawn_is_said_in_one_line(command: Command, monkeypatch:
     assert outcome.code == 2
     assert command("train", *TINY, *TINY_ALGORITHM["ppo"], *TWO).code == 0
     outcome = command("evaluate", "run=run", "video=true")
-    assert_one_line(outcome.code, outcome.err, 'video=true needs an encoder: pip install "varshare_rl[video]"')
+    assert_one_line(outcome.code, outcome.err, "video=true needs an encoder, of the extra video")
     assert not Path("run/video").exists()
 
 

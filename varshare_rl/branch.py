@@ -43,6 +43,11 @@ def compose_branch(source: str, overrides: Sequence[Override]) -> DictConfig:
                 f"{override.input_line} cannot be given with from={source}, whose checkpoint is made of another "
                 "choice; leave that out, or start a new run (rates, schedules, clipping and weights may be given)"
             )
+        if key == "elbo.kl_weight" and stored.elbo.schedule.build(1.0, 1).reacts:
+            raise UserError(
+                f"{override.input_line} cannot be given with from={source}, whose elbo/schedule="
+                f"{stored.elbo.schedule.name} has moved the weight; give options of elbo.schedule, or leave it out"
+            )
         OmegaConf.update(composed, key, override.value(), merge=False)
     return composed
 

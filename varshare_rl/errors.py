@@ -15,6 +15,14 @@ class UserError(ValueError):
     """
 
 
+def missing_extra(needs: str, extra: str) -> UserError:
+    """Return the error of something that ``needs`` an optional dependency, such as ``format=onnx needs onnx``."""
+    return UserError(
+        f"{needs}, of the extra {extra}; in the checkout of this package run "
+        f"pip install -c constraints.txt -e '.[{extra}]'"
+    )
+
+
 class RunFailure(RuntimeError):
     """A run that cannot go on, whatever was asked of it. The message is one line; commands exit with code 1.
 

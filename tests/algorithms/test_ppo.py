@@ -22,8 +22,8 @@ from varshare_rl.nn.critic import CriticConfig, ValueNetwork
 from varshare_rl.nn.parameters import total_kl
 from varshare_rl.nn.variational import stochastic_layers
 from varshare_rl.nn.weight_sampler import Resample
-from varshare_rl.ops.rl import clipped_squared_error, normalize_per_task, squared_error
-from varshare_rl.optim.elbo import DrawConfig
+from varshare_rl.ops.rl import clipped_squared_error, gae, normalize_per_task, squared_error
+from varshare_rl.optim.elbo import DrawConfig, TargetDraw
 from varshare_rl.optim.gradient import GradientConfig
 from varshare_rl.optim.optimizer import Schedule
 from varshare_rl.types import Transition
@@ -213,7 +213,8 @@ def test_entropy_and_explained_variance_are_told_of_every_task() -> None:
     metrics = learner.update()
     torch.testing.assert_close(metrics["entropy"], entropy, rtol=0, atol=0.5)  # of the squashed action: sampled
     torch.testing.assert_close(metrics["explained_variance"], expected.detach(), rtol=1e-4, atol=1e-5)
-    for name in ("entropy", "explained_variance"):
+    assert metrics["approximate_kl"].tolist() == pytest.approx([0.0] * 8, abs=1e-6)  # before the first step
+    for name in ("entropy", "approximate_kl", "explained_variance"):
         torch.testing.assert_close(metrics[f"loss/{name}"], metrics[name].mean())
 
 
@@ -301,6 +302,20 @@ def test_a_time_limit_is_bootstrapped_and_an_end_is_not(monkeypatch: pytest.Monk
     steps = targets[-1].sort(-1).values
     torch.testing.assert_close(steps[:, ENVS:], torch.full((2, ENVS), 6.0))
     torch.testing.assert_close(steps[:, :ENVS], torch.full((2, ENVS), 10.0 - 4.0 - 0.35 * 4.0))
+
+
+@pytest.mark.parametrize("targets", list(TargetDraw))
+def test_values_of_a_rollout_are_of_one_critic(monkeypatch: pytest.MonkeyPatch, targets: TargetDraw) -> None:
+    engine, learner = make("box", normalize_observations=False)
+    learner.elbo.config.draw.targets = targets
+    rollout(engine, learner)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(ppo, "gae", lambda *given: seen.extend(given) or gae(*given))
+    learner._training_data()
+    _, value, next_value, terminated, truncated = seen[:5]
+    follows = ~(terminated | truncated).bool()[:, :-1]  # the next row is what came next
+    assert follows.any()
+    torch.testing.assert_close(next_value[:, :-1][follows], value[:, 1:][follows])
 
 
 @pytest.mark.parametrize(("target_kl", "minibatches"), [(None, 12), (1e9, 12), (0.0, 1)])

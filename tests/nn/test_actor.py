@@ -48,6 +48,27 @@ def test_gaussian_actor_splits_offsets_and_clamps() -> None:
     assert high(torch.zeros(1, 1, 1), torch.arange(1)).log_std.item() == 1.0
 
 
+@pytest.mark.parametrize("log_std", list(LogStd))
+def test_a_spread_that_has_passed_its_bound_comes_back(log_std: LogStd) -> None:
+    config = GaussianConfig(log_std=log_std, most=1.0)
+    outputs = GaussianActor.outputs(config, 2)
+    actor = GaussianActor(
+        SharedConfig(hidden=[4]).build(3, outputs, 1, Posterior()), torch.ones(1, 2).bool(), config
+    )
+    optimizer = torch.optim.Adam(actor.parameters(), lr=0.1)
+    obs = torch.ones(1, 1, 3)
+    spreads = []
+    for sign in (-1.0, 1.0):  # wanted wide, then narrow
+        for _ in range(100):
+            optimizer.zero_grad()
+            spread = actor(obs, torch.arange(1)).log_std
+            (sign * spread.mean()).backward()
+            optimizer.step()
+        spreads.append(spread.max().item())
+    assert spreads[0] == 1.0
+    assert spreads[1] < 0.0
+
+
 def test_gaussian_sample_agrees_with_its_log_prob() -> None:
     mean, log_std = torch.randn(2, 2, 500, 3, dtype=torch.float64)
     distribution = TanhNormal(mean, log_std, torch.ones(2, 1, 3).double())

@@ -10,6 +10,7 @@ from torch.distributions.transforms import TanhTransform
 from varshare_rl.ops.rl import (
     categorical_entropy,
     categorical_log_prob,
+    clamp_inward,
     masked_logits,
     tanh_log_det,
     tanh_normal_log_prob,
@@ -22,6 +23,17 @@ def test_log_det_by_hand_and_where_the_plain_formula_breaks() -> None:
     far = torch.tensor([40.0, -40.0])  # float32: 1 - tanh(40)^2 is 0 there
     assert torch.isinf(torch.log(1 - torch.tanh(far) ** 2)).all()
     assert tanh_log_det(far).tolist() == pytest.approx([2 * math.log(2) - 80.0] * 2, rel=1e-6)
+
+
+def test_a_clamp_lets_gradients_through_that_lead_back() -> None:
+    x = torch.tensor([-3.0, -3.0, 0.5, 0.5, 3.0, 3.0], requires_grad=True)
+    slopes = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0])  # a descent step goes the other way
+    clamped = clamp_inward(x, -1.0, 2.0)
+    (gradient,) = torch.autograd.grad(clamped, x, slopes, retain_graph=True)
+    assert torch.equal(clamped, x.clamp(-1.0, 2.0))
+    assert gradient.tolist() == [0.0, -1.0, 1.0, -1.0, 1.0, 0.0]
+    (rows,) = torch.autograd.grad(clamped, x, torch.stack([slopes, -slopes]), is_grads_batched=True)
+    assert rows.tolist() == [[0.0, -1.0, 1.0, -1.0, 1.0, 0.0], [-1.0, 0.0, -1.0, 1.0, 0.0, 1.0]]
 
 
 def test_tanh_normal_equals_torch_distributions() -> None:

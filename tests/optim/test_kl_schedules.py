@@ -208,3 +208,20 @@ def test_no_controller_moves_without_posteriors() -> None:
     assert elbo.penalty(plain, 10) == 0.0
     elbo.step({"network": plain}, lambda: torch.zeros(TASKS))
     assert math.isnan(elbo.metrics({"network": plain})["elbo/noise_to_weight"])
+
+
+def test_a_price_is_where_its_network_is() -> None:
+    module = network()
+    elbo = Elbo(ElboConfig(schedule=DualConfig()), TASKS)
+    assert torch.as_tensor(elbo.price(module, 10)).device.type == "cpu"
+    assert torch.as_tensor(elbo.price(module.to("meta"), 10)).device.type == "meta"
+
+
+@pytest.mark.parametrize("schedule", [ConstantConfig(), FreeBitsConfig(), RampConfig()])
+def test_a_weight_that_nothing_moves_is_that_of_the_options(schedule: Any) -> None:
+    before, after = (Elbo(ElboConfig(kl_weight=weight, schedule=schedule), 2) for weight in (0.1, 1.0))
+    for elbo in (before, after):
+        elbo.advance(0.5)
+    weight = after.schedule.weight
+    after.load_state(before.state())
+    assert after.schedule.weight == weight != before.schedule.weight

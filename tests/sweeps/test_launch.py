@@ -14,7 +14,7 @@ from helpers import TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
 from varshare_rl.cli import terminable
-from varshare_rl.errors import Terminated
+from varshare_rl.errors import Terminated, missing_extra
 from varshare_rl.sweeps import launch
 from varshare_rl.sweeps.launch import STOP_FILE, _cap, _heeding, _passing_on
 
@@ -64,8 +64,8 @@ def test_a_launcher_that_is_not_installed_names_its_extra(
     for name in launch.EXTRA:
         outcome = command("train", "-m", *RUN, "seed=0,1", f"hydra/launcher={name}")
         assert outcome.code == 2
-        expected = f"error: hydra/launcher={name} needs an extra; pip install 'varshare_rl[sweeps]'\n"
-        assert outcome.err == expected
+        expected = missing_extra(f"hydra/launcher={name} needs its Hydra plugin", "sweeps")
+        assert outcome.err == f"error: {expected}\n"
     assert list(folder.rglob("*")) == []
 
 

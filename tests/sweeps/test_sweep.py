@@ -154,7 +154,7 @@ def test_without_rliable_there_are_means_and_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "rliable", None)
     outcome = command("train", "-m", *RUN, "seed=0,1,2")
     assert outcome.code == 0, outcome.err
-    assert "pip install 'varshare_rl[report]'" in outcome.out
+    assert "pip install -c constraints.txt -e '.[report]'" in outcome.out
     (row,) = csv.DictReader((only(folder) / "sweep.csv").read_text().splitlines())
     means = [read(only(folder) / f"seed-{seed}" / "summary.json")["mean_success"] for seed in range(3)]
     assert row["statistic"] == "mean over seeds and tasks, least and greatest seed"

@@ -240,11 +240,25 @@ class ActorCritic(Algorithm):
         absorb = self.elbo.config.absorb
         if absorb.every and absorb.due(updates_before, self.updates):
             self.absorbed = absorb_all(self.absorbing, absorb)
-        due = min(int(self.fraction * (self.resets_planned + 1) + 1e-9), self.resets_planned)
+        due = self._resets_due()
         if due > self.resets_done:
             self.resets_done = due
             self.reward_scaler.refresh()
             self.reset_networks()
+
+    def _resets_due(self) -> int:
+        return min(int(self.fraction * (self.resets_planned + 1) + 1e-9), self.resets_planned)
+
+    def branch(self, fraction: float) -> None:
+        """Have the rates of the options, whatever had slowed the other run down; resets due before are past."""
+        self.fraction = fraction
+        self.resets_done = self._resets_due()
+        for step in self.steps():
+            step.rate_factor = 1.0
+
+    def steps(self) -> list[LossStep]:
+        """All that step parameters."""
+        return [self.actor_step, self.critic_step]
 
     def reset_networks(self) -> None:
         """Start networks and steps anew; normalisers and experience stay (Nikishin et al. 2022)."""
@@ -265,7 +279,7 @@ class ActorCritic(Algorithm):
         return max(step.divergence_guard.idle for step in (self.actor_step, self.critic_step))
 
     def slow_down(self, factor: float) -> None:
-        for step in (self.actor_step, self.critic_step):
+        for step in self.steps():
             step.rate_factor *= factor
 
     def trained_modules(self) -> dict[str, nn.Module]:

@@ -45,10 +45,10 @@ class TaskSpec:
 
 
 class EvaluationPolicy(Protocol):
-    """Acts without exploring, in as many environments per task as it was made for."""
+    """Acts in as many environments per task as it was made for; learns nothing."""
 
     def act(self, obs: Tensor) -> Tensor:
-        """Deterministic actions for ``obs [T, E, F]``, under the weights that evaluation uses."""
+        """Actions for ``obs [T, E, F]``, under the weights that evaluation uses."""
 
     def observe(self, done: Tensor) -> None:
         """Take note of the episodes that have ended, ``[T, E]``."""
@@ -111,6 +111,9 @@ class Algorithm(Stateful, ABC):
     @abstractmethod
     def idle_steps(self) -> int:
         """Count the steps in a row, up to now, that every task was left out of, of the network with the most."""
+
+    def branch(self, fraction: float) -> None:
+        """Take note that a new run begins with what was loaded, at a share of its budget."""
 
     @abstractmethod
     def slow_down(self, factor: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -20,6 +19,7 @@ from varshare_rl.fields import bounded
 from varshare_rl.nn.actor import GaussianConfig, GaussianFamily, LogStd, Sample
 from varshare_rl.nn.critic import Held, ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
+from varshare_rl.nn.weight_sampler import drawn_once
 from varshare_rl.ops.rl import finite_mean, gae, normalize_over_tasks, normalize_per_task, ppo_policy_loss
 from varshare_rl.optim.elbo import TargetDraw
 from varshare_rl.optim.optimizer import Schedule
@@ -233,6 +233,7 @@ class PPO(ActorCritic):
                     "value": critic_losses.detach().mean(),
                     "entropy": entropy.detach(),
                     "approximate_kl": policy_kl,
+                    "task_kl": kl.detach(),
                     "clip_fraction": clip_fraction.mean(),
                     "actor_grad_norm": actor_norm,
                     "critic_grad_norm": critic_norm,
@@ -240,9 +241,11 @@ class PPO(ActorCritic):
         self.rollout.position = 0
         self.finish_update(updates_before)
         self.weight_sampler.resample()
-        entropies = torch.stack([step.pop("entropy") for step in done]).mean(0)
+        entropies, task_kl = (
+            torch.stack([step.pop(name) for step in done]).mean(0) for name in ("entropy", "task_kl")
+        )
         metrics: Scalars = {f"loss/{name}": torch.stack([step[name] for step in done]).mean() for name in done[0]}
-        metrics |= {"entropy": entropies, "explained_variance": explained_variance}
+        metrics |= {"entropy": entropies, "approximate_kl": task_kl, "explained_variance": explained_variance}
         metrics |= {"loss/entropy": entropies.mean(), "loss/explained_variance": explained_variance.mean()}
         metrics["loss/minibatches"] = float(len(done))
         return metrics
@@ -263,7 +266,7 @@ class PPO(ActorCritic):
         """Return the rollout as ``[T, S * E, ...]`` with advantages and targets; the explained variance ``[T]``."""
         rollout = self.rollout.fields
         mean = self.elbo.config.draw.targets is TargetDraw.mean
-        with posterior_mean(self.critic) if mean else nullcontext():
+        with posterior_mean(self.critic) if mean else drawn_once(self.critic):  # one draw for both passes
             value, next_value = (
                 self.ranks.by_rows(
                     lambda obs: self.critic(obs, self.task_ids), rollout[name].flatten(1, 2)

@@ -147,7 +147,7 @@ class SAC(ActorCritic):
             [self.actor, self.critic, self.target_critic, self.normalizer, self.reward_scaler], [self.log_alpha],
             [
                 optimizer
-                for step in (self.actor_step, self.critic_step, self.entropy_step)
+                for step in self.steps()
                 for optimizer in step.optimizers
             ],
         )  # fmt: skip
@@ -176,6 +176,9 @@ class SAC(ActorCritic):
         self.transitions_per_task += transition.reward.shape[1]
         if self.transitions_per_task >= self.config.start_transitions_per_task:
             self.updates_due += self.config.updates_per_transition_per_task * transition.reward.shape[1]
+
+    def steps(self) -> list[LossStep]:
+        return [*super().steps(), self.entropy_step]
 
     def advance(self, fraction: float) -> None:
         super().advance(fraction)

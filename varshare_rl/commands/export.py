@@ -40,7 +40,7 @@ from varshare_rl.commands.common import NEEDS_RUN, make_folder, output_folder, r
 from varshare_rl.config import Device, is_sequence
 from varshare_rl.continual.sequence import load_sequence
 from varshare_rl.envs.spaces import TaskSpaces
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, missing_extra
 from varshare_rl.files import to_json, whole_folder, write_atomically, write_json
 from varshare_rl.nn.critic import TwinQ, ValueNetwork
 from varshare_rl.nn.program import read_onnx, read_pt2, trace, write_onnx, write_pt2
@@ -107,7 +107,7 @@ def check_format(format: Format) -> None:
     """
     for package in ("onnx", "onnxscript") if format is Format.onnx else ():
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"format=onnx needs the package {package}; pip install 'varshare_rl[onnx]'")
+            raise missing_extra(f"format=onnx needs the package {package}", "onnx")
 
 
 def agent_policy(agent: TrainedAgent, task: str, format: Format, critics: bool = False) -> TaskPolicy:

@@ -14,6 +14,7 @@ from varshare_rl.ops.gaussian import normal_entropy, normal_log_prob
 from varshare_rl.ops.rl import (
     categorical_entropy,
     categorical_log_prob,
+    clamp_inward,
     masked_logits,
     tanh_normal_log_prob,
 )
@@ -188,9 +189,9 @@ class GaussianActor(nn.Module):
         config = self.config
         if self.log_stds is None:
             mean, log_std = outputs.chunk(2, dim=-1)
-            return mean, (log_std + config.initial).clamp(config.least, config.most)
+            return mean, clamp_inward(log_std + config.initial, config.least, config.most)
         rows = task_rows(outputs, task_ids, len(self.log_stds))
-        own = rows.select(self.log_stds).clamp(config.least, config.most)
+        own = clamp_inward(rows.select(self.log_stds), config.least, config.most)
         return outputs, rows.restore(own.unsqueeze(1).expand_as(rows.x))
 
     def forward(self, obs: Tensor, task_ids: TaskIds) -> TanhNormal | ClippedNormal:

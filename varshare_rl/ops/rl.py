@@ -7,7 +7,7 @@ contribute nothing to log-probabilities and are never chosen.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -82,6 +82,38 @@ def tanh_normal_log_prob(raw: Tensor, mean: Tensor, log_std: Tensor, mask: Tenso
     """
     per_dimension = normal_log_prob(raw, mean, log_std) - tanh_log_det(raw)
     return (per_dimension * mask).sum(-1)
+
+
+class _ClampInward(torch.autograd.Function):
+    """See :func:`clamp_inward`."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, low: float, high: float) -> Tensor:
+        return x.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+        x, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        outward = ((x > ctx.high) & (grad < 0)) | ((x < ctx.low) & (grad > 0))
+        return grad.masked_fill(outward, 0.0), None, None
+
+
+def clamp_inward(x: Tensor, low: float, high: float) -> Tensor:
+    """Return ``x`` clamped to ``[low, high]``, with a gradient outside where a descent step leads back.
+
+    That of ``clamp`` is 0 outside: what has once passed a bound would stay there whatever the loss says.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        clamped: Tensor = _ClampInward.apply(x, low, high)  # type: ignore[no-untyped-call]
+        return clamped
+    return x.clamp(low, high)
 
 
 def masked_logits(logits: Tensor, mask: Tensor) -> Tensor:

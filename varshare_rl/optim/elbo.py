@@ -73,7 +73,7 @@ class ElboConfig:
     """Options of ``elbo``: the weight of the divergence and how it moves, the posteriors and how they are drawn."""
 
     kl_weight: float = bounded(0.1, least=0)
-    "Weight of the divergence; 1 is the plain ELBO of the data met so far, less a colder posterior."
+    "Weight of the divergence; 1 is the plain ELBO of the data met so far, less a tempered (cold) posterior."
     normalization: KLNormalization = KLNormalization.seen
     """Divisor `n_i` of a task's divergence: its transitions so far (`seen`); those of PPO's rollout or SAC's replay
     (`data`); those of the whole run (`budget`); the Gaussians of its posterior; or 1."""
@@ -157,16 +157,18 @@ class Elbo(Stateful):
             return 0.0
         nats = summed_kl(self._layers[module])
         self._nats[id(module)] = nats.detach()
-        weight, free_nats = self.schedule.weight, self.schedule.free_nats
-        if isinstance(weight, Tensor):
-            weight = weight.to(nats.device)
+        weight, free_nats = self._weight(nats.device), self.schedule.free_nats
         if free_nats is not None:
             nats = (nats - free_nats).clamp_min(0.0)
         return weight * nats / self._divisor(module, held, seen)
 
     def price(self, module: nn.Module, held: int, seen: int | None = None) -> Tensor | float:
         """Return what a nat of ``module`` costs in :meth:`penalty`: the weight over ``n_i``, a float or ``[T]``."""
-        return self.schedule.weight / self._divisor(module, held, seen)
+        return self._weight(next(module.parameters()).device) / self._divisor(module, held, seen)
+
+    def _weight(self, device: torch.device) -> Tensor | float:
+        weight = self.schedule.weight
+        return weight.to(device) if isinstance(weight, Tensor) else weight
 
     def _divisor(self, module: nn.Module, held: int, seen: int | None) -> float:
         """Return ``n_i``; ``seen`` None: as many as are held."""

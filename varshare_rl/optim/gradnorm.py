@@ -11,6 +11,7 @@ from varshare_rl.fields import bounded
 from varshare_rl.optim.gradient import AggregatorConfig
 from varshare_rl.optim.jacobian import GradientAggregator
 from varshare_rl.registry import register
+from varshare_rl.types import Tree
 
 _LEAST = 1e-3
 
@@ -70,6 +71,11 @@ class GradNorm(GradientAggregator):
             self.weights.copy_(torch.where(counts, self.weights.clamp_min(_LEAST), before))
             self.weights.mul_(len(losses) / self.weights.sum())
         return gradient
+
+    def load_state(self, state: Tree) -> None:
+        """Put back what :meth:`state` gave; the learning rate is that of the options."""
+        super().load_state(state)
+        self.optimizer.param_groups[0]["lr"] = self.config.learning_rate
 
     def _rates(self, losses: Tensor, counts: Tensor) -> Tensor:
         """``r``: how far each task's loss has come, relative to the others; 1 where that says nothing."""

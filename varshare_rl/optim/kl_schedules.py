@@ -25,7 +25,7 @@ from varshare_rl.types import Metrics
 class KLSchedule(Stateful):
     """A weight on the nats of every network: constant, unless a subclass moves it."""
 
-    state_fields: ClassVar[tuple[str, ...]] = ("weight",)
+    state_fields: ClassVar[tuple[str, ...]] = ()  # a weight that updates do not move is that of the options
     reacts = False  # True: updates move the weight
     free_nats: float | None = None  # nats of every task and network that cost nothing
 
@@ -133,7 +133,7 @@ class BandConfig:
 
 
 class _Band(KLSchedule):
-    state_fields = ("ratio", "prior_ratio", "steps")
+    state_fields = ("weight", "ratio", "prior_ratio", "steps")
     reacts = True
 
     def __init__(self, config: BandConfig, kl_weight: float) -> None:
@@ -200,7 +200,7 @@ _BOUND = math.log(1.2)  # what a violation counts as at most in the multiplier
 
 
 class _Dual(KLSchedule):
-    state_fields = ("log_multiplier",)
+    state_fields = ("weight", "log_multiplier")
     reacts = True
 
     def __init__(self, config: DualConfig, kl_weight: float, num_tasks: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import missing_extra
 from varshare_rl.fields import bounded
 from varshare_rl.optim.aggregators import (
     GradDropAggregator,
@@ -31,10 +31,7 @@ class TorchJDConfig(AggregatorConfig):
             return self.make(aggregation, num_tasks)
         except ImportError as error:
             name = next(name for name, config in registered("gradient").items() if config is type(self))
-            raise UserError(
-                f"gradient={name} needs TorchJD ({error.msg}); give another gradient, or install it with "
-                "pip install 'varshare_rl[gradient]'"
-            ) from error
+            raise missing_extra(f"gradient={name} needs TorchJD ({error.msg})", "gradient") from error
 
     @abstractmethod
     def make(self, torchjd: Any, num_tasks: int) -> GradientAggregator:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import missing_extra
 from varshare_rl.reporting.comparison import STATISTICS, Section, word
 from varshare_rl.reporting.comparison_figures import Looks
 
@@ -46,7 +46,7 @@ def page(
     try:
         from jinja2 import Environment
     except ImportError as error:
-        raise UserError("report.html needs jinja2; pip install 'varshare_rl[report]'") from error
+        raise missing_extra("report.html needs Jinja", "report") from error
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         sections=[

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import missing_extra
 
 Scores = npt.NDArray[np.float64]
 
@@ -194,7 +194,7 @@ def _rliable() -> Any:
         from absl import logging
         from rliable import library
     except ImportError as error:
-        raise UserError("statistics over seeds need rliable; pip install 'varshare_rl[report]'") from error
+        raise missing_extra("statistics over seeds need rliable", "report") from error
     # Its logger closes the stream that it found, whoever else writes to it, when loggers are set up anew.
     logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
     return library

@@ -157,6 +157,7 @@ class Run(Stateful):
     def branch(self, state: Tree) -> None:
         """Begin with a checkpoint of another run: evaluate, and save a first one; for a new run."""
         self.load_state(state)
+        self.algorithm.branch(self.transitions / self.config.total_transitions)
         self.best_score, self.evaluated_at = None, -1
         if self.config.evaluate_every:
             self._evaluate()

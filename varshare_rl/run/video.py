@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from varshare_rl.algorithms.base import Algorithm, EvaluationPolicy
 from varshare_rl.envs.suite import Frame, RenderingEngine, Suite
-from varshare_rl.errors import UserError, one_line
+from varshare_rl.errors import UserError, missing_extra, one_line
 from varshare_rl.run.evaluation import device_of
 from varshare_rl.run.process import one_thread, own_random
 
@@ -53,7 +53,7 @@ def require_encoder() -> Any:
     try:
         import imageio_ffmpeg
     except ImportError as error:
-        raise UserError('video=true needs an encoder: pip install "varshare_rl[video]"') from error
+        raise missing_extra("video=true needs an encoder", "video") from error
     return imageio_ffmpeg
 
 

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.cli import CommandLine, own_hydra, put_plugins, terminable
 from varshare_rl.envs.division import physical_cores
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, missing_extra
 from varshare_rl.files import write_atomically
 from varshare_rl.overrides import literal
 from varshare_rl.registry import load_installed_plugins, load_plugins
@@ -220,5 +220,5 @@ def launcher_name(sweep: Sweep) -> str:
         except ModuleNotFoundError:
             missing = True
         if missing:
-            raise UserError(f"{given} needs an extra; pip install 'varshare_rl[sweeps]'")
+            raise missing_extra(f"{given} needs its Hydra plugin", "sweeps")
     return "" if name == "basic" else name

@@ -10,7 +10,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import IntervalSweep, Override
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, missing_extra
 from varshare_rl.fields import bounded
 from varshare_rl.reporting.statistics import iqm
 from varshare_rl.sweeps.plan import Job, Sweep
@@ -173,6 +173,6 @@ def _optuna() -> Any:
     try:
         import optuna
     except ImportError as error:
-        raise UserError("hydra/sweeper=optuna needs an extra; pip install 'varshare_rl[sweeps]'") from error
+        raise missing_extra("hydra/sweeper=optuna needs Optuna", "sweeps") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, missing_extra
 from varshare_rl.files import write_atomically
 from varshare_rl.registry import register
 from varshare_rl.run.tracker import Options, TrackedRun, TrackerBackend
@@ -30,7 +30,7 @@ class MlflowConfig:
         try:
             import mlflow
         except ImportError as error:
-            raise UserError('log.trackers has mlflow: pip install "varshare_rl[mlflow]"') from error
+            raise missing_extra("log.trackers needs mlflow", "mlflow") from error
         return MlflowTracker(run, mlflow)
 
 

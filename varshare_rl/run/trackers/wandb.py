@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from varshare_rl.errors import UserError
+from varshare_rl.errors import UserError, missing_extra
 from varshare_rl.files import write_atomically
 from varshare_rl.registry import register
 from varshare_rl.run.tracker import Image, Options, TrackedRun, TrackerBackend
@@ -29,7 +29,7 @@ class WandbConfig:
         try:
             import wandb
         except ImportError as error:
-            raise UserError('log.trackers has wandb: pip install "varshare_rl[wandb]"') from error
+            raise missing_extra("log.trackers needs wandb", "wandb") from error
         return WandbTracker(run, wandb)
 
 
