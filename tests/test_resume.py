@@ -123,6 +123,7 @@ CASES: dict[str, tuple[int, tuple[str, ...]]] = {
             "overlap=true",
         ),
     ),
+    "ppo_desired_kl": (528, (*TINY, *TINY_ALGORITHM["ppo"], "algorithm.desired_kl=1e-4")),
     "ppo_overlap": (528, (*TINY, *TINY_ALGORITHM["ppo"], "overlap=true")),
     "ppo_clipped": (
         528,

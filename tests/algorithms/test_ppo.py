@@ -329,6 +329,31 @@ def test_updates_stop_at_the_target_kl(target_kl: float | None, minibatches: int
     assert not learner.ready()
 
 
+@pytest.mark.parametrize(("desired", "factor"), [(1e-9, 1 / 1.5), (1e3, 1.5)])
+def test_the_rate_follows_the_kl_that_is_desired(desired: float, factor: float) -> None:
+    engine, learner = make("box", "shared", desired_kl=desired, learning_rate=1e-3)
+    critic = learner.critic_step.optimizer.param_groups[0]["lr"]
+    for updates in range(1, 8):
+        rollout(engine, learner)
+        learner.update()
+        learner.advance(0.5)
+        expected = min(max(1e-3 * factor**updates, 1e-6), 1e-2)
+        assert learner.actor_step.optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        assert learner.metrics()["optimizer/actor_rate_factor"] == pytest.approx(expected / 1e-3)
+    assert learner.critic_step.optimizer.param_groups[0]["lr"] == critic
+
+
+def test_the_kl_comes_to_what_is_desired() -> None:
+    engine, learner = make("box", "shared", desired_kl=0.003, learning_rate=1e-2)
+    kls = []
+    for _ in range(14):
+        rollout(engine, learner)
+        kls.append(float(learner.update()["loss/approximate_kl"]))
+        learner.advance(0.0)
+    assert kls[0] > 0.03
+    assert max(kls[-3:]) < 0.009
+
+
 def test_the_step_at_which_the_policy_has_moved_too_far_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, learner = make("box", "shared", target_kl=0.01, learning_rate=3e-3)
     rollout(engine, learner)

@@ -228,7 +228,8 @@ class ActorCritic(Algorithm):
             for name, step in steps.items()
             for role, size in step.scheduled.mean_steps().items()
         }
-        return self.elbo.metrics(self.trained_modules()) | self.absorbed | sizes
+        rates = {f"optimizer/{name}_rate_factor": step.scheduled.current_factor for name, step in steps.items()}
+        return self.elbo.metrics(self.trained_modules()) | self.absorbed | sizes | rates
 
     def finish_update(self, updates_before: int) -> None:
         """Absorb the residuals' mean when ``elbo.absorb`` says so, and start networks anew when a reset is due.

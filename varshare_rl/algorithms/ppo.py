@@ -35,6 +35,10 @@ class AdvantageScale(Enum):
     none = "none"
 
 
+#: Factor by which ``desired_kl`` moves a learning rate, and the least and largest rate that it comes to.
+RATE_STEP, RATE_BOUNDS = 1.5, (1e-6, 1e-2)
+
+
 @register("algorithm", "ppo")
 @dataclass
 class PPOConfig:
@@ -72,6 +76,9 @@ class PPOConfig:
     target_kl: float | None = bounded(None, least=0)
     """Nats; a rollout's updates stop before the step at which the policy's mean KL has passed it. Null: never, as
     at large learning rates adapters pass it in their first step, and make no other."""
+    desired_kl: float | None = bounded(None, above=0)
+    """Nats; after a rollout's updates the policy's learning rate is divided by 1.5 where its mean KL in the last
+    epoch is above twice this, and multiplied where below half of it. Null: rates are those of `optimizer` alone."""
     max_grad_norm: float = bounded(0.5, least=0)
     "Bound on the norm of the gradient, see `optimizer.own_gradients`; 0: none."
     policy: GaussianFamily = GaussianFamily.tanh_gaussian
@@ -239,6 +246,7 @@ class PPO(ActorCritic):
                     "critic_grad_norm": critic_norm,
                 })  # fmt: skip
         self.rollout.position = 0
+        self._adapt_rate([step["approximate_kl"] for step in done[-config.minibatches :]])
         self.finish_update(updates_before)
         self.weight_sampler.resample()
         entropies, task_kl = (
@@ -249,6 +257,16 @@ class PPO(ActorCritic):
         metrics |= {"loss/entropy": entropies.mean(), "loss/explained_variance": explained_variance.mean()}
         metrics["loss/minibatches"] = float(len(done))
         return metrics
+
+    def _adapt_rate(self, kls: list[Tensor]) -> None:
+        """Bring the policy's KL of an update towards ``desired_kl`` by its learning rate (Rudin et al. 2022)."""
+        desired, step = self.config.desired_kl, self.actor_step
+        if desired is None:
+            return
+        kl = float(torch.stack(kls).mean())
+        factor = 1 / RATE_STEP if kl > 2.0 * desired else RATE_STEP if kl < 0.5 * desired else 1.0
+        least, most = (bound / self.config.learning_rate for bound in RATE_BOUNDS)
+        step.rate_factor = min(max(step.rate_factor * factor, least), most)
 
     def entropy_weight(self) -> float:
         """Return the weight of the entropy for the share of the budget that is done."""

@@ -143,15 +143,16 @@ class ScheduledAdam:
             for (rate, decay, eps), parameters in groups.items()
         ]
         self.roles, self.factor = trained, 1.0
+        self.current_factor = 1.0  # with that of the schedule, since the last advance
         kind = torch.optim.AdamW if config.weight_decay else torch.optim.Adam
         self.adam = kind(described, lr=learning_rate, fused=True)
         self.adam.register_load_state_dict_post_hook(_expand_moments)
 
     def advance(self, fraction: float) -> None:
         """Set the rates for when ``fraction`` of the run is done."""
-        factor = self.factor * schedule_factor(self.config, fraction)
+        self.current_factor = self.factor * schedule_factor(self.config, fraction)
         for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * self.current_factor
 
     def mean_steps(self) -> dict[str, float]:
         """Return the mean over entries of ``|last step| / learning rate`` by role, from Adam's moments.
