@@ -11,6 +11,7 @@ from walk import assert_same, make, trace
 from varshare_rl.envs.division import Part
 from varshare_rl.envs.metaworld import MetaWorldConfig
 from varshare_rl.envs.slots import EngineSpec
+from varshare_rl.errors import UserError
 
 HORIZON, ENVS = 20, 4
 TASKS = ["reach-v3", "drawer-close-v3"]
@@ -41,6 +42,20 @@ def test_first_episodes_are_cut_and_later_ones_are_whole(workers: int) -> None:
 def test_episodes_are_whole_where_asked_and_in_evaluation() -> None:
     assert ends(staggered_resets=False) == [[20, 40, 60]] * ENVS
     assert ends(evaluation=True) == [[20, 40, 60]] * ENVS
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_training_episodes_may_be_shorter_than_those_of_evaluation(fast: bool) -> None:
+    shorter = {"training_horizon": 8, "fast": fast}
+    assert ends(**shorter, staggered_resets=False) == [list(range(8, 61, 8))] * ENVS
+    assert [found[:2] for found in ends(**shorter)] == [[2, 10], [4, 12], [6, 14], [8, 16]]
+    assert ends(**shorter, evaluation=True) == [[20, 40, 60]] * ENVS
+
+
+@pytest.mark.parametrize("options", [{"training_horizon": 21}, {"training_horizon": 10, "observe_time": True}])
+def test_a_shorter_horizon_that_is_none_is_refused(options: dict[str, int | bool]) -> None:
+    with pytest.raises(UserError, match=r"training_horizon=.* is not possible: it must be at most horizon, 20"):
+        ends(**options)
 
 
 def test_every_environment_has_a_step_of_its_own_also_in_a_part() -> None:

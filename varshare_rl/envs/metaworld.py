@@ -92,6 +92,9 @@ class MetaWorldConfig:
     "Rewards: `v2`, the usual ones, or the older `v1`."
     horizon: int = bounded(500, least=1, most=10**9)
     "Steps until an episode is truncated."
+    training_horizon: int | None = bounded(None, least=1, most=10**9)
+    """Steps until a training episode is truncated, where that is sooner: more beginnings in as many transitions.
+    Evaluation has `horizon`. Null: `horizon`."""
     staggered_resets: bool = True
     """The first training episodes of a task's environments are cut, evenly spread over the horizon. From there on
     a rollout that is shorter than an episode has all parts of one, and not the same part of each."""
@@ -145,6 +148,12 @@ class MetaWorldSuite(Suite):
         for key in ("horizon", "goals_per_task"):
             if getattr(config, key) < 1:
                 raise UserError(f"{key}={getattr(config, key)} is not possible: it must be at least 1")
+        shorter = config.training_horizon
+        if shorter is not None and (shorter > config.horizon or config.observe_time):
+            raise UserError(
+                f"training_horizon={shorter} is not possible: it must be at most horizon, {config.horizon}, and "
+                "observe_time must be false, as evaluation would show times that training never does"
+            )
         self.name = config.benchmark or config.name
         self.config = config
         self.horizon = config.horizon
@@ -157,6 +166,7 @@ class MetaWorldSuite(Suite):
     @property
     def provenance(self) -> Provenance:
         """Versions, reward version, horizon, goals and tasks."""
+        shorter = self.config.training_horizon
         return {
             "suite": self.name,
             "metaworld": importlib.metadata.version("metaworld"),
@@ -167,6 +177,7 @@ class MetaWorldSuite(Suite):
             "goals_per_task": self.config.goals_per_task,
             "goal_seed": self.config.goal_seed,
             "tasks": ",".join(self.task_names),
+            **({} if shorter is None else {"training_horizon": shorter}),
         }
 
     @property
@@ -233,8 +244,10 @@ class MetaWorldSuite(Suite):
         from varshare_rl.envs.sawyer.tasks import MetaWorldFactory
 
         config = self.config
+        shorter = None if evaluation else config.training_horizon
+        horizon = self.horizon if shorter is None else shorter
         factory = MetaWorldFactory(
-            self.task_names, self.goals, config.reward_function_version, self.horizon, self.fast,
+            self.task_names, self.goals, config.reward_function_version, horizon, self.fast,
             config.observe_time, picture,
         )  # fmt: skip
         engine = SlotEngine(
@@ -249,7 +262,7 @@ class MetaWorldSuite(Suite):
             processes=self._workers,
             task_names=self.task_names,
             part=part,
-            stagger=self.horizon if config.staggered_resets else 0,
+            stagger=horizon if config.staggered_resets else 0,
         )
         if engine.workers > 1:
             forget_models()  # the goals were drawn here, but the environments live elsewhere
