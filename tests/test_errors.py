@@ -64,6 +64,14 @@ WITHOUT_RUN = {
     "no_particles": (("env=pointmass", "elbo.weight_samples=0"), "elbo.weight_samples is 0"),
     "unknown_draw": (("env=pointmass", "elbo.draw.acting=sometimes"), "sometimes"),
     "unknown_schedule": (("env=pointmass", "elbo/schedule=wave"), "wave"),
+    "decay_without_schedule": (
+        ("env=pointmass", "optimizer.decay_start=0.5"),
+        "optimizer.decay_start is 0.5 and counts with optimizer.schedule=linear or cosine alone",
+    ),
+    "end_of_entropy_without_schedule": (
+        ("env=pointmass", "algorithm.final_entropy=0.5"),
+        "algorithm.final_entropy is 0.5 and counts with algorithm.entropy_schedule=linear or cosine alone",
+    ),
     "unknown_prior": (("env=pointmass", "elbo/prior=flat"), "flat"),
     "schedule_with_a_dot": (("env=pointmass", "elbo.schedule=ramp"), "elbo/schedule=ramp"),
     "prior_with_a_dot": (("env=pointmass", "elbo.prior=learned"), "elbo/prior=learned"),

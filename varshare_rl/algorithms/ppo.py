@@ -109,7 +109,12 @@ class PPOConfig:
     "Times that networks start anew, spread evenly over the budget."
 
     def check(self, prefix: str) -> None:
-        """Raise UserError for bounds of the log standard deviation that are crossed."""
+        """Raise UserError for bounds of the log standard deviation that are crossed, and for an end of no fall."""
+        if self.final_entropy and self.entropy_schedule is Schedule.constant:
+            raise UserError(
+                f"{prefix}final_entropy is {self.final_entropy:g} and counts with {prefix}entropy_schedule=linear "
+                "or cosine alone, and it is constant; set the one or leave out the other"
+            )
         if self.min_log_std > self.max_log_std:
             raise UserError(
                 f"{prefix}min_log_std is {self.min_log_std}; it must not be above max_log_std, {self.max_log_std}"

@@ -86,7 +86,13 @@ class OptimizerConfig:
     by the number of tasks and clipped with the shared ones (`averaged`), unless nothing is shared."""
 
     def check(self, prefix: str) -> None:
-        """Raise UserError for options of the optimiser that is not chosen."""
+        """Raise UserError for options of the optimiser or the schedule that is not chosen."""
+        for name in ("decay_start", "final_rate") if self.schedule is Schedule.constant else ():
+            if getattr(self, name):
+                raise UserError(
+                    f"{prefix}{name} is {getattr(self, name):g} and counts with {prefix}schedule=linear or cosine "
+                    "alone, and it is constant; set the one or leave out the other"
+                )
         usual, other = OptimizerConfig(), "ivon"
         names = ["ivon"]
         if self.posteriors is PosteriorOptimizer.ivon:
