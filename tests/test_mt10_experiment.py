@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import varshare_rl as vs
+from experiments.mt10 import spreads
 from experiments.mt10.__main__ import TASKS, main
 
 TINY = (
@@ -39,3 +40,16 @@ def test_runs_become_a_table_of_what_they_change(
     last = json.loads((tmp_path / "runs/a/metrics.jsonl").read_text().splitlines()[-1])
     for task in TASKS:
         assert float(rows[-1][task]) == pytest.approx(last[f"eval/{task}/return"], abs=0.05)
+
+
+@pytest.mark.parametrize(("most", "share"), [(5.0, 0.0), (-5.0, 1.0)])
+def test_spreads_at_their_bound_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: float, share: float
+) -> None:
+    words = dict(word.split("=", 1) for word in (*TINY, f"algorithm.max_log_std={most}"))
+    vs.train("mt10", *(f"{key}={value}" for key, value in words.items()), run_dir=str(tmp_path / "run"))
+    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "run"), "--steps", "3", "--folder", str(tmp_path)])
+    spreads.main()
+    (row,) = csv.DictReader((tmp_path / "spreads.csv").read_text().splitlines())
+    assert (row["run"], row["transitions"]) == ("run", "80")
+    assert [float(row[task]) for task in TASKS] == [share] * 10
