@@ -1,7 +1,7 @@
 """Measure how much of a policy's spread is at its bound: ``python -m experiments.mt10.spreads runs/<runs> ...``.
 
-Every task is played by draws of the policy, with the weights of evaluation; ``spreads.csv`` has, by task, the share of
-states and action dimensions whose log standard deviation is at ``algorithm.max_log_std``.
+Every task is played by draws of the policy, with the weights of evaluation; ``spreads.csv`` has, by task, the
+share of states and action dimensions whose log standard deviation is at ``algorithm.max_log_std``.
 """
 
 from __future__ import annotations
