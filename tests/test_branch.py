@@ -75,6 +75,18 @@ def test_a_weight_of_the_divergence_that_is_given_anew_is_the_one_that_holds(com
     assert weights == {0.7}
 
 
+def test_training_episodes_may_become_shorter(command: Command) -> None:
+    given = ("env=metaworld", "env.tasks=[reach-v3]", "env.horizon=30", "env.workers=1", "env.goals_per_task=2")
+    more = ("network.hidden=[8]", "evaluate.episodes=2", "log.every=32", "log.trackers=[]", "device=cpu")
+    more = (*TINY_ALGORITHM["ppo"], *more)
+    assert command("train", *given, *more, "total_transitions=48", "run_dir=one").code == 0
+    outcome = command("train", "from=one", "total_transitions=320", "env.training_horizon=5", "run_dir=two")
+    assert outcome.code == 0, outcome.err  # longer episodes are under way by then
+    lines = metrics(Path("two"))
+    assert [x["train/mean_episode_steps"] for x in lines if "train/mean_episode_steps" in x][-1] == 5.0
+    assert {x["eval/mean_episode_steps"] for x in lines if "eval/mean_episode_steps" in x} == {30.0}
+
+
 def test_it_is_resumed_as_any_run(command: Command) -> None:
     trained(command, "ppo")
     given = ("from=one", "algorithm.entropy_weight=0.1", "optimizer.schedule=linear")

@@ -20,6 +20,8 @@ INHERITED = (
     "algorithm.min_observation", "algorithm.reward_scale", "algorithm.policy", "algorithm.log_std",
     "algorithm.initial_log_std",
 )  # fmt: skip
+#: Options among those that may be given anew all the same.
+NOT_INHERITED = ("env.training_horizon",)
 
 
 def compose_branch(source: str, overrides: Sequence[Override]) -> DictConfig:
@@ -38,7 +40,8 @@ def compose_branch(source: str, overrides: Sequence[Override]) -> DictConfig:
         key = override.key_or_group
         if override.is_sweep_override():
             raise UserError(f"{override.input_line} gives several values; -m makes a run of each")
-        if key in GROUPS or (key.startswith(INHERITED) and not key.startswith(CHANGEABLE)):
+        changeable = key.startswith(CHANGEABLE) or key in NOT_INHERITED
+        if key in GROUPS or (key.startswith(INHERITED) and not changeable):
             raise UserError(
                 f"{override.input_line} cannot be given with from={source}, whose checkpoint is made of another "
                 "choice; leave that out, or start a new run (rates, schedules, clipping and weights may be given)"

@@ -60,12 +60,13 @@ def test_a_shorter_horizon_that_is_none_is_refused(options: dict[str, int | bool
 
 def test_every_environment_has_a_step_of_its_own_also_in_a_part() -> None:
     spec = EngineSpec(2, 10, 1, (), "int64", seed=0, evaluation=False, stagger=500)
-    assert [spec.first_limit(slot) for slot in range(20)] == [50, 100, 150, 200, 250, 300, 350, 400, 450, 500] * 2
+    assert [spec.limit(slot, 0) for slot in range(20)] == [50, 100, 150, 200, 250, 300, 350, 400, 450, 500] * 2
     part = replace(spec, envs_per_task=2, part=Part((0, 1), (3, 7), 10))
-    assert [part.first_limit(slot) for slot in range(4)] == [200, 400] * 2
-    assert replace(spec, stagger=4).first_limit(0) == 1  # more environments than steps
-    assert replace(spec, stagger=0).first_limit(0) is None
-    assert replace(spec, evaluation=True).first_limit(0) is None
+    assert [part.limit(slot, 0) for slot in range(4)] == [200, 400] * 2
+    assert replace(spec, stagger=4).limit(0, 0) == 1  # more environments than steps
+    assert replace(spec, stagger=0).limit(0, 0) is spec.limit(0, 1) is None
+    assert replace(spec, most_steps=200).limit(0, 1) == 200
+    assert replace(spec, evaluation=True, most_steps=200).limit(0, 0) is None
 
 
 def test_a_first_episode_goes_on_after_a_resume() -> None:

@@ -40,7 +40,8 @@ class SlotEngine:
     ``EngineSpec.episode``), never on the number of workers. Engines that are given the same ``processes`` share
     them. ``step_seconds`` has a number per task: roughly what a step of its environment takes, by which tasks are
     divided over workers. With a ``part`` it has these slots alone, see ``Suite.make_engine``. With ``stagger`` the
-    first training episodes of a task's environments are cut, evenly spread over as many steps.
+    first training episodes of a task's environments are cut, evenly spread over as many steps; ``most_steps`` cuts
+    all that are longer.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class SlotEngine:
         task_names: Sequence[str] = (),
         part: Part | None = None,
         stagger: int = 0,
+        most_steps: int | None = None,
     ) -> None:
         if envs_per_task < 1:
             raise UserError(f"envs_per_task={envs_per_task} is not possible: it must be at least 1")
@@ -80,6 +82,7 @@ class SlotEngine:
             task_names=tuple(task_names),
             part=part,
             stagger=stagger,
+            most_steps=most_steps,
         )
         self.workers = choose_workers(workers, envs_per_task, step_seconds)
         self._pool: WorkerPool | None = None

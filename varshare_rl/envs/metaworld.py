@@ -244,10 +244,8 @@ class MetaWorldSuite(Suite):
         from varshare_rl.envs.sawyer.tasks import MetaWorldFactory
 
         config = self.config
-        shorter = None if evaluation else config.training_horizon
-        horizon = self.horizon if shorter is None else shorter
         factory = MetaWorldFactory(
-            self.task_names, self.goals, config.reward_function_version, horizon, self.fast,
+            self.task_names, self.goals, config.reward_function_version, self.horizon, self.fast,
             config.observe_time, picture,
         )  # fmt: skip
         engine = SlotEngine(
@@ -262,7 +260,8 @@ class MetaWorldSuite(Suite):
             processes=self._workers,
             task_names=self.task_names,
             part=part,
-            stagger=horizon if config.staggered_resets else 0,
+            stagger=(config.training_horizon or self.horizon) if config.staggered_resets else 0,
+            most_steps=config.training_horizon,
         )
         if engine.workers > 1:
             forget_models()  # the goals were drawn here, but the environments live elsewhere

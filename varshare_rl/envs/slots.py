@@ -7,6 +7,7 @@ fresh environment restores it exactly, with no knowledge of its inside.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -116,6 +117,7 @@ class EngineSpec:
     task_names: tuple[str, ...] = ()
     part: Part | None = None  # of a larger engine, whose numbers tasks and environments then have
     stagger: int = 0  # steps in which a task's environments end their first training episodes; 0: as all others
+    most_steps: int | None = None  # after which a training episode is truncated; None: when its environment says so
 
     def place(self, slot: int) -> tuple[int, int]:
         """Return the numbers of a slot's task, and of the environment among those of its task."""
@@ -136,10 +138,12 @@ class EngineSpec:
         """Environments of every task, those of other parts too."""
         return self.envs_per_task if self.part is None else self.part.envs_per_task
 
-    def first_limit(self, slot: int) -> int | None:
-        """Return after how many steps a slot's first episode is truncated; None: not before its end."""
-        if self.evaluation or self.stagger == 0:
+    def limit(self, slot: int, episode: int) -> int | None:
+        """Return after how many steps a slot's episode is truncated; None: when its environment says so."""
+        if self.evaluation:
             return None
+        if episode or self.stagger == 0:
+            return self.most_steps
         return max(self.stagger * (self.place(slot)[1] + 1) // self.envs_everywhere, 1)
 
     def training_episode(self, slot: int, index: int) -> EpisodePlace | None:
@@ -223,7 +227,7 @@ class Slot:
         self.episode = 0
         self.left_out: set[int] = set()
         self.actions: list[Array] = []
-        self._first_limit = spec.first_limit(index)
+        self._limit = math.inf
         self._action = buffers.actions[index : index + 1]  # a row stays a view, also where it is one number
         self._obs, self._next_obs, self._flags = (
             part[index] for part in (buffers.obs, buffers.next_obs, buffers.flags)
@@ -234,8 +238,9 @@ class Slot:
         """Start episode number ``episode``, or the next that is not left out, and write its first observation."""
         while episode in self.left_out:
             episode += 1
-        self.episode = episode
-        self.actions = []
+        self.episode, self.actions = episode, []
+        limit = self.spec.limit(self.index, episode)
+        self._limit = math.inf if limit is None else limit
         self._busy[0] = episode + 1
         self._obs[:] = self.env.reset(self.spec.episode(self.index, episode))
         self._busy[0] = 0
@@ -245,8 +250,7 @@ class Slot:
         self._busy[0] = self.episode + 1
         action = self._action[0].copy()
         self._next_obs[:], self._reward[0], terminated, truncated, success = self.env.step(action)
-        if self.episode == 0 and self._first_limit is not None:
-            truncated = truncated or len(self.actions) + 1 >= self._first_limit
+        truncated = truncated or len(self.actions) + 1 >= self._limit
         flags = self._flags
         flags[0], flags[1], flags[2] = terminated, truncated and not terminated, success
         if terminated or truncated:
