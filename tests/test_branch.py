@@ -164,6 +164,7 @@ REFUSED = {
         ("algorithm.rollout_transitions_per_task=2",),
         "cannot be given with from=one",
     ),
+    "another replay": (("algorithm.replay_capacity_per_task=7",), "cannot be given with from=one"),
     "another aggregator": (("gradient.actor=pcgrad",), "gradient.actor=pcgrad cannot be given with from=one"),
     "no option": (("algorithm.foo=1",), "Key 'foo' not in 'PPOConfig'"),
     "no number": (("algorithm.clip=wide",), "could not be converted to Float"),

@@ -64,6 +64,11 @@ WITHOUT_RUN = {
     "no_particles": (("env=pointmass", "elbo.weight_samples=0"), "elbo.weight_samples is 0"),
     "unknown_draw": (("env=pointmass", "elbo.draw.acting=sometimes"), "sometimes"),
     "unknown_schedule": (("env=pointmass", "elbo/schedule=wave"), "wave"),
+    "kl_of_no_rate": (
+        ("env=pointmass", "algorithm.learning_rate=0", "algorithm.desired_kl=0.01"),
+        "algorithm.desired_kl moves algorithm.learning_rate, which is 0",
+    ),
+    "seed_of_no_goals": (("env=mt1", "env.tasks=[reach-v3]", "env.goal_seed=-1"), "env.goal_seed is -1"),
     "decay_without_schedule": (
         ("env=pointmass", "optimizer.decay_start=0.5"),
         "optimizer.decay_start is 0.5 and counts with optimizer.schedule=linear or cosine alone",

@@ -208,6 +208,14 @@ def test_a_configuration_and_seed_that_are_there_twice_count_once(folder: Path) 
     assert section.warnings[0] == "runs/b has the configuration and the seed of runs/a: it is left out."
 
 
+def test_of_two_the_one_that_came_farther_counts(folder: Path) -> None:
+    write_run("runs/a", seed=0, finished=False)
+    write_run("runs/b", seed=0)
+    (section,) = sections()
+    assert [str(run.folder) for run in section.groups[0].scored] == ["runs/b"]
+    assert section.warnings[0] == "runs/a has the configuration and the seed of runs/b: it is left out."
+
+
 def test_one_seed_has_no_intervals_and_that_is_said(command: Command, folder: Path, no_figures: None) -> None:
     write_run("runs/a", "network=shared")
     write_run("runs/b", "network=lora")

@@ -18,7 +18,7 @@ INHERITED = (
     "optimizer.mu_lr_scale", "optimizer.rho_lr_scale", "optimizer.b_lr_ratio", "optimizer.weight_decay",
     "optimizer.epsilon", "optimizer.adapter_epsilon", "algorithm.normalize", "algorithm.observation",
     "algorithm.min_observation", "algorithm.reward_scale", "algorithm.policy", "algorithm.log_std",
-    "algorithm.initial_log_std",
+    "algorithm.initial_log_std", "algorithm.replay_capacity_per_task",
 )  # fmt: skip
 #: Options among those that may be given anew all the same.
 NOT_INHERITED = ("env.training_horizon",)

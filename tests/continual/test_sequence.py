@@ -234,6 +234,16 @@ WRONG = {
     "no_moments_of_packnet": (("carry.optimizer=true", "method=packnet"), "trains other parameters in every task"),
     "run_dir": (("run_dir=/proc/run",), "cannot make the run folder /proc/run"),
     "repeats": (("repeats=0",), "repeats is 0; it must be at least 1"),
+    "averaged_with_hidden_ids": (
+        ("averaged_evaluations=2", "task_ids=hidden"),
+        "averaged_evaluations is 2, and those while a task is learnt know its id",
+    ),
+    "moments_of_other_weights": (
+        ("carry.optimizer=true", "method=copies", "method.start=scratch"),
+        "carry.optimizer=true, and method.start=scratch begins every task with other weights",
+    ),
+    "price": (("elbo.kl_weight=1",), "elbo.kl_weight is given, and a method of a sequence pays"),
+    "price_schedule": (("elbo/schedule=dual",), "elbo.schedule is given, and a method of a sequence pays"),
     "averaged": (("averaged_evaluations=3",), "averaged_evaluations is 3, and a task has 2: 160 transitions"),
     "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
     "method": (("method=nothing",), "nothing"),

@@ -26,7 +26,8 @@ from varshare_rl.config import load_config
 from varshare_rl.reporting.statistics import iqm
 from varshare_rl.run.folder import held_folder
 from varshare_rl.run.loop import Run
-from varshare_rl.sweeps.plan import Sweep
+from varshare_rl.sweeps.plan import Job, Sweep
+from varshare_rl.sweeps.results import pool
 
 RUN = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=160")
 FOUR = ("elbo.kl_weight=0.1,1", "seed=0,1")
@@ -189,10 +190,29 @@ def test_a_folder_with_another_run_is_refused_and_overwritten_if_wanted(command:
     other = command("train", "-m", *RUN, "network.rank=2", *chosen)
     assert_refused(other, "network.rank is 2, and mine/seed-0 holds a run with 8")
     (folder / "mine/seed-0/notes.txt").write_text("keep")
+    former = ["evaluation_best.json", "evaluation_stochastic.json", "metrics.csv", "wandb_id.txt", "failure.txt"]
+    for name in former:
+        (folder / "mine/seed-0" / name).write_text("of the run before")
     assert command("train", "-m", *RUN, "network.rank=2", *chosen, "overwrite=true").code == 0
     assert load_config(folder / "mine/seed-0/config.yaml").network.rank == 2
     assert (folder / "mine/seed-0/notes.txt").read_text() == "keep"
+    assert not any((folder / "mine/seed-0" / name).exists() for name in former)
     assert (folder / "mine/seed-0/summary.json").read_bytes() != stored
+
+
+def test_a_run_without_a_finite_return_does_not_keep_the_others_from_a_table(folder: Path) -> None:
+    scores = {"0": [1.0, 3.0], "1": [None, 5.0], "2": [2.0, 4.0]}
+    jobs = []
+    for seed, (left, right) in scores.items():
+        run = folder / f"seed-{seed}"
+        run.mkdir()
+        tasks = {"left": {"success": None, "return": left}, "right": {"success": None, "return": right}}
+        (run / "summary.json").write_text(json.dumps({"tasks": tasks, "transitions": 10, "seconds": 1.0}))
+        jobs.append(Job(run.name, {"seed": seed, "elbo.kl_weight": "1"}, [], run))
+    results = pool(jobs)
+    (row,) = results.rows
+    assert (row.seeds, row.score.runs, row.score.point) == (3, 2, pytest.approx(2.5))
+    assert results.remark.startswith("1 run with a return that is no number: left out")
 
 
 def test_names_are_short_and_folders_never_the_same(command: Command, folder: Path) -> None:

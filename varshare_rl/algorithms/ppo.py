@@ -109,7 +109,9 @@ class PPOConfig:
     "Times that networks start anew, spread evenly over the budget."
 
     def check(self, prefix: str) -> None:
-        """Raise UserError for bounds of the log standard deviation that are crossed, and for an end of no fall."""
+        """Raise UserError for crossed bounds of the log standard deviation, and for options without effect."""
+        if self.desired_kl is not None and not self.learning_rate:
+            raise UserError(f"{prefix}desired_kl moves {prefix}learning_rate, which is 0; leave it out")
         if self.final_entropy and self.entropy_schedule is Schedule.constant:
             raise UserError(
                 f"{prefix}final_entropy is {self.final_entropy:g} and counts with {prefix}entropy_schedule=linear "

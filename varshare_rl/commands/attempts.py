@@ -75,7 +75,7 @@ def train(
                 raise
             _, state = newest_checkpoint(run.run_dir, ranks=run.ranks)
             new = False
-            halvings = diverged * (1 + halvings * (state["transitions"] == before))
+            halvings = diverged + halvings * (state["transitions"] == before)
             how = f" with {0.5**halvings:g} of the learning rate" if halvings else ""
             if fails is not None:
                 left_out.append(fails)

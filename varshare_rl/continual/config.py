@@ -21,6 +21,12 @@ from varshare_rl.optim.optimizer import PosteriorOptimizer
 from varshare_rl.registry import register, registered
 from varshare_rl.transfer.networks import CriticCarry
 
+#: Options of ``elbo`` that a method has its own of, if any: it pays for its posteriors itself.
+PAID_BY_METHOD = (
+    "kl_weight", "normalization", "likelihood", "networks", "prior_scale", "prior_units", "start", "schedule",
+    "prior",
+)  # fmt: skip
+
 
 class TaskIds(Enum):
     """Knowledge of a policy in evaluation: the task that it is in, or not."""
@@ -92,6 +98,11 @@ class ContinualConfig(TrainConfig):
                 f"algorithm.resets is {self.algorithm.resets}; a task's network cannot start anew here, give 0"
             )
         self._check_losses()
+        if self.task_ids is TaskIds.hidden and self.averaged_evaluations > 1:
+            raise UserError(
+                f"averaged_evaluations is {self.averaged_evaluations}, and those while a task is learnt know "
+                "its id; with task_ids=hidden give 1"
+            )
         if self.carry.replay and not isinstance(self.algorithm, SACConfig):
             raise UserError(f"carry.replay=true, and algorithm={self.algorithm.name} has no replay memory; use sac")
         if self.carry.optimizer and not self.method.keeps_parameters:
@@ -99,6 +110,11 @@ class ContinualConfig(TrainConfig):
             raise UserError(
                 f"carry.optimizer=true, and method={self.method.name} trains other parameters in every task; "
                 f"leave it out, or use one of {keep}"
+            )
+        start = getattr(getattr(self.method, "start", None), "value", "previous")
+        if self.carry.optimizer and start != "previous":
+            raise UserError(
+                f"carry.optimizer=true, and method.start={start} begins every task with other weights; leave it out"
             )
 
     def _check_losses(self) -> None:
@@ -114,6 +130,12 @@ class ContinualConfig(TrainConfig):
             if getattr(self.elbo, name) != getattr(usual, name):
                 raise UserError(
                     f"elbo.{name} is given, and a method's layers draw one set of weights for a task; leave it out"
+                )
+        for name in PAID_BY_METHOD:
+            if getattr(self.elbo, name) != getattr(usual, name):
+                raise UserError(
+                    f"elbo.{name} is given, and a method of a sequence pays for its posteriors itself "
+                    "(method.kl_weight of those that have one); leave it out"
                 )
         for part in ("actor", "critic"):
             name = getattr(self.gradient, part)

@@ -187,16 +187,21 @@ def _earned(result: Result) -> float:
 def visited(agent: ActorCritic, engine: VectorEngine, transitions: int) -> tuple[Tensor, Tensor]:
     """Collect normalised observations ``[1, N, F]`` that an exploring policy of one task meets, and its actions.
 
-    Actions are ``[1, N, A]``, or ``[1, N]`` choices.
+    Actions are ``[1, N, A]``, or ``[1, N]`` choices. Where ``N`` is less than the environments' steps of one
+    episode, it is a sample of them, evenly spread, so that the ends of episodes are in it.
     """
     found: list[tuple[Tensor, Tensor]] = []
     device = next(agent.actor.parameters()).device
     obs = torch.from_numpy(engine.reset()).to(device)
-    for _ in range(-(-transitions // obs.shape[1])):
+    wanted = -(-transitions // obs.shape[1])
+    steps = max(wanted, agent.spec.horizon)
+    kept = {round(k * steps / wanted) for k in range(wanted)}
+    for k in range(steps):
         normal = agent.normalizer(obs)
         with agent.weight_sampler.sample(obs.shape[1]):
             action: Tensor = agent.actor(normal, agent.task_ids).sample().action
-        found.append((normal, action))
+        if k in kept:
+            found.append((normal, action))
         step = engine.step(action.cpu().numpy())
         agent.weight_sampler.record(torch.from_numpy(step.terminated | step.truncated))
         obs = torch.from_numpy(step.obs).to(device)

@@ -100,7 +100,7 @@ class MetaWorldConfig:
     a rollout that is shorter than an episode has all parts of one, and not the same part of each."""
     goals_per_task: int = bounded(50, least=1)
     "Fixed goals of every task."
-    goal_seed: int = 0
+    goal_seed: int = bounded(0, least=0, most=2**32 - 100)
     "Seed of the fixed goals; the same as `seed` of Meta-World's own benchmarks."
     observe_time: bool = False
     "Observations end with the share of the horizon that has passed, from -1 to 1."

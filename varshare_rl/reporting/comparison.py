@@ -212,17 +212,24 @@ def learning_curve(runs: Sequence[RunRecord], measure: str, axis: str, at: int |
 
 
 def _groups(runs: Sequence[RunRecord]) -> tuple[list[Group], list[str]]:
-    """Return groups in the order met, and a sentence for every run that is there twice."""
+    """Return groups in the order met, and a sentence for every run that is there twice; who came farther stays."""
     by_method: dict[Hashable, dict[int, RunRecord]] = {}
     twins = []
     for run in runs:
         of_method = by_method.setdefault(tuple(sorted(method_options(run).items())), {})
         first = of_method.setdefault(run.seed, run)
         if first is not run:
-            twins.append(f"{run.folder} has the configuration and the seed of {first.folder}: it is left out.")
+            kept, left_out = (run, first) if _progress(run) > _progress(first) else (first, run)
+            of_method[run.seed] = kept
+            twins.append(f"{left_out.folder} has the configuration and the seed of {kept.folder}: it is left out.")
     made = [[of_method[seed] for seed in sorted(of_method)] for of_method in by_method.values()]
     labels = group_labels([method_options(found[0]) for found in made])
     return [Group(label, found) for label, found in zip(labels, made, strict=True)], twins
+
+
+def _progress(run: RunRecord) -> tuple[bool, int]:
+    """Measure of how far a run came: to its end or not, and its transitions."""
+    return run.scores is not None, run.transitions
 
 
 def method_options(run: RunRecord) -> dict[str, bool | int | float | str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import re
 import shlex
 import sys
@@ -25,6 +26,8 @@ from varshare_rl.run.folder import SUMMARY_FILE
 from varshare_rl.sweeps.plan import Job
 
 SEED = "seed"
+#: Interval of no run.
+NOTHING = Interval(math.nan, None, None, 0)
 #: Values of the options that are swept.
 Choices = tuple[tuple[str, str], ...]
 
@@ -82,19 +85,24 @@ def documents_by_choice(jobs: Sequence[Job]) -> dict[Choices, list[dict[str, Any
 def pool(jobs: Sequence[Job]) -> Results:
     """Pool the runs that are done over their seeds."""
     groups = documents_by_choice(jobs)
-    measure, scores = scores_by_choice(jobs)
+    measure, found = scores_by_choice(jobs)
+    scores = {others: array[np.isfinite(array).all(axis=1)] for others, array in found.items()}
+    lost = sum(len(array) for array in found.values()) - sum(len(array) for array in scores.values())
     statistic, remark = "interquartile mean over seeds and tasks, 95 % interval", ""
     try:
-        intervals = {others: iqm_interval(array) for others, array in scores.items()}
+        intervals = {others: iqm_interval(array) if len(array) else NOTHING for others, array in scores.items()}
         if any(1 < interval.runs <= FEW_RUNS for interval in intervals.values()):
             remark = f"intervals of {FEW_RUNS} seeds or fewer are too narrow"
     except UserError as error:
         statistic, remark = "mean over seeds and tasks, least and greatest seed", str(error)
-        intervals = {others: spread(array) for others, array in scores.items()}
+        intervals = {others: spread(array) if len(array) else NOTHING for others, array in scores.items()}
+    if lost:
+        said = f"{lost} run{'s' * (lost > 1)} with a {measure} that is no number: left out"
+        remark = "; ".join(part for part in (said, remark) if part)
     rows = [
         Row(
             dict(others), len(group), intervals[others],
-            float(np.mean([task_scores(document, "return") for document in group])),
+            float(np.mean(np.array([task_scores(document, "return") for document in group], dtype=np.float64))),
             float(np.mean([document["transitions"] for document in group])),
             float(np.mean([document["seconds"] for document in group])),
         )
