@@ -13,12 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 from conftest import Command
 from helpers import TINY, TINY_ALGORITHM
 
+import varshare_rl as vs
 from varshare_rl.run.checkpoint import find_checkpoint, load_checkpoint
 from varshare_rl.run.loop import Run
 
@@ -429,3 +431,35 @@ def test_a_run_that_is_killed_before_its_first_step_goes_on(command: Command) ->
     assert command("train", *overrides, "run_dir=whole").code == 0
     assert_same(final_state(Path("run")), final_state(Path("whole")))
     assert metrics(Path("run")) == metrics(Path("whole"))
+
+
+class Weather(gymnasium.Env[Any, Any]):
+    """Episodes of ten steps whose rewards follow no seed."""
+
+    observation_space = gymnasium.spaces.Box(-1.0, 1.0, (1,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.steps += 1
+        return np.zeros(1, np.float32), float(np.random.default_rng().random()), False, self.steps == 10, {}
+
+
+def test_an_episode_that_cannot_be_played_again_is_cut_off(folder: Path) -> None:
+    options: dict[str, Any] = {
+        "algorithm": {"rollout_transitions_per_task": 40, "epochs": 1, "minibatches": 1},
+        "env": {"envs_per_task": 2, "horizon": 10}, "network": {"hidden": [8]},
+        "evaluate": {"episodes": 1, "every": 0}, "log": {"quiet": True, "every": 8}, "device": "cpu",
+    }  # fmt: skip
+    envs = {"one": Weather, "two": Weather}
+    vs.train(envs=envs, total_transitions=68, run_dir="run", **options)  # seven steps into the second episodes
+    vs.train(resume="run", envs=envs, total_transitions=400)
+    found = [
+        line["train/mean_episode_steps"] for line in metrics(Path("run")) if "train/mean_episode_steps" in line
+    ]
+    assert len(found) > 20
+    assert set(found) == {10.0}

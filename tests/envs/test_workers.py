@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from walk import BOX, Walk, actions, assert_same, make, trace
 
-from varshare_rl.envs.engine import SlotEngine, leave_out
+from varshare_rl.envs.engine import SlotEngine, cut_off, leave_out
 from varshare_rl.envs.slots import EnvironmentFailure
 from varshare_rl.envs.workers import WorkerError, Workers
 from varshare_rl.errors import UserError
@@ -91,10 +91,12 @@ def test_an_episode_that_is_left_out_is_passed_over(workers: int) -> None:
     for k in range(2):
         engine.step(actions(k))
     state = engine.state()
-    assert leave_out(state, 0, 1, 0)  # slot 1 is in its episode 0
-    assert not leave_out(state, 1, 0, 1)  # slot 2 is before its episode 1
-    assert not leave_out(state, 0, 99, 0)
+    leave_out(state, 0, 1, 0)  # slot 1 is in its episode 0
+    leave_out(state, 1, 0, 1)  # slot 2 is before its episode 1
+    leave_out(state, 0, 99, 0)
     before, after = engine.load_state(engine.state()), other.load_state(state)
+    assert cut_off(state, engine.state()) == []
+    assert cut_off(state, other.state()) == [(0, 1)]
     same = (before == after).all(-1)
     assert not same[0, 1]
     assert same.sum() == same.size - 1

@@ -20,17 +20,31 @@ from varshare_rl.errors import UserError
 _AXES = (("tasks", "num_tasks"), ("envs", "envs_per_task"))
 
 
-def leave_out(state: State, task: int, env: int, episode: int) -> bool:
+def leave_out(state: State, task: int, env: int, episode: int) -> None:
     """Have a saved engine pass over a training episode that fails, if the slot is one of its own.
 
-    Returns True where the state is in the middle of that episode; then the slot begins the next one.
+    A slot that is in the middle of that episode then begins the next one.
     """
     tasks, envs = (state.get(axis, range(state[count])) for axis, count in _AXES)
-    if task not in tasks or env not in envs:
-        return False
-    slot = state["slots"][tasks.index(task) * len(envs) + envs.index(env)]
-    slot["left_out"] = sorted({*slot.get("left_out", ()), episode})
-    return bool(slot["episode"] == episode)
+    if task in tasks and env in envs:
+        slot = state["slots"][tasks.index(task) * len(envs) + envs.index(env)]
+        slot["left_out"] = sorted({*slot.get("left_out", ()), episode})
+
+
+def cut_off(saved: State, loaded: State) -> list[tuple[int, int]]:
+    """Return task and environment of every slot whose episode was under way when ``saved``, and does not go on.
+
+    ``loaded`` is the state right after ``saved`` was loaded: an episode that is left out, or cannot be played
+    again, has given way to the next.
+    """
+    if "slots" not in saved:  # of an engine that puts every episode back
+        return []
+    tasks, envs = (saved.get(axis, range(saved[count])) for axis, count in _AXES)
+    places = [(task, env) for task in tasks for env in envs]
+    pairs = zip(places, saved["slots"], loaded["slots"], strict=True)
+    return [
+        place for place, old, new in pairs if len(old["actions"]) and int(old["episode"]) != int(new["episode"])
+    ]
 
 
 class SlotEngine:

@@ -16,7 +16,7 @@ import torch
 
 from varshare_rl.algorithms.base import Algorithm
 from varshare_rl.data.episodes import EpisodeStatistics
-from varshare_rl.envs.engine import leave_out
+from varshare_rl.envs.engine import cut_off, leave_out
 from varshare_rl.envs.suite import Step, Suite, VectorEngine
 from varshare_rl.errors import EpisodePlace, RunFailure
 from varshare_rl.files import Patience
@@ -388,13 +388,11 @@ class Run(Stateful):
     def load_state(self, state: Tree, left_out: Sequence[EpisodePlace] = ()) -> None:
         """Put back what :meth:`save` wrote as ``last``.
 
-        ``left_out``: episodes that are passed over from there on, as they fail;
-        one that is under way is cut off, and counts for no statistics of episodes.
+        ``left_out``: episodes that are passed over from there on, as they fail. One of them that is under way, or
+        one of an environment that cannot play it again, is cut off, and counts for no statistics of episodes.
         """
-        ended = np.zeros((self.engine.num_tasks, self.engine.envs_per_task), np.bool_)
         for episode in left_out:
-            here = leave_out(state["engine"], *episode)
-            ended[episode[:2]] |= self.ranks.least(-here) < 0
+            leave_out(state["engine"], *episode)
         with fitting(self.run_dir):
             self.transitions = self.observed_at = self._resumed_at = state["transitions"]
             super().load_state(state)
@@ -405,6 +403,10 @@ class Run(Stateful):
             self.scalars = state["scalars"]
             self._observation = self.engine.load_state(state["engine"])
             load_rng_state(state["random"])
+            grid = np.zeros((self.engine.num_tasks, self.engine.envs_per_task), np.float32)
+            for place in cut_off(state["engine"], self.engine.state()):
+                grid[place] = 1.0
+            ended = self.ranks.unite(torch.from_numpy(grid)).numpy() > 0
             if ended.any():
                 self.episodes.forget(ended)
                 self.algorithm.end_episodes(self._to_device(ended))
