@@ -17,6 +17,7 @@ from varshare_rl.commands.report_compare import read_runs
 from varshare_rl.config import TrainConfig, load_config
 from varshare_rl.fields import option_sentence
 from varshare_rl.reporting.comparison import Section, compare_runs, group_labels
+from varshare_rl.reporting.comparison_tables import group_rows
 from varshare_rl.reporting.run_records import find_runs
 
 
@@ -198,6 +199,16 @@ def test_a_stopped_run_is_said_to_be_one_and_counts_in_curves_alone(folder: Path
     assert [run.seed for run in group.scored] == [0]
     assert group.curves["transitions"].at.tolist() == [250, 500]
     assert len(sections(at=500)[0].groups[0].scored) == 2
+
+
+def test_in_the_course_of_training_nothing_is_of_the_end(folder: Path) -> None:
+    write_run("runs/a", nats=3.0, sharing=0.5)
+    (end,), (half,) = sections(), sections(at=500)
+    (row,), (earlier,) = group_rows([end]), group_rows([half])
+    assert (row["mean_nats"], row["sharing"]) == (3.0, 0.5)
+    assert earlier["mean_nats"] is earlier["sharing"] is None
+    assert 0 < float(str(earlier["seconds"])) < float(str(row["seconds"]))
+    assert (end.moment, half.moment) == ("at the end", "at 500 transitions")
 
 
 def test_a_configuration_and_seed_that_are_there_twice_count_once(folder: Path) -> None:

@@ -140,7 +140,7 @@ def show(sections: Sequence[Section], left_out: Sequence[str], out: Path) -> Non
 
 def _table(section: Section) -> Table:
     table = Table(
-        title=Text(f"{section.name}: {section.measure} at the end"), title_justify="left", box=box.SIMPLE_HEAD
+        title=Text(f"{section.name}: {section.measure} {section.moment}"), title_justify="left", box=box.SIMPLE_HEAD
     )
     table.add_column("group", overflow="fold")
     for name in ("runs", "IQM", "mean", "worst task"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -91,6 +91,7 @@ class Section:
     differences: Sequence[str]
     warnings: Sequence[str]
     notes: Sequence[str]
+    moment: str = "at the end"  # when the scores are from
     thresholds: Values = field(default_factory=lambda: np.zeros(0))
     improvement: Mapping[tuple[int, int], Interval] = field(default_factory=dict)
 
@@ -132,7 +133,7 @@ def compare_runs(
 def _section(
     name: str, runs: Sequence[RunRecord], sentence: Callable[[str], str], at: int | None, measure: str | None
 ) -> Section:
-    groups, twins = _groups(runs)
+    groups, twins = _groups(runs if at is None else [_by(run, at) for run in runs])
     measure = measure or next(one for one in ("success", "return") if one == "return" or _all_have(groups, one))
     for group in groups:
         _score(group, measure, at)
@@ -144,6 +145,7 @@ def _section(
         differences=differences(groups, sentence),
         warnings=[*twins, *warnings(groups, measure, at)],
         notes=notes(groups),
+        moment="at the end" if at is None else f"at {at:,} transitions",
     )
     scored = section.scored
     if scored:
@@ -225,6 +227,12 @@ def _groups(runs: Sequence[RunRecord]) -> tuple[list[Group], list[str]]:
     made = [[of_method[seed] for seed in sorted(of_method)] for of_method in by_method.values()]
     labels = group_labels([method_options(found[0]) for found in made])
     return [Group(label, found) for label, found in zip(labels, made, strict=True)], twins
+
+
+def _by(run: RunRecord, at: int) -> RunRecord:
+    """Return a run as it was at its last evaluation by ``at``; what there is of its end alone is left out."""
+    seconds = run.curves.until(at * (1.0 + BUDGET_TOLERANCE)).seconds
+    return replace(run, seconds=float(seconds[-1]) if len(seconds) else 0.0, nats=None, sharing=None)
 
 
 def _progress(run: RunRecord) -> tuple[bool, int]:

@@ -122,7 +122,7 @@ def aggregates_figure(section: Section, looks: Looks) -> Figure | None:
         _score_axis(axes, section, "x")
         axes.set_xlabel(STATISTICS[name])
         axes.tick_params(labelbottom=True)
-    figure.suptitle(f"{section.name}: {_named(section.measure)} at the end, with 95 % intervals")
+    figure.suptitle(f"{section.name}: {_named(section.measure)} {section.moment}, with 95 % intervals")
     return figure
 
 
@@ -131,7 +131,7 @@ def tasks_figure(section: Section, looks: Looks) -> Figure | None:
     groups, tasks = section.scored, section.tasks
     if not groups or len(tasks) < 2:
         return None
-    title = f"{section.name}: {_named(section.measure)} of every task at the end, mean of runs"
+    title = f"{section.name}: {_named(section.measure)} of every task {section.moment}, mean of runs"
     if len(groups) * len(tasks) > MOST_MARKS:
         matrix = np.array([[interval.point for interval in group.tasks] for group in groups]).T
         low, high = (0.0, 1.0) if section.measure != "return" else (float(matrix.min()), float(matrix.max()))

@@ -20,7 +20,7 @@ CAPTIONS = {
     "tasks_learning": "Every task's mean over runs.",
     "aggregates": "Interquartile mean: the mean of the middle half of all runs' and tasks' scores. Worst tasks: "
     "those with the least means over runs, each group its own.",
-    "tasks": "Every task's mean over runs at the end.",
+    "tasks": "Every task's mean over runs, at the moment in the title.",
     "profiles": "How many of all runs and tasks score above a threshold: a curve that is higher everywhere is "
     "better everywhere; where curves cross, neither is.",
     "improvement": "How probably a run of the first group scores above one of the second on a task drawn at "
