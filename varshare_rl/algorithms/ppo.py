@@ -275,6 +275,13 @@ class PPO(ActorCritic):
         least, most = (bound / self.config.learning_rate for bound in RATE_BOUNDS)
         step.rate_factor = min(max(step.rate_factor * factor, least), most)
 
+    def branch(self, fraction: float) -> None:
+        """See ``ActorCritic.branch``; a rate that follows ``desired_kl`` stays where it is."""
+        factor = self.actor_step.rate_factor
+        super().branch(fraction)
+        if self.config.desired_kl is not None:
+            self.actor_step.rate_factor = factor
+
     def entropy_weight(self) -> float:
         """Return the weight of the entropy for the share of the budget that is done."""
         config = self.config

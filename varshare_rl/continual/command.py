@@ -27,8 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from varshare_rl.config import AUTO, check_same
-from varshare_rl.config_checks import check_config
-from varshare_rl.continual.config import ContinualConfig, load_continual_config
+from varshare_rl.continual.config import ContinualConfig, check_new, load_continual_config
 from varshare_rl.continual.sequence import SequenceRun, build_sequence
 from varshare_rl.continual.tasks import new_tasks
 from varshare_rl.errors import Terminated, UserError
@@ -51,7 +50,7 @@ def run_config(config: ContinualConfig, overrides: Sequence[str] = ()) -> Path:
         run_dir = Path(config.resume)
         go_on(run_dir, stored_config(run_dir, overrides))
         return run_dir
-    check_config(config)
+    check_new(config)
     auto, overwrite = config.resume is not None, config.overwrite
     config = replace(config, resume=None, overwrite=False)  # which are not the run's
     parts = (new_tasks(config)[0].suite.name, config.algorithm.name, config.method.name, f"s{config.seed}")
@@ -76,7 +75,7 @@ def as_built(config: ContinualConfig) -> ContinualConfig:
     Raises:
         UserError: whatever the user got wrong.
     """
-    check_config(config)
+    check_new(config)
     sequence = build_sequence(config, Path(os.devnull))
     sequence.evaluator.close()
     return sequence.config

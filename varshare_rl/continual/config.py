@@ -131,18 +131,27 @@ class ContinualConfig(TrainConfig):
                 raise UserError(
                     f"elbo.{name} is given, and a method's layers draw one set of weights for a task; leave it out"
                 )
-        for name in PAID_BY_METHOD:
-            if getattr(self.elbo, name) != getattr(usual, name):
-                raise UserError(
-                    f"elbo.{name} is given, and a method of a sequence pays for its posteriors itself "
-                    "(method.kl_weight of those that have one); leave it out"
-                )
         for part in ("actor", "critic"):
             name = getattr(self.gradient, part)
             if name != MEAN:
                 raise UserError(
                     f"gradient.{part}={name} combines tasks, and here one is learnt at a time; use mean"
                 )
+
+
+def check_new(config: ContinualConfig) -> None:
+    """Check the configuration of a sequence that begins, see :func:`check_config`.
+
+    Besides, it has no option of ``elbo`` that no method uses; stored ones may have former defaults of these.
+    """
+    check_config(config)
+    usual = type(config.elbo)()
+    for name in PAID_BY_METHOD:
+        if getattr(config.elbo, name) != getattr(usual, name):
+            raise UserError(
+                f"elbo.{name} is given, and a method of a sequence pays for its posteriors itself "
+                "(method.kl_weight of those that have one); leave it out"
+            )
 
 
 def load_continual_config(path: Path) -> ContinualConfig:
