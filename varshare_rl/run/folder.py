@@ -25,8 +25,8 @@ SUMMARY_FILE = "summary.json"
 LOCK_FILE = ".lock"
 #: Files of a run and of what was made of it, other than exports: gone when another run takes the folder.
 RUN_FILES = (
-    CONFIG_FILE, METRICS_FILE, "events.out.tfevents.*", "metrics.csv", "wandb_id.txt", "mlflow_id.txt", FOLDER, SUMMARY_FILE,
-    "failure.txt", "sharing", "tasks", "evaluation*.json", "video", "video_best", "report_sharing",
+    CONFIG_FILE, METRICS_FILE, "events.out.tfevents.*", "metrics.csv", "wandb_id.txt", "mlflow_id.txt", FOLDER,
+    SUMMARY_FILE, "failure.txt", "sharing", "tasks", "evaluation*.json", "video", "video_best", "report_sharing",
     "report_continual", "calibration.json", "calibration.png",
 )  # fmt: skip
 
