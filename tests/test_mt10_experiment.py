@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import varshare_rl as vs
-from experiments.mt10 import spreads
+from experiments.mt10 import joined, spreads
 from experiments.mt10.__main__ import TASKS, main
 
 TINY = (
@@ -53,3 +53,21 @@ def test_spreads_at_their_bound_are_counted(
     (row,) = csv.DictReader((tmp_path / "spreads.csv").read_text().splitlines())
     assert (row["run"], row["transitions"]) == ("run", "80")
     assert [float(row[task]) for task in TASKS] == [share] * 10
+
+
+def test_runs_that_go_on_from_one_another_become_one_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"{key}={value}" for key, value in dict(word.split("=", 1) for word in TINY).items()]
+    first, second = tmp_path / "first", tmp_path / "second"
+    vs.train("mt10", *words, run_dir=str(first))
+    vs.train(f"from={first}", "total_transitions=160", run_dir=str(second))
+    monkeypatch.setattr(sys, "argv", ["", str(first), str(second), "--folder", str(tmp_path)])
+    joined.main()
+    rows = list(csv.DictReader((tmp_path / "joined.csv").read_text().splitlines()))
+    assert [(row["run"], row["transitions"]) for row in rows] == [
+        ("first", "0"),
+        ("second", "80"),
+        ("second", "160"),
+    ]
+    last = json.loads((second / "metrics.jsonl").read_text().splitlines()[-1])
+    assert float(rows[-1]["push-v3_return"]) == pytest.approx(last["eval/push-v3/return"], abs=0.01)
+    assert (tmp_path / "joined.png").stat().st_size > 1000
