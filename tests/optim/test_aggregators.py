@@ -300,6 +300,6 @@ def test_what_is_remembered_survives(method: str) -> None:
 
 def test_without_torchjd_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchjd", None)
-    with pytest.raises(UserError, match=r"gradient=cagrad needs TorchJD .*pip install 'varshare_rl\[gradient\]'"):
+    with pytest.raises(UserError, match=r"gradient=cagrad needs TorchJD .*, of the extra gradient;"):
         build_aggregator("cagrad", 2)
     build_aggregator("gradnorm", 2)  # this one is ours

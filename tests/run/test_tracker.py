@@ -179,7 +179,7 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=rf"log.trackers has {name}: pip install \"varshare_rl\[{name}\]\""):
+    with pytest.raises(UserError, match=f"log.trackers needs {name}, of the extra {name};"):
         Tracker(tmp_path, trackers=[name])
 
 
