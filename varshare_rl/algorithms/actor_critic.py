@@ -151,8 +151,8 @@ class ActorCritic(Algorithm):
                 f"algorithm.noise_correlation={config.noise_correlation:g} is for Box actions, and these are "
                 "Discrete; leave it out"
             )
-        self.noise_correlation = config.noise_correlation
-        self.action_noise = self._action_noise(spec.envs_per_task)
+        shape = (spec.num_tasks, spec.envs_per_task, spec.action_size)
+        self.action_noise = ActionNoise(config.noise_correlation, shape, spec.device)
         self.absorbing = {
             "actor": Absorbing(self.actor, self.actor_step.optimizers),
             "critic": Absorbing(self.critic, self.critic_step.optimizers),
@@ -188,13 +188,9 @@ class ActorCritic(Algorithm):
         return penalty + self.regularizer.penalty(part, held)
 
     def evaluation_policy(self, envs_per_task: int, deterministic: bool = True) -> ActorPolicy:
-        noise = None if deterministic else self._action_noise(envs_per_task)
+        noise = None if deterministic else self.action_noise.like(envs_per_task)
         mode = self.elbo.config.draw.evaluation
         return ActorPolicy(self.actor, self.normalizer, mode, self.spec.num_tasks, envs_per_task, noise)
-
-    def _action_noise(self, envs_per_task: int) -> ActionNoise:
-        shape = (self.spec.num_tasks, envs_per_task, self.spec.action_size)
-        return ActionNoise(self.noise_correlation, shape, self.spec.device)
 
     def weight_draws(self) -> str:
         layer = next((layer for _, layer in drawn_layers(self.actor)), None)

@@ -20,12 +20,18 @@ from varshare_rl.errors import UserError
 _AXES = (("tasks", "num_tasks"), ("envs", "envs_per_task"))
 
 
+def _numbers(state: State) -> tuple[Sequence[int], Sequence[int]]:
+    """Return the numbers of the tasks and of the environments whose slots a saved engine has, in order."""
+    tasks, envs = (state.get(axis, range(state[count])) for axis, count in _AXES)
+    return tasks, envs
+
+
 def leave_out(state: State, task: int, env: int, episode: int) -> None:
     """Have a saved engine pass over a training episode that fails, if the slot is one of its own.
 
     A slot that is in the middle of that episode then begins the next one.
     """
-    tasks, envs = (state.get(axis, range(state[count])) for axis, count in _AXES)
+    tasks, envs = _numbers(state)
     if task in tasks and env in envs:
         slot = state["slots"][tasks.index(task) * len(envs) + envs.index(env)]
         slot["left_out"] = sorted({*slot.get("left_out", ()), episode})
@@ -39,7 +45,7 @@ def cut_off(saved: State, loaded: State) -> list[tuple[int, int]]:
     """
     if "slots" not in saved:  # of an engine that puts every episode back
         return []
-    tasks, envs = (saved.get(axis, range(saved[count])) for axis, count in _AXES)
+    tasks, envs = _numbers(saved)
     places = [(task, env) for task in tasks for env in envs]
     pairs = zip(places, saved["slots"], loaded["slots"], strict=True)
     return [

@@ -27,11 +27,16 @@ class ActionNoise(Stateful):
     state_fields = ("value", "going_on")
 
     def __init__(self, correlation: float, shape: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
-        self.correlation = correlation
+        self.correlation, self.shape = correlation, shape
         kept = shape if correlation else (0, 0, 0)
         self.value = torch.zeros(kept, device=device)  # of the latest step
         self.going_on = torch.zeros(kept[:2], dtype=torch.bool, device=device)  # its episode has not ended
         self._acted = 0  # environments of every task that have acted in this vector step
+
+    def like(self, envs_per_task: int) -> ActionNoise:
+        """Return fresh noise of the same kind for another number of environments of every task."""
+        num_tasks, _, action_size = self.shape
+        return ActionNoise(self.correlation, (num_tasks, envs_per_task, action_size), self.value.device)
 
     def load_state(self, state: Tree) -> None:
         """Put back what :meth:`state` gave; noise of another shape, where a run was white before, begins anew."""
