@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from adapter_toys import (
+    CASES,
     HIDDEN,
+    IDS,
     LORA,
     RANK,
     SHARE,
@@ -20,12 +22,15 @@ from adapter_toys import (
     optimizer_of,
     outputs,
     steps,
+    target,
     trained_agent,
 )
 from torch import nn
 
 from varshare_rl.adapters.adapter import LowRank
 from varshare_rl.errors import UserError
+from varshare_rl.optim.optimizer import Kind, OptimizerConfig
+from varshare_rl.optim.step import LossStep
 from varshare_rl.transfer.low_rank import linear_layers
 from varshare_rl.transfer.method import StorageCost
 from varshare_rl.transfer.methods.lora import LoRAMethod
@@ -156,3 +161,26 @@ def test_temporary_directions_are_a_quarter_at_most() -> None:
 def test_what_share_cannot_do_is_said_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ShareMethod(replace(SHARE, **options), SPEC)
+
+
+@pytest.mark.parametrize("name", ["share", "share_coefficients", "share_variational", "lora", "varshare"])
+def test_corrections_are_adapters_to_the_optimiser(name: str) -> None:
+    """With PPO's epsilon their steps are as large for any scale of the loss, and nothing draws them to 0."""
+    moves = []
+    for scale in (1.0, 1e-6):
+        torch.manual_seed(0)
+        method = CASES[name](SPEC, pretrained_from(trained_agent(3), 3))
+        network = method.begin(3).eval()
+        with torch.no_grad():
+            for path, parameter in network.named_parameters():
+                if path.endswith(("eps_B", "mus_B", "factors_B")):
+                    parameter.normal_(std=0.3)  # all gradients are more than 0
+        step = LossStep(network, 0.01, 0.0, epsilon=1e-5, optimizer=OptimizerConfig(weight_decay=0.5))
+        assert {role.kind for role in step.roles} <= {Kind.mu, Kind.rho}
+        assert not any(role.decays for role in step.roles)
+        before = [parameter.detach().clone() for parameter in step.parameters]
+        step(scale * (network(inputs(), IDS) - target(3)).square().mean((1, 2)))
+        moves.append([new.detach() - old for new, old in zip(step.parameters, before, strict=True)])
+    assert max(float(move.abs().max()) for move in moves[0]) == pytest.approx(0.01, rel=1e-3)
+    for usual, small in zip(*moves, strict=True):
+        torch.testing.assert_close(small, usual, rtol=1e-2, atol=1e-5)

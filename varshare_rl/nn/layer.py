@@ -29,6 +29,7 @@ class TaskModule(nn.Module):
         per_task_parameters, per_task_buffers: names of the stacked tensors.
         rho_parameters: names of the parameters among them that give standard deviations.
         b_parameters: names of those among them that are the factor ``B`` of low-rank residuals, or its mean.
+        is_adapter: all its parameters are a task's own correction of weights that are not among them.
         penalized: the weights of a task cost nats, see :meth:`kl`.
         paid_apart: somebody else adds :meth:`kl` to the loss, and the ELBO does not.
     """
@@ -37,6 +38,7 @@ class TaskModule(nn.Module):
     per_task_buffers: tuple[str, ...] = ()
     rho_parameters: tuple[str, ...] = ()
     b_parameters: tuple[str, ...] = ()
+    is_adapter = False
     penalized = False
     paid_apart = False
 

@@ -193,7 +193,7 @@ class Kind(Enum):
 
     theta = "theta"  # shared by the tasks
     heads = "heads"  # of one task in a layer that shares nothing
-    mu = "mu"  # of an adapter: parameters of one task in a layer that the tasks share otherwise
+    mu = "mu"  # of an adapter: parameters of one task that correct weights which the tasks share
     rho = "rho"  # of an adapter
 
 
@@ -215,9 +215,11 @@ def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
     """Return the roles of all parameters that require a gradient, in the module's order.
 
     Layers name stacked parameters (dim 0 is the task) in ``per_task_parameters``, and the rhos among them in
-    ``rho_parameters``. Weights are the shared parameters of two dimensions or more, and of three or more where
-    dim 0 is the task (of layers that share nothing) or, as a layer says by ``stacks_copies``, a copy of a layer;
-    parameters outside a module count as shared and do not decay.
+    ``rho_parameters``. Stacked ones are an adapter's where the layer has others too, and all parameters of a module
+    that says ``is_adapter`` are, as the weights that it corrects are another's. Weights are the shared parameters
+    of two dimensions or more, and of three or more where dim 0 is the task (of layers that share nothing) or, as a
+    layer says by ``stacks_copies``, a copy of a layer; parameters outside a module count as shared and do not
+    decay.
     """
     if not isinstance(trained, nn.Module):
         return [Role(parameter, False, Kind.theta, False) for parameter in trained]
@@ -227,11 +229,12 @@ def roles(trained: nn.Module | Iterable[nn.Parameter]) -> list[Role]:
         sigmas = set(getattr(layer, "rho_parameters", ()))
         copies = getattr(layer, "stacks_copies", False)
         parameters = dict(layer.named_parameters(recurse=False))
-        adapter = any(name not in stacked for name in parameters)
+        corrects = getattr(layer, "is_adapter", False)
+        adapter = corrects or any(name not in stacked for name in parameters)
         for name, parameter in parameters.items():
             own = name in stacked
             kind = Kind.rho if name in sigmas else Kind.mu if adapter else Kind.heads
-            kind = kind if own else Kind.theta
+            kind = kind if own or corrects else Kind.theta
             decays = kind in (Kind.theta, Kind.heads) and parameter.dim() >= (3 if own or copies else 2)
             is_b = name in getattr(layer, "b_parameters", ())
             found.setdefault(id(parameter), Role(parameter, own, kind, decays, is_b))

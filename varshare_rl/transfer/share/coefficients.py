@@ -33,6 +33,7 @@ class PointCoefficients(TaskModule):
     """
 
     per_task_parameters = ("eps_B", "eps_A")
+    is_adapter = True
 
     def __init__(self, num_tasks: int, k_B: int, k_A: int, p: int) -> None:
         super().__init__()
@@ -82,6 +83,7 @@ class GaussianCoefficients(GaussianFactors):
     """
 
     factors = (("mus_B", "rhos_B"), ("mus_A", "rhos_A"))
+    is_adapter = True
     mus_B: nn.Parameter
     rhos_B: nn.Parameter
     mus_A: nn.Parameter

@@ -33,6 +33,8 @@ class TemporaryDirections(nn.Module):
         p: columns of the coefficients.
     """
 
+    is_adapter = True
+
     def __init__(self, basis_B: Tensor, basis_A: Tensor, phi: int, p: int) -> None:
         super().__init__()
         self.directions_B = nn.Parameter(basis_B[:, :phi].clone())
