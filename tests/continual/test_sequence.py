@@ -25,6 +25,9 @@ from varshare_rl.run.loop import Run
 from varshare_rl.run.signals import Interrupted
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.transfer.bases import LowRankMethod
+from varshare_rl.transfer.likelihood import GaussianPolicy
+from varshare_rl.transfer.methods.replay import ExperienceReplay
+from varshare_rl.transfer.networks import AgentNetworks
 from varshare_rl.transfer.share.selection import ReturnBandit
 
 PPO = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE)
@@ -284,6 +287,95 @@ def test_clipped_policies_learn_a_sequence(command: Command, method: str) -> Non
     )
     assert command("continual", *PPO, f"method={method}", *policy, "run_dir=run").code == 0
     check_document("run")
+
+
+OWN_LOG_STD = ("algorithm.log_std=parameter", "algorithm.initial_log_std=-0.5", "algorithm.learning_rate=0.01")
+
+
+@pytest.mark.parametrize("method", some_fast("finetune", "ewc", "replay", "frozen", "lora", "share"))
+def test_every_task_keeps_a_log_standard_deviation_of_its_own(
+    command: Command, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """It starts where the options say, is that of the task's policy ever after, and what methods measure it by."""
+    first: list[torch.Tensor] = []
+    last: list[torch.Tensor] = []
+    start, end = Run.start, AgentNetworks.end
+
+    def started(run: Run, evaluate: bool) -> None:
+        agent: Any = run.algorithm
+        first.append(agent.actor.log_stds.detach().clone())
+        last.append(agent.actor.log_stds)
+        start(run, evaluate)
+
+    def ended(networks: AgentNetworks, *given: torch.Tensor) -> None:
+        likelihood = networks.specs["actor"][0].likelihood
+        assert isinstance(likelihood, GaussianPolicy)
+        assert torch.equal(likelihood.actor.get_parameter("log_stds"), last[-1])
+        end(networks, *given)
+
+    monkeypatch.setattr(Run, "start", started)
+    monkeypatch.setattr(AgentNetworks, "end", ended)
+    outcome = command("continual", *PPO, f"method={method}", *OWN_LOG_STD, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert all(bool((value == -0.5).all()) for value in first)
+    learnt = last * 3 if method == "frozen" else last
+    assert len({str(value.tolist()) for value in last}) == len(last)
+    assert not any(bool((value == -0.5).any()) for value in last)
+    sequence = load_sequence(Path("run"), "last", Device.cpu)[0]
+    for number, (task, expected) in enumerate(zip(sequence.tasks, learnt, strict=True)):
+        actor = sequence.evaluator.policy(task, number)[0]
+        assert torch.equal(actor.get_parameter("log_stds"), expected)
+    if isinstance(sequence.networks.method, ExperienceReplay):
+        kept = torch.split(sequence.networks.method.outputs, 20, dim=1)
+        for rows, expected in zip(kept, learnt, strict=True):
+            assert torch.equal(rows[0, :, 2:], expected.expand(20, 2))
+
+
+def test_a_log_standard_deviation_goes_through_a_stop_and_has_moments_of_its_own(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = (*PPO, "method=finetune", *OWN_LOG_STD, "carry.optimizer=true")
+    begun: list[tuple[int, int]] = []
+    start, step = Run.start, Run._after_step
+
+    def started(run: Run, evaluate: bool) -> None:
+        agent: Any = run.algorithm
+        begun.append((len(agent.actor_step.optimizer.state), len(agent.actor_step.parameters)))
+        start(run, evaluate)
+
+    def interrupted(run: Run) -> None:
+        step(run)
+        if len(begun) == 2 and run.transitions == 80:
+            run.save("last")
+            raise Interrupted(15)
+
+    monkeypatch.setattr(Run, "start", started)
+    assert command("continual", *options, "run_dir=whole").code == 0
+    assert begun == [(0, 5), (4, 5), (4, 5)]  # not those of the last task's
+    begun.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "_after_step", interrupted)
+        assert command("continual", *options, "run_dir=halves").code == 143
+    assert command("continual", "resume=halves").code == 0
+    assert results("halves") == results("whole")
+    whole, halves = (load_checkpoint(find_checkpoint(Path(run)))["progress"] for run in ("whole", "halves"))
+    for one, other in zip(whole["log_stds"], halves["log_stds"], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_old_tasks_keep_the_log_standard_deviations_of_their_agent(
+    command: Command, command_once: Callable[..., Path]
+) -> None:
+    options = (*TINY, *TINY_ALGORITHM["ppo"], *OWN_LOG_STD, "env.tasks=[normal_left,flipped_up]")
+    command_once("train", *options, "env.envs_per_task=4", "total_transitions=640", "run_dir=trained")
+    given = (*PPO, "env.tasks=[normal_right]", "method=lora", "from=trained", "run_dir=run")
+    assert command("continual", *given).code == 0
+    sequence = load_sequence(Path("run"), "last", Device.cpu)[0]
+    theirs = load_checkpoint(find_checkpoint(Path("trained")))["algorithm"]["actor"]["log_stds"]
+    assert theirs.shape == (2, 2)
+    for number in range(2):
+        actor = sequence.evaluator.policy(sequence.tasks[number], number)[0]
+        assert torch.equal(actor.get_parameter("log_stds"), theirs[number : number + 1])
 
 
 def test_target_critics_begin_in_the_units_that_critics_take_over(

@@ -29,6 +29,9 @@ IDS = torch.zeros(1, dtype=torch.int64)
 
 
 class NoLikelihood:
+    def complete(self, outputs: Tensor) -> Tensor:
+        raise AssertionError
+
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
         raise AssertionError
 

@@ -72,3 +72,16 @@ def test_actors_say_what_their_networks_mean() -> None:
     categorical = policy_likelihood(CategoricalActor(network, torch.tensor([[True, False]])))
     assert isinstance(categorical, CategoricalPolicy)
     assert categorical.mask.flatten().tolist() == [True, False]
+
+
+def test_a_policy_of_the_past_is_measured_by_its_own_log_standard_deviation() -> None:
+    config = GaussianConfig(log_std=LogStd.parameter, initial=-0.5)
+    likelihood = GaussianPolicy(GaussianActor(torch.nn.Identity(), MASK[0].bool(), config))
+    old, new = torch.randn(2, 1, 5, 3)
+    kept = likelihood.complete(old)
+    assert torch.equal(likelihood.complete(kept), kept)
+    likelihood.actor.get_parameter("log_stds").data.fill_(0.7)  # of the next task
+    deviation = torch.tensor(-0.5).exp()
+    expected = (kl_divergence(Normal(old, deviation), Normal(new, deviation)) * MASK).sum(-1)
+    torch.testing.assert_close(likelihood.divergence(kept, new), expected)
+    assert GAUSSIAN.complete(old) is old

@@ -144,6 +144,12 @@ def pretrained_normalizers(agent: TrainedAgent | None) -> list[dict[str, Tensor]
     ]
 
 
+def log_stds_of(actor: nn.Module) -> list[Tensor]:
+    """Return copies of the log standard deviations ``[1, A]`` of a policy's tasks, if they are a parameter."""
+    log_stds = getattr(actor, "log_stds", None)
+    return [] if log_stds is None else list(log_stds.detach().clone().split(1))
+
+
 def pooled_normalizer(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return statistics of the observations of several tasks together, which new ones soon outweigh.
 

@@ -8,15 +8,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from varshare_rl.algorithms.actor_critic import ActorCritic, ActorPolicy
 from varshare_rl.algorithms.base import EvaluationPolicy
 from varshare_rl.continual.config import ContinualConfig, TaskIds
+from varshare_rl.continual.results import Progress
 from varshare_rl.continual.tasks import SequenceTask
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.envs.suite import VectorEngine
-from varshare_rl.nn.actor import Actor
+from varshare_rl.nn.actor import Actor, GaussianActor
 from varshare_rl.run.evaluation import EpisodeCursor, PerTaskPolicies, play
 from varshare_rl.run.process import own_random
 from varshare_rl.transfer.networks import AgentNetworks
@@ -36,7 +37,7 @@ class Evaluator:
         config: of the run.
         tasks: all of the sequence.
         networks: of the agent; actor: a policy of the kind that the algorithm makes.
-        normalizers: statistics of observations of every learnt task; the list grows.
+        progress: has what belongs to every learnt task's policy besides the network; it grows.
         device: where to compute.
     """
 
@@ -46,18 +47,18 @@ class Evaluator:
         tasks: Sequence[SequenceTask],
         networks: AgentNetworks,
         actor: Actor,
-        normalizers: list[dict[str, Tensor]],
+        progress: Progress,
         device: torch.device,
     ) -> None:
         self.config, self.tasks, self.device = config, tasks, device
-        self.networks, self.actor, self.normalizers = networks, actor, normalizers
+        self.networks, self.actor, self.progress = networks, actor, progress
         self._tables = tables(tasks)
         self._engines: dict[tuple[int, int, bool], VectorEngine] = {}
 
     def with_seed(self, seed: int) -> Evaluator:
         """Return the same with episodes from other starts."""
         config = replace(self.config, seed=seed)
-        return Evaluator(config, self.tasks, self.networks, self.actor, self.normalizers, self.device)
+        return Evaluator(config, self.tasks, self.networks, self.actor, self.progress, self.device)
 
     def close(self) -> None:
         """Free the engines."""
@@ -140,13 +141,16 @@ class Evaluator:
         else:
             network = self.networks.policy(learnt, meanwhile)
         mask = torch.from_numpy(task.suite.action_mask[task.index : task.index + 1])
-        actor = self.actor.with_network(network, mask).to(self.device)
+        actor = self.actor.with_network(network, mask)
+        if learnt is not None and isinstance(actor, GaussianActor) and actor.log_stds is not None:
+            actor.log_stds = nn.Parameter(self.progress.log_stds[learnt], requires_grad=False)
+        actor.to(self.device)
         size = self.networks.specs["actor"][0].in_features
         options = self.config.algorithm
         normalizer = ObservationNormalizer(1, size, options.normalize_observations, options.min_observation_std)
         normalizer.to(self.device)
         if learnt is not None:
-            normalizer.load_state_dict(self.normalizers[learnt])
+            normalizer.load_state_dict(self.progress.normalizers[learnt])
         return actor, normalizer
 
     def _policy(

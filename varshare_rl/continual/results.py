@@ -27,6 +27,7 @@ class Progress:
         curves: success (or return) against transitions of every task that was learnt.
         costs: parameters, seconds and bytes of every task that was learnt.
         normalizers: statistics of observations that each learnt task's policy has.
+        log_stds: log standard deviation of each learnt task's policy, ``[1, A]``; empty where it is no parameter.
         carried: state of the last task's training that the next one takes over.
         seconds: of everything.
     """
@@ -35,6 +36,7 @@ class Progress:
     curves: list[dict[str, list[float]]] = field(default_factory=list)
     costs: list[dict[str, Any]] = field(default_factory=list)
     normalizers: list[dict[str, Tensor]] = field(default_factory=list)
+    log_stds: list[Tensor] = field(default_factory=list)
     carried: Tree | None = None
     seconds: float = 0.0
 

@@ -19,6 +19,7 @@ from varshare_rl.continual.agent import (
     check_spaces,
     go_on_from,
     load_pretrained,
+    log_stds_of,
     pooled_normalizer,
     pretrained_normalizers,
     probe,
@@ -110,9 +111,9 @@ class SequenceRun:
             specs, config.method.build, config.carry.critic, all_pretrained(agent, config.carry.critic)
         )
         self.progress = Progress(normalizers=pretrained_normalizers(agent))
-        self.evaluator = Evaluator(
-            config, self.tasks, self.networks, self.actor, self.progress.normalizers, self.device
-        )
+        if agent is not None:
+            self.progress.log_stds = log_stds_of(cast(ActorCritic, agent.algorithm).actor)
+        self.evaluator = Evaluator(config, self.tasks, self.networks, self.actor, self.progress, self.device)
         all_tasks = config.log.tasks is TableRows.all
         self.console = Console(config.total_transitions, quiet=config.log.quiet, all_tasks=all_tasks)
         self.started = self.task_started = time.monotonic()  # as if nothing had come between
@@ -209,6 +210,7 @@ class SequenceRun:
             curve = {"transitions": [0.0], "success": [self._score(self.progress.rows[-1], number)]}
             self.networks.skip()
             self.progress.normalizers.append(self._inherited_normalizer(similar))
+            self.progress.log_stds += self.progress.log_stds[-1:] or log_stds_of(self.actor)
         self.progress.curves.append(curve)
         entry["stored_bytes"] = asdict(self.networks.stored())
         entry["seconds"] = round(time.monotonic() - self.task_started, 3)
@@ -238,6 +240,9 @@ class SequenceRun:
             obs, action = visited(agent, run.engine, self.config.memory_transitions)
         finally:
             run.close()
+        self.progress.log_stds += (log_stds := log_stds_of(agent.actor))
+        for log_std in log_stds:
+            self.actor.get_parameter("log_stds").data.copy_(log_std)  # by which a method measures this policy
         self.networks.end(obs, action)
         self.progress.normalizers.append(state_copy(agent.normalizer))
         self.progress.carried = self._taken_over(agent)
@@ -283,6 +288,7 @@ class SequenceRun:
             agent.take_over_critic(carried["critic"])
         if self.config.carry.optimizer:
             agent.actor_step.load_state(carried["actor_step"])
+            agent.actor_step.optimizer.state.pop(getattr(agent.actor, "log_stds", None), None)  # they begin anew
         if self.config.carry.replay:
             cast(Any, agent).replay.load_state(carried["replay"])
 
@@ -353,7 +359,10 @@ class SequenceRun:
         checkpoint, tree = newest_checkpoint(self.run_dir)
         with fitting(self.run_dir):
             check_unchanged(self.run_dir, self.config, tree)
-            self.progress = Progress(**tree["progress"])
-            self.evaluator.normalizers = self.progress.normalizers
+            earlier = self.progress.log_stds  # of a pretrained agent
+            self.progress = self.evaluator.progress = progress = Progress(**tree["progress"])
+            progress.log_stds = progress.log_stds or earlier
+            missing = len(progress.normalizers) - len(progress.log_stds)  # in folders of former versions
+            progress.log_stds += log_stds_of(self.actor) * missing
             self.networks.load_state(tree["governor"])
         return checkpoint

@@ -27,11 +27,14 @@ Stack = Callable[[LayerFactory], nn.Module]
 class Likelihood(Protocol):
     """Meaning of a network's outputs: the parameters of a distribution, ``[1, N, G]``."""
 
+    def complete(self, outputs: Tensor) -> Tensor:
+        """Return the outputs with what else the distributions have now, ``[1, N, P]``: what is kept of a task."""
+
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
         """Return the log-density of (detached) draws from the distributions themselves, ``[1, N]``."""
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        """Return ``KL(old || new)`` of every row in nats, ``[1, N]``."""
+        """Return ``KL(old || new)`` of every row in nats, ``[1, N]``; ``old`` are outputs, complete or not."""
 
 
 @dataclass(frozen=True)

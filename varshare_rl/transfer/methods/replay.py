@@ -12,6 +12,7 @@ from varshare_rl.fields import bounded
 from varshare_rl.registry import register
 from varshare_rl.transfer.bases import OneNetwork
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost, tensor_bytes
+from varshare_rl.types import Tree
 
 
 @register("method", "replay")
@@ -52,7 +53,7 @@ class ExperienceReplay(OneNetwork):
     ) -> None:
         super().__init__(config, spec, pretrained)
         self.inputs = torch.empty(1, 0, spec.in_features)  # of all earlier tasks, [1, M, F]
-        self.outputs = torch.empty(1, 0, spec.out_features)  # [1, M, G]
+        self.outputs = spec.likelihood.complete(torch.empty(1, 0, spec.out_features))  # [1, M, P]
 
     def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
         """Return ``weight`` times the mean divergence on a batch, ``[1]``."""
@@ -73,9 +74,13 @@ class ExperienceReplay(OneNetwork):
         super().end(network, inputs)
         chosen = torch.randperm(inputs.shape[1])[: self.config.samples_per_task].to(inputs.device)
         inputs = inputs[:, chosen]
-        outputs = network(inputs, torch.zeros(1, dtype=torch.int64))
+        outputs = self.spec.likelihood.complete(network(inputs, torch.zeros(1, dtype=torch.int64)))
         self.inputs = torch.cat([self.inputs.to(inputs), inputs], dim=1)
         self.outputs = torch.cat([self.outputs.to(outputs), outputs], dim=1)
+
+    def load_state(self, state: Tree) -> None:
+        super().load_state(state)
+        self.outputs = self.spec.likelihood.complete(self.outputs)  # former versions kept outputs alone
 
     def stored(self) -> StorageCost:
         """Return the bytes of one network; the samples are memory."""
