@@ -250,6 +250,21 @@ WRONG = {
     "averaged": (("averaged_evaluations=3",), "averaged_evaluations is 3, and a task has 2: 160 transitions"),
     "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
     "method": (("method=nothing",), "nothing"),
+    "layers": (
+        ("method=lora", "method.layers=[layers.0,typo]"),
+        "method.layers has 'typo', and there is no such layer in this network; "
+        "give all, last, or a list of some of layers.0, layers.1",
+    ),
+    "layers_of_the_critic": (
+        (
+            "method=lora",
+            "network.hidden=[8,8]",
+            "method.layers=[layers.2]",
+            "critic.hidden=[8]",
+            "carry.critic=method",
+        ),
+        "carry.critic=method, and for the critic: method.layers has 'layers.2'",
+    ),
     "origin": (("from=nowhere",), "nowhere"),
     "resume": (("resume=nowhere",), "no run folder nowhere"),
 }

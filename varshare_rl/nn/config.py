@@ -87,8 +87,8 @@ def check_layers(layers: Any, prefix: str) -> None:
         raise UserError(f"{prefix}layers is {layers!r}; give all, last, or a list of names: [layers.0]")
 
 
-def chosen_layers(paths: Sequence[str], layers: Any) -> list[str]:
-    """Return the paths of a network's linear layers, in order, that ``layers`` chooses.
+def chosen_layers(paths: Sequence[str], layers: Any, option: str = "layers") -> list[str]:
+    """Return the paths of a network's linear layers, in order, that ``layers`` chooses, which is ``option``.
 
     Raises:
         UserError: a name is none of them.
@@ -97,7 +97,10 @@ def chosen_layers(paths: Sequence[str], layers: Any) -> list[str]:
         return list(paths if layers == "all" else paths[-1:])
     for name in layers:
         if name not in paths:
-            raise UserError(f"layers: there is no {name!r} in this network; it has {', '.join(paths)}")
+            raise UserError(
+                f"{option} has {name!r}, and there is no such layer in this network; give all, last, or a list of "
+                f"some of {', '.join(paths)}"
+            )
     return [path for path in paths if path in layers]
 
 

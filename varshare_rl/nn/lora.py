@@ -210,7 +210,7 @@ class LoRAConfig(NetworkConfig):
 
         network = self.stack(in_features, out_features, layer)
         paths = [path for path, module in network.named_modules() if isinstance(module, ResidualLayer)]
-        for path in set(paths) - set(chosen_layers(paths, self.layers)):
+        for path in set(paths) - set(chosen_layers(paths, self.layers, "network.layers")):
             old = network.get_submodule(path)
             assert isinstance(old, ResidualLayer)
             assert isinstance(old.bias, nn.Parameter)

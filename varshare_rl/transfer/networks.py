@@ -8,6 +8,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from varshare_rl.errors import UserError
 from varshare_rl.transfer.method import ContinualMethod, NetworkSpec, Pretrained, StorageCost, frozen_eval
 from varshare_rl.transfer.methods.finetune import Finetune, FinetuneConfig
 from varshare_rl.types import Tree
@@ -32,6 +33,9 @@ class AgentNetworks:
         make: makes the method of a network.
         critic: fate of the critics.
         pretrained: the same networks of the agent that the sequence goes on from, for parts that go on.
+
+    Raises:
+        UserError: the method cannot be for one of the networks.
     """
 
     def __init__(
@@ -48,7 +52,12 @@ class AgentNetworks:
                 continue
             factory = make if part == "actor" or critic is CriticCarry.method else _finetune
             earlier: Sequence[Pretrained | None] = pretrained.get(part) or [None] * len(of_part)
-            self.methods[part] = [factory(*pair) for pair in zip(of_part, earlier, strict=True)]
+            try:
+                self.methods[part] = [factory(*pair) for pair in zip(of_part, earlier, strict=True)]
+            except UserError as error:
+                if part == "actor":
+                    raise
+                raise UserError(f"carry.critic={critic.value}, and for the {part}: {error}") from None
         self.networks: dict[str, list[nn.Module]] = {part: [] for part in specs}
         self._given: dict[str, int] = {}
 

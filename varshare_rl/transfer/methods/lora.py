@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from varshare_rl.adapters.adapter import Adapter, AdapterInit, adapter_scale, fresh_adapter, principal_factors
@@ -15,7 +16,7 @@ from varshare_rl.nn.config import check_layers, chosen_layers
 from varshare_rl.nn.shared import SharedLayer
 from varshare_rl.registry import register
 from varshare_rl.transfer.bases import LowRankMethod
-from varshare_rl.transfer.low_rank import adapter_bytes, mean_of
+from varshare_rl.transfer.low_rank import adapter_bytes, linear_layers, mean_of
 from varshare_rl.transfer.method import ContinualMethodConfig, NetworkSpec, Pretrained, StorageCost
 
 
@@ -73,7 +74,16 @@ class LoRAMethod(LowRankMethod):
 
     Nothing of the base changes, so an old task's policy never does by a bit. There are no biases per task: an
     adapter is what other programs read as one, and a constant can be had from the hidden units.
+
+    Raises:
+        UserError: the network has no layer of a name in ``layers``.
     """
+
+    def __init__(self, config: LoRAMethodConfig, spec: NetworkSpec, pretrained: Pretrained | None = None) -> None:
+        super().__init__(config, spec, pretrained)
+        with torch.random.fork_rng(devices=[]):
+            layers = linear_layers(spec.plain())
+        chosen_layers(list(layers), config.layers, "method.layers")  # refuses a wrong name before the first task
 
     def corrected(self, similar: int | None) -> nn.Module:
         """Make the base with an adapter that starts as ``start`` says."""
@@ -97,7 +107,7 @@ class LoRAMethod(LowRankMethod):
     def chosen_layers(self) -> dict[str, SharedLayer]:
         """Return the layers of the base that get adapters, by path."""
         layers = self.base.layers()
-        return {path: layers[path] for path in chosen_layers(list(layers), self.config.layers)}
+        return {path: layers[path] for path in chosen_layers(list(layers), self.config.layers, "method.layers")}
 
     def fresh_adapter(self) -> Adapter:
         """Make an adapter of the chosen layers that corrects nothing yet."""
