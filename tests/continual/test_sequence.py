@@ -247,6 +247,11 @@ WRONG = {
     ),
     "price": (("elbo.kl_weight=1",), "elbo.kl_weight is given, and a method of a sequence pays"),
     "price_schedule": (("elbo/schedule=dual",), "elbo.schedule is given, and a method of a sequence pays"),
+    "draws": (
+        ("elbo.draw.evaluation=per_episode", "method=varshare"),
+        "elbo.draw.evaluation=per_episode draws weights, and a sequence is evaluated with the policies that its "
+        "method keeps, which are those of posterior means; use mean",
+    ),
     "averaged": (("averaged_evaluations=3",), "averaged_evaluations is 3, and a task has 2: 160 transitions"),
     "budget": (("total_transitions=2",), "total_transitions is 2 for 3 tasks"),
     "method": (("method=nothing",), "nothing"),

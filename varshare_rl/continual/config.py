@@ -16,6 +16,7 @@ from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
 from varshare_rl.nn.shared import SharedConfig
+from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.optim.gradient import MEAN
 from varshare_rl.optim.optimizer import PosteriorOptimizer
 from varshare_rl.registry import register, registered
@@ -142,9 +143,15 @@ class ContinualConfig(TrainConfig):
 def check_new(config: ContinualConfig) -> None:
     """Check the configuration of a sequence that begins, see :func:`check_config`.
 
-    Besides, it has no option of ``elbo`` that no method uses; stored ones may have former defaults of these.
+    Besides, it has no option of ``elbo`` that no method uses; stored ones may have former defaults of these, and
+    draws in the evaluations while a task is learnt, which those after it never had.
     """
     check_config(config)
+    if config.elbo.draw.evaluation is not Resample.mean:
+        raise UserError(
+            f"elbo.draw.evaluation={config.elbo.draw.evaluation.value} draws weights, and a sequence is evaluated "
+            "with the policies that its method keeps, which are those of posterior means; use mean"
+        )
     usual = type(config.elbo)()
     for name in PAID_BY_METHOD:
         if getattr(config.elbo, name) != getattr(usual, name):

@@ -18,6 +18,7 @@ from varshare_rl.continual.tasks import SequenceTask
 from varshare_rl.data.normalizers import ObservationNormalizer
 from varshare_rl.envs.suite import VectorEngine
 from varshare_rl.nn.actor import Actor, GaussianActor
+from varshare_rl.nn.weight_sampler import Resample
 from varshare_rl.run.evaluation import EpisodeCursor, PerTaskPolicies, play
 from varshare_rl.run.process import own_random
 from varshare_rl.transfer.networks import AgentNetworks
@@ -156,7 +157,7 @@ class Evaluator:
     def _policy(
         self, task: SequenceTask, learnt: int | None, meanwhile: bool = False
     ) -> Callable[[int], EvaluationPolicy]:
-        return partial(ActorPolicy, *self.policy(task, learnt, meanwhile), self.config.elbo.draw.evaluation, 1)
+        return partial(ActorPolicy, *self.policy(task, learnt, meanwhile), Resample.mean, 1)
 
     def _engine(self, suite: Any, envs: int, other_starts: bool) -> VectorEngine:
         key = (id(suite), envs, other_starts)
