@@ -15,6 +15,7 @@ from helpers import SEQUENCE, TINY, TINY_ALGORITHM
 from omegaconf import OmegaConf
 
 from varshare_rl.config import Device
+from varshare_rl.continual.agent import beside_networks
 from varshare_rl.continual.evaluation import Evaluator
 from varshare_rl.continual.sequence import SequenceRun, load_sequence
 from varshare_rl.registry import registered
@@ -25,7 +26,7 @@ from varshare_rl.run.loop import Run
 from varshare_rl.run.signals import Interrupted
 from varshare_rl.run.tracker import Tracker
 from varshare_rl.transfer.bases import LowRankMethod
-from varshare_rl.transfer.likelihood import GaussianPolicy
+from varshare_rl.transfer.likelihood import CategoricalOutputs, GaussianPolicy, UnitGaussian
 from varshare_rl.transfer.methods.replay import ExperienceReplay
 from varshare_rl.transfer.networks import AgentNetworks
 from varshare_rl.transfer.share.selection import ReturnBandit
@@ -351,10 +352,12 @@ def test_every_task_keeps_a_log_standard_deviation_of_its_own(
             assert torch.equal(rows[0, :, 2:], expected.expand(20, 2))
 
 
+@pytest.mark.parametrize("popart", [(), ("critic.popart=true",)])
 def test_a_log_standard_deviation_goes_through_a_stop_and_has_moments_of_its_own(
-    command: Command, monkeypatch: pytest.MonkeyPatch
+    command: Command, monkeypatch: pytest.MonkeyPatch, popart: tuple[str, ...]
 ) -> None:
-    options = (*PPO, "method=finetune", *OWN_LOG_STD, "carry.optimizer=true")
+    """And so do the units of critics, and what a method keeps of both."""
+    options = (*PPO, "method=replay", *OWN_LOG_STD, "carry.optimizer=true", "carry.critic=method", *popart)
     begun: list[tuple[int, int]] = []
     start, step = Run.start, Run._after_step
 
@@ -379,8 +382,11 @@ def test_a_log_standard_deviation_goes_through_a_stop_and_has_moments_of_its_own
     assert command("continual", "resume=halves").code == 0
     assert results("halves") == results("whole")
     whole, halves = (load_checkpoint(find_checkpoint(Path(run)))["progress"] for run in ("whole", "halves"))
-    for one, other in zip(whole["log_stds"], halves["log_stds"], strict=True):
-        assert torch.equal(one, other)
+    assert str(whole["log_stds"]) == str(halves["log_stds"])
+    assert str(whole["units"]) == str(halves["units"])
+    method = load_sequence(Path("halves"), "last", Device.cpu)[0].networks.methods["critic"][0]
+    assert isinstance(method, ExperienceReplay)
+    assert method.outputs.shape == (1, 60, 1 + len(popart))
 
 
 def test_old_tasks_keep_the_log_standard_deviations_of_their_agent(
@@ -414,6 +420,69 @@ def test_target_critics_begin_in_the_units_that_critics_take_over(
     outcome = command("continual", *SAC, "method=finetune", "critic.popart=true", "run_dir=run")
     assert outcome.code == 0, outcome.err
     assert started == [True] * 3
+
+
+#: Tasks, by number, whose units the critic of each task begins in when it is kept by a method; None: in fresh ones.
+UNITS: dict[str, list[int | None]] = {
+    "finetune": [None, 0, 1],
+    "ewc": [None, 0, 1],
+    "copies": [None, 0, 1],
+    "lora": [None, 0, 0],
+    "share": [None, 0, 0],
+    "varshare": [None, 0, 1],
+    "pnn": [None, None, None],
+}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize("method", UNITS)
+def test_critics_of_a_method_begin_in_the_units_of_their_networks(
+    command: Command, monkeypatch: pytest.MonkeyPatch, method: str, algorithm: str
+) -> None:
+    begun: list[dict[str, torch.Tensor]] = []
+    start = Run.start
+
+    def started(run: Run, evaluate: bool) -> None:
+        agent: Any = run.algorithm
+        begun.append(beside_networks(agent.critic))
+        for name, value in beside_networks(getattr(agent, "target_critic", agent.critic)).items():
+            assert torch.equal(value, begun[-1][name])
+        start(run, evaluate)
+
+    monkeypatch.setattr(Run, "start", started)
+    options = (*(PPO if algorithm == "ppo" else SAC), f"method={method}", "critic.popart=true")
+    assert command("continual", *options, "carry.critic=method", "run_dir=run").code == 0
+    ended = load_sequence(Path("run"), "last", Device.cpu)[0].progress.units
+    assert [float(units["statistics.std"]) != 1.0 for units in ended] == [True] * 3
+    for found, origin in zip(begun, UNITS[method], strict=True):
+        expected = begun[0] if origin is None else ended[origin]
+        assert all(torch.equal(value, expected[name]) for name, value in found.items())
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize("method", ["ewc", "replay"])
+@pytest.mark.parametrize("critic", ["critic.loss=categorical", "critic.popart=true"])
+def test_methods_measure_critics_by_what_their_outputs_are(
+    command: Command, monkeypatch: pytest.MonkeyPatch, method: str, algorithm: str, critic: str
+) -> None:
+    scales: list[bool] = []
+    end = AgentNetworks.end
+
+    def ended(networks: AgentNetworks, *given: torch.Tensor) -> None:
+        for spec in networks.specs["critic"]:
+            likelihood = spec.likelihood
+            assert isinstance(likelihood, CategoricalOutputs if "categorical" in critic else UnitGaussian)
+            if isinstance(likelihood, UnitGaussian):
+                assert likelihood.affine is not None
+                scales.append(bool(likelihood.affine.scale != 1.0))
+        end(networks, *given)
+
+    monkeypatch.setattr(AgentNetworks, "end", ended)
+    options = (*(PPO if algorithm == "ppo" else SAC), f"method={method}", critic, "carry.critic=method")
+    outcome = command("continual", *options, "run_dir=run")
+    assert outcome.code == 0, outcome.err
+    assert all(scales)
+    check_document("run")
 
 
 def test_the_agent_says_whether_observations_are_normalised(command: Command, trained: str) -> None:

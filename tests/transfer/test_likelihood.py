@@ -7,13 +7,20 @@ import torch
 from torch.distributions import Categorical, Normal, kl_divergence
 
 from varshare_rl.nn.actor import CategoricalActor, GaussianActor, GaussianConfig, LogStd
-from varshare_rl.transfer.likelihood import CategoricalPolicy, GaussianPolicy, UnitGaussian, policy_likelihood
+from varshare_rl.nn.critic import CriticConfig, CriticHead, TaskAffine, ValueLoss
+from varshare_rl.transfer.likelihood import (
+    CategoricalOutputs,
+    GaussianPolicy,
+    UnitGaussian,
+    policy_likelihood,
+    value_likelihood,
+)
 
 MASK = torch.tensor([[[1.0, 1.0, 0.0]]])
 GAUSSIAN = GaussianPolicy(
     GaussianActor(torch.nn.Identity(), MASK[0].bool(), GaussianConfig(initial=0.3, least=-5.0, most=1.0))
 )
-CATEGORICAL = CategoricalPolicy(torch.tensor([[[True, True, False, True]]]))
+CATEGORICAL = CategoricalOutputs(torch.tensor([[[True, True, False, True]]]))
 
 
 def test_divergence_of_gaussian_policies() -> None:
@@ -70,7 +77,7 @@ def test_actors_say_what_their_networks_mean() -> None:
     expected = 0.5 * ((old - new)[..., 0] / torch.tensor(-0.5).exp()).square()
     torch.testing.assert_close(gaussian.divergence(old, new), expected)
     categorical = policy_likelihood(CategoricalActor(network, torch.tensor([[True, False]])))
-    assert isinstance(categorical, CategoricalPolicy)
+    assert isinstance(categorical, CategoricalOutputs)
     assert categorical.mask.flatten().tolist() == [True, False]
 
 
@@ -85,3 +92,33 @@ def test_a_policy_of_the_past_is_measured_by_its_own_log_standard_deviation() ->
     expected = (kl_divergence(Normal(old, deviation), Normal(new, deviation)) * MASK).sum(-1)
     torch.testing.assert_close(likelihood.divergence(kept, new), expected)
     assert GAUSSIAN.complete(old) is old
+
+
+def test_critics_say_what_their_networks_mean() -> None:
+    plain = value_likelihood(CriticHead(1, CriticConfig()))
+    assert isinstance(plain, UnitGaussian)
+    assert plain.affine is None
+    categorical = value_likelihood(CriticHead(1, CriticConfig(loss=ValueLoss.categorical, bins=5)))
+    assert isinstance(categorical, CategoricalOutputs)
+    old, new = torch.randn(2, 1, 7, 5)
+    expected = kl_divergence(Categorical(logits=old), Categorical(logits=new))
+    torch.testing.assert_close(categorical.divergence(old, new), expected)
+
+
+def test_values_are_measured_in_the_units_of_their_task() -> None:
+    head = CriticHead(1, CriticConfig(popart=True))
+    likelihood = value_likelihood(head)
+    assert isinstance(likelihood, UnitGaussian)
+    assert isinstance(head.affine, TaskAffine)
+    head.affine.scale.data.fill_(3.0)
+    head.affine.offset.data.fill_(-2.0)
+    old, new = torch.randn(2, 1, 5, 1)
+    expected = kl_divergence(Normal(3.0 * old - 2.0, 1.0), Normal(3.0 * new - 2.0, 1.0)).sum(-1)
+    torch.testing.assert_close(likelihood.divergence(old, new), expected)
+    kept = likelihood.complete(old)
+    assert torch.equal(likelihood.complete(kept), kept)
+    outputs = torch.zeros(1, 200_000, 1, requires_grad=True)
+    (score,) = torch.autograd.grad(likelihood.sampled_log_prob(outputs).sum(), outputs)
+    assert float(score.square().mean()) == pytest.approx(9.0, rel=0.03)
+    head.affine.scale.data.fill_(0.1)  # of the next task
+    torch.testing.assert_close(likelihood.divergence(kept, new), expected)

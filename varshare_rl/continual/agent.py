@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,9 +20,10 @@ from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
 from varshare_rl.nn.actor import Actor
 from varshare_rl.nn.config import NetworkConfig
+from varshare_rl.nn.critic import Critic, CriticHead
 from varshare_rl.nn.shared import SharedLayer
-from varshare_rl.transfer.likelihood import UnitGaussian, policy_likelihood
-from varshare_rl.transfer.method import Likelihood, NetworkSpec, Pretrained, Stack
+from varshare_rl.transfer.likelihood import policy_likelihood, value_likelihood
+from varshare_rl.transfer.method import Likelihood, NetworkSpec, Pretrained, Stack, state_copy
 from varshare_rl.transfer.networks import CriticCarry
 from varshare_rl.transfer.pretrained import pretrained_from
 
@@ -53,19 +54,27 @@ class NetworkProbe:
     def advance(self, fraction: float) -> None:
         """Move nothing."""
 
-    def specs(self, actor: Actor) -> dict[str, list[NetworkSpec]]:
-        """Return the specs of all networks, by part; ``actor`` is the policy that the algorithm has built."""
-        likelihoods: dict[str, Likelihood] = {"actor": policy_likelihood(actor), "critic": UnitGaussian()}
-        return {part: [NetworkSpec(*one, likelihoods[part]) for one in asked] for part, asked in self.asked.items()}
+    def specs(self, actor: Actor, critic: Critic) -> dict[str, list[NetworkSpec]]:
+        """Return the specs of all networks, by part, of the policy and the critic that the algorithm has built."""
+        heads = cast(Iterable[CriticHead], critic.heads)
+        likelihoods: dict[str, list[Likelihood]] = {
+            "actor": [policy_likelihood(actor)], "critic": [value_likelihood(head) for head in heads]
+        }  # fmt: skip
+        return {
+            part: [NetworkSpec(*one, meaning) for one, meaning in zip(asked, likelihoods[part], strict=True)]
+            for part, asked in self.asked.items()
+        }
 
 
-def probe(config: TrainConfig, suite: Suite, device: torch.device) -> tuple[Actor, dict[str, list[NetworkSpec]]]:
-    """Return a policy of the kind that the algorithm makes, and the specs of all its networks."""
+def probe(
+    config: TrainConfig, suite: Suite, device: torch.device
+) -> tuple[Actor, Critic, dict[str, list[NetworkSpec]]]:
+    """Return a policy and a critic of the kinds that the algorithm makes, and the specs of all their networks."""
     networks = NetworkProbe(config)
     with torch.random.fork_rng(devices=[]):
         algorithm = build_algorithm(config, suite, device, networks)
     assert isinstance(algorithm, ActorCritic)
-    return algorithm.actor, networks.specs(algorithm.actor)
+    return algorithm.actor, algorithm.critic, networks.specs(algorithm.actor, algorithm.critic)
 
 
 def load_pretrained(config: ContinualConfig, device: Any) -> TrainedAgent | None:
@@ -142,6 +151,11 @@ def pretrained_normalizers(agent: TrainedAgent | None) -> list[dict[str, Tensor]
         {name: value if value.dim() == 0 else value[task : task + 1].clone() for name, value in state.items()}
         for task in range(len(agent.suite.task_names))
     ]
+
+
+def beside_networks(module: nn.Module) -> dict[str, Tensor]:
+    """Return copies of what is beside the networks: a policy's log standard deviations, a critic's units."""
+    return {name: value for name, value in state_copy(module).items() if not name.startswith("network")}
 
 
 def log_stds_of(actor: nn.Module) -> list[Tensor]:

@@ -28,6 +28,7 @@ class Progress:
         costs: parameters, seconds and bytes of every task that was learnt.
         normalizers: statistics of observations that each learnt task's policy has.
         log_stds: log standard deviation of each learnt task's policy, ``[1, A]``; empty where it is no parameter.
+        units: those of the critic of each task of the sequence that was learnt; empty where it was not trained.
         carried: state of the last task's training that the next one takes over.
         seconds: of everything.
     """
@@ -37,6 +38,7 @@ class Progress:
     costs: list[dict[str, Any]] = field(default_factory=list)
     normalizers: list[dict[str, Tensor]] = field(default_factory=list)
     log_stds: list[Tensor] = field(default_factory=list)
+    units: list[dict[str, Tensor]] = field(default_factory=list)
     carried: Tree | None = None
     seconds: float = 0.0
 

@@ -16,6 +16,7 @@ from varshare_rl.assemble import TrainedAgent, build_run, choose_device, prepare
 from varshare_rl.config import Device, TableRows, TrainConfig, check_unchanged, fixed_options
 from varshare_rl.continual.agent import (
     all_pretrained,
+    beside_networks,
     check_spaces,
     go_on_from,
     load_pretrained,
@@ -106,7 +107,7 @@ class SequenceRun:
         assert first.alone is not None
         if agent is not None:
             check_spaces(config, agent, first.suite)
-        self.actor, specs = probe(train_config(config, env=first.env), first.alone, self.device)
+        self.actor, self.critic, specs = probe(train_config(config, env=first.env), first.alone, self.device)
         self.networks = AgentNetworks(
             specs, config.method.build, config.carry.critic, all_pretrained(agent, config.carry.critic)
         )
@@ -211,6 +212,7 @@ class SequenceRun:
             self.networks.skip()
             self.progress.normalizers.append(self._inherited_normalizer(similar))
             self.progress.log_stds += self.progress.log_stds[-1:] or log_stds_of(self.actor)
+            self.progress.units.append({})
         self.progress.curves.append(curve)
         entry["stored_bytes"] = asdict(self.networks.stored())
         entry["seconds"] = round(time.monotonic() - self.task_started, 3)
@@ -240,11 +242,12 @@ class SequenceRun:
             obs, action = visited(agent, run.engine, self.config.memory_transitions)
         finally:
             run.close()
-        self.progress.log_stds += (log_stds := log_stds_of(agent.actor))
-        for log_std in log_stds:
-            self.actor.get_parameter("log_stds").data.copy_(log_std)  # by which a method measures this policy
+        self.progress.log_stds += log_stds_of(agent.actor)
+        for reader, learnt in ((self.actor, agent.actor), (self.critic, agent.critic)):
+            reader.load_state_dict(beside_networks(learnt), strict=False)  # what outputs mean to the methods
         self.networks.end(obs, action)
         self.progress.normalizers.append(state_copy(agent.normalizer))
+        self.progress.units.append(beside_networks(agent.critic))
         self.progress.carried = self._taken_over(agent)
         return run.transitions
 
@@ -281,21 +284,32 @@ class SequenceRun:
         """Give the new task's training its part of the last one's state."""
         if self.progress.normalizers:
             agent.normalizer.load_state_dict(self._inherited_normalizer(similar))
+        units = self._units(similar)
+        if units is not None:
+            agent.take_over_critic(units)
         carried = self.progress.carried
         if carried is None:
             return
-        if self.config.carry.critic is CriticCarry.finetune:
-            agent.take_over_critic(carried["critic"])
         if self.config.carry.optimizer:
             agent.actor_step.load_state(carried["actor_step"])
-            agent.actor_step.optimizer.state.pop(getattr(agent.actor, "log_stds", None), None)  # they begin anew
+            moments: dict[Any, Any] = agent.actor_step.optimizer.state
+            moments.pop(getattr(agent.actor, "log_stds", None), None)  # they begin anew
         if self.config.carry.replay:
             cast(Any, agent).replay.load_state(carried["replay"])
 
+    def _units(self, similar: int | None) -> dict[str, Tensor] | None:
+        """Return the units of the outputs that the new task's critic begins with; None: fresh ones."""
+        if self.config.carry.critic is CriticCarry.finetune:
+            return self.progress.carried and self.progress.carried["critic"]
+        if self.config.carry.critic is CriticCarry.fresh:
+            return None
+        start = self.networks.methods["critic"][0].starts_from(similar)
+        known = dict(enumerate(self.progress.units, start=self.old_tasks))
+        return None if start is None else known.get(start)
+
     def _taken_over(self, agent: ActorCritic) -> Tree:
         """Return the critic's heads and units, and what else ``carry`` gives to the next task's training."""
-        critic = state_copy(agent.critic)
-        carried: Tree = {"critic": {key: critic[key] for key in critic if not key.startswith("network")}}
+        carried: Tree = {"critic": beside_networks(agent.critic)}
         if self.config.carry.optimizer:
             carried["actor_step"] = agent.actor_step.state()
         if self.config.carry.replay:

@@ -41,6 +41,10 @@ class OneNetwork(ContinualMethod):
         """Make the network as the last task has left it."""
         return self.spec.plain(self.weights)
 
+    def starts_from(self, similar: int | None = None) -> int | None:
+        """Return the last task."""
+        return self.tasks - 1 if self.tasks else None
+
     def end(self, network: nn.Module, inputs: Tensor) -> None:
         """Keep the weights."""
         self.weights = state_copy(network)
@@ -113,6 +117,12 @@ class LowRankMethod(ContinualMethod):
         if similar is not None:
             self.check_learnt(similar)
         return self.corrected(similar)
+
+    def starts_from(self, similar: int | None = None) -> int | None:
+        """Return the similar task where the run has looked for it, otherwise that of the base; None: an agent's."""
+        if similar is not None or self.tasks == 0:
+            return similar
+        return None if self.base.given else 0
 
     @abstractmethod
     def corrected(self, similar: int | None) -> nn.Module:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from varshare_rl.nn.actor import Actor, CategoricalActor, GaussianActor
+from varshare_rl.nn.critic import CriticHead, TaskAffine
 from varshare_rl.ops.gaussian import normal_log_prob
 from varshare_rl.ops.rl import masked_logits
 
@@ -51,8 +52,8 @@ class GaussianPolicy:
         return ((log_new - log_old + 0.5 * (squares - 1.0)) * self.mask).sum(-1)
 
 
-class CategoricalPolicy:
-    """Outputs are logits of choices, ``[1, N, A]``.
+class CategoricalOutputs:
+    """Outputs are logits of choices, or of a categorical critic's atoms, ``[1, N, A]``.
 
     Args:
         mask: ``[1, 1, A]`` bool, False for choices that the task does not have.
@@ -66,7 +67,7 @@ class CategoricalPolicy:
         return outputs
 
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
-        """Return the log-probability of a choice drawn from the policy, ``[1, N]``."""
+        """Return the log-probability of a choice that is drawn, ``[1, N]``."""
         log_probs = masked_logits(outputs, self.mask)
         uniform = torch.rand_like(log_probs).clamp_min_(1e-20)
         choice = (log_probs.detach() - (-uniform.log()).log()).argmax(-1, keepdim=True)  # the Gumbel-max trick
@@ -79,24 +80,47 @@ class CategoricalPolicy:
 
 
 class UnitGaussian:
-    """Outputs are values with noise of variance 1, as the squared error has them, ``[1, N, G]``."""
+    """Outputs are values with noise of variance 1, as the squared error has them, ``[1, N, 1]``.
+
+    Under PopArt the values are ``a h + c`` of outputs ``h``, and noise and divergence those of the values.
+
+    Args:
+        affine: gives ``a [1]``, the scale of the one task; None: the outputs are the values.
+    """
+
+    def __init__(self, affine: TaskAffine | None = None) -> None:
+        self.affine = affine
+
+    def _scale(self, like: Tensor) -> Tensor:
+        return torch.ones_like(like) if self.affine is None else self.affine.scale.detach().to(like).expand_as(like)
 
     def complete(self, outputs: Tensor) -> Tensor:
-        """Return the outputs, which say all."""
-        return outputs
+        """Return the outputs, under PopArt with the scale beside them."""
+        if self.affine is None or outputs.shape[-1] > 1:  # complete
+            return outputs
+        return torch.cat([outputs, self._scale(outputs)], dim=-1)
 
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
-        """Return ``log N(y | outputs, 1)`` of ``y`` drawn from it, ``[1, N]``."""
-        noisy = (outputs + torch.randn_like(outputs)).detach()
-        return normal_log_prob(noisy, outputs, torch.zeros_like(outputs)).sum(-1)
+        """Return ``log N(y | values, 1)`` of ``y`` drawn from it, ``[1, N]``; an offset would change nothing."""
+        values = outputs * self._scale(outputs)
+        noisy = (values + torch.randn_like(values)).detach()
+        return normal_log_prob(noisy, values, torch.zeros_like(values)).sum(-1)
 
     def divergence(self, old: Tensor, new: Tensor) -> Tensor:
-        """Return ``(old - new)^2 / 2``, ``[1, N]``."""
-        return 0.5 * (old - new).square().sum(-1)
+        """Return ``a^2 (old - new)^2 / 2``, ``[1, N]``, with the scale of the old outputs if they have it."""
+        old, scale = old[..., :1], old[..., 1:] if old.shape[-1] > 1 else self._scale(old)
+        return 0.5 * (scale * (old - new)).square().sum(-1)
 
 
-def policy_likelihood(actor: Actor) -> GaussianPolicy | CategoricalPolicy:
+def policy_likelihood(actor: Actor) -> GaussianPolicy | CategoricalOutputs:
     """Return the meaning of an actor's outputs; its action mask is that of one task."""
     if isinstance(actor, CategoricalActor):
-        return CategoricalPolicy(actor.action_mask.bool())
+        return CategoricalOutputs(actor.action_mask.bool())
     return GaussianPolicy(actor)
+
+
+def value_likelihood(head: CriticHead) -> UnitGaussian | CategoricalOutputs:
+    """Return the meaning of the outputs of a critic's network, of one task, which ``head`` reads."""
+    if head.categorical:
+        return CategoricalOutputs(torch.ones(1, 1, len(head.atoms), dtype=torch.bool, device=head.atoms.device))
+    return UnitGaussian(head.affine)

@@ -28,7 +28,10 @@ class Likelihood(Protocol):
     """Meaning of a network's outputs: the parameters of a distribution, ``[1, N, G]``."""
 
     def complete(self, outputs: Tensor) -> Tensor:
-        """Return the outputs with what else the distributions have now, ``[1, N, P]``: what is kept of a task."""
+        """Return the outputs with what else the distributions have now, ``[1, N, P]``: what is kept of a task.
+
+        Complete ones stay as they are.
+        """
 
     def sampled_log_prob(self, outputs: Tensor) -> Tensor:
         """Return the log-density of (detached) draws from the distributions themselves, ``[1, N]``."""
@@ -155,6 +158,13 @@ class ContinualMethod(Stateful, ABC):
 
         ``similar`` is the earlier task whose policy did best on it, where the run has looked for it.
         """
+
+    def starts_from(self, similar: int | None = None) -> int | None:
+        """Return the learnt task whose outputs those of the next task's network begin as; None: of none.
+
+        Or nearly, as with a mean of corrections. What a critic's outputs are in units of goes with them.
+        """
+        return None
 
     def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
         """Return the addition to the loss of a task being learnt on so many transitions, ``[1]``."""

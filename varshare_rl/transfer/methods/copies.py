@@ -70,6 +70,10 @@ class Copies(OwnParameters):
             network.load_state_dict(self.initial)
         return network
 
+    def starts_from(self, similar: int | None = None) -> int | None:
+        """Return the last task with ``start=previous``."""
+        return self.tasks - 1 if self.config.start is Start.previous and self.tasks else None
+
     def end(self, network: nn.Module, inputs: Tensor) -> None:
         """Save the network."""
         self.keep(state_copy(network))

@@ -137,6 +137,12 @@ class VarShareMethod(LowRankMethod):
 
         return correct(self.base.network(), layer)
 
+    def starts_from(self, similar: int | None = None) -> int | None:
+        """Return the last task where a posterior starts at the mean of its, which is the prior."""
+        config = self.config
+        previous = config.start is PosteriorStart.prior and config.prior is PriorFrom.previous
+        return self.tasks - 1 if previous and self.tasks else super().starts_from(similar)
+
     def penalty(self, network: nn.Module, transitions: int) -> Tensor | float:
         """Return ``kl_weight * KL / transitions``; nothing else pays for this divergence."""
         return weighted_kl(network, self.config.kl_weight, transitions)
