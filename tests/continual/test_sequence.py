@@ -434,7 +434,7 @@ UNITS: dict[str, list[int | None]] = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("sac", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", UNITS)
 def test_critics_of_a_method_begin_in_the_units_of_their_networks(
     command: Command, monkeypatch: pytest.MonkeyPatch, method: str, algorithm: str
@@ -459,7 +459,7 @@ def test_critics_of_a_method_begin_in_the_units_of_their_networks(
         assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "sac"])
+@pytest.mark.parametrize("algorithm", ["ppo", pytest.param("sac", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", ["ewc", "replay"])
 @pytest.mark.parametrize("critic", ["critic.loss=categorical", "critic.popart=true"])
 def test_methods_measure_critics_by_what_their_outputs_are(
