@@ -78,6 +78,17 @@ def command_rate(command: Command) -> float:
     return float(rate)
 
 
+def test_the_best_of_an_abandoned_attempt_does_not_stay(command: Command) -> None:
+    """It has replaced that of the attempt which goes on, whose next evaluation replaces it."""
+    assert command("train", *RUN, "run_dir=run", "evaluate.every=320").code == 0
+    (best,) = Path("run/checkpoints").glob("best-*")
+    best.rename(best.with_name("best-000000099999"))
+    assert command("train", "resume=run", "total_transitions=1920").code == 0
+    (best,) = Path("run/checkpoints").glob("best-*")
+    assert int(best.name.removeprefix("best-")) <= 1920
+    assert command("evaluate", "run=run", "checkpoint=best", "episodes=1").code == 0
+
+
 def test_a_run_that_diverges_again_and_again_ends(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, slice(0, 1), range(20, 100_000))
     outcome = command("train", *RUN, "run_dir=run", "on_divergence=rollback")

@@ -152,6 +152,11 @@ def find_checkpoint(run_dir: Path, kind: str = "last") -> Path:
     raise CheckpointError(f"no {kind!r} checkpoint in {str(run_dir / FOLDER)!r}: {cure}")
 
 
+def has_later(run_dir: Path, kind: str, transitions: int) -> bool:
+    """Return whether a run folder has a checkpoint of a kind from after ``transitions``."""
+    return any(_transitions(path) > transitions for path in _checkpoints(run_dir / FOLDER, kind))
+
+
 def newest_checkpoint(run_dir: Path, kind: str = "last", ranks: Ranks = ALONE) -> tuple[Path, Tree]:
     """Return the folder and the tree of the newest checkpoint of a kind that is whole; says which were damaged.
 

@@ -22,7 +22,7 @@ from varshare_rl.errors import EpisodePlace, RunFailure
 from varshare_rl.files import Patience
 from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.run.callbacks import Callbacks, is_false
-from varshare_rl.run.checkpoint import fitting, save_checkpoint
+from varshare_rl.run.checkpoint import fitting, has_later, save_checkpoint
 from varshare_rl.run.console import Console, counted
 from varshare_rl.run.evaluation import Evaluation, EvaluationStopped, evaluate, layer_kl, shown
 from varshare_rl.run.loop_config import LoopConfig, OnDivergence
@@ -399,6 +399,8 @@ class Run(Stateful):
             if self.best_score is not None and len(self.best_score) < 3:  # of former versions: without the tasks
                 known = all(math.isfinite(value) for value in self.best_score)
                 self.best_score = (float(self.engine.num_tasks), *self.best_score) if known else None
+            if self.ranks.from_first(lambda: has_later(self.run_dir, "best", self.transitions)):
+                self.best_score = None  # its policy has made way for one from after here, as that will
             self.evaluation = None if state["evaluation"] is None else Evaluation(state["evaluation"])
             self.scalars = state["scalars"]
             self._observation = self.engine.load_state(state["engine"])
