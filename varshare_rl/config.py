@@ -376,6 +376,17 @@ def check_same(run_dir: Path, config: TrainConfig, stored: TrainConfig) -> None:
             )
 
 
+def made_otherwise(config: TrainConfig, stored: TrainConfig) -> str:
+    """Say how a run that is done was evaluated and guarded, where that is not as asked; empty where it is."""
+    before = flat_options(stored)
+    differing = [
+        f"{name}={before[name]}, not {now}"
+        for name, now in flat_options(config).items()
+        if name.startswith(("evaluate.", "on_divergence")) and before.get(name, now) != now
+    ]
+    return f"made with {'; '.join(differing)}; overwrite=true makes it anew" if differing else ""
+
+
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
     try:

@@ -123,6 +123,13 @@ def test_the_same_command_goes_on_and_sums_up(
     third = command("train", "-m", *RUN, *FOUR)
     assert third.code == 0
     assert "4 done already, 0 to go on, 0 to start" in third.out
+    assert "note:" not in third.out
+    otherwise = command("train", "-m", *RUN, *FOUR, "evaluate.episodes=7", "on_divergence=stop")
+    assert "4 done already" in otherwise.out
+    assert re.search(
+        r"note: 4 of them were made with .*evaluate\.episodes=\d, not 7.*; overwrite=true", otherwise.out
+    )
+    assert re.search(r"on_divergence=\w+, not stop", otherwise.out)
     more = command("train", "-m", *RUN, FOUR[0], "seed=0,1,2")  # the same sweep, with a seed more
     assert more.code == 0, more.err
     assert "6 runs in " in more.out
@@ -256,6 +263,9 @@ def test_resume_auto_of_a_single_run(command: Command, folder: Path) -> None:
     done = command("train", *RUN, "resume=auto")
     assert done.code == 0
     assert done.out.startswith("done already: runs/")
+    assert "note:" not in done.out
+    otherwise = command("train", *RUN, "resume=auto", "evaluate.episodes=7")
+    assert "not 7; overwrite=true makes it anew" in otherwise.out
     more = command("train", *RUN, "resume=auto", "total_transitions=320")
     assert more.code == 0, more.err
     assert read(run_dir / "summary.json")["transitions"] == 320

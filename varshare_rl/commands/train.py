@@ -54,10 +54,10 @@ from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.reading import read_object, reading
 from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
-from varshare_rl.run.console import Console, counted
+from varshare_rl.run.console import counted
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
 from varshare_rl.run.process import joined_ranks
-from varshare_rl.sweeps.command import RunCommand
+from varshare_rl.sweeps.command import RunCommand, say_done
 from varshare_rl.sweeps.sweep import run_training
 from varshare_rl.types import Tree
 
@@ -107,7 +107,7 @@ def run_config(
             if not ranks.from_first(lambda: is_done(wanted, as_built(config, makers))):
                 go_on(wanted, config, makers, callbacks, ranks)
             elif ranks.first:
-                Console(config.total_transitions).message(f"done already: {wanted / 'summary.json'}")
+                say_done(wanted, config, config_of(wanted))
         return wanted
     if overwrite:
         as_built(config, makers)  # before anything is lost
@@ -149,13 +149,18 @@ def as_built(config: TrainConfig, makers: Mapping[str, Maker] | None = None) -> 
     return config
 
 
+def config_of(run_dir: Path) -> TrainConfig:
+    """Read the configuration of the run in a folder."""
+    return load_config(run_dir / CONFIG_FILE)
+
+
 def is_done(run_dir: Path, config: TrainConfig) -> bool:
     """Return True if the run in a folder is that of ``config``, as built, and has come to its end.
 
     Raises:
         UserError: it is another.
     """
-    check_same(run_dir, config, load_config(run_dir / CONFIG_FILE))
+    check_same(run_dir, config, config_of(run_dir))
     path = run_dir / SUMMARY_FILE
     if not path.exists():
         return False
@@ -176,7 +181,7 @@ def resume(
     if refused:
         allowed = ", ".join(name.rstrip(".") for name in RESUMABLE)
         raise UserError(f"{refused[0]} cannot be changed when a run is resumed; only {allowed} can")
-    stored = OmegaConf.structured(load_config(run_dir / CONFIG_FILE))
+    stored = OmegaConf.structured(config_of(run_dir))
     merged = OmegaConf.merge(stored, OmegaConf.from_dotlist([whole_numbers(item) for item in overrides]))
     config = cast(TrainConfig, OmegaConf.to_object(merged))
     check_config(config)
@@ -228,7 +233,7 @@ def training_state(run_dir: Path, ranks: Ranks) -> Tree:
     return state
 
 
-COMMAND = RunCommand("train", run_config, as_built, is_done)
+COMMAND = RunCommand("train", run_config, as_built, config_of, is_done)
 
 
 def command() -> None:

@@ -32,10 +32,9 @@ from varshare_rl.continual.sequence import SequenceRun, build_sequence
 from varshare_rl.continual.tasks import new_tasks
 from varshare_rl.errors import Terminated, UserError
 from varshare_rl.overrides import override
-from varshare_rl.run.console import Console
 from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
 from varshare_rl.run.signals import Interrupted
-from varshare_rl.sweeps.command import RunCommand
+from varshare_rl.sweeps.command import RunCommand, say_done
 from varshare_rl.sweeps.sweep import run_training
 
 
@@ -60,7 +59,7 @@ def run_config(config: ContinualConfig, overrides: Sequence[str] = ()) -> Path:
         if not is_done(wanted, config):
             go_on(wanted, config)
         else:
-            Console(config.total_transitions).message(f"done already: {wanted / 'summary.json'}")
+            say_done(wanted, config, config_of(wanted))
         return wanted
     if overwrite:
         as_built(config)  # before anything is lost
@@ -81,13 +80,18 @@ def as_built(config: ContinualConfig) -> ContinualConfig:
     return sequence.config
 
 
+def config_of(run_dir: Path) -> ContinualConfig:
+    """Read the configuration of the sequence in a folder."""
+    return load_continual_config(run_dir / CONFIG_FILE)
+
+
 def is_done(run_dir: Path, config: ContinualConfig) -> bool:
     """Return True if the sequence in a folder is that of ``config``, as built, and has come to its end.
 
     Raises:
         UserError: it is another.
     """
-    check_same(run_dir, config, load_continual_config(run_dir / CONFIG_FILE))
+    check_same(run_dir, config, config_of(run_dir))
     return (run_dir / SUMMARY_FILE).exists()
 
 
@@ -118,13 +122,13 @@ def stored_config(run_dir: Path, overrides: Sequence[str]) -> ContinualConfig:
     given = [item for item in overrides if not item.startswith("resume=")]
     if given:
         raise UserError(f"{given[0]} cannot be changed when a sequence of tasks is resumed; give resume= alone")
-    config = load_continual_config(run_dir / CONFIG_FILE)
+    config = config_of(run_dir)
     if (run_dir / SUMMARY_FILE).exists():
         raise UserError(f"{run_dir} has learnt all its tasks already; its results are in summary.json")
     return config
 
 
-COMMAND = RunCommand("continual", run_config, as_built, is_done)
+COMMAND = RunCommand("continual", run_config, as_built, config_of, is_done)
 
 
 def command() -> None:

@@ -11,7 +11,10 @@ from typing import Any
 from omegaconf import DictConfig
 
 from varshare_rl.cli import in_one_line, typed
+from varshare_rl.config import made_otherwise
 from varshare_rl.errors import Terminated
+from varshare_rl.run.console import Console
+from varshare_rl.run.folder import SUMMARY_FILE
 from varshare_rl.run.signals import Interrupted
 
 
@@ -23,13 +26,23 @@ class RunCommand:
         name: of the command.
         run: makes a run of a configuration and the overrides that it was composed of; returns its folder.
         as_built: checks a configuration as a start would, and returns what ``config.yaml`` would have.
+        config_of: reads the configuration of the run in a folder.
         is_done: whether a folder holds this run, as built, at its end; UserError if it holds another.
     """
 
     name: str
     run: Callable[[Any, Sequence[str]], Path]
     as_built: Callable[[Any], Any]
+    config_of: Callable[[Path], Any]
     is_done: Callable[[Path, Any], bool]
+
+
+def say_done(run_dir: Path, config: Any, stored: Any) -> None:
+    """Say that the run of ``config`` is done already, and what in it is not as asked."""
+    console, otherwise = Console(config.total_transitions), made_otherwise(config, stored)
+    console.message(f"done already: {run_dir / SUMMARY_FILE}")
+    if otherwise:
+        console.message(f"note: it was {otherwise}")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 
 from varshare_rl.cli import CommandLine, compose_config, own_hydra, typed
 from varshare_rl.command_line import parse
-from varshare_rl.config import GROUPS, RESUMABLE, flat_options
+from varshare_rl.config import GROUPS, RESUMABLE, flat_options, made_otherwise
 from varshare_rl.errors import UserError
 from varshare_rl.overrides import literal
 from varshare_rl.run.folder import CONFIG_FILE
@@ -148,13 +148,14 @@ def read_sweep(line: CommandLine) -> Sweep:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run that has been checked, whether it has been begun, and whether it is done."""
+    """A run that has been checked, whether it has been begun, whether it is done, and what is then not as asked."""
 
     job: Job
     composed: DictConfig
     overrides: list[str]
     begun: bool
     done: bool
+    otherwise: str
 
 
 def check_jobs(command: RunCommand, line: CommandLine, jobs: Sequence[Job], overwrite: bool) -> list[Prepared]:
@@ -175,9 +176,10 @@ def check_jobs(command: RunCommand, line: CommandLine, jobs: Sequence[Job], over
             config = replace(built[key], seed=config.seed, run_dir=config.run_dir)
             begun = not overwrite and (job.folder / CONFIG_FILE).exists()
             done = begun and command.is_done(job.folder, config)
+            otherwise = made_otherwise(config, command.config_of(job.folder)) if done else ""
         except UserError as error:
             raise UserError(f"{error}" if len(jobs) == 1 else f"run {job.name}: {error}") from error
-        checked.append(Prepared(job, composed, overrides, begun, done))
+        checked.append(Prepared(job, composed, overrides, begun, done, otherwise))
     return checked
 
 

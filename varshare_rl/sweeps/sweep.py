@@ -87,6 +87,8 @@ def sweep(command: RunCommand, line: CommandLine) -> int:
             f"{len(prepared)} runs in {asked.folder}: {done} done already, {begun} to go on, "
             f"{len(prepared) - done - begun} to start"
         )
+        for otherwise in sorted({one.otherwise for one in prepared if one.otherwise}):
+            runs.say(f"note: {sum(one.otherwise == otherwise for one in prepared)} of them were {otherwise}")
         jobs, outcomes = [one.job for one in prepared], runs.make(prepared)
     results = pool(jobs)
     if results.rows and not any(outcome.stopped for outcome in outcomes):
