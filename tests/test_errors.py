@@ -47,6 +47,10 @@ WITHOUT_RUN = {
         ("env=pointmass", "algorithm=sac", f"algorithm.replay_capacity_per_task={10**12}"),
         "GB of memory",
     ),
+    "overlap_of_one": (
+        ("env=pointmass", "overlap=true", "env.envs_per_task=1"),
+        "overlap=true acts for half of a task's environments",
+    ),
     "not_an_override": (("env=pointmass", "seed"), "seed"),
     "broken_syntax": (("env=pointmass", "env.tasks=[normal_left"), "[normal_left"),
     "unknown_env": (("env=nowhere",), "nowhere"),

@@ -18,7 +18,7 @@ from varshare_rl.config import TrainConfig, load_config
 from varshare_rl.fields import option_sentence
 from varshare_rl.reporting.comparison import Section, compare_runs, group_labels
 from varshare_rl.reporting.comparison_tables import group_rows
-from varshare_rl.reporting.run_records import find_runs
+from varshare_rl.reporting.run_records import runs_named
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sections(*folders: str, at: int | None = None, measure: str | None = None) -> list[Section]:
-    runs, configs, left_out = read_runs(find_runs(folders or ["runs"]))
+    runs, configs, left_out = read_runs(runs_named(folders or ["runs"]))
     assert left_out == []
     return compare_runs(runs, lambda name: option_sentence(configs[0], name), at, measure)
 

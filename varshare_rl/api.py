@@ -29,6 +29,7 @@ from varshare_rl.reading import read_object
 from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.evaluation import Evaluation, layer_kl
 from varshare_rl.run.signals import Interrupted
+from varshare_rl.run_files import CONFIG_FILE, SUMMARY_FILE
 from varshare_rl.types import Metrics
 
 
@@ -96,7 +97,7 @@ def load(
     """
     folder = Path(run_dir)
     chosen = choice(Device, "device", device)
-    if envs is not None and load_config(folder / "config.yaml").env.name != ObjectsConfig.name:
+    if envs is not None and load_config(folder / CONFIG_FILE).env.name != ObjectsConfig.name:
         raise UserError(f"{folder} was trained in environments that have a name; leave envs out")
     return Agent(load_agent(folder, checkpoint, chosen, envs), folder)
 
@@ -127,7 +128,7 @@ class Agent:
     @property
     def results(self) -> dict[str, Any]:
         """The content of ``summary.json``. Raises UserError where the run has not ended."""
-        path = self.run_dir / "summary.json"
+        path = self.run_dir / SUMMARY_FILE
         if not path.is_file():
             raise UserError(
                 f"{self.run_dir} has no summary.json yet; go on with {override('resume', self.run_dir)}"

@@ -45,6 +45,7 @@ from varshare_rl.run.ranked_engine import make_engine
 from varshare_rl.run.results import provenance
 from varshare_rl.run.sharing_monitor import SharingMonitor
 from varshare_rl.run.tracker import Tracker
+from varshare_rl.run_files import CONFIG_FILE
 from varshare_rl.types import Tree
 
 
@@ -239,7 +240,7 @@ def load_agent(run_dir: Path, kind: str, device: Device, makers: Mapping[str, Ma
     """
     if kind not in ("last", "best"):
         raise UserError(f"unknown checkpoint {kind!r}; choose last or best")
-    config = load_config(run_dir / "config.yaml")
+    config = load_config(run_dir / CONFIG_FILE)
     checkpoint, state = newest_checkpoint(run_dir, kind)
     with fitting(run_dir):
         check_unchanged(run_dir, config, state)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from varshare_rl.config import CHANGEABLE, GROUPS, load_config
 from varshare_rl.errors import UserError
+from varshare_rl.run_files import CONFIG_FILE
 
 #: Options that such a run has from the other one, as the checkpoint is made of them.
 INHERITED = (
@@ -33,7 +34,7 @@ def compose_branch(source: str, overrides: Sequence[Override]) -> DictConfig:
     """
     if not Path(source).is_dir():
         raise UserError(f"no run folder {source}, which from= begins with; give the folder of a run (runs/<name>)")
-    stored = load_config(Path(source) / "config.yaml")
+    stored = load_config(Path(source) / CONFIG_FILE)
     stored = replace(stored, pretrained=source, run_dir=None, resume=None, overwrite=False)
     composed: DictConfig = OmegaConf.structured(stored)
     for override in overrides:

@@ -22,6 +22,7 @@ from varshare_rl.optim.optimizer import OptimizerConfig
 from varshare_rl.reading import STUMBLES, check_folder, read_yaml
 from varshare_rl.registry import lookup, register, registered, require_plugins
 from varshare_rl.run.loop_config import OnDivergence
+from varshare_rl.run_files import CONFIG_FILE
 from varshare_rl.types import Tree
 
 #: Keys of stored configurations by their names of today.
@@ -275,7 +276,7 @@ def load_config(path: Path) -> TrainConfig:
 def is_sequence(run_dir: Path) -> bool:
     """Return True for the folder of a sequence of tasks; False where no configuration can be read."""
     try:
-        return "method" in read_yaml(run_dir / "config.yaml")
+        return "method" in read_yaml(run_dir / CONFIG_FILE)
     except UserError:
         return False
 

@@ -55,6 +55,11 @@ def check_config(config: TrainConfig) -> None:
         raise UserError(
             f"algorithm.replay_capacity_per_task is {capacity}; one step of env.envs_per_task={envs} must fit"
         )
+    if config.overlap and envs == 1:
+        raise UserError(
+            "overlap=true acts for half of a task's environments while the others step, and "
+            "env.envs_per_task is 1; give 2 or more, or overlap=false"
+        )
     _check_blocks(config)
     _check_task_subset(config)
     _check_ivon(config)

@@ -24,7 +24,7 @@ from experiments.results import (
     write_csv,
 )
 from varshare_rl.config import TrainConfig, load_config
-from varshare_rl.reporting.run_records import find_runs
+from varshare_rl.reporting.run_records import runs_named
 
 #: Options that are not what is compared.
 INDIFFERENT = ("seed", "env.workers", "plugins")
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="run folders, or folders that hold them")
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where the table goes")
     given = parser.parse_args()
-    runs = [(run, load_config(run / "config.yaml")) for run in find_runs(given.runs)]
+    runs = [(run, load_config(run / "config.yaml")) for run in runs_named(given.runs)]
     settings = without_common([options(config) for _, config in runs], "env=mt10")
     rows = [
         row

@@ -22,7 +22,7 @@ from experiments.results import changes, logged, write_csv
 from varshare_rl.config import load_config
 from varshare_rl.files import write_atomically
 from varshare_rl.reporting.figures import legend_below, new_figure, plain_axes, styled, to_file
-from varshare_rl.reporting.run_records import find_runs
+from varshare_rl.reporting.run_records import runs_named
 from varshare_rl.reporting.style import PAGE, look
 
 #: The setting that the others depart from.
@@ -134,7 +134,7 @@ def main() -> None:
     given = parser.parse_args()
     table = given.folder / "curves.csv"
     kept: list[Row] = list(csv.DictReader(table.read_text().splitlines())) if table.exists() else []
-    new = [row for run in (find_runs(given.runs) if given.runs else []) for row in rows_of(run, given.base)]
+    new = [row for run in (runs_named(given.runs) if given.runs else []) for row in rows_of(run, given.base)]
     probes = {**by_probe(kept), **by_probe(new)}
     if not probes:
         raise SystemExit("error: no runs are given and there is no curves.csv; give folders of runs")

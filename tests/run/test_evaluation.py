@@ -20,7 +20,7 @@ from varshare_rl.envs.pointmass import PointMassConfig, PointMassSuite
 from varshare_rl.envs.suite import Suite
 from varshare_rl.run.evaluation import EpisodeCursor, play
 from varshare_rl.run.process import own_random, seed_everything
-from varshare_rl.run.tracker import METRICS_FILE
+from varshare_rl.run_files import METRICS_FILE
 
 
 class Simple:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from varshare_rl.errors import Terminated, UserError
-from varshare_rl.run.folder import CONFIG_FILE, LOCK_FILE, held_folder, new_folder
+from varshare_rl.run.folder import held_folder, new_folder
+from varshare_rl.run_files import CONFIG_FILE, LOCK_FILE
 
 
 def test_one_at_a_time_and_the_owner_is_named(tmp_path: Path) -> None:

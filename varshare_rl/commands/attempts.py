@@ -22,11 +22,11 @@ from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.checkpoint import CheckpointError, newest_checkpoint
 from varshare_rl.run.console import counted
 from varshare_rl.run.evaluation import Evaluation
-from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE
 from varshare_rl.run.loop import Diverged, Run
 from varshare_rl.run.loop_config import OnDivergence
 from varshare_rl.run.results import summary
 from varshare_rl.run.signals import Interrupted
+from varshare_rl.run_files import CONFIG_FILE, SUMMARY_FILE
 from varshare_rl.types import Tree
 
 #: Failures in a row, without having come further, after which a run is given up.
@@ -202,11 +202,20 @@ def describe(config: TrainConfig, run: Run) -> None:
             **run.algorithm.description(),
             "gradient": f"actor {config.gradient.actor}, critic {config.gradient.critic}",
             "device": str(run.device),
-            **({"ranks": f"{run.ranks.size}, which divide environments and batches"} if run.ranks.size > 1 else {}),
+            **describe_ranks(config, run.ranks),
             "transitions": f"{config.total_transitions:,} in total",
             "time": "left is told after the first updates; Ctrl-C saves, and resume goes on",
         },
     )
+
+
+def describe_ranks(config: TrainConfig, ranks: Ranks) -> dict[str, str]:
+    """Describe the division of the work among processes, if there is one, or should be."""
+    if ranks.size > 1:
+        return {"ranks": f"{ranks.size}, which divide environments and batches"}
+    if config.tasks_per_rank is not None:
+        return {"ranks": f"1, with all tasks; tasks_per_rank={config.tasks_per_rank} is for several (torchrun)"}
+    return {}
 
 
 def describe_posterior(config: TrainConfig, run: Run) -> dict[str, str]:

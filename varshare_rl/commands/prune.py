@@ -40,6 +40,7 @@ from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.run.checkpoint import save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.episode_recording import EpisodeRecording, record
+from varshare_rl.run_files import CONFIG_FILE
 
 
 @dataclass
@@ -125,7 +126,7 @@ def write_pruned(
     with whole_folder(out) as hidden:
         save_checkpoint(hidden, "last", agent.state["transitions"], tree)
         write_json(hidden / "pruning.json", result)
-        shutil.copyfile(run_dir / "config.yaml", hidden / "config.yaml")
+        shutil.copyfile(run_dir / CONFIG_FILE, hidden / CONFIG_FILE)
 
 
 @torch.no_grad()

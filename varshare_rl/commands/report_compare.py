@@ -30,8 +30,9 @@ from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded, option_sentence
 from varshare_rl.files import write_atomically
 from varshare_rl.registry import register
-from varshare_rl.reporting.run_records import CONFIG_FILE, MEASURES, RunRecord, find_runs, read_run
+from varshare_rl.reporting.run_records import MEASURES, RunRecord, read_record, runs_named
 from varshare_rl.run.console import PLAIN_WIDTH
+from varshare_rl.run_files import CONFIG_FILE
 
 if TYPE_CHECKING:
     from varshare_rl.reporting.comparison import Section
@@ -67,7 +68,7 @@ class CompareReportConfig(ReportConfig):
 
 def report_compare(options: CompareReportConfig, folders: Sequence[str]) -> None:
     """Compare the runs in ``folders``, write the report, and show its numbers."""
-    runs, configs, left_out = read_runs(find_runs(folders), options.evaluation)
+    runs, configs, left_out = read_runs(runs_named(folders), options.evaluation)
     if not runs:
         raise UserError(f"no run can be compared: {left_out[0]}")
     from varshare_rl.reporting.comparison import compare_runs  # takes a while to import: after what can be wrong
@@ -94,7 +95,7 @@ def read_runs(
     for folder in folders:
         try:
             config = load_config(folder / CONFIG_FILE)
-            runs.append(read_run(folder, flat_options(config), evaluation))
+            runs.append(read_record(folder, flat_options(config), evaluation))
             configs.append(config)
         except UserError as error:
             left_out.append(str(error))

@@ -25,7 +25,8 @@ from rich.text import Text
 
 from varshare_rl.entry import help_text, wants_help
 from varshare_rl.errors import UserError
-from varshare_rl.run.listing import FoundRun, find_runs, is_held, is_run, read_run
+from varshare_rl.run.listing import FoundRun, is_held, read_run
+from varshare_rl.run_files import CONFIG_FILE, find_runs, is_run
 
 WORDS = ("list", "show", "rm")
 YES = ("yes=true", "--yes", "-y")
@@ -103,7 +104,7 @@ def show(folder: Path) -> None:
         numbers = [f"{name} {value:,.2f}" for name in ("success", "return") if (value := row.get(name)) is not None]
         print(f"  {task:<{width}}  {', '.join(numbers)}")
     if run.state == "stopped":
-        command = "continual" if "method:" in (folder / "config.yaml").read_text(encoding="utf-8") else "train"
+        command = "continual" if "method:" in (folder / CONFIG_FILE).read_text(encoding="utf-8") else "train"
         print(f"go on with: python -m varshare_rl.{command} {override('resume', folder)}")
 
 

@@ -55,8 +55,9 @@ from varshare_rl.reading import read_object, reading
 from varshare_rl.run.callbacks import Callbacks
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint
 from varshare_rl.run.console import counted
-from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
+from varshare_rl.run.folder import held_folder, name_folder, new_folder
 from varshare_rl.run.process import joined_ranks
+from varshare_rl.run_files import CONFIG_FILE, SUMMARY_FILE
 from varshare_rl.sweeps.command import RunCommand, say_done
 from varshare_rl.sweeps.sweep import run_training
 from varshare_rl.types import Tree

@@ -32,8 +32,9 @@ from varshare_rl.continual.sequence import SequenceRun, build_sequence
 from varshare_rl.continual.tasks import new_tasks
 from varshare_rl.errors import Terminated, UserError
 from varshare_rl.overrides import override
-from varshare_rl.run.folder import CONFIG_FILE, SUMMARY_FILE, held_folder, name_folder, new_folder
+from varshare_rl.run.folder import held_folder, name_folder, new_folder
 from varshare_rl.run.signals import Interrupted
+from varshare_rl.run_files import CONFIG_FILE, SUMMARY_FILE
 from varshare_rl.sweeps.command import RunCommand, say_done
 from varshare_rl.sweeps.sweep import run_training
 

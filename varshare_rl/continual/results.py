@@ -14,7 +14,7 @@ from varshare_rl.continual.config import ContinualConfig, TaskIds
 from varshare_rl.continual.tasks import SequenceTask, measure
 from varshare_rl.reporting.continual_measures import measures
 from varshare_rl.run.results import scores
-from varshare_rl.run.tracker import METRICS_FILE
+from varshare_rl.run_files import METRICS_FILE
 from varshare_rl.types import Tree
 
 

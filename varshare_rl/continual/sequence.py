@@ -40,9 +40,9 @@ from varshare_rl.files import write_atomically, write_json
 from varshare_rl.run.checkpoint import fitting, newest_checkpoint, save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.evaluation import shown
-from varshare_rl.run.folder import CONFIG_FILE
 from varshare_rl.run.process import seed_everything
 from varshare_rl.run.tracker import Tracker
+from varshare_rl.run_files import CONFIG_FILE, SUMMARY_FILE
 from varshare_rl.transfer.method import state_copy
 from varshare_rl.transfer.networks import AgentNetworks, CriticCarry
 from varshare_rl.types import Metrics, Tree
@@ -70,7 +70,7 @@ def load_sequence(run_dir: Path, kind: str, device: Device) -> tuple[SequenceRun
         raise UserError(
             f"checkpoint={kind}: {run_dir} is a sequence of tasks, which keeps its last checkpoint only"
         )
-    sequence = build_sequence(replace(load_continual_config(run_dir / "config.yaml"), device=device), run_dir)
+    sequence = build_sequence(replace(load_continual_config(run_dir / CONFIG_FILE), device=device), run_dir)
     return sequence, sequence.load()
 
 
@@ -158,9 +158,7 @@ class SequenceRun:
         finally:
             self.tracker.close()
             self.evaluator.close()
-        write_json(
-            self.run_dir / "summary.json", document(self.config, self.tasks, self.progress, self.provenance())
-        )
+        write_json(self.run_dir / SUMMARY_FILE, document(self.config, self.tasks, self.progress, self.provenance()))
         self.console.message(f"done: {self.run_dir / 'summary.json'}")
 
     def provenance(self) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from omegaconf import OmegaConf
 from varshare_rl.errors import UserError
 from varshare_rl.reading import read_json, read_yaml, reading
 from varshare_rl.reporting.continual_measures import measures, original_name
+from varshare_rl.run_files import CONFIG_FILE, SUMMARY_FILE
 
 FORMAT = "continual"
-SUMMARY_FILE = "summary.json"
-CONFIG_FILE = "config.yaml"
 SWEEP_FILE = "multirun.yaml"  # Hydra's, among the runs of a sweep
 #: Entries of the conditions that make tasks of one name the same tasks.
 TASK_CONDITIONS = ("horizon", "reward_function_version", "goals_per_task", "variant_set", "reward_scales")

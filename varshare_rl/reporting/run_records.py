@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ import numpy.typing as npt
 
 from varshare_rl.errors import UserError
 from varshare_rl.reading import read_bytes, read_object, reading
+from varshare_rl.run_files import CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, find_runs
 
 Values = npt.NDArray[np.float64]
 Options = Mapping[str, bool | int | float | str]
 
-CONFIG_FILE, SUMMARY_FILE, METRICS_FILE = "config.yaml", "summary.json", "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
 #: Measures of an evaluation.
 MEASURES = ("success", "success_final", "return")
@@ -66,7 +65,7 @@ class RunRecord:
         return int(self.options["seed"])
 
 
-def find_runs(given: Iterable[str]) -> list[Path]:
+def runs_named(given: Iterable[str]) -> list[Path]:
     """Return the run folders among ``given`` folders and patterns, and all below those that are none, each once.
 
     Raises:
@@ -77,7 +76,7 @@ def find_runs(given: Iterable[str]) -> list[Path]:
         named = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern))
         if not named:
             raise UserError(f"nothing is called {pattern}; give run folders, patterns of them, or sweep folders")
-        folders = [folder for name in named if Path(name).is_dir() for folder in _runs_below(Path(name))]
+        folders = [folder for name in named if Path(name).is_dir() for folder in find_runs(Path(name))]
         if not folders:
             raise UserError(f"there is no run in {pattern}: no folder with a {CONFIG_FILE}; give others")
         for folder in folders:
@@ -85,17 +84,7 @@ def find_runs(given: Iterable[str]) -> list[Path]:
     return list(found.values())
 
 
-def _runs_below(top: Path) -> list[Path]:
-    found = []
-    for folder, inside, files in os.walk(top):
-        inside.sort()
-        if CONFIG_FILE in files:
-            found.append(Path(folder))
-            inside.clear()  # what is in a run is its own
-    return found
-
-
-def read_run(folder: Path, options: Options, evaluation: bool = False) -> RunRecord:
+def read_record(folder: Path, options: Options, evaluation: bool = False) -> RunRecord:
     """Read a run, whose ``options`` are known; its scores from ``evaluation.json`` if that is asked for.
 
     Raises:

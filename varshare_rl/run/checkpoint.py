@@ -31,10 +31,10 @@ from varshare_rl.errors import UserError, one_line
 from varshare_rl.files import Patience, sync_folder, write_atomically
 from varshare_rl.ranks import ALONE, Ranks
 from varshare_rl.reading import STUMBLES, read_object
+from varshare_rl.run_files import CHECKPOINTS
 from varshare_rl.types import Tree
 
 FORMAT_VERSION = 1
-FOLDER = "checkpoints"
 STATE_FILE = "state.json"
 TENSOR_FILE = "tensors.safetensors"
 
@@ -68,7 +68,7 @@ def save_checkpoint(
     checkpoint of this kind is on disk, if there was one before. Raises TypeError, naming the place, for any
     other leaf.
     """
-    folder = run_dir / FOLDER
+    folder = run_dir / CHECKPOINTS
     hidden, target = folder / f"{_HIDDEN}{kind}-{transitions:012d}", folder / f"{kind}-{transitions:012d}"
     part = _part(hidden, ranks.rank)
     ranks.from_first(lambda: patience(lambda: _begin(folder, hidden), run_dir))
@@ -140,21 +140,21 @@ def find_checkpoint(run_dir: Path, kind: str = "last") -> Path:
     """
     if not run_dir.is_dir():
         raise CheckpointError(f"no run folder {str(run_dir)!r}: give the folder of an earlier run")
-    found = list(_checkpoints(run_dir / FOLDER, kind))
+    found = list(_checkpoints(run_dir / CHECKPOINTS, kind))
     if found:
         return found[-1]
-    others = [str(path) for path in _checkpoints(run_dir / FOLDER)]
+    others = [str(path) for path in _checkpoints(run_dir / CHECKPOINTS)]
     cure = (
         f"there is {others[-1]!r}, which evaluate takes as checkpoint={Path(others[-1]).name.partition('-')[0]}"
         if others
         else "the run ended before its first checkpoint; remove the folder and start it anew"
     )
-    raise CheckpointError(f"no {kind!r} checkpoint in {str(run_dir / FOLDER)!r}: {cure}")
+    raise CheckpointError(f"no {kind!r} checkpoint in {str(run_dir / CHECKPOINTS)!r}: {cure}")
 
 
 def has_later(run_dir: Path, kind: str, transitions: int) -> bool:
     """Return whether a run folder has a checkpoint of a kind from after ``transitions``."""
-    return any(_transitions(path) > transitions for path in _checkpoints(run_dir / FOLDER, kind))
+    return any(_transitions(path) > transitions for path in _checkpoints(run_dir / CHECKPOINTS, kind))
 
 
 def newest_checkpoint(run_dir: Path, kind: str = "last", ranks: Ranks = ALONE) -> tuple[Path, Tree]:
@@ -178,7 +178,7 @@ def newest_checkpoint(run_dir: Path, kind: str = "last", ranks: Ranks = ALONE) -
 def _newest(run_dir: Path, kind: str) -> tuple[Path, Tree]:
     newest = find_checkpoint(run_dir, kind)
     damaged: list[CheckpointError] = []
-    for path in reversed(list(_checkpoints(run_dir / FOLDER, kind))):
+    for path in reversed(list(_checkpoints(run_dir / CHECKPOINTS, kind))):
         try:
             tree = _load(path)
         except CheckpointError as error:

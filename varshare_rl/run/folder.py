@@ -16,16 +16,12 @@ from filelock import FileLock, Timeout
 from varshare_rl.errors import UserError
 from varshare_rl.overrides import override
 from varshare_rl.reading import check_folder
-from varshare_rl.run.checkpoint import FOLDER
-from varshare_rl.run.tracker import METRICS_FILE
+from varshare_rl.run_files import CHECKPOINTS, CONFIG_FILE, LOCK_FILE, METRICS_FILE, SUMMARY_FILE
 
 #: Written when a run can be gone on with: what makes a folder that of a run.
-CONFIG_FILE = "config.yaml"
-SUMMARY_FILE = "summary.json"
-LOCK_FILE = ".lock"
 #: Files of a run and of what was made of it, other than exports: gone when another run takes the folder.
 RUN_FILES = (
-    CONFIG_FILE, METRICS_FILE, "events.out.tfevents.*", "metrics.csv", "wandb_id.txt", "mlflow_id.txt", FOLDER,
+    CONFIG_FILE, METRICS_FILE, "events.out.tfevents.*", "metrics.csv", "wandb_id.txt", "mlflow_id.txt", CHECKPOINTS,
     SUMMARY_FILE, "failure.txt", "sharing", "tasks", "evaluation*.json", "video", "video_best", "report_sharing",
     "report_continual", "calibration.json", "calibration.png",
 )  # fmt: skip
@@ -132,7 +128,7 @@ def _refuse_run(run_dir: Path) -> None:
     metrics = run_dir / METRICS_FILE
     if not (run_dir / CONFIG_FILE).exists() and not (metrics.exists() and metrics.stat().st_size):
         return
-    begun = (run_dir / FOLDER).is_dir() or (run_dir / SUMMARY_FILE).exists()
+    begun = (run_dir / CHECKPOINTS).is_dir() or (run_dir / SUMMARY_FILE).exists()
     cure = f"go on with {override('resume', run_dir)}" if begun else "it has no checkpoint to go on from: remove it"
     raise UserError(f"{run_dir} holds a run already; {cure}, or give another run_dir or overwrite=true")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,7 @@ from omegaconf import OmegaConf
 
 from varshare_rl.errors import UserError
 from varshare_rl.reading import read_bytes, read_object, read_yaml
-
-CONFIG_FILE, SUMMARY_FILE, METRICS_FILE, LOCK_FILE = "config.yaml", "summary.json", "metrics.jsonl", ".lock"
-CHECKPOINTS = "checkpoints"
-DEPTH = 4  # of folders in folders, such as sweeps
+from varshare_rl.run_files import CONFIG_FILE, LOCK_FILE, METRICS_FILE, SUMMARY_FILE
 
 
 @dataclass(frozen=True)
@@ -42,26 +39,6 @@ class FoundRun:
     total_transitions: int | None
     seconds: float
     tasks: Mapping[str, Mapping[str, float | None]]
-
-
-def is_run(folder: Path) -> bool:
-    """Return True for a folder that a run has begun in."""
-    traces = (METRICS_FILE, SUMMARY_FILE, CHECKPOINTS)
-    return (folder / CONFIG_FILE).is_file() and any((folder / name).exists() for name in traces)
-
-
-def find_runs(folder: Path) -> Iterator[Path]:
-    """Yield the run folders in ``folder`` or in folders of it, in the order of their names; itself if it is one."""
-    yield from _find(folder, DEPTH)
-
-
-def _find(folder: Path, depth: int) -> Iterator[Path]:
-    if is_run(folder):
-        yield folder
-    elif depth and folder.is_dir() and not folder.is_symlink():
-        for inside in sorted(folder.iterdir()):
-            if inside.is_dir() and not inside.name.startswith("."):
-                yield from _find(inside, depth - 1)
 
 
 def is_held(folder: Path) -> bool:

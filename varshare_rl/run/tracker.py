@@ -18,13 +18,12 @@ from varshare_rl.errors import UserError
 from varshare_rl.files import to_json, write_atomically
 from varshare_rl.overrides import override
 from varshare_rl.registry import lookup
+from varshare_rl.run_files import METRICS_FILE
 
 #: Height, width and three bytes of colour.
 Image = npt.NDArray[np.uint8]
 #: Options of a run by dotted name.
 Options = Mapping[str, bool | int | float | str]
-
-METRICS_FILE = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

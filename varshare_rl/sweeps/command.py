@@ -14,8 +14,8 @@ from varshare_rl.cli import in_one_line, typed
 from varshare_rl.config import made_otherwise
 from varshare_rl.errors import Terminated
 from varshare_rl.run.console import Console
-from varshare_rl.run.folder import SUMMARY_FILE
 from varshare_rl.run.signals import Interrupted
+from varshare_rl.run_files import SUMMARY_FILE
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from varshare_rl.command_line import parse
 from varshare_rl.config import GROUPS, RESUMABLE, flat_options, made_otherwise
 from varshare_rl.errors import UserError
 from varshare_rl.overrides import literal
-from varshare_rl.run.folder import CONFIG_FILE
+from varshare_rl.run_files import CONFIG_FILE
 from varshare_rl.sweeps.command import RunCommand
 
 #: Options that say how to run, not what: the name of a sweep's folder does not depend on them.

@@ -22,7 +22,7 @@ from varshare_rl.errors import UserError
 from varshare_rl.reading import read_object
 from varshare_rl.reporting.statistics import FEW_RUNS, Interval, Scores, iqm_interval
 from varshare_rl.run.console import PLAIN_WIDTH
-from varshare_rl.run.folder import SUMMARY_FILE
+from varshare_rl.run_files import SUMMARY_FILE
 from varshare_rl.sweeps.plan import Job
 
 SEED = "seed"

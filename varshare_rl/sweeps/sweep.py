@@ -20,8 +20,8 @@ from varshare_rl.fields import check_bounds
 from varshare_rl.files import write_atomically
 from varshare_rl.ranks import several
 from varshare_rl.run.console import Console
-from varshare_rl.run.folder import SUMMARY_FILE
 from varshare_rl.run.signals import Interrupted
+from varshare_rl.run_files import SUMMARY_FILE
 from varshare_rl.sweeps.command import Outcome, RunCommand, attempt
 from varshare_rl.sweeps.launch import Launcher, hydra_config, launcher_name
 from varshare_rl.sweeps.plan import Job, Prepared, check_jobs, read_sweep
