@@ -289,7 +289,8 @@ def test_the_first_screen_says_how_weights_are_drawn(
 
 
 def test_the_first_screen_says_that_one_process_has_all_tasks(command: Command) -> None:
-    words = (*TINY, *TINY_ALGORITHM["ppo"], "total_transitions=40")
+    loud = [override for override in TINY if override != "log.quiet=true"]
+    words = (*loud, *TINY_ALGORITHM["ppo"], "total_transitions=40")
     assert "ranks " not in command("train", *words, "run_dir=plain").out
     assert "tasks_per_rank=4 is for several" in command("train", *words, "tasks_per_rank=4", "run_dir=one").out
 
