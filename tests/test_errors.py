@@ -51,7 +51,7 @@ WITHOUT_RUN = {
         ("env=pointmass", "overlap=true", "env.envs_per_task=1"),
         "overlap=true acts for half of a task's environments",
     ),
-    "not_an_override": (("env=pointmass", "seed"), "seed"),
+    "not_an_override": (("env=pointmass", "seed"), "'seed' is no option; options are written name=value"),
     "broken_syntax": (("env=pointmass", "env.tasks=[normal_left"), "[normal_left"),
     "unknown_env": (("env=nowhere",), "nowhere"),
     "unknown_algorithm": (("env=pointmass", "algorithm=dqn"), "dqn"),

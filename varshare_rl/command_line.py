@@ -103,9 +103,14 @@ def parse(
     A ``loader`` knows what there is to be swept with ``glob``.
 
     Raises:
-        UserError: an option is given twice or taken away, or a choice of one of the ``groups`` is a path.
+        UserError: a word is no option, an option is given twice or taken away, or a choice of one of the ``groups``
+            is a path.
         HydraException: one cannot be parsed.
     """
+    for item in overrides:
+        if "=" not in item and not item.startswith("~"):
+            folder = f", such as run={item}" if Path(item).is_dir() else ""
+            raise UserError(f"{item!r} is no option; options are written name=value{folder}")
     found: dict[str, str] = {}
     parsed = OverridesParser.create(loader).parse_overrides(list(overrides))
     for item, override in zip(overrides, parsed, strict=True):
