@@ -2,9 +2,11 @@
 
     python -m experiments.time_to_success                         # four tasks, three ways, one seed: hours
     python -m experiments.time_to_success --lists mt10 --seeds 0 1
+    python -m experiments.time_to_success --given "ours=runs/a+runs/b" "one network=runs/c"     # nothing is trained
 
-Takes its turn behind everything else on the machine (``nice``), goes on with what was stopped when it is called
-again, and ends a run at the last threshold. Writes ``times.csv`` and ``times.png``, in seconds of the machine.
+``--given`` measures runs that are there; ``+`` joins one and another that began where it stood. Training takes its
+turn behind everything else on the machine (``nice``), goes on with what was stopped when it is called again, and
+ends a run at the last threshold. Both write ``times.csv`` and ``times.png``, in seconds of the machine.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.ticker import EngFormatter
 
@@ -46,16 +49,22 @@ COLUMNS = (
 Row = dict[str, object]
 #: Transitions, seconds and mean success of every evaluation.
 Curve = list[tuple[int, float, float]]
+#: The folders of a way to success, each of a run that goes on from the one before, by list, way and seed.
+Runs = dict[tuple[str, str, int], tuple[Path, ...]]
 
 
-def curve(run_dir: Path) -> Curve:
-    """The evaluations of a run; seconds include those before it was stopped and went on."""
-    lines = logged(run_dir) if (run_dir / "metrics.jsonl").exists() else []
-    return [
-        (line["transitions"], line["seconds"], line["eval/mean_success"])
-        for line in lines
-        if "eval/mean_success" in line
-    ]
+def curve(*run_dirs: Path) -> Curve:
+    """The evaluations of runs that go on from one another; seconds include those before one was stopped."""
+    points: Curve = []
+    for run_dir in run_dirs:
+        lines = logged(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+        own = [
+            (line["transitions"], line["seconds"], line["eval/mean_success"])
+            for line in lines
+            if "eval/mean_success" in line
+        ]
+        points = [point for point in points if not own or point[0] < own[0][0]] + own
+    return points
 
 
 def train(run_dir: Path, overrides: Sequence[str]) -> None:
@@ -76,17 +85,34 @@ def train(run_dir: Path, overrides: Sequence[str]) -> None:
         )
 
 
-def times(run_dir: Path) -> Row:
+def times(*run_dirs: Path) -> Row:
     """When each threshold was first reached; empty where it was not."""
-    found = curve(run_dir)
+    found = curve(*run_dirs)
     row: Row = {}
     for threshold in THRESHOLDS:
         first = next(((at, seconds) for at, seconds, success in found if success >= threshold), ("", ""))
         row[f"transitions_{threshold:g}"], row[f"seconds_{threshold:g}"] = first
     row["transitions"], row["seconds"] = found[-1][:2]
-    row["best_success"] = max(success for _, _, success in found)
-    row["git_commit"] = json.loads((run_dir / "summary.json").read_text())["conditions"]["git_commit"]
+    row["best_success"] = round(max(success for _, _, success in found), 3)
+    row["git_commit"] = conditions(run_dirs[-1])["git_commit"]
     return row
+
+
+def conditions(run_dir: Path) -> dict[str, Any]:
+    """What a run was made under."""
+    found: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())["conditions"]
+    return found
+
+
+def runs_given(words: Sequence[str]) -> Runs:
+    """The runs of ``<way>=<run>[+<run that goes on>...]``, by their suite, way and seed."""
+    runs: Runs = {}
+    for word in words:
+        way, _, folders = word.partition("=")
+        run_dirs = tuple(map(Path, folders.split("+")))
+        found = conditions(run_dirs[-1])
+        runs[found["suite"], way, found["seed"]] = run_dirs
+    return runs
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -105,14 +131,14 @@ def table(rows: Sequence[Row]) -> str:
 
 
 @styled
-def draw(runs: Mapping[tuple[str, str, int], Path], target: Path) -> None:
+def draw(runs: Runs, target: Path) -> None:
     """Mean success against hours, a panel per list of tasks and a line per run."""
     lists, ways = list(dict.fromkeys(name for name, _, _ in runs)), list(dict.fromkeys(way for _, way, _ in runs))
     figure = new_figure(PAGE, 2.8)
     panels = figure.subplots(1, len(lists), squeeze=False)[0]
     lines = {}
-    for (name, way, _), run_dir in runs.items():
-        points = [(seconds / 3600, success) for _, seconds, success in curve(run_dir)]
+    for (name, way, _), run_dirs in runs.items():
+        points = [(seconds / 3600, success) for _, seconds, success in curve(*run_dirs)]
         (lines[way],) = panels[lists.index(name)].plot(*zip(*points, strict=True), **look(ways.index(way)).line)
     for axes, name in zip(panels, lists, strict=True):
         axes.set(title=name, xlabel="hours", ylabel="mean success", ylim=(-0.02, 1.02))
@@ -122,28 +148,41 @@ def draw(runs: Mapping[tuple[str, str, int], Path], target: Path) -> None:
     write_atomically(target, to_file(figure))
 
 
+def write(runs: Runs, folder: Path) -> list[Row]:
+    """Write table and figure of some runs, and return the rows."""
+    rows = [
+        {"tasks": name, "way": way, "seed": seed, **times(*run_dirs)}
+        for (name, way, seed), run_dirs in runs.items()
+    ]
+    write_csv(folder / "times.csv", COLUMNS, rows)
+    draw(runs, folder / "times.png")
+    return rows
+
+
 def main() -> None:
-    """Train all that is missing, one run after the other, and write table and figure."""
+    """Train all that is missing, one run after the other, and write table and figure; or measure given runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="options of all runs, such as total_transitions=100000")
     parser.add_argument("--lists", nargs="*", default=["four"], choices=list(LISTS))
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--given", nargs="*", default=[], help="<way>=<run>[+<run that goes on>...]")
     parser.add_argument("--runs", type=Path, default=Path("runs/time_to_success"))
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent)
     given = parser.parse_args()
+    if given.given:
+        print(table(write(runs_given(given.given), given.folder)))
+        return
     os.nice(10)
-    rows, runs = [], dict[tuple[str, str, int], Path]()
+    rows, runs = list[Row](), Runs()
     for seed in given.seeds:
         for name in given.lists:
             for way in given.ways:
                 run_dir = given.runs / f"{name}_{way.replace(', ', '_')}_{seed}"
                 options = dict(word.split("=", 1) for word in (*LISTS[name], *WAYS[way], *given.overrides))
                 train(run_dir, [f"{key}={value}" for key, value in options.items()] + [f"seed={seed}"])
-                rows.append({"tasks": name, "way": way, "seed": seed, **times(run_dir)})
-                runs[name, way, seed] = run_dir
-                write_csv(given.folder / "times.csv", COLUMNS, rows)
-                draw(runs, given.folder / "times.png")
+                runs[name, way, seed] = (run_dir,)
+                rows = write(runs, given.folder)
     print(table(rows))
 
 
