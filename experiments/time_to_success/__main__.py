@@ -132,18 +132,23 @@ def table(rows: Sequence[Row]) -> str:
 
 @styled
 def draw(runs: Runs, target: Path) -> None:
-    """Mean success against hours, a panel per list of tasks and a line per run."""
+    """Mean success against transitions and against minutes, a row per list of tasks and a line per run."""
     lists, ways = list(dict.fromkeys(name for name, _, _ in runs)), list(dict.fromkeys(way for _, way, _ in runs))
-    figure = new_figure(PAGE, 2.8)
-    panels = figure.subplots(1, len(lists), squeeze=False)[0]
+    figure = new_figure(PAGE, 2.8 * len(lists))
+    panels = figure.subplots(len(lists), 2, squeeze=False, sharey=True)
     lines = {}
     for (name, way, _), run_dirs in runs.items():
-        points = [(seconds / 3600, success) for _, seconds, success in curve(*run_dirs)]
-        (lines[way],) = panels[lists.index(name)].plot(*zip(*points, strict=True), **look(ways.index(way)).line)
-    for axes, name in zip(panels, lists, strict=True):
-        axes.set(title=name, xlabel="hours", ylabel="mean success", ylim=(-0.02, 1.02))
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        plain_axes(axes, grid="y")
+        transitions, seconds, success = zip(*curve(*run_dirs), strict=True)
+        by_transitions, by_minutes = panels[lists.index(name)]
+        by_transitions.plot(transitions, success, **look(ways.index(way)).line)
+        minutes = [second / 60 for second in seconds]
+        (lines[way],) = by_minutes.plot(minutes, success, **look(ways.index(way)).line)
+    for (by_transitions, by_minutes), name in zip(panels, lists, strict=True):
+        by_transitions.set(xlabel=f"transitions, {name}", ylabel="mean success", ylim=(-0.02, 1.02))
+        by_transitions.xaxis.set_major_formatter(EngFormatter(sep=""))
+        by_minutes.set(xlabel="minutes")
+        for axes in (by_transitions, by_minutes):
+            plain_axes(axes, grid="y")
     legend_below(figure, list(lines.values()), list(lines))
     write_atomically(target, to_file(figure))
 
