@@ -119,6 +119,29 @@ def test_a_sweep_branches_and_is_done_when_it_is_given_again(command: Command) -
     assert "one after another" in outcome.err
 
 
+def test_a_bound_of_the_spread_is_that_of_a_run_in_which_it_rises(command: Command) -> None:
+    """40 transitions of each of eight tasks are a rollout; the bound of the one run rises where the other begins."""
+    words = (*TINY, *TINY_ALGORITHM["ppo"], "algorithm.initial_log_std=-2")
+    assert command("train", *words, "total_transitions=640", "run_dir=one").code == 0
+    bound, total = "algorithm.min_log_std=-0.7", "total_transitions=1120"
+    outcome = command("train", "from=one", bound, total, "run_dir=two")
+    assert outcome.code == 0, outcome.err
+    after = "algorithm.min_log_std_after=80"
+    outcome = command("train", *words, bound, after, total, "run_dir=three")
+    assert outcome.code == 0, outcome.err
+    assert command("train", *words, total, "run_dir=never").code == 0
+    halved = (*words, bound, after, "run_dir=halves")
+    assert command("train", *halved, "total_transitions=528").code == 0  # in the middle of a rollout
+    assert command("train", "resume=halves", total).code == 0
+    states = {name: final_state(Path(name)) for name in ("two", "three", "never", "halves")}
+    for state in states.values():
+        state.pop("options"), state.pop("best_score")
+    assert_same(states["two"], states["three"])
+    assert_same(states["halves"], states["three"])
+    assert states["three"]["algorithm"]["least_log_std"] == -0.7
+    assert not torch.equal(weights("never")["network.layers.0.theta"], weights("three")["network.layers.0.theta"])
+
+
 def test_noise_may_begin_to_go_on(command: Command) -> None:
     """What white noise had nothing to keep of."""
     trained(command, "ppo")

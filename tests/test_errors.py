@@ -51,6 +51,10 @@ WITHOUT_RUN = {
         ("env=pointmass", "overlap=true", "env.envs_per_task=1"),
         "overlap=true acts for half of a task's environments",
     ),
+    "bound_that_does_not_rise": (
+        ("env=pointmass", "algorithm.min_log_std_after=1000"),
+        "algorithm.min_log_std_after=1000 raises the bound from -5 to algorithm.min_log_std, and that is -5",
+    ),
     "not_an_override": (("env=pointmass", "seed"), "'seed' is no option; options are written name=value"),
     "broken_syntax": (("env=pointmass", "env.tasks=[normal_left"), "[normal_left"),
     "unknown_env": (("env=nowhere",), "nowhere"),

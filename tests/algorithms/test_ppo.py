@@ -123,6 +123,40 @@ def test_a_clipped_policy_learns_from_the_action_before_clipping(log_std: LogStd
     torch.testing.assert_close(greedy, outputs[..., :2].clamp(-1, 1))
 
 
+@pytest.mark.parametrize("log_std", list(LogStd))
+def test_the_spread_is_bounded_late_and_no_ratio_spans_the_change(
+    log_std: LogStd, log_ratios: list[Tensor]
+) -> None:
+    """80 transitions of each task are a rollout; after 100 the second one has ended, and the third is bounded."""
+    engine, learner = make(
+        "box", "shared", minibatches=1, epochs=1, log_std=log_std, initial_log_std=-3.0, min_log_std=-0.7,
+        min_log_std_after=100,
+    )  # fmt: skip
+    obs = torch.from_numpy(engine.reset())
+
+    def spread() -> float:
+        return float(learner.policy(learner.normalizer(obs)).log_std.detach().min())  # type: ignore[attr-defined]
+
+    for least in (-5.0, -5.0, -0.7):
+        assert learner.least_log_std == least
+        assert (spread() < -2.0) is (least == -5.0)
+        rollout(engine, learner)
+        log_ratios.clear()
+        learner.update()
+        assert (log_ratios[0].exp() - 1).abs().max() <= 1e-5
+    assert spread() == pytest.approx(-0.7)
+    _, again = make(
+        "box", "shared", minibatches=1, epochs=1, log_std=log_std, initial_log_std=-3.0, min_log_std=-0.7,
+        min_log_std_after=100,
+    )  # fmt: skip
+    assert again.least_log_std == -5.0
+    again.load_policy_state(learner.policy_state())  # as evaluation does
+    assert again.least_log_std == -0.7
+    again.reset_networks()
+    again._bound_spread()
+    assert again.least_log_std == -5.0  # no transitions of its own
+
+
 def test_the_weight_of_the_entropy_falls_with_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """The actor's losses are those of the policy less the weighted entropy."""
     engine, learner = make(

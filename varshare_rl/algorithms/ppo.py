@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
 
@@ -16,7 +16,7 @@ from varshare_rl.data.buffers import Rollout, RolloutStep
 from varshare_rl.data.normalizers import ObservationStatistics, RewardScale
 from varshare_rl.errors import UserError
 from varshare_rl.fields import bounded
-from varshare_rl.nn.actor import GaussianConfig, GaussianFamily, LogStd, Sample
+from varshare_rl.nn.actor import GaussianActor, GaussianConfig, GaussianFamily, LogStd, Sample
 from varshare_rl.nn.critic import Held, ValueNetwork
 from varshare_rl.nn.stochastic import posterior_mean, theta_only
 from varshare_rl.nn.weight_sampler import drawn_once
@@ -35,6 +35,8 @@ class AdvantageScale(Enum):
     none = "none"
 
 
+#: Least log standard deviation of Box actions until ``min_log_std_after``.
+EARLY_MIN_LOG_STD = -5.0
 #: Factor by which ``desired_kl`` moves a learning rate, and the least and largest rate that it comes to.
 RATE_STEP, RATE_BOUNDS = 1.5, (1e-6, 1e-2)
 
@@ -90,6 +92,9 @@ class PPOConfig:
     "Log standard deviation that Box actions start with."
     min_log_std: float = -5.0
     "Least log standard deviation of Box actions."
+    min_log_std_after: int = bounded(0, least=0)
+    """Transitions of each task after which `min_log_std` holds, from the next rollout on; before, the least is -5.
+    A policy that may become sure finds tasks earlier, one that may not goes on improving."""
     max_log_std: float = 1.0
     "Largest log standard deviation of Box actions."
     noise_correlation: float = bounded(0.0, least=0, below=1)
@@ -117,6 +122,11 @@ class PPOConfig:
                 f"{prefix}final_entropy is {self.final_entropy:g} and counts with {prefix}entropy_schedule=linear "
                 "or cosine alone, and it is constant; set the one or leave out the other"
             )
+        if self.min_log_std_after and self.min_log_std <= EARLY_MIN_LOG_STD:
+            raise UserError(
+                f"{prefix}min_log_std_after={self.min_log_std_after} raises the bound from {EARLY_MIN_LOG_STD:g} "
+                f"to {prefix}min_log_std, and that is {self.min_log_std:g}; give a larger one, or 0"
+            )
         if self.min_log_std > self.max_log_std:
             raise UserError(
                 f"{prefix}min_log_std is {self.min_log_std}; it must not be above max_log_std, {self.max_log_std}"
@@ -142,7 +152,9 @@ class PPO(ActorCritic):
     target_name = "advantages"
     replays_draws = True
     critic: ValueNetwork
-    state_fields = ("rollout",)
+    state_fields = ("rollout", "least_log_std?")
+    #: Checkpoints of earlier versions have no bound that rises.
+    policy_fields = ("least_log_std?",)
 
     def __init__(self, config: PPOConfig, context: AgentContext) -> None:
         spec = context.spec
@@ -161,6 +173,7 @@ class PPO(ActorCritic):
             self._minibatch, "a minibatch (algorithm.rollout_transitions_per_task / minibatches)"
         )
         self._acted: list[tuple[Tensor, Sample]] = []
+        self._bound_spread()
 
     @torch.no_grad()
     def act(self, obs: Tensor) -> Tensor:
@@ -255,6 +268,7 @@ class PPO(ActorCritic):
         self.rollout.position = 0
         self._adapt_rate([step["approximate_kl"] for step in done[-config.minibatches :]])
         self.finish_update(updates_before)
+        self._bound_spread()
         self.weight_sampler.resample()
         entropies, task_kl = (
             torch.stack([step.pop(name) for step in done]).mean(0) for name in ("entropy", "task_kl")
@@ -264,6 +278,21 @@ class PPO(ActorCritic):
         metrics |= {"loss/entropy": entropies.mean(), "loss/explained_variance": explained_variance.mean()}
         metrics["loss/minibatches"] = float(len(done))
         return metrics
+
+    @property
+    def least_log_std(self) -> float:
+        """Least log standard deviation of the policy's Box actions at present."""
+        return self.actor.config.least if isinstance(self.actor, GaussianActor) else self.config.min_log_std
+
+    @least_log_std.setter
+    def least_log_std(self, least: float) -> None:
+        if isinstance(self.actor, GaussianActor):
+            self.actor.config = replace(self.actor.config, least=least)
+
+    def _bound_spread(self) -> None:
+        """Bound the policy's spread by ``min_log_std_after``, between two rollouts, so that no ratio spans it."""
+        holds = self.transitions_per_task >= self.config.min_log_std_after
+        self.least_log_std = self.config.min_log_std if holds else EARLY_MIN_LOG_STD
 
     def _adapt_rate(self, kls: list[Tensor]) -> None:
         """Bring the policy's KL of an update towards ``desired_kl`` by its learning rate (Rudin et al. 2022)."""
@@ -276,11 +305,13 @@ class PPO(ActorCritic):
         step.rate_factor = min(max(step.rate_factor * factor, least), most)
 
     def branch(self, fraction: float) -> None:
-        """See ``ActorCritic.branch``; a rate that follows ``desired_kl`` stays where it is."""
+        """See ``ActorCritic.branch``; a rate that follows ``desired_kl`` stays, a rollout ends with its bound."""
         factor = self.actor_step.rate_factor
         super().branch(fraction)
         if self.config.desired_kl is not None:
             self.actor_step.rate_factor = factor
+        if not self.rollout.position:
+            self._bound_spread()
 
     def entropy_weight(self) -> float:
         """Return the weight of the entropy for the share of the budget that is done."""
