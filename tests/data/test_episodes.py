@@ -65,6 +65,25 @@ def test_without_success_there_is_no_such_metric() -> None:
     }  # fmt: skip
 
 
+def test_first_episodes_that_are_cut_do_not_count() -> None:
+    """Of all environments but the last, also where a run goes on in the middle of one."""
+    one = EpisodeStatistics(("a", "b"), 3, staggered=True)
+    reward, no = np.ones((2, 3), np.float32), np.zeros((2, 3), dtype=bool)
+    first, rest = no.copy(), no.copy()
+    first[:, 0], rest[:, 1:] = True, True
+    one.add(reward, ~no, first)
+    assert one.metrics(True) == {}
+    other = EpisodeStatistics(("a", "b"), 3, staggered=True)
+    other.load_state({name: value.copy() for name, value in one.state().items()})
+    for statistics in (one, other):
+        statistics.add(reward, no, no)
+        statistics.add(reward, no, rest)  # the last one is whole
+        assert statistics.lengths == [[3.0], [3.0]]
+        statistics.add(reward, no, first)
+        assert statistics.lengths == [[3.0, 3.0], [3.0, 3.0]]
+        assert statistics.successes == [[1.0, 0.0], [1.0, 0.0]]
+
+
 def test_state_round_trip_in_the_middle_of_episodes() -> None:
     one, other = (EpisodeStatistics(("a", "b"), 3, window=5) for _ in range(2))
     feed(one, 17)

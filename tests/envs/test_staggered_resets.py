@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from walk import assert_same, make, trace
 
+from varshare_rl.data.episodes import EpisodeStatistics
 from varshare_rl.envs.division import Part
 from varshare_rl.envs.metaworld import MetaWorldConfig
 from varshare_rl.envs.slots import EngineSpec
@@ -42,6 +43,19 @@ def test_first_episodes_are_cut_and_later_ones_are_whole(workers: int) -> None:
 def test_episodes_are_whole_where_asked_and_in_evaluation() -> None:
     assert ends(staggered_resets=False) == [[20, 40, 60]] * ENVS
     assert ends(evaluation=True) == [[20, 40, 60]] * ENVS
+
+
+@pytest.mark.parametrize(("staggered", "counted"), [(True, 1 + ENVS), (False, 2 * ENVS)])
+def test_statistics_of_training_have_whole_episodes_alone(staggered: bool, counted: int) -> None:
+    suite = MetaWorldConfig(tasks=TASKS, horizon=HORIZON, workers=1, staggered_resets=staggered).build()
+    statistics = EpisodeStatistics(suite.task_names, ENVS, staggered=suite.staggered)
+    engine = suite.make_engine(ENVS, seed=3)
+    engine.reset()
+    for _ in range(2 * HORIZON):
+        step = engine.step(np.zeros((2, ENVS, 4), np.float32))
+        statistics.add(step.reward, step.success, step.terminated | step.truncated)
+    engine.close()
+    assert statistics.lengths == [[HORIZON] * counted] * 2
 
 
 @pytest.mark.parametrize("fast", [True, False])

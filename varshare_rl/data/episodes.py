@@ -16,16 +16,23 @@ class EpisodeStatistics(Stateful):
         task_names: names in task order.
         envs_per_task: ``E``.
         window: finished episodes per task to average over.
+        staggered: the first episodes are cut, see ``Suite.staggered``, and do not count.
     """
 
-    state_fields = ("running_return", "running_success", "running_steps", "returns", "successes", "lengths")
+    state_fields = (
+        "running_return", "running_success", "running_steps", "returns", "successes", "lengths", "cut?",
+    )  # fmt: skip
 
-    def __init__(self, task_names: tuple[str, ...], envs_per_task: int, window: int = 20) -> None:
+    def __init__(
+        self, task_names: tuple[str, ...], envs_per_task: int, window: int = 20, staggered: bool = False
+    ) -> None:
         self.task_names, self.window = task_names, window
         shape = (len(task_names), envs_per_task)
         self.running_return = np.zeros(shape)
         self.running_success = np.zeros(shape, dtype=bool)
         self.running_steps = np.zeros(shape, dtype=np.int64)
+        self.cut = np.zeros(shape, dtype=bool)  # running episodes that do not count
+        self.cut[:, :-1] = staggered
         self.returns: list[list[float]] = [[] for _ in task_names]
         self.successes: list[list[float]] = [[] for _ in task_names]
         self.lengths: list[list[float]] = [[] for _ in task_names]
@@ -40,7 +47,7 @@ class EpisodeStatistics(Stateful):
         if not done.any():
             return
         for task, env in np.argwhere(done):
-            if not np.isfinite(self.running_return[task, env]):
+            if self.cut[task, env] or not np.isfinite(self.running_return[task, env]):
                 continue
             for finished, running in (
                 (self.returns, self.running_return),
@@ -55,6 +62,7 @@ class EpisodeStatistics(Stateful):
         self.running_return[done] = 0.0
         self.running_success[done] = False
         self.running_steps[done] = 0
+        self.cut[done] = False
 
     def metrics(self, with_success: bool) -> Metrics:
         """``train/<task>/{return,success,episode_steps}`` of tasks with a finished episode, and their means."""

@@ -195,6 +195,11 @@ class MetaWorldSuite(Suite):
         return mean, std
 
     @property
+    def staggered(self) -> bool:
+        """See ``Suite.staggered``."""
+        return self.config.staggered_resets
+
+    @property
     def goals(self) -> tuple[npt.NDArray[np.float64], ...]:
         """The fixed goals, one array ``[goals_per_task, size]`` per task."""
         from varshare_rl.envs.sawyer.tasks import make_goals

@@ -216,6 +216,11 @@ class Suite(Protocol):
         """Centre and size ``[F]`` of what observations vary over, where the suite knows; None: it does not."""
         return None
 
+    @property
+    def staggered(self) -> bool:
+        """Return True where the first training episodes of all environments of a task but the last one are cut."""
+        return False
+
     def remarks(self) -> Sequence[str]:
         """Return lines that a user should read before training, once engines can be made."""
         return ()

@@ -85,7 +85,9 @@ class Run(Stateful):
     ranks: Ranks = ALONE
 
     def __post_init__(self) -> None:
-        self.episodes = EpisodeStatistics(self.suite.task_names, self.engine.envs_per_task)
+        self.episodes = EpisodeStatistics(
+            self.suite.task_names, self.engine.envs_per_task, staggered=self.suite.staggered
+        )
         self.evaluation_engine: VectorEngine | None = None
         half = self.engine.envs_per_task // 2
         # Acting in two turns lets the workers step the first half while the policy acts for the second.
