@@ -120,7 +120,7 @@ def test_a_sweep_branches_and_is_done_when_it_is_given_again(command: Command) -
 
 
 def test_a_bound_of_the_spread_is_that_of_a_run_in_which_it_rises(command: Command) -> None:
-    """40 transitions of each of eight tasks are a rollout; the bound of the one run rises where the other begins."""
+    """40 transitions of each task are a rollout; the bound of the one run rises where the other begins."""
     words = (*TINY, *TINY_ALGORITHM["ppo"], "algorithm.initial_log_std=-2")
     assert command("train", *words, "total_transitions=640", "run_dir=one").code == 0
     bound, total = "algorithm.min_log_std=-0.7", "total_transitions=1120"
