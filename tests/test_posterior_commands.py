@@ -50,6 +50,10 @@ def test_a_pruned_copy_can_be_evaluated_and_calibrated(command: Command, run: st
     assert same["tasks"] == other["tasks"]
     outcome = command("calibrate", "run=run_pruned", "episodes=1", "draws=2")
     assert outcome.code == 0, outcome.err
+    shown = command("runs", "show", "run_pruned").out
+    assert shown.startswith("run_pruned: pruned\n")
+    assert "transitions  480 of 480" in shown
+    assert "go on with" not in shown  # which is refused
 
 
 def test_pruning_that_fails_leaves_nothing_in_its_own_way(

@@ -50,7 +50,7 @@ class CalibrateConfig:
     "Draws of the critic's weights."
     device: Device = Device.auto
     "Device to compute on; `auto` takes CUDA if there is any."
-    seed: int | None = bounded(None, least=0)
+    seed: int | None = bounded(None, least=0, most=2**32 - 1)
     "Seed of the episodes' starts; null: the run's own."
 
 

@@ -82,7 +82,7 @@ class EvaluateConfig:
     "Also write a film of an episode of every task, and one of all side by side, into `video/`."
     device: Device = Device.auto
     "Device to compute on; `auto` takes CUDA if there is any."
-    seed: int | None = bounded(None, least=0)
+    seed: int | None = bounded(None, least=0, most=2**32 - 1)
     "Seed of the episodes' starts; null: the run's own."
 
     def check(self, prefix: str) -> None:

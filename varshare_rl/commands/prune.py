@@ -111,6 +111,8 @@ def prune_agent(agent: TrainedAgent, algorithm: ActorCritic, options: PruneConfi
         "criterion": options.criterion.value,
         "run": options.run,
         "checkpoint": agent.checkpoint.name,
+        "transitions": agent.state["transitions"],
+        "seconds": agent.state["seconds"],
         "episodes_per_task": options.episodes,
         "conditions": run_provenance(agent.config, agent.suite, agent.device),
     }

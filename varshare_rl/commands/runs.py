@@ -4,7 +4,7 @@
     python -m varshare_rl.runs show runs/<folder>
     python -m varshare_rl.runs rm runs/<folder> ...
 
-list   state (done, running, stopped), success, return, transitions and time of every run
+list   state (done, running, pruned, stopped), success, return, transitions and time of every run
 show   the same of one run, every task's results, and what is in its folder
 rm     asks before it removes run folders, unless yes=true or --yes; refuses those of running ones
 
@@ -30,7 +30,7 @@ from varshare_rl.run_files import CONFIG_FILE, find_runs, is_run
 
 WORDS = ("list", "show", "rm")
 YES = ("yes=true", "--yes", "-y")
-STYLES = {"done": "green", "running": "cyan", "stopped": "yellow"}
+STYLES = {"done": "green", "running": "cyan", "pruned": "blue", "stopped": "yellow"}
 
 
 def main(arguments: Sequence[str]) -> None:

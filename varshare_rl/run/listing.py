@@ -15,13 +15,15 @@ from varshare_rl.errors import UserError
 from varshare_rl.reading import read_bytes, read_object, read_yaml
 from varshare_rl.run_files import CONFIG_FILE, LOCK_FILE, METRICS_FILE, SUMMARY_FILE
 
+PRUNING_FILE = "pruning.json"
+
 
 @dataclass(frozen=True)
 class FoundRun:
     """A run folder.
 
     Attributes:
-        state: ``done``, ``running`` (a process holds its folder) or ``stopped``.
+        state: ``done``, ``running`` (a process holds its folder), ``stopped``, or ``pruned`` (a copy of one).
         kind: suite, algorithm and network; of a sequence its method in place of the latter.
         success: mean over tasks, in the latest evaluation; None before one, or in a suite without success.
         mean_return: the same of the return.
@@ -61,12 +63,13 @@ def read_run(folder: Path) -> FoundRun:
     """Read what a run folder says; what is missing or damaged is left out."""
     config, summary = _config(folder), _json(folder / SUMMARY_FILE)
     last = _last_values(folder / METRICS_FILE)
-    found = summary or last
+    pruned = _json(folder / PRUNING_FILE)
+    found = summary or pruned or last
     names = [_name(config, group) for group in ("env", "algorithm", "method" if "method" in config else "network")]
     tasks = summary.get("tasks", {})
     return FoundRun(
         folder=folder,
-        state="running" if is_held(folder) else "done" if summary else "stopped",
+        state="running" if is_held(folder) else "done" if summary else "pruned" if pruned else "stopped",
         kind=" ".join(name for name in names if name),
         seed=config.get("seed"),
         success=_of_all(found, "success"),
