@@ -375,7 +375,7 @@ def test_wrong_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="does not fit 6 rows"), lora.rows(["one"] * 6):
         lora.model(x)
     assert lora.active is None
-    for change in (lora.merge, lora.remove):
+    for change in (lora.merge, lora.remove, lora.activate):
         with lora.rows(["one"] * 7), pytest.raises(UserError, match=r"leave the block of rows"):
             change("one")
     with pytest.raises(UserError, match="no adapter is active"):

@@ -176,8 +176,9 @@ class AdapterSet:
         """Apply one adapter to all rows; None for the base alone.
 
         Raises:
-            UserError: there is none of this name, or another is merged.
+            UserError: there is none of this name, another is merged, or rows have adapters of their own.
         """
+        self._check_no_rows()
         if name is not None:
             self._known(name)
         self._check_not_merged(name)
