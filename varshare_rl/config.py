@@ -161,6 +161,8 @@ class TrainConfig:
     groups: ClassVar[tuple[str, ...]] = ("env", "algorithm", "network", "elbo/schedule", "elbo/prior")
     #: Further names of options, which Python would not allow as names.
     aliases: ClassVar[dict[str, str]] = {"from": "pretrained"}
+    #: Options that may differ between a checkpoint and the run that goes on with it.
+    changeable: ClassVar[tuple[str, ...]] = CHANGEABLE
 
     env: Any = MISSING
     "The suite of tasks: `env=<name>`, with options of its own."
@@ -349,7 +351,7 @@ def compared_options(config: TrainConfig) -> dict[str, bool | int | float | str]
 
 def fixed_options(config: TrainConfig) -> dict[str, bool | int | float | str]:
     """Return the options that may not change when a run goes on, as :func:`flat_options`."""
-    return {name: value for name, value in flat_options(config).items() if not name.startswith(CHANGEABLE)}
+    return {name: value for name, value in flat_options(config).items() if not name.startswith(config.changeable)}
 
 
 def check_unchanged(run_dir: Path, config: TrainConfig, state: Tree) -> None:

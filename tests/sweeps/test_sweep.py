@@ -276,6 +276,15 @@ def test_resume_auto_of_a_single_run(command: Command, folder: Path) -> None:
         assert_refused(command("train", *RUN, "resume=auto", "network.rank=2", "run_dir=own"), "in use by process")
 
 
+def test_a_sequence_keeps_its_budget(command: Command, folder: Path) -> None:
+    """What is left of it would have another number of transitions a task than what is learnt."""
+    words = (*TINY, *TINY_ALGORITHM["ppo"], *SEQUENCE, "method=finetune", "run_dir=run", "resume=auto")
+    assert command("continual", *words).code == 0
+    assert command("continual", *words).out == "done already: run/summary.json\n"
+    more = command("continual", *words, "total_transitions=960")
+    assert_refused(more, "total_transitions is 960, and run holds a run with 480")
+
+
 @pytest.mark.slow
 def test_resume_auto_knows_matched_widths(command: Command, folder: Path) -> None:
     words = (*RUN, "network.active_parameters=30000", "run_dir=run", "resume=auto")

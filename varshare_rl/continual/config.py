@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from omegaconf import MISSING
 
 from varshare_rl.algorithms.sac import SACConfig
-from varshare_rl.config import TrainConfig, read_config
+from varshare_rl.config import CHANGEABLE, TrainConfig, read_config
 from varshare_rl.config_checks import check_config
 from varshare_rl.envs.suite import Suite
 from varshare_rl.errors import UserError
@@ -58,6 +58,8 @@ class ContinualConfig(TrainConfig):
     """
 
     groups: ClassVar[tuple[str, ...]] = (*TrainConfig.groups, "method")
+    #: The budget is divided among the tasks when the first one begins.
+    changeable: ClassVar[tuple[str, ...]] = tuple(name for name in CHANGEABLE if name != "total_transitions")
 
     method: Any = MISSING
     "The way of the policy's network from task to task: `method=<name>`, with options of its own."
