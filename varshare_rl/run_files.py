@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-CONFIG_FILE, SUMMARY_FILE, METRICS_FILE, LOCK_FILE = "config.yaml", "summary.json", "metrics.jsonl", ".lock"
+#: Written when a run can be gone on with: what makes a folder that of a run.
+CONFIG_FILE = "config.yaml"
+SUMMARY_FILE, METRICS_FILE, LOCK_FILE = "summary.json", "metrics.jsonl", ".lock"
+PRUNING_FILE = "pruning.json"  # of a pruned copy
 CHECKPOINTS = "checkpoints"
 DEPTH = 4  # of folders in folders, such as sweeps
 

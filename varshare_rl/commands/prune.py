@@ -40,7 +40,7 @@ from varshare_rl.nn.stochastic import posterior_mean
 from varshare_rl.run.checkpoint import save_checkpoint
 from varshare_rl.run.console import Console
 from varshare_rl.run.episode_recording import EpisodeRecording, record
-from varshare_rl.run_files import CONFIG_FILE
+from varshare_rl.run_files import CONFIG_FILE, PRUNING_FILE
 
 
 @dataclass
@@ -86,7 +86,7 @@ def main(composed: DictConfig) -> None:
         f"kept {result['kept']:,} of {result['units']:,} units, {result['bytes_kept']:,} of "
         f"{result['bytes_dense']:,} bytes of posteriors; largest change of an action {_largest(result):.2g}"
     )
-    console.message(f"written: {out / 'pruning.json'}; evaluate with run={out}")
+    console.message(f"written: {out / PRUNING_FILE}; evaluate with run={out}")
 
 
 def prune_agent(agent: TrainedAgent, algorithm: ActorCritic, options: PruneConfig) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def write_pruned(
     tree["algorithm"] = {name: state for name, state in algorithm.policy_state().items() if name in saved}
     with whole_folder(out) as hidden:
         save_checkpoint(hidden, "last", agent.state["transitions"], tree)
-        write_json(hidden / "pruning.json", result)
+        write_json(hidden / PRUNING_FILE, result)
         shutil.copyfile(run_dir / CONFIG_FILE, hidden / CONFIG_FILE)
 
 

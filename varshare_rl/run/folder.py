@@ -18,7 +18,6 @@ from varshare_rl.overrides import override
 from varshare_rl.reading import check_folder
 from varshare_rl.run_files import CHECKPOINTS, CONFIG_FILE, LOCK_FILE, METRICS_FILE, SUMMARY_FILE
 
-#: Written when a run can be gone on with: what makes a folder that of a run.
 #: Files of a run and of what was made of it, other than exports: gone when another run takes the folder.
 RUN_FILES = (
     CONFIG_FILE, METRICS_FILE, "events.out.tfevents.*", "metrics.csv", "wandb_id.txt", "mlflow_id.txt", CHECKPOINTS,

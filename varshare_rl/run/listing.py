@@ -13,9 +13,7 @@ from omegaconf import OmegaConf
 
 from varshare_rl.errors import UserError
 from varshare_rl.reading import read_bytes, read_object, read_yaml
-from varshare_rl.run_files import CONFIG_FILE, LOCK_FILE, METRICS_FILE, SUMMARY_FILE
-
-PRUNING_FILE = "pruning.json"
+from varshare_rl.run_files import CONFIG_FILE, LOCK_FILE, METRICS_FILE, PRUNING_FILE, SUMMARY_FILE
 
 
 @dataclass(frozen=True)
